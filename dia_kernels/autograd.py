@@ -1,0 +1,361 @@
+"""The autograd Functions over the operators, and the rule that says which of them a call takes.
+
+The rule (``route``), first match wins:
+
+1. exported to ONNX: the reference, which is plain ATen
+2. forward-mode differentiation is active: the reference (the raw operator would drop tangents)
+3. compiled inside a functorch transform: the reference
+4. compiled: the raw operator, which carries its own gradient formula (a Function would be inlined)
+5. something requires grad, or a functorch transform is active: the autograd Function
+6. otherwise: the raw operator
+
+Double backward, vmap and forward mode are right through the reference: the backward is itself a
+Function, differentiated by ``torch.func.vjp`` of the reference, and each Function has a vmap rule
+that maps the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from . import operators, reference
+from .cells import LSTMParameters
+
+_STALE_STATE = (
+    "the graph that made this step's state, or the step itself, has been freed by an earlier backward(). "
+    "A state was probably carried over from an earlier forward pass: begin each forward pass (and each stage) "
+    "with state=None, detach the state, or call backward(retain_graph=True)."
+)
+
+
+def transforms_active() -> bool:
+    """Whether the call runs inside a functorch transform (torch.func.grad, vmap, jvp, ...)."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an operation on ``tensors``."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def route(function: type[Function], operator: Callable, reference_of: Callable, args: tuple) -> Any:
+    """Calls ``function``, ``operator`` or ``reference_of`` on ``args`` by the rule above."""
+    if torch.onnx.is_in_onnx_export() or torch.autograd.forward_ad._current_level >= 0:
+        return reference_of(*args)
+    transformed = transforms_active()
+    if torch.compiler.is_compiling():
+        return reference_of(*args) if transformed else operator(*args)
+    if transformed or wants_gradient(*(a for a in args if isinstance(a, Tensor))):
+        return function.apply(*args)
+    return operator(*args)
+
+
+def saved_tensors(ctx) -> tuple:
+    """The saved tensors of ``ctx``, with an error that names the usual mistake when they are gone."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "second time" in str(error):
+            raise RuntimeError(f"dia_kernels: {_STALE_STATE}") from error
+        raise
+
+
+def _derivative(function: Callable, inputs: tuple, cotangents: tuple) -> tuple:
+    """Vector-Jacobian product of ``function`` at ``inputs``, where both may hold None.
+
+    ``function`` takes all of ``inputs`` and returns a tuple as long as ``cotangents``. Returns one
+    gradient an input, None where the input is None.
+    """
+    if all(ct is None for ct in cotangents):
+        return (None,) * len(inputs)
+    present = [k for k, value in enumerate(inputs) if value is not None]
+
+    def of_present(*values):
+        full = list(inputs)
+        for k, value in zip(present, values, strict=True):
+            full[k] = value
+        return tuple(out for out, ct in zip(function(*full), cotangents, strict=True) if ct is not None)
+
+    _, pull = torch.func.vjp(of_present, *(inputs[k] for k in present))
+    gradients = pull(tuple(ct for ct in cotangents if ct is not None))
+    full: list[Tensor | None] = [None] * len(inputs)
+    for k, gradient in zip(present, gradients, strict=True):
+        full[k] = gradient
+    return tuple(full)
+
+
+# --- step ------------------------------------------------------------------------------------------
+# Arguments: x, shortcut, h, c, the eight parameters, channel_dim, relu, tanh_output, keep_tables.
+
+
+def _reference_step(x, shortcut, h, c, *rest):
+    """``operators.step`` through plain, differentiable ATen; its tables are left empty."""
+    *parameters, channel_dim, relu, tanh_output, _ = rest
+    y, h, c = reference.step(
+        x, shortcut, h, c, LSTMParameters(*parameters), channel_dim, relu, "tanh" if tanh_output else "sigmoid"
+    )
+    return y, h, c, h.new_empty(0)
+
+
+def _reference_step_backward(dy, dh, dc, x, y, h, c, parameters, channel_dim, tanh_output):
+    """Gradients of x, shortcut, h, c and the parameters, differentiable in every argument.
+
+    The ReLU's mask is a constant of the second derivative, so y stands for the shortcut here. With
+    no ReLU (y is None) the shortcut's gradient is None: it is dy, and an output may not be an input.
+    """
+
+    def before_relu(x, h, c, *parameters):
+        return _reference_step(x, None, h, c, *parameters, channel_dim, False, tanh_output, False)[:3]
+
+    g = dy if dy is None or y is None else reference.unrelu(dy, y)
+    dx, dh, dc, *dparameters = _derivative(before_relu, (x, h, c, *parameters), (g, dh, dc))
+    return dx, None if y is None else g, dh, dc, *dparameters
+
+
+def _step_context(ctx, inputs, output) -> None:
+    x, _, h, c, *rest = inputs
+    *parameters, channel_dim, relu, tanh_output, _ = rest
+    y, _, new_c, tables = output
+    ctx.save_for_backward(x, y if relu else None, h, c, new_c, tables, *parameters)
+    ctx.flags = (channel_dim, relu, tanh_output)
+
+
+def _step_gradients(ctx, grads, backward: Callable, saved: tuple) -> tuple:
+    """Gradients of the sixteen inputs of ``step``; ``backward`` is what computes those asked for."""
+    dy, dh, dc, _ = grads
+    x, y, h, c, new_c, tables, *parameters = saved
+    _, relu, _ = ctx.flags
+    need = ctx.needs_input_grad
+    need_shortcut, need_state, need_parameters = need[1], need[2] or need[3], any(need[4:12])
+    asked = (need[0], need_shortcut and relu and dy is not None, need_state, need_parameters)
+    if any(asked):
+        dx, dshortcut, dh, dc, *dparameters = backward(
+            dy, dh, dc, x, y, h, c, new_c, tables, *parameters, *ctx.flags, *asked
+        )
+    else:
+        dx = dshortcut = None
+        dparameters = [None] * len(parameters)
+    return (
+        dx if need[0] else None,
+        (dshortcut if relu else dy) if need_shortcut and dy is not None else None,
+        dh if need[2] else None,
+        dc if need[3] else None,
+        *(gradient if wanted else None for gradient, wanted in zip(dparameters, need[4:12], strict=True)),
+        *(None,) * 4,
+    )
+
+
+def _raw_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
+    """The operator: it reads only the weights of the eight parameters."""
+    parameters, flags = rest[:8], rest[8:]
+    return operators.step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *parameters[::2], *flags)
+
+
+class StepBackward(Function):
+    """``operators.step_backward`` (with all eight parameters), differentiable through the reference."""
+
+    @staticmethod
+    def forward(*args):
+        return _raw_step_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        tensors, ctx.flags, ctx.asked = inputs[:17], inputs[17:20], inputs[20:]
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dy, dh, dc, x, y, h, c, _new_c, _tables, *parameters = saved_tensors(ctx)
+        channel_dim, _relu, tanh_output = ctx.flags
+
+        def function(dy, dh, dc, x, h, c, *parameters):
+            return _reference_step_backward(dy, dh, dc, x, y, h, c, parameters, channel_dim, tanh_output)
+
+        grads = StepBackward.asked_only(grads, ctx.asked)
+        ddy, ddh, ddc, dx, dhp, dcp, *dparameters = _derivative(function, (dy, dh, dc, x, h, c, *parameters), grads)
+        return ddy, ddh, ddc, dx, None, dhp, dcp, None, None, *dparameters, *(None,) * 7
+
+    @staticmethod
+    def asked_only(grads: tuple, asked: tuple) -> tuple:
+        """Drops the gradients of outputs that were not asked for: those outputs are empty."""
+        x, shortcut, state, parameters = asked
+        kept = (x, shortcut, state, state, *(parameters,) * 8)
+        return tuple(grad if keep else None for grad, keep in zip(grads, kept, strict=True))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        flags = args[17:20]
+
+        def function(dy, dh, dc, x, y, h, c, new_c, tables, *parameters):
+            outputs = _reference_step_backward(dy, dh, dc, x, y, h, c, parameters, flags[0], flags[2])
+            return tuple(new_c.new_zeros(()) if out is None else out for out in outputs)
+
+        return torch.func.vmap(function, in_dims[:17])(*args[:17]), (0,) * 12
+
+
+class Step(Function):
+    """``operators.step``, differentiable any number of times."""
+
+    @staticmethod
+    def forward(*args):
+        return operators.step(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _step_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[3])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _step_gradients(ctx, grads, StepBackward.apply, saved_tensors(ctx))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        y, h, c = torch.func.vmap(lambda *a: _reference_step(*a)[:3], in_dims)(*args)
+        return (y, h, c, h.new_empty(0)), (0, 0, 0, None)
+
+
+def _compiled_step_backward(ctx, *grads):
+    return _step_gradients(ctx, grads, _raw_step_backward, ctx.saved_tensors)
+
+
+torch.library.register_autograd(
+    "dia_kernels::step",
+    _compiled_step_backward,
+    setup_context=lambda ctx, inputs, output: _step_context(ctx, inputs, output),
+    lib=operators.library,
+)
+
+
+def step(x, shortcut, h, c, parameters: LSTMParameters, channel_dim: int, relu: bool, tanh_output: bool):
+    """``(y, h', c')`` of one step, by the rule at the top of this file."""
+    keep_tables = wants_gradient(x, shortcut, h, c, *parameters) or transforms_active()
+    args = (x, shortcut, h, c, *parameters, channel_dim, relu, tanh_output, keep_tables)
+    return route(Step, operators.step, _reference_step, args)[:3]
+
+
+# --- pool ------------------------------------------------------------------------------------------
+# Arguments: x, channel_dim.
+
+
+def _pool_context(ctx, inputs, output) -> None:
+    x, ctx.channel_dim = inputs
+    ctx.like = x.new_empty(0).expand(x.shape) if x.numel() == 0 else x.new_empty(1).expand(x.shape)
+
+
+def _pool_gradients(ctx, dp):
+    return reference.spread(dp, ctx.like, ctx.channel_dim), None
+
+
+class Pool(Function):
+    """``operators.pool``; its gradient is linear and plain ATen, so every derivative is right."""
+
+    forward = staticmethod(operators.pool)
+    setup_context = staticmethod(_pool_context)
+    backward = staticmethod(_pool_gradients)
+
+    @staticmethod
+    def vmap(info, in_dims, x, channel_dim):
+        return torch.func.vmap(reference.pool, in_dims)(x, channel_dim), 0
+
+
+torch.library.register_autograd(
+    "dia_kernels::pool", _pool_gradients, setup_context=lambda ctx, inputs, output: _pool_context(ctx, inputs, output),
+    lib=operators.library,
+)
+
+
+def pool(x: Tensor, channel_dim: int) -> Tensor:
+    """Mean of each channel over its positions, (N, C), by the rule at the top of this file."""
+    return route(Pool, operators.pool, reference.pool, (x, channel_dim))
+
+
+# --- rescale ---------------------------------------------------------------------------------------
+# Arguments: x, scale, shortcut, channel_dim, relu.
+
+
+def _rescale_context(ctx, inputs, output) -> None:
+    x, scale, _, ctx.channel_dim, ctx.relu = inputs
+    ctx.save_for_backward(x, scale, output if ctx.relu else None)
+
+
+def _rescale_gradients(ctx, dy, backward: Callable, saved: tuple) -> tuple:
+    x, scale, y = saved
+    need_x, need_scale, need_shortcut, *_ = ctx.needs_input_grad
+    asked = (need_x, need_scale, need_shortcut and ctx.relu)
+    dx = dscale = dshortcut = None
+    if any(asked):
+        dx, dscale, dshortcut = backward(dy, x, scale, y, ctx.channel_dim, *asked)
+    return (
+        dx if need_x else None,
+        dscale if need_scale else None,
+        (dshortcut if ctx.relu else dy) if need_shortcut else None,
+        None,
+        None,
+    )
+
+
+def _reference_rescale_backward(dy, x, scale, y, channel_dim):
+    """Gradients of x, scale and (with a ReLU) shortcut, differentiable in dy, x and scale."""
+    dx, dscale, g = reference.rescale_backward(dy, x, scale, y, channel_dim)
+    return dx.to(x.dtype), dscale, scale.new_zeros(()) if y is None else g
+
+
+class RescaleBackward(Function):
+    """``operators.rescale_backward``, differentiable through the reference."""
+
+    forward = staticmethod(operators.rescale_backward)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        dy, x, scale, y, ctx.channel_dim, *ctx.asked = inputs
+        ctx.save_for_backward(dy, x, scale, y)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dy, x, scale, y = saved_tensors(ctx)
+        grads = tuple(grad if keep else None for grad, keep in zip(grads, ctx.asked, strict=True))
+        ddy, dx, dscale = _derivative(
+            lambda dy, x, scale: _reference_rescale_backward(dy, x, scale, y, ctx.channel_dim), (dy, x, scale), grads
+        )
+        return ddy, dx, dscale, *(None,) * 5
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return torch.func.vmap(_reference_rescale_backward, in_dims[:5])(*args[:5]), (0, 0, 0)
+
+
+class Rescale(Function):
+    """``operators.rescale``, differentiable any number of times."""
+
+    forward = staticmethod(operators.rescale)
+    setup_context = staticmethod(_rescale_context)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _rescale_gradients(ctx, dy, RescaleBackward.apply, saved_tensors(ctx))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return torch.func.vmap(reference.rescale, in_dims)(*args), 0
+
+
+torch.library.register_autograd(
+    "dia_kernels::rescale",
+    lambda ctx, dy: _rescale_gradients(ctx, dy, operators.rescale_backward, ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: _rescale_context(ctx, inputs, output),
+    lib=operators.library,
+)
+
+
+def rescale(x: Tensor, scale: Tensor, shortcut: Tensor | None, channel_dim: int, relu: bool) -> Tensor:
+    """``act(x * scale + shortcut)``, by the rule at the top of this file."""
+    return route(Rescale, operators.rescale, reference.rescale, (x, scale, shortcut, channel_dim, relu))

@@ -1,0 +1,240 @@
+"""The operators: schemas, fakes, the reference kernels behind every device, and the native library.
+
+Schemas and fakes stand here, in Python, so that a pure-Python install has the same operators;
+the native library only adds kernels for its devices. In all of them ``x`` is the map,
+``channel_dim`` is 1 or -1, ``relu`` says whether the step ends in a ReLU, and ``tanh_output``
+whether the cell's output function is tanh (False: the paper's sigmoid).
+
+======================  ======================================================================
+``step``                ``(y, h', c', tables)``: the whole step. ``tables`` is what its gradient
+                        needs beside x, y and the states (see ``table_sizes``); it is empty
+                        unless ``keep_tables``.
+``step_``               ``(h', c')``: the same, y written over ``x``. Inference only.
+``step_backward``       gradients of x, shortcut, h, c and the eight parameters; those that the
+                        four ``need_*`` flags do not ask for come back empty.
+``pool``                mean over positions, (N, C), in the compute dtype
+``rescale``             ``act(x * scale + shortcut)``
+``rescale_backward``    gradients of x, scale and shortcut
+======================  ======================================================================
+
+An operator may not return its input: with no ReLU the gradient of the shortcut is the incoming
+one, which ``autograd`` hands on by itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .cells import LSTMParameters, LSTMTrace
+from .layout import channels, compute_dtype, empty_map, output_format
+
+NAMESPACE = "dia_kernels"
+
+_PARAMETERS = ", ".join(f"Tensor {name}" for name in LSTMParameters._fields)
+_WEIGHTS = ", ".join(f"Tensor {name}" for name in LSTMParameters._fields if name.endswith("weight"))
+_FLAGS = "int channel_dim, bool relu, bool tanh_output"
+_GRADIENTS = ", ".join(["Tensor"] * (4 + len(LSTMParameters._fields)))
+
+SCHEMAS = {
+    "step": f"(Tensor x, Tensor? shortcut, Tensor? h, Tensor? c, {_PARAMETERS}, {_FLAGS}, bool keep_tables)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "step_": f"(Tensor(a!) x, Tensor? shortcut, Tensor? h, Tensor? c, {_PARAMETERS}, {_FLAGS}) -> (Tensor, Tensor)",
+    "step_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor x, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
+    f" Tensor tables, {_WEIGHTS}, {_FLAGS}, bool need_x, bool need_shortcut, bool need_state,"
+    f" bool need_parameters) -> ({_GRADIENTS})",
+    "pool": "(Tensor x, int channel_dim) -> Tensor",
+    "rescale": "(Tensor x, Tensor scale, Tensor? shortcut, int channel_dim, bool relu) -> Tensor",
+    "rescale_backward": "(Tensor dy, Tensor x, Tensor scale, Tensor? y, int channel_dim, bool need_x,"
+    " bool need_scale, bool need_shortcut) -> (Tensor, Tensor, Tensor)",
+}
+
+library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def table_sizes(n: int, c: int, m: int) -> list[int]:
+    """Element counts of the parts of ``tables``: p, zx, zh and the gates i, f, g, o."""
+    return [n * c, n * m, n * m, n * c * 4]
+
+
+def _pack(p: Tensor, trace: LSTMTrace) -> Tensor:
+    gates = torch.cat((trace.i, trace.f, trace.g, trace.o), dim=1)
+    return torch.cat([part.reshape(-1) for part in (p, trace.zx, trace.zh, gates)])
+
+
+def _unpack(tables: Tensor, n: int, c: int, m: int, new_c: Tensor, tanh_output: bool) -> tuple[Tensor, LSTMTrace]:
+    p, zx, zh, gates = tables.split(table_sizes(n, c, m))
+    i, f, g, o = gates.view(n, 4 * c).chunk(4, dim=1)
+    h = o * reference.squash(new_c, _output(tanh_output))
+    return p.view(n, c), LSTMTrace(h, new_c, zx.view(n, m), zh.view(n, m), i, f, g, o)
+
+
+def _output(tanh_output: bool) -> str:
+    return "tanh" if tanh_output else "sigmoid"
+
+
+def _in_format(t: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """``t`` as a fresh tensor in the output format of ``x``: what the fakes promise."""
+    return torch.empty_like(t, memory_format=output_format(x, channel_dim)).copy_(t)
+
+
+# --- reference kernels: every device without a native one ----------------------------------------
+
+
+def _reference_step(x, shortcut, h, c, *rest):
+    *parameters, channel_dim, relu, tanh_output, keep_tables = rest
+    y, p, trace = reference.traced_step(
+        x, shortcut, h, c, LSTMParameters(*parameters), channel_dim, relu, _output(tanh_output)
+    )
+    return y, trace.h, trace.c, _pack(p, trace) if keep_tables else p.new_empty(0)
+
+
+def _reference_step_(x, shortcut, h, c, *rest):
+    y, new_h, new_c, _ = _reference_step(x, shortcut, h, c, *rest, False)
+    x.copy_(y)
+    return new_h, new_c
+
+
+def _reference_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
+    *weights, channel_dim, relu, tanh_output, need_x, need_shortcut, need_state, need_parameters = rest
+    parameters = _with_weights(weights)
+    n, m = x.shape[0], parameters.input_reduce_weight.shape[0]
+    p, trace = _unpack(tables, n, channels(x, channel_dim), m, new_c, tanh_output)
+    dx, dshortcut, dh, dc, dparameters = reference.step_backward(
+        dy, dh, dc, x, y if relu else None, h, c, new_c, p, trace, parameters, channel_dim, _output(tanh_output)
+    )
+    return (
+        _in_format(dx, x, channel_dim) if need_x else x.new_empty(0),
+        _in_format(dshortcut, x, channel_dim) if need_shortcut else x.new_empty(0),
+        *((dh, dc) if need_state else (p.new_empty(0), p.new_empty(0))),
+        *(dparameters if need_parameters else (p.new_empty(0) for _ in dparameters)),
+    )
+
+
+def _with_weights(weights: list[Tensor]) -> LSTMParameters:
+    """The four weights in their places; the gradient reads no bias, so its places hold weights too."""
+    return LSTMParameters(*(w for weight in weights for w in (weight, weight)))
+
+
+def _reference_pool(x, channel_dim):
+    return reference.pool(x, channel_dim)
+
+
+def _reference_rescale(x, scale, shortcut, channel_dim, relu):
+    return _in_format(reference.rescale(x, scale, shortcut, channel_dim, relu), x, channel_dim)
+
+
+def _reference_rescale_backward(dy, x, scale, y, channel_dim, need_x, need_scale, need_shortcut):
+    dx, dscale, dshortcut = reference.rescale_backward(dy, x, scale, y, channel_dim)
+    return (
+        _in_format(dx.to(x.dtype), x, channel_dim) if need_x else x.new_empty(0),
+        dscale if need_scale else scale.new_empty(0),
+        _in_format(dshortcut, x, channel_dim) if need_shortcut else x.new_empty(0),
+    )
+
+
+# --- fakes: shapes, dtypes and strides of the results ----------------------------------------------
+
+
+def _fake_step(x, shortcut, h, c, *rest):
+    *parameters, channel_dim, _relu, _tanh_output, keep_tables = rest
+    n, width, m = x.shape[0], channels(x, channel_dim), parameters[0].shape[0]
+    table = x.new_empty((n, width), dtype=compute_dtype(x.dtype))
+    tables = table.new_empty(sum(table_sizes(n, width, m)) if keep_tables else 0)
+    return empty_map(x, channel_dim), table, torch.empty_like(table), tables
+
+
+def _fake_step_(x, shortcut, h, c, *rest):
+    channel_dim = rest[-3]
+    table = x.new_empty((x.shape[0], channels(x, channel_dim)), dtype=compute_dtype(x.dtype))
+    return table, torch.empty_like(table)
+
+
+def _fake_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
+    *weights, channel_dim, _relu, _tanh_output, need_x, need_shortcut, need_state, need_parameters = rest
+    nothing = new_c.new_empty
+    shapes = [shape for w in weights for shape in (w.shape, w.shape[:1])]
+    return (
+        empty_map(x, channel_dim) if need_x else x.new_empty(0),
+        empty_map(x, channel_dim) if need_shortcut else x.new_empty(0),
+        nothing(new_c.shape if need_state else 0),
+        nothing(new_c.shape if need_state else 0),
+        *(nothing(shape if need_parameters else 0) for shape in shapes),
+    )
+
+
+def _fake_pool(x, channel_dim):
+    return x.new_empty((x.shape[0], channels(x, channel_dim)), dtype=compute_dtype(x.dtype))
+
+
+def _fake_rescale(x, scale, shortcut, channel_dim, relu):
+    return empty_map(x, channel_dim)
+
+
+def _fake_rescale_backward(dy, x, scale, y, channel_dim, need_x, need_scale, need_shortcut):
+    return (
+        empty_map(x, channel_dim) if need_x else x.new_empty(0),
+        scale.new_empty(scale.shape if need_scale else 0),
+        empty_map(x, channel_dim) if need_shortcut else x.new_empty(0),
+    )
+
+
+_KERNELS = {
+    "step": (_reference_step, _fake_step),
+    "step_": (_reference_step_, _fake_step_),
+    "step_backward": (_reference_step_backward, _fake_step_backward),
+    "pool": (_reference_pool, _fake_pool),
+    "rescale": (_reference_rescale, _fake_rescale),
+    "rescale_backward": (_reference_rescale_backward, _fake_rescale_backward),
+}
+for _name, (_kernel, _fake) in _KERNELS.items():
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=library)
+
+
+def _step_in_place_version(keyset, x, *args):
+    """Tells autograd that ``step_`` wrote into ``x``, as every in-place operator of torch does."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        result = torch.ops.dia_kernels.step_.default.redispatch(
+            keyset & torch._C._after_ADInplaceOrView_keyset, x, *args
+        )
+    torch.autograd.graph.increment_version(x)
+    return result
+
+
+library.impl("step_", _step_in_place_version, "ADInplaceOrView", with_keyset=True)
+
+
+# --- the native library ----------------------------------------------------------------------------
+
+LIBRARY_PATH = Path(__file__).parent / "lib" / "libdia_kernels.so"
+
+
+def _load_library() -> str | None:
+    """Loads the native library. Returns None, or the sentence that says why it is not there."""
+    if not LIBRARY_PATH.exists():
+        return "the native library was not built (DIA_KERNELS_BUILD=none, or no compiler at install)"
+    try:
+        torch.ops.load_library(LIBRARY_PATH)
+    except OSError as error:
+        reason = f"the native library does not load: {error}"
+        warnings.warn(f"dia_kernels runs its slow reference path: {reason}", RuntimeWarning, stacklevel=2)
+        return reason
+    return None
+
+
+#: None when the native library is loaded, else why it is not.
+library_error: str | None = _load_library()
+
+step = torch.ops.dia_kernels.step.default
+step_ = torch.ops.dia_kernels.step_.default
+step_backward = torch.ops.dia_kernels.step_backward.default
+pool = torch.ops.dia_kernels.pool.default
+rescale = torch.ops.dia_kernels.rescale.default
+rescale_backward = torch.ops.dia_kernels.rescale_backward.default

@@ -1,0 +1,151 @@
+"""The step in plain PyTorch. It defines what is right.
+
+Every backend is tested against these functions in float64; gradcheck, double backward, forward
+mode and vmap run through them; and they are the last fallback. They take checked arguments:
+``functional`` is the door. Formulas: arXiv:1905.10671, section 3, and the authors' code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .cells import LSTMParameters, LSTMTrace, lstm, squash
+from .layout import broadcast, compute_dtype, output_format, spatial_dims, spatial_size
+
+
+def pool(x: Tensor, channel_dim: int) -> Tensor:
+    """Mean of each channel over its positions: (N, C) in the compute dtype, NaN where there are none."""
+    return x.to(compute_dtype(x.dtype)).mean(spatial_dims(x, channel_dim))
+
+
+def rescale(x: Tensor, scale: Tensor, shortcut: Tensor | None, channel_dim: int, relu: bool) -> Tensor:
+    """``act(x * scale + shortcut)``, computed in the dtype of ``scale``, rounded once to that of ``x``."""
+    y = x.to(scale.dtype) * broadcast(scale, x, channel_dim)
+    if shortcut is not None:
+        y = y + shortcut.to(scale.dtype)
+    if relu:
+        y = torch.relu(y)
+    return y.to(x.dtype).contiguous(memory_format=output_format(x, channel_dim))
+
+
+def initial_state(p: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The state given, or zeros like ``p``: h = c = 0 at the first block of a stage."""
+    return torch.zeros_like(p) if h is None else h, torch.zeros_like(p) if c is None else c
+
+
+def traced_step(
+    x: Tensor,
+    shortcut: Tensor | None,
+    h: Tensor | None,
+    c: Tensor | None,
+    parameters: LSTMParameters,
+    channel_dim: int,
+    relu: bool,
+    output: str,
+) -> tuple[Tensor, Tensor, LSTMTrace]:
+    """The whole step: y, the pooled p, and the trace of the cell (which holds the new state)."""
+    p = pool(x, channel_dim)
+    trace = lstm(p, *initial_state(p, h, c), parameters, output)
+    y = rescale(x, trace.h, shortcut, channel_dim, relu)
+    return y, p, trace
+
+
+def step(
+    x: Tensor,
+    shortcut: Tensor | None,
+    h: Tensor | None,
+    c: Tensor | None,
+    parameters: LSTMParameters,
+    channel_dim: int,
+    relu: bool,
+    output: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, h', c')`` of one step. It never follows autocast: the cell stays in the compute dtype."""
+    with torch.autocast(x.device.type, enabled=False):
+        y, _, trace = traced_step(x, shortcut, h, c, parameters, channel_dim, relu, output)
+    return y, trace.h, trace.c
+
+
+def unrelu(dy: Tensor, y: Tensor) -> Tensor:
+    """Gradient through the ReLU that made ``y``: zero only where y <= 0, so that NaN passes."""
+    return dy.masked_fill(y <= 0, 0)
+
+
+def sum_positions(x: Tensor, channel_dim: int) -> Tensor:
+    """Sum of each channel over its positions, (N, C)."""
+    dims = spatial_dims(x, channel_dim)
+    return x.sum(dims) if x.numel() else x.new_zeros(x.shape[0], x.shape[channel_dim])
+
+
+def spread(dp: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """Gradient of ``pool``: ``dp / HW`` at every position, as an expanded view in the dtype of ``x``."""
+    share = dp / max(spatial_size(x, channel_dim), 1)
+    return broadcast(share.to(x.dtype), x, channel_dim).expand(x.shape)
+
+
+def rescale_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, y: Tensor | None, channel_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients ``(dx, dscale, dshortcut)`` of ``rescale``, dx not yet rounded to the dtype of ``x``.
+
+    ``y`` is the result of ``rescale`` if it had a ReLU, else None.
+    """
+    g = dy if y is None else unrelu(dy, y)
+    wide = g.to(scale.dtype)
+    return wide * broadcast(scale, x, channel_dim), sum_positions(wide * x.to(scale.dtype), channel_dim), g
+
+
+def lstm_backward(
+    dh: Tensor, dc: Tensor, c: Tensor, new_c: Tensor, i: Tensor, f: Tensor, g: Tensor, o: Tensor, output: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the pre-activations, (N, 4 C) in gate order, and of the old cell state, (N, C)."""
+    s = squash(new_c, output)
+    dc = dc + dh * o * (s * (1 - s) if output == "sigmoid" else 1 - s * s)
+    du = torch.cat((dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dh * s * o * (1 - o)), 1)
+    return du, dc * f
+
+
+def step_backward(
+    dy: Tensor | None,
+    dh: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    h: Tensor | None,
+    c: Tensor | None,
+    new_c: Tensor,
+    p: Tensor,
+    trace: LSTMTrace,
+    parameters: LSTMParameters,
+    channel_dim: int,
+    output: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, LSTMParameters]:
+    """Gradients ``(dx, dshortcut, dh, dc, dparameters)`` of ``step``, written out.
+
+    ``y`` is the step's result if it had a ReLU, else None; ``dy``, ``dh`` and ``dc`` may be None
+    for zero. Of ``parameters`` only the weights are read.
+    """
+    h, c = initial_state(p, h, c)
+    dy = torch.zeros_like(x) if dy is None else dy
+    dh = torch.zeros_like(p) if dh is None else dh
+    dc = torch.zeros_like(p) if dc is None else dc
+    w = parameters
+
+    dx, dscale, dshortcut = rescale_backward(dy, x, trace.h, y, channel_dim)
+    du, dc = lstm_backward(dh + dscale, dc, c, new_c, trace.i, trace.f, trace.g, trace.o, output)
+    dzx = unrelu(du @ w.input_expand_weight, trace.zx)
+    dzh = unrelu(du @ w.hidden_expand_weight, trace.zh)
+    dp = dzx @ w.input_reduce_weight
+    dx = dx + broadcast(dp / max(spatial_size(x, channel_dim), 1), x, channel_dim)
+    gradients = LSTMParameters(
+        input_reduce_weight=dzx.t() @ p,
+        input_reduce_bias=dzx.sum(0),
+        input_expand_weight=du.t() @ trace.zx,
+        input_expand_bias=du.sum(0),
+        hidden_reduce_weight=dzh.t() @ h,
+        hidden_reduce_bias=dzh.sum(0),
+        hidden_expand_weight=du.t() @ trace.zh,
+        hidden_expand_bias=du.sum(0),
+    )
+    return dx.to(x.dtype), dshortcut, dzh @ w.hidden_reduce_weight, dc, gradients
