@@ -217,5 +217,5 @@ def _check_inplace(x: Tensor, shortcut: Tensor | None, rest: tuple, stacked: Seq
         )
     if torch.autograd.forward_ad._current_level >= 0:
         raise ValueError("inplace: expected False under forward-mode differentiation, got True")
-    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+    if x.numel() and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
         raise ValueError("inplace: x is an expanded tensor, several of its elements share memory")

@@ -1,0 +1,491 @@
+// The CPU kernels, compiled once per instruction set (DIA_ISA names it and the namespace).
+//
+// Idea: every function streams rows. A planar row is one channel of one sample, so a reduction ends
+// in one number; an interleaved row is one position, so a reduction adds whole rows into a small
+// table of channels that stays in the first-level cache. Each map is read or written exactly once per
+// sweep; the second read of a map is served by the cache (core/plan.h sizes the chunks).
+//
+// Sums of float lanes run over short blocks whose totals are added in double: as exact as pairwise
+// summation at no cost. The order of additions depends on the shape only, so results are the same
+// bits on every run and with any number of threads.
+//
+// docs/kernels.md tells the bytes moved, the floor and what was tried.
+#include "kernels.h"
+#include "vector.h"
+
+namespace dia::cpu::DIA_ISA {
+namespace {
+
+// Where a row (from its element `first` on) begins; null in a map that is absent.
+template <class T>
+inline T* row_of(const Map<T>& map, int64_t sample, int64_t row, int64_t first = 0) {
+  if (map.data == nullptr) return nullptr;
+  return map.data + sample * map.strides.sample + row * map.strides.row + first;
+}
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// relu(NaN) is NaN: zero only where v <= 0.
+template <class A>
+inline Vector<A> relu(Vector<A> v) {
+  return select<A>(v <= A(0), Vector<A>{}, v);
+}
+template <class A>
+inline A relu(A v) {
+  return v <= A(0) ? A(0) : v;
+}
+
+// The gradient through a ReLU whose result was y.
+template <class A>
+inline Vector<A> masked(Vector<A> dy, Vector<A> y) {
+  return select<A>(y <= A(0), Vector<A>{}, dy);
+}
+template <class A>
+inline A masked(A dy, A y) {
+  return y <= A(0) ? A(0) : dy;
+}
+
+// Vectors per block of a planar sum, per accumulator; rows per block of an interleaved one.
+constexpr int64_t kBlock = 16;
+constexpr int kAccumulators = 4;
+constexpr int64_t kRowBlock = 32;
+// Channels of an interleaved reduction done together: their sums fill half a first-level cache.
+constexpr int64_t kTile = 1024;
+
+// Sum of term(position) over a planar row: `vector_term(k)` gives the lanes at positions k.., and
+// `scalar_term(k)` one position. Terms may also write.
+template <class A, class VectorTerm, class ScalarTerm>
+inline A sum_row(int64_t length, VectorTerm vector_term, ScalarTerm scalar_term) {
+  constexpr int64_t lanes = Lanes<A>::count;
+  constexpr int64_t step = lanes * kAccumulators;
+  double total = 0;
+  int64_t k = 0;
+  while (k + step <= length) {
+    const int64_t end = least(k + step * kBlock, k + (length - k) / step * step);
+    Vector<A> sums[kAccumulators] = {};
+    for (; k < end; k += step)
+      for (int a = 0; a < kAccumulators; ++a) sums[a] += vector_term(k + a * lanes);
+    total += sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+  if (k + lanes <= length) {
+    Vector<A> sum = vector_term(k);
+    for (k += lanes; k + lanes <= length; k += lanes) sum += vector_term(k);
+    total += sum_lanes<A>(sum);
+  }
+  for (; k < length; ++k) total += scalar_term(k);
+  return static_cast<A>(total);
+}
+
+// Applies `vector_body(k)` to whole vectors of a row and `scalar_body(k)` to what is left over.
+template <class A, class VectorBody, class ScalarBody>
+inline void for_row(int64_t begin, int64_t end, VectorBody vector_body, ScalarBody scalar_body) {
+  constexpr int64_t lanes = Lanes<A>::count;
+  int64_t k = begin;
+  for (; k + 2 * lanes <= end; k += 2 * lanes) {
+    vector_body(k);
+    vector_body(k + lanes);
+  }
+  if (k + lanes <= end) {
+    vector_body(k);
+    k += lanes;
+  }
+  for (; k < end; ++k) scalar_body(k);
+}
+
+// Sums over the rows of an interleaved map for channels [begin, end), into sums[channel].
+// `add_rows(row, count, first, last, table)` adds `count` rows (1 or 4) of channels [first, last) to
+// table[channel - first].
+template <class A, class AddRows>
+inline void sum_columns(int64_t rows, int64_t begin, int64_t end, A* sums, AddRows add_rows) {
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t last = least(first + kTile, end), width = last - first;
+    A table[kTile];
+    double totals[kTile];
+    for (int64_t c = 0; c < width; ++c) totals[c] = 0;
+    for (int64_t row = 0; row < rows;) {
+      const int64_t stop = least(row + kRowBlock, rows);
+      for (int64_t c = 0; c < width; ++c) table[c] = 0;
+      for (; row + 4 <= stop; row += 4) add_rows(row, std::integral_constant<int, 4>{}, first, last, table);
+      for (; row < stop; ++row) add_rows(row, std::integral_constant<int, 1>{}, first, last, table);
+      for (int64_t c = 0; c < width; ++c) totals[c] += table[c];
+    }
+    for (int64_t c = 0; c < width; ++c) sums[first + c] = static_cast<A>(totals[c]);
+  }
+}
+
+// Adds `count` rows, each at `stride` from the last, to the table of sums.
+template <class T, int count>
+inline void add_rows(const T* x, int64_t stride, int64_t width, Compute<T>* table) {
+  using A = Compute<T>;
+  for_row<A>(
+      0, width,
+      [&](int64_t c) {
+        Vector<A> sum = load(x + c);
+        for (int r = 1; r < count; ++r) sum += load(x + r * stride + c);
+        store<A>(load(table + c) + sum, table + c);
+      },
+      [&](int64_t c) {
+        A sum = widen(x[c]);
+        for (int r = 1; r < count; ++r) sum += widen(x[r * stride + c]);
+        table[c] += sum;
+      });
+}
+
+template <class T>
+void pool(const Pool<T>& k, int64_t sample, int64_t begin, int64_t end) {
+  using A = Compute<T>;
+  A* p = k.p + sample * k.shape.channels;
+  if (!k.shape.interleaved) {
+    // Divided, not multiplied by a reciprocal: as torch does, and right for 0 / 0.
+    const A positions = static_cast<A>(k.shape.positions);
+    for (int64_t c = begin; c < end; ++c) {
+      const T* x = row_of(k.x, sample, c);
+      p[c] = sum_row<A>(
+                 k.shape.positions, [&](int64_t i) { return load(x + i); }, [&](int64_t i) { return widen(x[i]); }) /
+             positions;
+    }
+    return;
+  }
+  sum_columns<A>(k.shape.positions, begin, end, p, [&](int64_t row, auto count, int64_t first, int64_t last, A* table) {
+    add_rows<T, count()>(row_of(k.x, sample, row, first), k.x.strides.row, last - first, table);
+  });
+  for (int64_t c = begin; c < end; ++c) p[c] /= static_cast<A>(k.shape.positions);
+}
+
+// --- rescale ---------------------------------------------------------------------------------------
+
+template <class T, bool has_shortcut, bool with_relu>
+inline void rescale_row(const T* x, const T* shortcut, T* y, const Compute<T>* scales, Compute<T> scale,
+                        int64_t length) {
+  using A = Compute<T>;
+  // One scale for a planar row, a table of them for an interleaved one.
+  const auto body = [&](auto scale_at, auto scalar_scale_at) {
+    for_row<A>(
+        0, length,
+        [&](int64_t k) {
+          Vector<A> v = load(x + k) * scale_at(k);
+          if constexpr (has_shortcut) v += load(shortcut + k);
+          if constexpr (with_relu) v = relu<A>(v);
+          store(v, y + k);
+        },
+        [&](int64_t k) {
+          A v = widen(x[k]) * scalar_scale_at(k);
+          if constexpr (has_shortcut) v += widen(shortcut[k]);
+          if constexpr (with_relu) v = relu<A>(v);
+          narrow(v, y + k);
+        });
+  };
+  if (scales != nullptr)
+    body([&](int64_t k) { return load(scales + k); }, [&](int64_t k) { return scales[k]; });
+  else
+    body([v = splat(scale)](int64_t) { return v; }, [scale](int64_t) { return scale; });
+}
+
+template <class T, bool has_shortcut, bool with_relu>
+inline void rescale_rows(const Rescale<T>& k, int64_t sample, int64_t begin, int64_t end) {
+  const Compute<T>* scale = k.scale + sample * k.shape.channels;
+  const bool interleaved = k.shape.interleaved;
+  for (int64_t row = begin; row < end; ++row)
+    rescale_row<T, has_shortcut, with_relu>(row_of(k.x, sample, row),
+                                            has_shortcut ? row_of(k.shortcut, sample, row) : nullptr,
+                                            row_of(k.y, sample, row), interleaved ? scale : nullptr,
+                                            interleaved ? Compute<T>(0) : scale[row], k.shape.row_length());
+}
+
+template <class T>
+void rescale(const Rescale<T>& k, int64_t sample, int64_t begin, int64_t end) {
+  if (k.shortcut.data != nullptr)
+    k.relu ? rescale_rows<T, true, true>(k, sample, begin, end) : rescale_rows<T, true, false>(k, sample, begin, end);
+  else
+    k.relu ? rescale_rows<T, false, true>(k, sample, begin, end) : rescale_rows<T, false, false>(k, sample, begin, end);
+}
+
+// --- first sweep of the gradient -------------------------------------------------------------------
+
+// g at one place, written down if asked for.
+template <class T, bool with_relu, bool write>
+inline Vector<Compute<T>> gradient_vector(const T* dy, const T* y, T* g, int64_t k) {
+  Vector<Compute<T>> v = load(dy + k);
+  if constexpr (with_relu) v = masked<Compute<T>>(v, load(y + k));
+  if constexpr (write) store(v, g + k);
+  return v;
+}
+template <class T, bool with_relu, bool write>
+inline Compute<T> gradient_scalar(const T* dy, const T* y, T* g, int64_t k) {
+  Compute<T> v = widen(dy[k]);
+  if constexpr (with_relu) v = masked<Compute<T>>(v, widen(y[k]));
+  if constexpr (write) narrow(v, g + k);
+  return v;
+}
+
+template <class T, bool with_relu, bool write>
+inline void reduce_channels(const ReduceGradient<T>& k, int64_t sample, int64_t begin, int64_t end) {
+  using A = Compute<T>;
+  const bool interleaved = k.shape.interleaved;
+  if (k.dscale == nullptr) {
+    // Only g is wanted: rows are then cut at the channels if interleaved.
+    const int64_t rows = interleaved ? k.shape.positions : end;
+    for (int64_t row = interleaved ? 0 : begin; row < rows; ++row) {
+      const T *dy = row_of(k.dy, sample, row), *y = row_of(k.y, sample, row);
+      T* g = row_of(k.g, sample, row);
+      for_row<A>(
+          interleaved ? begin : 0, interleaved ? end : k.shape.positions,
+          [&](int64_t i) { gradient_vector<T, with_relu, write>(dy, y, g, i); },
+          [&](int64_t i) { gradient_scalar<T, with_relu, write>(dy, y, g, i); });
+    }
+    return;
+  }
+  A* dscale = k.dscale + sample * k.shape.channels;
+  if (!interleaved) {
+    for (int64_t c = begin; c < end; ++c) {
+      const T *dy = row_of(k.dy, sample, c), *y = row_of(k.y, sample, c), *x = row_of(k.x, sample, c);
+      T* g = row_of(k.g, sample, c);
+      dscale[c] = sum_row<A>(
+          k.shape.positions,
+          [&](int64_t i) { return load(x + i) * gradient_vector<T, with_relu, write>(dy, y, g, i); },
+          [&](int64_t i) { return widen(x[i]) * gradient_scalar<T, with_relu, write>(dy, y, g, i); });
+    }
+    return;
+  }
+  sum_columns<A>(k.shape.positions, begin, end, dscale,
+                 [&](int64_t row, auto count, int64_t first, int64_t last, A* table) {
+                   const T *dy = row_of(k.dy, sample, row, first), *y = row_of(k.y, sample, row, first);
+                   const T* x = row_of(k.x, sample, row, first);
+                   T* g = row_of(k.g, sample, row, first);
+                   for_row<A>(
+                       0, last - first,
+                       [&](int64_t c) {
+                         Vector<A> sum = load(table + c);
+                         for (int r = 0; r < count(); ++r)
+                           sum += load(x + r * k.x.strides.row + c) *
+                                  gradient_vector<T, with_relu, write>(dy + r * k.dy.strides.row, y + r * k.y.strides.row,
+                                                                       g + r * k.g.strides.row, c);
+                         store<A>(sum, table + c);
+                       },
+                       [&](int64_t c) {
+                         for (int r = 0; r < count(); ++r)
+                           table[c] += widen(x[r * k.x.strides.row + c]) *
+                                       gradient_scalar<T, with_relu, write>(dy + r * k.dy.strides.row,
+                                                                            y + r * k.y.strides.row,
+                                                                            g + r * k.g.strides.row, c);
+                       });
+                 });
+}
+
+template <class T>
+void reduce_gradient(const ReduceGradient<T>& k, int64_t sample, int64_t begin, int64_t end) {
+  const bool write = k.g.data != nullptr;
+  if (k.y.data != nullptr)
+    write ? reduce_channels<T, true, true>(k, sample, begin, end) : reduce_channels<T, true, false>(k, sample, begin, end);
+  else
+    write ? reduce_channels<T, false, true>(k, sample, begin, end)
+          : reduce_channels<T, false, false>(k, sample, begin, end);
+}
+
+// --- second sweep of the gradient ------------------------------------------------------------------
+
+template <class T, bool with_relu>
+inline void spread_row(const T* dy, const T* y, T* dx, const Compute<T>* scale, const Compute<T>* offset,
+                       bool interleaved, int64_t length) {
+  using A = Compute<T>;
+  const auto body = [&](auto scale_at, auto offset_at, auto scalar_scale_at, auto scalar_offset_at) {
+    for_row<A>(
+        0, length,
+        [&](int64_t k) {
+          store(gradient_vector<T, with_relu, false>(dy, y, nullptr, k) * scale_at(k) + offset_at(k), dx + k);
+        },
+        [&](int64_t k) {
+          narrow(gradient_scalar<T, with_relu, false>(dy, y, nullptr, k) * scalar_scale_at(k) + scalar_offset_at(k),
+                 dx + k);
+        });
+  };
+  const auto zero = [](int64_t) { return A(0); };
+  const auto zeros = [](int64_t) { return Vector<A>{}; };
+  const auto entry = [](const A* table) { return [table](int64_t k) { return table[k]; }; };
+  const auto entries = [](const A* table) { return [table](int64_t k) { return load(table + k); }; };
+  const auto constant = [](A value) { return [value](int64_t) { return value; }; };
+  const auto constants = [](A value) { return [v = splat(value)](int64_t) { return v; }; };
+  if (interleaved)
+    offset != nullptr ? body(entries(scale), entries(offset), entry(scale), entry(offset))
+                      : body(entries(scale), zeros, entry(scale), zero);
+  else
+    offset != nullptr ? body(constants(*scale), constants(*offset), constant(*scale), constant(*offset))
+                      : body(constants(*scale), zeros, constant(*scale), zero);
+}
+
+// dx where nothing came in for y: the mean's share alone.
+template <class T>
+inline void fill_row(T* dx, const Compute<T>* offset, bool interleaved, int64_t length) {
+  using A = Compute<T>;
+  if (interleaved)
+    for_row<A>(
+        0, length, [&](int64_t k) { store(load(offset + k), dx + k); }, [&](int64_t k) { narrow(offset[k], dx + k); });
+  else
+    for_row<A>(
+        0, length, [&](int64_t k) { store(splat(*offset), dx + k); }, [&](int64_t k) { narrow(*offset, dx + k); });
+}
+
+template <class T>
+void spread_gradient(const SpreadGradient<T>& k, int64_t sample, int64_t begin, int64_t end) {
+  using A = Compute<T>;
+  const bool interleaved = k.shape.interleaved;
+  const int64_t length = k.shape.row_length(), base = sample * k.shape.channels;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t entry = base + (interleaved ? 0 : row);
+    const A* offset = k.offset != nullptr ? k.offset + entry : nullptr;
+    T* dx = row_of(k.dx, sample, row);
+    if (k.dy.data == nullptr)
+      fill_row<T>(dx, offset, interleaved, length);
+    else if (k.y.data != nullptr)
+      spread_row<T, true>(row_of(k.dy, sample, row), row_of(k.y, sample, row), dx, k.scale + entry, offset, interleaved,
+                          length);
+    else
+      spread_row<T, false>(row_of(k.dy, sample, row), nullptr, dx, k.scale + entry, offset, interleaved, length);
+  }
+}
+
+// --- cell ------------------------------------------------------------------------------------------
+
+// Loads up to a vector's worth of lanes, the rest zero; the same for stores. Tables are small: the
+// last, partial vector of a row may go through memory.
+template <class A>
+inline Vector<A> load_part(const A* from, int64_t count) {
+  A lanes[Lanes<A>::count] = {};
+  for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = from[lane];
+  return load(lanes);
+}
+template <class A>
+inline void store_part(Vector<A> value, A* to, int64_t count) {
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = value[lane];
+}
+
+// Access to `count` lanes at a channel of a table; null tables read as zero and swallow writes.
+template <class A, bool whole>
+struct Access {
+  int64_t count;
+  Vector<A> read(const A* from) const {
+    if (from == nullptr) return Vector<A>{};
+    if constexpr (whole) return load(from);
+    return load_part(from, count);
+  }
+  void write(Vector<A> value, A* to) const {
+    if (to == nullptr) return;
+    if constexpr (whole)
+      store<A>(value, to);
+    else
+      store_part<A>(value, to, count);
+  }
+};
+
+template <class A>
+inline A* at(A* table, int64_t offset) {
+  return table == nullptr ? nullptr : table + offset;
+}
+
+// Calls `body(access, channel)` for every vector of a row of channels.
+template <class A, class Body>
+inline void for_channels(int64_t channels, Body body) {
+  constexpr int64_t lanes = Lanes<A>::count;
+  int64_t c = 0;
+  for (; c + lanes <= channels; c += lanes) body(Access<A, true>{lanes}, c);
+  if (c < channels) body(Access<A, false>{channels - c}, c);
+}
+
+template <class A, Output output>
+inline void cell_forward(const CellForward<A>& k, int64_t begin, int64_t end) {
+  using Maths = Cell<VectorMaths<A>, output>;
+  const int64_t width = k.channels;
+  for (int64_t n = begin; n < end; ++n) {
+    A* u = k.gates + n * 4 * width;
+    for_channels<A>(width, [&](auto lanes, int64_t c) {
+      const auto biased = [&](int gate) { return lanes.read(u + gate * width + c) + lanes.read(k.bias + gate * width + c); };
+      const auto gates = Maths::activate({biased(0), biased(1), biased(2), biased(3)});
+      const auto new_c = Maths::next_c(gates, lanes.read(at(k.c, n * width + c)));
+      lanes.write(gates.i, u + c);
+      lanes.write(gates.f, u + width + c);
+      lanes.write(gates.g, u + 2 * width + c);
+      lanes.write(gates.o, u + 3 * width + c);
+      lanes.write(new_c, k.new_c + n * width + c);
+      lanes.write(Maths::next_h(gates, new_c), k.new_h + n * width + c);
+    });
+  }
+}
+
+template <class A, Output output>
+inline void cell_backward(const CellBackward<A>& k, int64_t begin, int64_t end) {
+  using Maths = Cell<VectorMaths<A>, output>;
+  const int64_t width = k.channels;
+  for (int64_t n = begin; n < end; ++n) {
+    const A* gates_row = k.gates + n * 4 * width;
+    A* du = k.du + n * 4 * width;
+    for_channels<A>(width, [&](auto lanes, int64_t c) {
+      const int64_t place = n * width + c;
+      const Gates<Vector<A>> gates = {lanes.read(gates_row + c), lanes.read(gates_row + width + c),
+                                      lanes.read(gates_row + 2 * width + c), lanes.read(gates_row + 3 * width + c)};
+      const Vector<A> s = Maths::squash(lanes.read(k.new_c + place));
+      const Vector<A> dh = lanes.read(at(k.dscale, place)) + lanes.read(at(k.dh, place));
+      const auto gradient =
+          Maths::backward(gates, lanes.read(at(k.c, place)), s, dh, lanes.read(at(k.dc, place)));
+      lanes.write(gradient.u.i, du + c);
+      lanes.write(gradient.u.f, du + width + c);
+      lanes.write(gradient.u.g, du + 2 * width + c);
+      lanes.write(gradient.u.o, du + 3 * width + c);
+      lanes.write(gradient.c, at(k.old_dc, place));
+      lanes.write(gates.o * s, k.h + place);
+    });
+  }
+}
+
+template <class A>
+void cell_forward_any(const CellForward<A>& k, int64_t begin, int64_t end) {
+  k.output == Output::sigmoid ? cell_forward<A, Output::sigmoid>(k, begin, end)
+                              : cell_forward<A, Output::tanh>(k, begin, end);
+}
+
+template <class A>
+void cell_backward_any(const CellBackward<A>& k, int64_t begin, int64_t end) {
+  k.output == Output::sigmoid ? cell_backward<A, Output::sigmoid>(k, begin, end)
+                              : cell_backward<A, Output::tanh>(k, begin, end);
+}
+
+template <class A>
+void bias_relu(A* z, const A* bias, int64_t width, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    A* place = z + row * width;
+    for_row<A>(
+        0, width, [&](int64_t k) { store<A>(relu<A>(load(place + k) + load(bias + k)), place + k); },
+        [&](int64_t k) { place[k] = relu<A>(place[k] + bias[k]); });
+  }
+}
+
+template <class A>
+void mask(A* dz, const A* z, int64_t begin, int64_t end) {
+  for_row<A>(
+      begin, end, [&](int64_t k) { store<A>(masked<A>(load(dz + k), load(z + k)), dz + k); },
+      [&](int64_t k) { dz[k] = masked<A>(dz[k], z[k]); });
+}
+
+template <class A>
+void column_sums(const A* table, int64_t rows, int64_t width, A* sums, int64_t begin, int64_t end) {
+  sum_columns<A>(rows, begin, end, sums, [&](int64_t row, auto count, int64_t first, int64_t last, A* part) {
+    add_rows<A, count()>(table + row * width + first, width, last - first, part);
+  });
+}
+
+template <class T>
+constexpr MapKernels<T> map_kernels = {pool<T>, rescale<T>, reduce_gradient<T>, spread_gradient<T>};
+
+template <class A>
+constexpr CellKernels<A> cell_kernels = {cell_forward_any<A>, cell_backward_any<A>, bias_relu<A>, mask<A>,
+                                         column_sums<A>};
+
+#define DIA_STRING(name) #name
+#define DIA_NAME(name) DIA_STRING(name)
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {DIA_NAME(DIA_ISA),      map_kernels<float>,  map_kernels<double>, map_kernels<BFloat16>,
+                         map_kernels<Float16>, cell_kernels<float>, cell_kernels<double>};
+
+}  // namespace dia::cpu::DIA_ISA

@@ -1,0 +1,139 @@
+// The CPU kernels' interface: serial functions over a part of a map or of a table, which the caller
+// spreads over threads. No torch here. One table of functions per instruction set.
+//
+// T is the element type of a map, Compute<T> that of pooling, cell and state: double for double,
+// else float. A table is a dense (samples, channels) or (samples, 4 channels) array of Compute<T>.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../core/gates.h"
+#include "../core/layout.h"
+
+namespace dia::cpu {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// A map in memory; `data` is null where a map is optional and absent.
+template <class T>
+struct Map {
+  T* data = nullptr;
+  RowStrides strides;
+};
+
+// p = mean of x, written at table[sample * channels + channel].
+template <class T>
+struct Pool {
+  MapShape shape;
+  Map<const T> x;
+  Compute<T>* p;
+};
+
+// y = act(x * scale + shortcut). y may be x, and x may be the shortcut.
+template <class T>
+struct Rescale {
+  MapShape shape;
+  Map<const T> x;
+  Map<const T> shortcut;
+  Map<T> y;
+  const Compute<T>* scale;
+  bool relu;
+};
+
+// First sweep of the gradient. g = dy, zero where y <= 0 if there is a y; dscale = sum of x * g.
+// Writes g to `g` if it is there, dscale to its table if it is there.
+template <class T>
+struct ReduceGradient {
+  MapShape shape;
+  Map<const T> dy;
+  Map<const T> y;
+  Map<const T> x;
+  Map<T> g;
+  Compute<T>* dscale;
+};
+
+// Second sweep of the gradient. dx = g * scale + offset, g from dy and y as above.
+// No dy: dx = offset. No offset: dx = g * scale.
+template <class T>
+struct SpreadGradient {
+  MapShape shape;
+  Map<const T> dy;
+  Map<const T> y;
+  Map<T> dx;
+  const Compute<T>* scale;
+  const Compute<T>* offset;
+};
+
+// Every function works on one sample: a reduction on its channels [begin, end), a rescaling on its
+// rows [begin, end).
+template <class T>
+struct MapKernels {
+  void (*pool)(const Pool<T>&, int64_t sample, int64_t begin, int64_t end);
+  void (*rescale)(const Rescale<T>&, int64_t sample, int64_t begin, int64_t end);
+  void (*reduce_gradient)(const ReduceGradient<T>&, int64_t sample, int64_t begin, int64_t end);
+  void (*spread_gradient)(const SpreadGradient<T>&, int64_t sample, int64_t begin, int64_t end);
+};
+
+// Gates and new state of samples [begin, end). `gates` (samples, 4 channels) holds the products of the
+// two expansions on entry and the activated gates on return; `bias` (4 channels) is added first.
+// c may be null for zeros.
+template <class A>
+struct CellForward {
+  int64_t channels;
+  Output output;
+  A* gates;
+  const A* bias;
+  const A* c;
+  A* new_h;
+  A* new_c;
+};
+
+// Gradients of the pre-activations (samples, 4 channels) and of the old c, and h' again.
+// dh' is the sum of `dscale` and `dh`; these two, dc and c may be null for zeros; new_dc too if unwanted.
+template <class A>
+struct CellBackward {
+  int64_t channels;
+  Output output;
+  const A* gates;
+  const A* c;
+  const A* new_c;
+  const A* dscale;
+  const A* dh;
+  const A* dc;
+  A* du;
+  A* old_dc;
+  A* h;
+};
+
+template <class A>
+struct CellKernels {
+  void (*forward)(const CellForward<A>&, int64_t begin, int64_t end);
+  void (*backward)(const CellBackward<A>&, int64_t begin, int64_t end);
+  // z = relu(z + bias), rows [begin, end) of a (rows, width) table.
+  void (*bias_relu)(A* z, const A* bias, int64_t width, int64_t begin, int64_t end);
+  // dz = 0 where z <= 0, elements [begin, end).
+  void (*mask)(A* dz, const A* z, int64_t begin, int64_t end);
+  // sums[c] = sum over the rows of table[row * width + c], for c in [begin, end).
+  void (*column_sums)(const A* table, int64_t rows, int64_t width, A* sums, int64_t begin, int64_t end);
+};
+
+struct Kernels {
+  const char* instruction_set;
+  MapKernels<float> f32;
+  MapKernels<double> f64;
+  MapKernels<BFloat16> bf16;
+  MapKernels<Float16> f16;
+  CellKernels<float> cell32;
+  CellKernels<double> cell64;
+};
+
+}  // namespace dia::cpu

@@ -1,0 +1,73 @@
+"""The command line: ``python -m dia_kernels info | demo``. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_DEMO_MODULES = ("matplotlib", "numpy", "sklearn", "tqdm")
+_PICTURE_FORMATS = (".png", ".pdf", ".svg")
+
+
+def _epochs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
+    return int(text)
+
+
+def _picture(text: str) -> Path:
+    """Path of a picture. Checked before the demo begins, which writes it at its end."""
+    path = Path(text)
+    if path.suffix not in _PICTURE_FORMATS:
+        raise argparse.ArgumentTypeError(f"expected a name that ends in {', '.join(_PICTURE_FORMATS)}, got {text!r}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {str(path.parent)!r} does not exist")
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dia_kernels", description="Dense-and-Implicit Attention, fused.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    info = commands.add_parser("info", help="say which backends are here, why others are not, and the versions")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser("demo", help="train a small network on handwritten digits, and time its attention")
+    demo.add_argument("--epochs", type=_epochs, help="passes over the training images (default: 8, quick: 1)")
+    demo.add_argument("--seed", type=int, default=0, help="of the weights and the shuffling (default: 0)")
+    demo.add_argument("--picture", type=_picture, default=Path("demo.png"), help="written there (default: demo.png)")
+    demo.add_argument("--quick", action="store_true", help="few images and steps; the accuracy is not judged")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from . import info
+
+    print((info.as_json if arguments.json else info.as_text)(info.gather()))
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    try:
+        from . import demo
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _DEMO_MODULES:
+            raise
+        print(f'The demo needs {error.name}, which is not here: pip install "dia_kernels[demo]"', file=sys.stderr)
+        return 1
+    settings = demo.QUICK if arguments.quick else demo.FULL
+    return demo.run(settings, arguments.picture, seed=arguments.seed, epochs=arguments.epochs)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command that ``arguments`` (by default those of the process) name; returns the exit status."""
+    parsed = _parser().parse_args(arguments)
+    return parsed.run(parsed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

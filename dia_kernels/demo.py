@@ -1,0 +1,266 @@
+"""The demo: a small DIA network learns to read handwritten digits, through the fused kernels and without.
+
+``python -m dia_kernels demo`` trains ResNet-20 with Dense-and-Implicit Attention twice from the same
+seed (fused kernels, plain PyTorch), times a training step with and without attention, prints one
+table and saves one picture.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from . import backends, models
+from .attention import SharedAttention
+from .models import ResNet
+
+REQUIRED_ACCURACY = 0.95
+TEST_IMAGES = 360
+BATCH = 64
+LEARNING_RATE = 0.1
+WARM_UP_ROUNDS = 2
+
+PLAIN, EAGER, OURS = "no attention", "DIA, eager PyTorch", "DIA, dia_kernels"
+#: Arguments of the network behind each variant.
+VARIANTS: dict[str, dict] = {
+    PLAIN: {"attention": None},
+    EAGER: {"attention": "dia", "backend": "reference"},
+    OURS: {"attention": "dia"},
+}
+_COLOURS = {PLAIN: "#8a8f98", EAGER: "#e07b39", OURS: "#1f5fa8"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much the demo does. ``train_images`` None stands for all of them."""
+
+    epochs: int
+    train_images: int | None
+    timed_rounds: int
+    judge_accuracy: bool
+
+
+FULL = Settings(epochs=8, train_images=None, timed_rounds=25, judge_accuracy=True)
+QUICK = Settings(epochs=1, train_images=2 * BATCH, timed_rounds=2, judge_accuracy=False)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images (N, 1, 16, 16) with values in [0, 1], and their labels (N,)."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def load_data(train_images: int | None = None) -> Digits:
+    """Scikit-learn's handwritten digits, split into training and test images, the same split every time."""
+    digits = load_digits()
+    # From 8x8 to 16x16: the network halves the sides twice, and 2x2 positions would leave little to pool.
+    images = F.interpolate(torch.from_numpy(digits.images).float()[:, None] / 16, scale_factor=2)
+    train, test = train_test_split(
+        torch.arange(len(images)), test_size=TEST_IMAGES, stratify=digits.target, random_state=0
+    )
+    labels = torch.from_numpy(digits.target).long()
+    train = train[:train_images]
+    return Digits(images[train], labels[train], images[test], labels[test])
+
+
+def create_network(variant: str, seed: int) -> ResNet:
+    """ResNet-20 for the digits. Variants with attention have the same weights for the same seed."""
+    torch.manual_seed(seed)
+    return models.create("resnet20", num_classes=10, in_channels=1, **VARIANTS[variant])
+
+
+def create_optimizer(model: ResNet) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
+
+
+def train_step(model: ResNet, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
+    """One step of training; returns the loss before it."""
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def train(model: ResNet, digits: Digits, epochs: int, seed: int, title: str) -> list[float]:
+    """Trains ``model`` in place, with a progress bar called ``title``; returns the loss of each step."""
+    model.train()
+    steps_an_epoch = len(digits.train_images) // BATCH
+    optimizer = create_optimizer(model)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps_an_epoch)
+    shuffling = torch.Generator().manual_seed(seed)
+    losses = []
+    with tqdm(total=epochs * steps_an_epoch, desc=f"{title:<18}", unit="step") as progress:
+        for _ in range(epochs):
+            order = torch.randperm(len(digits.train_images), generator=shuffling)
+            for batch in order[: steps_an_epoch * BATCH].split(BATCH):
+                losses.append(train_step(model, optimizer, digits.train_images[batch], digits.train_labels[batch]))
+                schedule.step()
+                progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+                progress.update()
+    return losses
+
+
+@torch.no_grad()
+def evaluate(model: ResNet, digits: Digits) -> float:
+    """Share of the test images that ``model`` reads correctly."""
+    model.eval()
+    return (model(digits.test_images).argmax(1) == digits.test_labels).double().mean().item()
+
+
+def time_steps(variants: Mapping[str, ResNet], images: Tensor, labels: Tensor, rounds: int) -> dict[str, float]:
+    """Median seconds of a training step of each network. Trains them a little."""
+    optimizers = {name: create_optimizer(model.train()) for name, model in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    # The variants take turns, so that a slow moment of the machine meets all of them.
+    for _ in range(WARM_UP_ROUNDS + rounds):
+        for name, model in variants.items():
+            start = time.perf_counter()
+            train_step(model, optimizers[name], images, labels)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken[WARM_UP_ROUNDS:]) for name, taken in seconds.items()}
+
+
+def saved_bytes(model: ResNet, images: Tensor) -> int:
+    """Bytes that one forward pass keeps for the backward pass, beside images, parameters and buffers.
+
+    This is what attention adds to the peak memory of training: the peak comes when the forward pass ends.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (images, *model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # The result holds the graph, so no storage is freed and its address counted twice.
+        result = model(images)
+    del result
+    return sum(sizes.values())
+
+
+@torch.no_grad()
+def attention_map(model: ResNet, images: Tensor) -> Tensor:
+    """The scales h of the last stage, (channels, blocks), mean over ``images``."""
+    scales: list[Tensor] = []
+    last = [module for module in model.modules() if isinstance(module, SharedAttention)][-1]
+    # An attention returns (y, (h, c)).
+    handle = last.register_forward_hook(lambda module, args, result: scales.append(result[1][0]))
+    model.eval()
+    model(images)
+    handle.remove()
+    return torch.stack([h.mean(0) for h in scales], dim=1)
+
+
+def table(accuracies: Mapping[str, float], seconds: Mapping[str, float], saved: Mapping[str, int]) -> str:
+    """One line a variant: test accuracy, time of a training step, memory."""
+    rows = [("variant", "test accuracy", "ms a step", "to no attention", "MiB kept for backward")]
+    for variant in VARIANTS:
+        accuracy = f"{100 * accuracies[variant]:.1f} %" if variant in accuracies else "not trained"
+        ratio = seconds[variant] / seconds[PLAIN]
+        rows.append(
+            (variant, accuracy, f"{1e3 * seconds[variant]:.1f}", f"{ratio:.2f}x", f"{saved[variant] / 2**20:.1f}")
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def draw(path: Path, losses: Mapping[str, Sequence[float]], seconds: Mapping[str, float], scales: Tensor) -> None:
+    """Saves the picture: loss curves, step times, and the attention of the last stage."""
+    figure = Figure(figsize=(11, 7), layout="constrained", dpi=150)
+    figure.suptitle("ResNet-20 with Dense-and-Implicit Attention on handwritten digits", fontsize=14)
+    grid = figure.add_gridspec(2, 2, height_ratios=(1.5, 1))
+    _draw_losses(figure.add_subplot(grid[0, 0]), losses)
+    _draw_times(figure.add_subplot(grid[0, 1]), seconds)
+    _draw_scales(figure.add_subplot(grid[1, :]), scales)
+    figure.savefig(path)
+
+
+def _draw_losses(axes: Axes, losses: Mapping[str, Sequence[float]]) -> None:
+    # The curves lie on each other as long as rounding errors have not grown: the upper one is dashed.
+    for (variant, values), style in zip(losses.items(), ("-", "--"), strict=True):
+        axes.plot(range(1, len(values) + 1), values, style, color=_COLOURS[variant], label=variant, linewidth=1.4)
+    axes.set(title="Training loss, same seed", xlabel="step", ylabel="cross-entropy", yscale="log")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+
+
+def _draw_times(axes: Axes, seconds: Mapping[str, float]) -> None:
+    milliseconds = [1e3 * taken for taken in seconds.values()]
+    names = [name.replace(", ", ",\n") for name in seconds]
+    bars = axes.barh(names, milliseconds, color=[_COLOURS[name] for name in seconds])
+    axes.bar_label(bars, [f"{value:.1f} ms\n{value / milliseconds[0]:.2f}x" for value in milliseconds], padding=6)
+    axes.set(title=f"Time of a training step, batch {BATCH}", xlabel="milliseconds (median)")
+    axes.set_xlim(right=1.25 * max(milliseconds))
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_scales(axes: Axes, scales: Tensor) -> None:
+    channels, blocks = scales.shape
+    image = axes.imshow(scales.T.numpy(), aspect="auto", cmap="viridis")
+    axes.set(title="Attention h of the last stage, mean over the test images", xlabel="channel", ylabel="block")
+    axes.set_yticks(range(blocks), [str(k + 1) for k in range(blocks)])
+    axes.set_xticks(range(0, channels, 8))
+    axes.figure.colorbar(image, ax=axes, label="h (scale of the channel)", pad=0.01)
+
+
+def _announce(digits: Digits, epochs: int) -> None:
+    side = digits.train_images.shape[-1]
+    print(
+        f"ResNet-20 with DIA learns {len(digits.train_images)} handwritten digits of {side}x{side} in {epochs} "
+        f"epochs, twice from the same seed, on {torch.get_num_threads()} CPU threads."
+    )
+    reason = backends.missing("cpu")
+    if reason is not None:
+        print(f"No fused kernels: {reason}. Both runs are plain PyTorch, the row {OURS!r} too.")
+
+
+def run(settings: Settings, picture: Path, *, seed: int = 0, epochs: int | None = None) -> int:
+    """The whole demo. Returns the exit status: 1 if a network reads too few of the test digits."""
+    start = time.perf_counter()
+    epochs = settings.epochs if epochs is None else epochs
+    digits = load_data(settings.train_images)
+    images, labels = digits.train_images[:BATCH], digits.train_labels[:BATCH]
+    _announce(digits, epochs)
+
+    trained = {variant: create_network(variant, seed) for variant in (EAGER, OURS)}
+    losses = {variant: train(model, digits, epochs, seed, variant) for variant, model in trained.items()}
+    accuracies = {variant: evaluate(model, digits) for variant, model in trained.items()}
+    fresh = {variant: create_network(variant, seed) for variant in VARIANTS}
+    seconds = time_steps(fresh, images, labels, settings.timed_rounds)
+    saved = {variant: saved_bytes(model, images) for variant, model in fresh.items()}
+    draw(picture, losses, seconds, attention_map(trained[OURS], digits.test_images))
+
+    print(f"\n{table(accuracies, seconds, saved)}\n")
+    print(f"Picture: {picture}. All of it took {time.perf_counter() - start:.0f} s.")
+    failed = [variant for variant, accuracy in accuracies.items() if accuracy < REQUIRED_ACCURACY]
+    if failed and settings.judge_accuracy:
+        print(f"FAILED: test accuracy below {REQUIRED_ACCURACY:.0%}: {'; '.join(failed)}", file=sys.stderr)
+        return 1
+    return 0
