@@ -267,7 +267,9 @@ class Pool(Function):
 
 
 torch.library.register_autograd(
-    "dia_kernels::pool", _pool_gradients, setup_context=lambda ctx, inputs, output: _pool_context(ctx, inputs, output),
+    "dia_kernels::pool",
+    _pool_gradients,
+    setup_context=lambda ctx, inputs, output: _pool_context(ctx, inputs, output),
     lib=operators.library,
 )
 

@@ -103,9 +103,7 @@ def step(
 
 def _stacked_step(x, shortcut, h, c, first, rest, channel_dim, relu, output, dropout, backend):
     """The split path: pool and rescale by their operators, the small cell between them by PyTorch."""
-    pool, rescale = (
-        (reference.pool, reference.rescale) if backend == "reference" else (autograd.pool, autograd.rescale)
-    )
+    pool, rescale = (reference.pool, reference.rescale) if backend == "reference" else (autograd.pool, autograd.rescale)
     with torch.autocast(x.device.type, enabled=False):
         p = pool(x, channel_dim)
         if h is None:

@@ -35,9 +35,7 @@ struct Cell {
   }
 
   // c' = f c + i g
-  DIA_HOST_DEVICE static Value next_c(const Gates<Value>& gates, Value c) {
-    return gates.f * c + gates.i * gates.g;
-  }
+  DIA_HOST_DEVICE static Value next_c(const Gates<Value>& gates, Value c) { return gates.f * c + gates.i * gates.g; }
 
   DIA_HOST_DEVICE static Value squash(Value new_c) {
     return output == Output::sigmoid ? Maths::sigmoid(new_c) : Maths::tanh(new_c);

@@ -86,8 +86,8 @@ inline MemoryFormat output_format(const int64_t* sizes, const int64_t* strides, 
 
 // The strides by which a kernel can walk this tensor as a map of `shape`, or nothing: then it needs
 // a copy in the output format. `channel_first` says which dimension the channels are, 1 or the last.
-inline std::optional<RowStrides> row_strides(const int64_t* sizes, const int64_t* strides, int dims,
-                                             bool channel_first, bool interleaved) {
+inline std::optional<RowStrides> row_strides(const int64_t* sizes, const int64_t* strides, int dims, bool channel_first,
+                                             bool interleaved) {
   const int channel = channel_first ? 1 : dims - 1;
   const int first = channel_first ? 2 : 1;
   const int last = channel_first ? dims - 1 : dims - 2;

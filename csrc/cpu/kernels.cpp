@@ -11,6 +11,7 @@
 //
 // docs/kernels.md tells the bytes moved, the floor and what was tried.
 #include "kernels.h"
+
 #include "vector.h"
 
 namespace dia::cpu::DIA_ISA {
@@ -186,10 +187,9 @@ inline void rescale_rows(const Rescale<T>& k, int64_t sample, int64_t begin, int
   const Compute<T>* scale = k.scale + sample * k.shape.channels;
   const bool interleaved = k.shape.interleaved;
   for (int64_t row = begin; row < end; ++row)
-    rescale_row<T, has_shortcut, with_relu>(row_of(k.x, sample, row),
-                                            has_shortcut ? row_of(k.shortcut, sample, row) : nullptr,
-                                            row_of(k.y, sample, row), interleaved ? scale : nullptr,
-                                            interleaved ? Compute<T>(0) : scale[row], k.shape.row_length());
+    rescale_row<T, has_shortcut, with_relu>(
+        row_of(k.x, sample, row), has_shortcut ? row_of(k.shortcut, sample, row) : nullptr, row_of(k.y, sample, row),
+        interleaved ? scale : nullptr, interleaved ? Compute<T>(0) : scale[row], k.shape.row_length());
 }
 
 template <class T>
@@ -241,42 +241,41 @@ inline void reduce_channels(const ReduceGradient<T>& k, int64_t sample, int64_t 
       const T *dy = row_of(k.dy, sample, c), *y = row_of(k.y, sample, c), *x = row_of(k.x, sample, c);
       T* g = row_of(k.g, sample, c);
       dscale[c] = sum_row<A>(
-          k.shape.positions,
-          [&](int64_t i) { return load(x + i) * gradient_vector<T, with_relu, write>(dy, y, g, i); },
+          k.shape.positions, [&](int64_t i) { return load(x + i) * gradient_vector<T, with_relu, write>(dy, y, g, i); },
           [&](int64_t i) { return widen(x[i]) * gradient_scalar<T, with_relu, write>(dy, y, g, i); });
     }
     return;
   }
-  sum_columns<A>(k.shape.positions, begin, end, dscale,
-                 [&](int64_t row, auto count, int64_t first, int64_t last, A* table) {
-                   const T *dy = row_of(k.dy, sample, row, first), *y = row_of(k.y, sample, row, first);
-                   const T* x = row_of(k.x, sample, row, first);
-                   T* g = row_of(k.g, sample, row, first);
-                   for_row<A>(
-                       0, last - first,
-                       [&](int64_t c) {
-                         Vector<A> sum = load(table + c);
-                         for (int r = 0; r < count(); ++r)
-                           sum += load(x + r * k.x.strides.row + c) *
-                                  gradient_vector<T, with_relu, write>(dy + r * k.dy.strides.row, y + r * k.y.strides.row,
-                                                                       g + r * k.g.strides.row, c);
-                         store<A>(sum, table + c);
-                       },
-                       [&](int64_t c) {
-                         for (int r = 0; r < count(); ++r)
-                           table[c] += widen(x[r * k.x.strides.row + c]) *
-                                       gradient_scalar<T, with_relu, write>(dy + r * k.dy.strides.row,
-                                                                            y + r * k.y.strides.row,
-                                                                            g + r * k.g.strides.row, c);
-                       });
-                 });
+  sum_columns<A>(
+      k.shape.positions, begin, end, dscale, [&](int64_t row, auto count, int64_t first, int64_t last, A* table) {
+        const T *dy = row_of(k.dy, sample, row, first), *y = row_of(k.y, sample, row, first);
+        const T* x = row_of(k.x, sample, row, first);
+        T* g = row_of(k.g, sample, row, first);
+        for_row<A>(
+            0, last - first,
+            [&](int64_t c) {
+              Vector<A> sum = load(table + c);
+              for (int r = 0; r < count(); ++r)
+                sum += load(x + r * k.x.strides.row + c) *
+                       gradient_vector<T, with_relu, write>(dy + r * k.dy.strides.row, y + r * k.y.strides.row,
+                                                            g + r * k.g.strides.row, c);
+              store<A>(sum, table + c);
+            },
+            [&](int64_t c) {
+              for (int r = 0; r < count(); ++r)
+                table[c] += widen(x[r * k.x.strides.row + c]) *
+                            gradient_scalar<T, with_relu, write>(dy + r * k.dy.strides.row, y + r * k.y.strides.row,
+                                                                 g + r * k.g.strides.row, c);
+            });
+      });
 }
 
 template <class T>
 void reduce_gradient(const ReduceGradient<T>& k, int64_t sample, int64_t begin, int64_t end) {
   const bool write = k.g.data != nullptr;
   if (k.y.data != nullptr)
-    write ? reduce_channels<T, true, true>(k, sample, begin, end) : reduce_channels<T, true, false>(k, sample, begin, end);
+    write ? reduce_channels<T, true, true>(k, sample, begin, end)
+          : reduce_channels<T, true, false>(k, sample, begin, end);
   else
     write ? reduce_channels<T, false, true>(k, sample, begin, end)
           : reduce_channels<T, false, false>(k, sample, begin, end);
@@ -398,7 +397,9 @@ inline void cell_forward(const CellForward<A>& k, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     A* u = k.gates + n * 4 * width;
     for_channels<A>(width, [&](auto lanes, int64_t c) {
-      const auto biased = [&](int gate) { return lanes.read(u + gate * width + c) + lanes.read(k.bias + gate * width + c); };
+      const auto biased = [&](int gate) {
+        return lanes.read(u + gate * width + c) + lanes.read(k.bias + gate * width + c);
+      };
       const auto gates = Maths::activate({biased(0), biased(1), biased(2), biased(3)});
       const auto new_c = Maths::next_c(gates, lanes.read(at(k.c, n * width + c)));
       lanes.write(gates.i, u + c);
@@ -424,8 +425,7 @@ inline void cell_backward(const CellBackward<A>& k, int64_t begin, int64_t end) 
                                       lanes.read(gates_row + 2 * width + c), lanes.read(gates_row + 3 * width + c)};
       const Vector<A> s = Maths::squash(lanes.read(k.new_c + place));
       const Vector<A> dh = lanes.read(at(k.dscale, place)) + lanes.read(at(k.dh, place));
-      const auto gradient =
-          Maths::backward(gates, lanes.read(at(k.c, place)), s, dh, lanes.read(at(k.dc, place)));
+      const auto gradient = Maths::backward(gates, lanes.read(at(k.c, place)), s, dh, lanes.read(at(k.dc, place)));
       lanes.write(gradient.u.i, du + c);
       lanes.write(gradient.u.f, du + width + c);
       lanes.write(gradient.u.g, du + 2 * width + c);
@@ -485,7 +485,7 @@ constexpr CellKernels<A> cell_kernels = {cell_forward_any<A>, cell_backward_any<
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {DIA_NAME(DIA_ISA),      map_kernels<float>,  map_kernels<double>, map_kernels<BFloat16>,
+const Kernels kernels = {DIA_NAME(DIA_ISA),    map_kernels<float>,  map_kernels<double>, map_kernels<BFloat16>,
                          map_kernels<Float16>, cell_kernels<float>, cell_kernels<double>};
 
 }  // namespace dia::cpu::DIA_ISA

@@ -47,11 +47,16 @@ const CellKernels<A>& cell_kernels() {
 template <class Body>
 auto with_map_type(const Tensor& x, Body body) {
   switch (x.scalar_type()) {
-    case ScalarType::Double: return body.template operator()<double>();
-    case ScalarType::Float: return body.template operator()<float>();
-    case ScalarType::BFloat16: return body.template operator()<BFloat16>();
-    case ScalarType::Half: return body.template operator()<Float16>();
-    default: throw std::runtime_error("dia_kernels: x: expected float64, float32, float16 or bfloat16");
+    case ScalarType::Double:
+      return body.template operator()<double>();
+    case ScalarType::Float:
+      return body.template operator()<float>();
+    case ScalarType::BFloat16:
+      return body.template operator()<BFloat16>();
+    case ScalarType::Half:
+      return body.template operator()<Float16>();
+    default:
+      throw std::runtime_error("dia_kernels: x: expected float64, float32, float16 or bfloat16");
   }
 }
 
@@ -139,7 +144,8 @@ void run_reduce_gradient(const ReduceGradient<T>& args, Chunk chunk) {
 
 template <class T>
 void run_spread_gradient(const SpreadGradient<T>& args, Chunk chunk) {
-  for_rows(args.shape, chunk, [&](int64_t n, int64_t a, int64_t b) { map_kernels<T>().spread_gradient(args, n, a, b); });
+  for_rows(args.shape, chunk,
+           [&](int64_t n, int64_t a, int64_t b) { map_kernels<T>().spread_gradient(args, n, a, b); });
 }
 
 template <class A>
@@ -182,8 +188,7 @@ struct Tables {
   A *p, *zx, *zh, *gates;
 
   static int64_t count(int64_t n, int64_t c, int64_t m) { return n * (5 * c + 2 * m); }
-  Tables(A* data, int64_t n, int64_t c, int64_t m)
-      : p(data), zx(p + n * c), zh(zx + n * m), gates(zh + n * m) {}
+  Tables(A* data, int64_t n, int64_t c, int64_t m) : p(data), zx(p + n * c), zh(zx + n * m), gates(zh + n * m) {}
 };
 
 // The cell's pre-activations split as zx Wx2' + zh Wh2' + bias. With no state the hidden bottleneck is
@@ -218,9 +223,8 @@ class HiddenPath {
     if (h_ == nullptr) return;
     A* zh = zh_ + chunk.first * m_;
     product<A>(zh, Matrix<A>::dense(h_ + chunk.first * c_, chunk.count, c_), reduce_);
-    for_samples({0, chunk.count}, m_, [&](int64_t a, int64_t b) {
-      cell_kernels<A>().bias_relu(zh, data_of<A>(reduce_bias_), m_, a, b);
-    });
+    for_samples({0, chunk.count}, m_,
+                [&](int64_t a, int64_t b) { cell_kernels<A>().bias_relu(zh, data_of<A>(reduce_bias_), m_, a, b); });
     product<A>(u, Matrix<A>::dense(zh, chunk.count, m_), expand_, true);
   }
 
@@ -250,9 +254,12 @@ StepResult run_step(const Tensor& x, const MapInfo& info, const Map<const T>& x_
   const HiddenPath<A> hidden(w, h, n, width, m, tables.zh);
 
   const Pool<T> pool{info.shape, x_map, tables.p};
-  const CellForward<A> cell{width,          tanh_output ? Output::tanh : Output::sigmoid,
-                            tables.gates,   hidden.bias(),
-                            data_of<A>(c),  data_of<A>(result.h),
+  const CellForward<A> cell{width,
+                            tanh_output ? Output::tanh : Output::sigmoid,
+                            tables.gates,
+                            hidden.bias(),
+                            data_of<A>(c),
+                            data_of<A>(result.h),
                             data_of<A>(result.c)};
   const Rescale<T> rescale{info.shape, x_map, shortcut, y, data_of<A>(result.h), relu};
 
@@ -263,9 +270,8 @@ StepResult run_step(const Tensor& x, const MapInfo& info, const Map<const T>& x_
     A *zx = tables.zx + chunk.first * m, *u = tables.gates + chunk.first * 4 * width;
     product<A>(zx, Matrix<A>::dense(tables.p + chunk.first * width, chunk.count, width),
                Matrix<A>::of(w.input_reduce_weight).transposed());
-    for_samples({0, chunk.count}, m, [&](int64_t a, int64_t b) {
-      cell_kernels<A>().bias_relu(zx, data_of<A>(input_reduce_bias), m, a, b);
-    });
+    for_samples({0, chunk.count}, m,
+                [&](int64_t a, int64_t b) { cell_kernels<A>().bias_relu(zx, data_of<A>(input_reduce_bias), m, a, b); });
     product<A>(u, Matrix<A>::dense(zx, chunk.count, m), Matrix<A>::of(w.input_expand_weight).transposed());
     hidden.add(chunk, u);
     for_samples(chunk, 4 * width, [&](int64_t a, int64_t b) { cell_kernels<A>().forward(cell, a, b); });
@@ -392,8 +398,8 @@ struct ParameterGradients {
   }
 };
 
-using StepGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                 Tensor>;
+using StepGradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct Wanted {
   bool x, shortcut, state, parameters;
@@ -428,8 +434,8 @@ StepGradients run_step_backward(const OptionalTensor& dy, const OptionalTensor& 
   A *dzx = du + n * 4 * width, *dzh = dzx + n * m;
 
   const Map<T> g = wanted.shortcut ? map_writer<T>(dshortcut, info) : Map<T>{};
-  const ReduceGradient<T> reduce{info.shape, dy_reader.map, y_reader.map, x_reader.map, g,
-                                 need_cell ? dscale : nullptr};
+  const ReduceGradient<T> reduce{
+      info.shape, dy_reader.map, y_reader.map, x_reader.map, g, need_cell ? dscale : nullptr};
   const CellBackward<A> cell{width,
                              tanh_output ? Output::tanh : Output::sigmoid,
                              tables.gates,
@@ -444,8 +450,9 @@ StepGradients run_step_backward(const OptionalTensor& dy, const OptionalTensor& 
   // What the first sweep wrote is already masked, and is one map to read instead of two.
   const bool reread = dy && wanted.shortcut;
   const Map<const T> source = reread ? Map<const T>{g.data, g.strides} : dy_reader.map;
-  const SpreadGradient<T> spread{info.shape, source, reread ? Map<const T>{} : y_reader.map,
-                                 wanted.x ? map_writer<T>(dx, info) : Map<T>{}, scale, dp};
+  const SpreadGradient<T> spread{
+      info.shape, source, reread ? Map<const T>{} : y_reader.map, wanted.x ? map_writer<T>(dx, info) : Map<T>{},
+      scale,      dp};
 
   const int64_t sample_bytes =
       width * info.shape.positions * static_cast<int64_t>(sizeof(T)) * (reread || !y_reader.map.data ? 1 : 2);
@@ -469,8 +476,7 @@ StepGradients run_step_backward(const OptionalTensor& dy, const OptionalTensor& 
     }
     if (need_zh) {
       const auto dz = reduced(dzh, tables.zh, w.hidden_expand);
-      if (wanted.state)
-        product<A>(data_of<A>(dh_old) + chunk.first * width, dz, Matrix<A>::of(w.hidden_reduce));
+      if (wanted.state) product<A>(data_of<A>(dh_old) + chunk.first * width, dz, Matrix<A>::of(w.hidden_reduce));
     }
     if (wanted.x) run_spread_gradient(spread, chunk);
   });
@@ -555,14 +561,18 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(Tensor dy, Tensor x, Tensor 
     const OptionalMapReader<T> y_reader(y, info);
     const Tensor dx = need_x ? empty_map(x, info) : empty_strided({0}, {1}, x, dtype_code(x));
     const Tensor dshortcut = need_shortcut ? empty_map(x, info) : empty_strided({0}, {1}, x, dtype_code(x));
-    const Tensor dscale = need_scale ? empty_table<A>(x, {info.shape.samples, info.shape.channels})
-                                     : empty_table<A>(x, {0});
+    const Tensor dscale =
+        need_scale ? empty_table<A>(x, {info.shape.samples, info.shape.channels}) : empty_table<A>(x, {0});
     const Map<T> g = need_shortcut ? map_writer<T>(dshortcut, info) : Map<T>{};
-    const ReduceGradient<T> reduce{info.shape, dy_reader.map, y_reader.map, x_reader.map, g,
-                                   need_scale ? data_of<A>(dscale) : nullptr};
+    const ReduceGradient<T> reduce{
+        info.shape, dy_reader.map, y_reader.map, x_reader.map, g, need_scale ? data_of<A>(dscale) : nullptr};
     const Map<const T> source = need_shortcut ? Map<const T>{g.data, g.strides} : dy_reader.map;
-    const SpreadGradient<T> spread{info.shape, source, need_shortcut ? Map<const T>{} : y_reader.map,
-                                   need_x ? map_writer<T>(dx, info) : Map<T>{}, data_of<A>(scales), nullptr};
+    const SpreadGradient<T> spread{info.shape,
+                                   source,
+                                   need_shortcut ? Map<const T>{} : y_reader.map,
+                                   need_x ? map_writer<T>(dx, info) : Map<T>{},
+                                   data_of<A>(scales),
+                                   nullptr};
     const int64_t sample_bytes = info.shape.channels * info.shape.positions * static_cast<int64_t>(sizeof(T));
     for_chunks(info.shape.samples, sample_bytes, 0, [&](Chunk chunk) {
       if (need_scale || need_shortcut) run_reduce_gradient(reduce, chunk);

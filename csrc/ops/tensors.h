@@ -144,7 +144,7 @@ struct MapReader {
     if (!strides) {
       using torch::headeronly::MemoryFormat;
       const bool last = info.format == dia::MemoryFormat::channels_last;
-      tensor = torch::stable::contiguous(t, !last             ? MemoryFormat::Contiguous
+      tensor = torch::stable::contiguous(t, !last          ? MemoryFormat::Contiguous
                                             : t.dim() == 4 ? MemoryFormat::ChannelsLast
                                                            : MemoryFormat::ChannelsLast3d);
       strides = walk(info);
@@ -230,9 +230,8 @@ template <class A>
 Tensor view(const Matrix<A>& m) {
   const int64_t sizes[] = {m.rows, m.columns}, strides[] = {m.row_stride, m.column_stride};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<A*>(m.data), 2, sizes, strides, 0,
-                                                                   dtype_code_of<A>(), aoti_torch_device_type_cpu(), 0,
-                                                                   &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+      const_cast<A*>(m.data), 2, sizes, strides, 0, dtype_code_of<A>(), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

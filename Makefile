@@ -1,0 +1,52 @@
+# Every target sets up what it needs, from a fresh clone: a virtual environment in .venv, the pinned
+# dependencies, the native library. A second run only redoes what has changed.
+#   make demo        train a small network with the fused kernels and show what they save
+#   make test        every quick test
+#   make test-slow   the tests that take long: other builds, another torch
+#   make lint        style and types
+#   make bench       time the step against its peers
+#   make clean       remove what was built (not .venv)
+# DIA_KERNELS_BUILD and DIA_KERNELS_CUDA_ARCHS (see setup.py) choose what is built; run `make clean`
+# after a change of theirs.
+
+PYTHON ?= python3
+python := .venv/bin/python
+pip := $(python) -m pip --disable-pip-version-check --quiet
+native_sources := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+formatted_sources := $(filter csrc/%,$(native_sources))
+
+.PHONY: demo test test-slow lint bench clean
+.DELETE_ON_ERROR:
+
+demo: build/native.stamp
+	$(python) -m dia_kernels demo
+
+test: build/native.stamp
+	$(python) -m pytest -m "not slow and not gpu"
+
+test-slow: build/native.stamp
+	$(python) -m pytest -m "slow and not gpu"
+
+lint: .venv/dependencies.stamp
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	.venv/bin/clang-format --dry-run -Werror $(formatted_sources)
+	$(python) -m mypy
+
+bench: build/native.stamp
+	$(python) bench/run.py
+
+clean:
+	rm -rf build dist dia_kernels/lib
+
+# The package is installed in place and without its library, which the next rule builds: a change in
+# csrc then costs no look at the dependencies.
+.venv/dependencies.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(pip) install --constraint constraints.txt setuptools
+	DIA_KERNELS_BUILD=none $(pip) install --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $@
+
+build/native.stamp: .venv/dependencies.stamp $(native_sources)
+	$(python) setup.py --quiet build_ext --inplace
+	touch $@
