@@ -81,7 +81,7 @@ def _derivative(function: Callable, inputs: tuple, cotangents: tuple) -> tuple:
             full[k] = value
         return tuple(out for out, ct in zip(function(*full), cotangents, strict=True) if ct is not None)
 
-    _, pull = torch.func.vjp(of_present, *(inputs[k] for k in present))
+    pull = torch.func.vjp(of_present, *(inputs[k] for k in present))[1]
     gradients = pull(tuple(ct for ct in cotangents if ct is not None))
     full: list[Tensor | None] = [None] * len(inputs)
     for k, gradient in zip(present, gradients, strict=True):

@@ -188,7 +188,7 @@ def _checked_state(
         return None, None
     if not isinstance(state, (tuple, list)) or len(state) != 2:
         raise TypeError(f"state: expected None or a pair (h, c), got {type(state).__name__}")
-    shape = (x.shape[0], channels(x, channel_dim))
+    shape: tuple[int, ...] = (x.shape[0], channels(x, channel_dim))
     if stacked:
         shape = (stacked + 1, *shape)
     h, c = state

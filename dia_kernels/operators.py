@@ -24,7 +24,9 @@ one, which ``autograd`` hands on by itself.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,7 +187,7 @@ def _fake_rescale_backward(dy, x, scale, y, channel_dim, need_x, need_scale, nee
     )
 
 
-_KERNELS = {
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "step": (_reference_step, _fake_step),
     "step_": (_reference_step_, _fake_step_),
     "step_backward": (_reference_step_backward, _fake_step_backward),

@@ -13,15 +13,19 @@ from functools import cache
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from problems import (
     Problem,
     assert_contract,
+    compute_dtype,
     formula_step,
     library_step,
     lstm_parameters,
     make_problem,
     run,
     run_forward,
+    same_bits,
 )
 from torch import Tensor
 
@@ -43,7 +47,7 @@ SHAPES = {
     "tokens": ((2, 17, 12), 3, -1),
     "tokens, C=25": ((2, 9, 25), 6, -1),
     "channels last by name": ((2, 4, 3, 12), 3, -1),
-    "long rows": ((2, 4, 57, 61), 1, 1),
+    "long rows": ((2, 4, 57, 61), 4, 1),
 }
 
 
@@ -257,3 +261,238 @@ def test_some_results_are_not_used(backend, used, relu):
         torch.testing.assert_close(
             found[name].double(), truth[name], rtol=0, atol=1e-6 * max(1, truth[name].abs().max().item()), msg=name
         )
+
+
+# --- the same bits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 12, 7, 7), (3, 40, 30, 30), (1, 70, 40, 40)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_any_number_of_threads_keeps_the_accuracy(backend, shape, layout):
+    problem = make_problem(shape, 3, view=LAYOUTS[layout])
+    truth = run(formula_step, problem.double())
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)  # the fixture `backend` restores it
+        found = run(library_step(backend), problem)
+        for name, expected in truth.items():
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(found[name].double() / scale, expected / scale, rtol=0, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_twenty_runs_give_the_same_bits(backend, layout, dtype, threads):
+    torch.set_num_threads(threads)
+    problem = make_problem((3, 40, 31, 30), 10, dtype=dtype, view=LAYOUTS[layout])
+    first = run(library_step(backend), problem)
+    for _ in range(19):
+        again = run(library_step(backend), problem)
+        assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_sample_does_not_see_the_others(backend, layout):
+    problem = make_problem((4, 12, 6, 5), 3, view=LAYOUTS[layout])
+    others = torch.arange(4) != 1
+    changed = {}
+    for name in ("x", "shortcut", "h", "c", "dy", "dh", "dc"):
+        changed[name] = getattr(problem, name).clone()
+        changed[name][others] = torch.randn_like(changed[name][others]) * 100
+    found, expected = run(library_step(backend), replace(problem, **changed)), run(library_step(backend), problem)
+    for name in ("y", "h", "c", "dx", "dshortcut", "dh", "dc"):
+        assert torch.equal(found[name][1], expected[name][1]), name
+
+
+def test_the_callers_tensors_stay_as_they_were(backend):
+    problem = make_problem((3, 12, 6, 5), 3, view=channels_last)
+    incoming = {"dy": problem.dy, "dh": problem.dh, "dc": problem.dc}
+    tensors = problem.leaves() | incoming
+    before = {name: (t.detach().clone(), t._version) for name, t in tensors.items()}
+    run(library_step(backend), problem)
+    for name, (value, version) in before.items():
+        assert torch.equal(tensors[name], value), name
+        assert tensors[name]._version == version, name
+
+
+# --- empty maps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "channel_dim"), [((0, 12, 6, 5), 1), ((0, 12, 4), 1), ((0, 6, 12), -1)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"state": False}, {"shortcut": False}, {"relu": False}], ids=str)
+def test_no_samples(backend, options, shape, channel_dim, dtype):
+    problem = make_problem(shape, 3, dtype=dtype, channel_dim=channel_dim, **options)
+    found, expected = run(library_step(backend), problem), run(formula_step, problem)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name  # the parameters' gradients are zero, all else is empty
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "channel_dim"), [((2, 12, 0, 5), 1), ((2, 12, 0), 1), ((2, 0, 12), -1)], ids=str)
+@pytest.mark.parametrize("state", [False, True])
+def test_no_positions(backend, state, shape, channel_dim, dtype):
+    problem = make_problem(shape, 3, dtype=dtype, channel_dim=channel_dim, state=state)
+    found, expected = run(library_step(backend), problem), run(formula_step, problem)
+    assert found["h"].isnan().all()
+    assert found["y"].shape == shape
+    for name, tensor in expected.items():
+        assert same_bits(found[name], tensor), name
+
+
+# --- values at the edge -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("name", ["x", "shortcut", "h", "c", "dy", "dh", "dc"])
+def test_values_that_are_not_finite_propagate_as_in_eager(backend, name, relu, layout, value):
+    plain = make_problem((3, 12, 6, 7), 3, relu=relu, view=LAYOUTS[layout])
+    tensor = getattr(plain, name).clone()
+    tensor.select(0, 1).select(0, 5).fill_(1.0)
+    tensor[(1, 5, 2, 3) if tensor.ndim == 4 else (1, 5)] = value
+    problem = replace(plain, **{name: tensor})
+    found, eager = run(library_step(backend), problem), run(formula_step, problem)
+    for key, expected in eager.items():
+        assert torch.equal(found[key].isnan(), expected.isnan()), key
+        assert torch.equal(found[key].isposinf(), expected.isposinf()), key
+        assert torch.equal(found[key].isneginf(), expected.isneginf()), key
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_relu_keeps_nan_and_masks_zero(backend, dtype):
+    problem = make_problem((1, 1, 5), 1, dtype=dtype, state=False)
+    zeros = LSTMParameters(*(torch.zeros_like(p) for p in problem.parameters))
+    nan = float("nan")
+    x = torch.zeros(1, 1, 5, dtype=dtype)
+    shortcut = torch.tensor([[[nan, 0.0, -1.0, 1.0, -0.0]]], dtype=dtype)
+    found = run(
+        library_step(backend),
+        replace(problem, x=x, shortcut=shortcut, parameters=zeros, dy=torch.ones_like(x), dh=None, dc=None),
+    )
+    assert same_bits(found["y"], torch.tensor([[[nan, 0.0, 0.0, 1.0, 0.0]]], dtype=dtype))
+    assert torch.equal(found["dshortcut"], torch.tensor([[[1.0, 0.0, 0.0, 1.0, 0.0]]], dtype=dtype))
+
+
+def test_a_large_mean_does_not_cost_accuracy(backend):
+    problems = [replace(p, x=p.x * 1e-2 + 1e4) for p in draws((3, 12, 28, 28), 3, relu=False)]
+    assert_contract(backend, problems)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("magnitude", [1e30, -1e30])
+def test_huge_maps_stay_finite(backend, magnitude, dtype):
+    plain = make_problem((2, 4, 3, 3), 1, dtype=dtype, shortcut=False)
+    parameters = plain.parameters._replace(input_reduce_weight=plain.parameters.input_reduce_weight * 1e-30)
+    problem = replace(plain, x=torch.full_like(plain.x, magnitude), parameters=parameters, dy=plain.dy * 1e-30)
+    found, truth = run(library_step(backend), problem), run(formula_step, problem.double())
+    tolerance = 8 * torch.finfo(dtype).eps
+    for name, expected in truth.items():
+        assert found[name].isfinite().all(), name
+        scale = expected.abs().max().clamp_min(torch.finfo(dtype).tiny)
+        torch.testing.assert_close(found[name].double() / scale, expected / scale, rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("logit", [-200.0, 200.0])
+@pytest.mark.parametrize("gate", range(4))
+@pytest.mark.parametrize("output", ["sigmoid", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_saturated_gates(backend, dtype, output, gate, logit):
+    plain = make_problem((2, 12, 4, 4), 3, dtype=dtype, output=output)
+    bias = plain.parameters.input_expand_bias.clone()
+    bias[12 * gate : 12 * (gate + 1)] = logit
+    problem = replace(plain, parameters=plain.parameters._replace(input_expand_bias=bias))
+    problem = replace(problem, shortcut=None)
+    found, truth = run(library_step(backend), problem), run(formula_step, problem.double())
+    for name, expected in truth.items():
+        assert found[name].isfinite().all(), name
+        atol = 32 * torch.finfo(dtype).eps * max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=atol, msg=name)
+
+
+# --- in place -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shortcut", [None, "contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_place_gives_the_same_bits(backend, layout, shortcut, relu, dtype):
+    problem = make_problem((3, 12, 6, 5), 3, dtype=dtype, relu=relu, shortcut=shortcut is not None)
+    if shortcut is not None:
+        problem = replace(problem, shortcut=LAYOUTS[shortcut](problem.shortcut))
+    expected = run_forward(library_step(backend), replace(problem, x=LAYOUTS[layout](problem.x)))
+    x = LAYOUTS[layout](problem.x.clone())
+    strides, version = x.stride(), x._version
+    found = run_forward(library_step(backend, inplace=True), replace(problem, x=x))
+    assert found["y"].data_ptr() == x.data_ptr()
+    assert x.stride() == strides
+    assert x._version > version
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("view", [every_other_column, inner_channels])
+def test_in_place_leaves_the_gaps_of_a_view(backend, view):
+    problem = make_problem((3, 12, 6, 5), 3)
+    x = view(problem.x)
+    memory = torch.empty(0).set_(x.untyped_storage())
+    run_forward(library_step(backend, inplace=True), replace(problem, x=x))
+    assert memory.isnan().sum() == memory.numel() - x.numel()
+    assert not x.isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(0, 12, 6, 5), (2, 12, 0, 5)])
+def test_in_place_on_empty_maps(backend, shape):
+    problem = make_problem(shape, 3)
+    found = run_forward(library_step(backend, inplace=True), problem)
+    assert found["y"].shape == shape
+
+
+def test_in_place_on_x_as_its_own_shortcut(backend):
+    problem = make_problem((3, 12, 6, 5), 3, shortcut=False)
+    expected = run_forward(library_step(backend), replace(problem, shortcut=problem.x))
+    x = problem.x.clone()
+    found = run_forward(library_step(backend, inplace=True), replace(problem, x=x, shortcut=x))
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def test_in_place_with_a_shortcut_that_overlaps_x(backend):
+    memory = torch.randn(3, 13, 6, 5)
+    problem = make_problem((3, 12, 6, 5), 3)
+    expected = run_forward(library_step(backend), replace(problem, x=memory[:, :-1], shortcut=memory[:, 1:]))
+    found = run_forward(library_step(backend, inplace=True), replace(problem, x=memory[:, :-1], shortcut=memory[:, 1:]))
+    assert torch.equal(found["y"], expected["y"])
+
+
+# --- any shape ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    samples=st.integers(1, 9),
+    channels=st.integers(1, 70),
+    reduction=st.integers(1, 20),
+    spatial=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    dtype=st.sampled_from(DTYPES),
+    options=st.fixed_dictionaries({name: st.booleans() for name in ("shortcut", "state", "relu")}),
+    tokens=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(backend, samples, channels, reduction, spatial, dtype, options, tokens, seed):
+    shape = (samples, *spatial, channels) if tokens else (samples, channels, *spatial)
+    bottleneck = max(channels // reduction, 1)
+    problem = make_problem(shape, bottleneck, dtype=dtype, channel_dim=-1 if tokens else 1, seed=seed, **options)
+    found, truth = run(library_step(backend), problem), run(formula_step, problem.double())
+    assert found.keys() == truth.keys()
+    # A single draw, so no comparison with eager: each value may be off by its worst case, a sum of
+    # `terms` products of values near 1.
+    table = compute_dtype(dtype)
+    for name, expected in truth.items():
+        eps = torch.finfo(found[name].dtype).eps + 4 * problem.terms * torch.finfo(table).eps
+        scale = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(found[name].double() / scale, expected / scale, rtol=0, atol=eps, msg=name)
