@@ -1,0 +1,149 @@
+"""Bad input: one clear error that names the argument, and nothing changed."""
+
+import pytest
+import torch
+
+import dia_kernels as dk
+from dia_kernels import autograd, backends, functional, operators
+
+
+class Tagged(torch.Tensor):
+    """A tensor subclass whose meaning no kernel knows."""
+
+
+def attention(channels: int = 8, **options) -> dk.SharedAttention:
+    torch.manual_seed(0)
+    return dk.SharedAttention(channels, **options)
+
+
+MAP = torch.ones(2, 8, 5, 5)
+STATE = (torch.zeros(2, 8), torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("error", "names", "arguments"),
+    [
+        (ValueError, "x", {"x": torch.ones(2, 7, 5, 5)}),
+        (ValueError, "x", {"x": torch.ones(2, 8)}),
+        (ValueError, "x", {"x": torch.ones(2, 8, 2, 2, 2, 2)}),
+        (TypeError, "x", {"x": torch.ones(2, 8, 5, 5, dtype=torch.int64)}),
+        (TypeError, "x", {"x": [1.0]}),
+        (TypeError, "x", {"x": MAP.as_subclass(Tagged)}),
+        (ValueError, "input_reduce_weight", {"x": torch.ones(2, 8, 5, 5, device="meta")}),
+        (TypeError, "state", {"state": torch.zeros(2, 8)}),
+        (TypeError, "state", {"state": (STATE[0],)}),
+        (ValueError, "state h", {"state": (torch.zeros(3, 8), torch.zeros(3, 8))}),
+        (ValueError, "state c", {"state": (STATE[0], torch.zeros(2, 9))}),
+        (TypeError, "state h", {"state": (torch.zeros(2, 8, dtype=torch.int64), STATE[1])}),
+        (TypeError, "state h", {"state": (torch.zeros(2, 8, dtype=torch.float64), STATE[1])}),
+        (ValueError, "state c", {"state": (STATE[0], torch.zeros(2, 8, device="meta"))}),
+        (ValueError, "shortcut", {"shortcut": torch.ones(2, 8, 5, 4)}),
+        (ValueError, "shortcut", {"shortcut": torch.ones(2, 8, 5, 5, device="meta")}),
+        (TypeError, "shortcut", {"shortcut": torch.ones(2, 8, 5, 5, dtype=torch.int32)}),
+        (TypeError, "shortcut", {"shortcut": MAP.as_subclass(Tagged)}),
+        (ValueError, "activation", {"activation": "gelu"}),
+        (ValueError, "inplace", {"inplace": True}),
+    ],
+)
+def test_a_wrong_argument_of_forward_is_named(error, names, arguments):
+    with pytest.raises(error, match=rf"^{names}\b"):
+        attention()(**({"x": MAP.clone()} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("error", "names", "arguments"),
+    [
+        (ValueError, "channels", {"channels": 0}),
+        (TypeError, "channels", {"channels": 8.0}),
+        (ValueError, "reduction", {"reduction": 0}),
+        (ValueError, "reduction", {"reduction": -4}),
+        (ValueError, "reduction", {"reduction": 9}),
+        (ValueError, "num_layers", {"num_layers": 0}),
+        (ValueError, "output", {"output": "relu"}),
+        (ValueError, "dropout", {"dropout": 1.0}),
+        (ValueError, "channel_dim", {"channel_dim": 2}),
+        (ValueError, "backend", {"backend": "abacus"}),
+        (TypeError, "dtype", {"dtype": torch.int64}),
+    ],
+)
+def test_a_wrong_argument_of_the_module_is_named(error, names, arguments):
+    with pytest.raises(error, match=rf"^{names}\b"):
+        dk.SharedAttention(**({"channels": 8} | arguments))
+
+
+def test_float64_parameters_with_a_lower_map_are_a_type_error():
+    with pytest.raises(TypeError, match="^input_reduce_weight: float64"):
+        attention(dtype=torch.float64)(MAP)
+
+
+def test_a_parameter_of_another_shape_is_named():
+    parameters = attention().lstm_parameters()._replace(hidden_expand_bias=torch.zeros(31))
+    with pytest.raises(ValueError, match=r"^hidden_expand_bias: expected shape \(32,\)"):
+        functional.step(MAP, parameters)
+
+
+def test_in_place_refuses_expanded_memory_and_leaves_it_alone():
+    x = torch.ones(2, 8, 1, 1).expand(2, 8, 5, 5)
+    with torch.no_grad(), pytest.raises(ValueError, match="^inplace: x is an expanded tensor"):
+        attention()(x, inplace=True)
+    assert torch.equal(x, torch.ones(2, 8, 5, 5))
+
+
+def test_in_place_refuses_gradients_and_leaves_the_map_alone():
+    x = MAP.clone()
+    with pytest.raises(ValueError, match="^inplace: expected False where a gradient is needed"):
+        attention()(x, inplace=True)
+    assert torch.equal(x, MAP)
+
+
+def test_in_place_refuses_stacked_layers():
+    with torch.no_grad(), pytest.raises(ValueError, match="^inplace: expected False with stacked layers"):
+        attention(num_layers=2)(MAP.clone(), inplace=True)
+
+
+def test_a_backend_for_another_device_is_named():
+    layer = attention(backend="cpu", device="meta")
+    with pytest.raises(ValueError, match="^backend: 'cpu' serves cpu tensors"):
+        layer(torch.ones(2, 8, 5, 5, device="meta"))
+
+
+def test_a_named_backend_that_is_missing_does_not_fall_back(monkeypatch):
+    monkeypatch.setattr(operators, "library_error", "it was not built")
+    assert backends.missing("cpu") == "it was not built"
+    with pytest.raises(RuntimeError, match="^backend: 'cpu' is missing here: it was not built"):
+        attention(backend="cpu")(MAP)
+
+
+def test_a_state_from_an_earlier_pass_ends_in_an_error_that_says_so():
+    layer, x = attention(), MAP.clone().requires_grad_()
+    y, state = layer(x)
+    y.sum().backward()
+    y, _ = layer(x, state)
+    with pytest.raises(RuntimeError, match="begin each forward pass") as caught:
+        y.sum().backward()
+    assert autograd._STALE_STATE in str(caught.value)
+
+
+@pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
+@pytest.mark.parametrize("name", ["shortcut", "h", "c", *dk.LSTMParameters._fields])
+@pytest.mark.parametrize("fault", ["size", "dtype"])
+def test_a_native_operator_refuses_a_wrong_tensor(name, fault):
+    arguments = {"x": MAP, "shortcut": MAP, "h": STATE[0], "c": STATE[1], **attention().lstm_parameters()._asdict()}
+    good = arguments[name].detach()
+    arguments[name] = good.double() if fault == "dtype" else torch.cat((good, good))
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"dia_kernels: {name}|dia_kernels: input_reduce"):
+        operators.step(*arguments.values(), 1, True, False, False)
+
+
+@pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
+@pytest.mark.parametrize("index", [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12])
+@pytest.mark.parametrize("fault", ["size", "dtype"])
+def test_the_native_gradient_refuses_a_wrong_tensor(index, fault):
+    weights = [p.detach() for p in attention().lstm_parameters()]
+    with torch.no_grad():
+        y, _, new_c, tables = operators.step(MAP, MAP, *STATE, *weights, 1, True, False, True)
+        arguments = [MAP, *STATE, MAP, y, *STATE, new_c, tables, *weights[::2]]
+        good = arguments[index]
+        arguments[index] = good.double() if fault == "dtype" else torch.cat((good, good))
+        with pytest.raises(RuntimeError, match="dia_kernels: "):
+            operators.step_backward(*arguments, 1, True, False, True, True, True, True)
