@@ -87,7 +87,11 @@ def step(
 
     if inplace:
         _check_inplace(x, shortcut, (h, c, *parameters), stacked, dtype)
-        h, c = operators.step_(x, shortcut, h, c, *parameters, channel_dim, relu, output == "tanh")
+        if backend == "reference":
+            y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
+            x.copy_(y)
+        else:
+            h, c = operators.step_(x, shortcut, h, c, *parameters, channel_dim, relu, output == "tanh")
         return x, (h, c)
     if stacked:
         y, h, c = _stacked_step(x, shortcut, h, c, parameters, stacked, channel_dim, relu, output, dropout, backend)

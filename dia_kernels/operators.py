@@ -91,9 +91,10 @@ def _in_format(t: Tensor, x: Tensor, channel_dim: int) -> Tensor:
 
 def _reference_step(x, shortcut, h, c, *rest):
     *parameters, channel_dim, relu, tanh_output, keep_tables = rest
-    y, p, trace = reference.traced_step(
-        x, shortcut, h, c, LSTMParameters(*parameters), channel_dim, relu, _output(tanh_output)
-    )
+    with torch.autocast(x.device.type, enabled=False):
+        y, p, trace = reference.traced_step(
+            x, shortcut, h, c, LSTMParameters(*parameters), channel_dim, relu, _output(tanh_output)
+        )
     return y, trace.h, trace.c, _pack(p, trace) if keep_tables else p.new_empty(0)
 
 
@@ -108,9 +109,10 @@ def _reference_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
     parameters = _with_weights(weights)
     n, m = x.shape[0], parameters.input_reduce_weight.shape[0]
     p, trace = _unpack(tables, n, channels(x, channel_dim), m, new_c, tanh_output)
-    dx, dshortcut, dh, dc, dparameters = reference.step_backward(
-        dy, dh, dc, x, y if relu else None, h, c, new_c, p, trace, parameters, channel_dim, _output(tanh_output)
-    )
+    with torch.autocast(x.device.type, enabled=False):
+        dx, dshortcut, dh, dc, dparameters = reference.step_backward(
+            dy, dh, dc, x, y if relu else None, h, c, new_c, p, trace, parameters, channel_dim, _output(tanh_output)
+        )
     return (
         _in_format(dx, x, channel_dim) if need_x else x.new_empty(0),
         _in_format(dshortcut, x, channel_dim) if need_shortcut else x.new_empty(0),

@@ -72,7 +72,7 @@ def test_a_wrong_argument_of_the_module_is_named(error, names, arguments):
 
 
 def test_float64_parameters_with_a_lower_map_are_a_type_error():
-    with pytest.raises(TypeError, match="^input_reduce_weight: float64"):
+    with pytest.raises(TypeError, match=r"^input_reduce_weight: float64"):
         attention(dtype=torch.float64)(MAP)
 
 
@@ -84,33 +84,33 @@ def test_a_parameter_of_another_shape_is_named():
 
 def test_in_place_refuses_expanded_memory_and_leaves_it_alone():
     x = torch.ones(2, 8, 1, 1).expand(2, 8, 5, 5)
-    with torch.no_grad(), pytest.raises(ValueError, match="^inplace: x is an expanded tensor"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"^inplace: x is an expanded tensor"):
         attention()(x, inplace=True)
     assert torch.equal(x, torch.ones(2, 8, 5, 5))
 
 
 def test_in_place_refuses_gradients_and_leaves_the_map_alone():
     x = MAP.clone()
-    with pytest.raises(ValueError, match="^inplace: expected False where a gradient is needed"):
+    with pytest.raises(ValueError, match=r"^inplace: expected False where a gradient is needed"):
         attention()(x, inplace=True)
     assert torch.equal(x, MAP)
 
 
 def test_in_place_refuses_stacked_layers():
-    with torch.no_grad(), pytest.raises(ValueError, match="^inplace: expected False with stacked layers"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"^inplace: expected False with stacked layers"):
         attention(num_layers=2)(MAP.clone(), inplace=True)
 
 
 def test_a_backend_for_another_device_is_named():
     layer = attention(backend="cpu", device="meta")
-    with pytest.raises(ValueError, match="^backend: 'cpu' serves cpu tensors"):
+    with pytest.raises(ValueError, match=r"^backend: 'cpu' serves cpu tensors"):
         layer(torch.ones(2, 8, 5, 5, device="meta"))
 
 
 def test_a_named_backend_that_is_missing_does_not_fall_back(monkeypatch):
     monkeypatch.setattr(operators, "library_error", "it was not built")
     assert backends.missing("cpu") == "it was not built"
-    with pytest.raises(RuntimeError, match="^backend: 'cpu' is missing here: it was not built"):
+    with pytest.raises(RuntimeError, match=r"^backend: 'cpu' is missing here: it was not built"):
         attention(backend="cpu")(MAP)
 
 

@@ -12,6 +12,8 @@ from pytorchcv.model_provider import get_model
 
 from dia_kernels import SharedAttention, backends, models
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH, SIDE = 4, 32
 # The longest sum is over the samples and positions of the first stage: its batch norms, its gradients.
 TERMS = BATCH * SIDE * SIDE
@@ -93,7 +95,6 @@ def test_known_sizes():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("attention", "backend"), [(None, None), *(("dia", backend) for backend in BACKENDS)])
 def test_network_of_pytorchcv(attention, backend, training):
-    torch.manual_seed(0)
     theirs = get_model("resnet20_cifar10" if attention is None else "diaresnet20_cifar10").double()
     ours = models.create("resnet20", attention=attention, backend=backend).double()
     copy_weights(theirs, ours)
@@ -162,7 +163,10 @@ def test_names():
         (lambda: models.create("resnet21"), r"name: expected one of resnet20.*, got 'resnet21'"),
         (lambda: models.create("resnet20", attention="se"), r"attention: expected None or \"dia\", got 'se'"),
         (lambda: models.create("resnet20", attention="dia", backend="tpu"), r"backend: expected None or one of"),
-        (lambda: models.create("resnet20", attention="dia", reduction=17), r"reduction: expected at most channels = 16"),
+        (
+            lambda: models.create("resnet20", attention="dia", reduction=17),
+            "reduction: expected at most channels = 16",
+        ),
         (lambda: models.ResNet(21), r"depth: expected 6 n \+ 2 with n at least 1, got 21"),
         (lambda: models.ResNet(2), r"depth: expected 6 n \+ 2 with n at least 1, got 2"),
     ],
