@@ -118,6 +118,8 @@ def _stacked_step(x, shortcut, h, c, first, rest, channel_dim, relu, output, dro
 
 def _check_plain(name: str, tensor: object) -> None:
     if type(tensor) in _PLAIN_TYPES:
+        if tensor.layout != torch.strided:  # type: ignore[attr-defined]
+            raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")  # type: ignore[attr-defined]
         return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
@@ -136,8 +138,6 @@ def _check_map(x: Tensor, channel_dim: int) -> None:
     if not 3 <= x.ndim <= 5:
         form = "(N, C, *spatial)" if channel_dim == 1 else "(N, *spatial, C)"
         raise ValueError(f"x: expected {form} with 1 to 3 spatial dimensions, got shape {tuple(x.shape)}")
-    if x.layout != torch.strided:
-        raise TypeError(f"x: expected a strided tensor, got layout {x.layout}")
 
 
 def _cast(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
