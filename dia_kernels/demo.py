@@ -233,8 +233,8 @@ def _draw_scales(axes: Axes, scales: Tensor) -> None:
 def _announce(digits: Digits, epochs: int) -> None:
     side = digits.train_images.shape[-1]
     print(
-        f"ResNet-20 with DIA learns {len(digits.train_images)} handwritten digits of {side}x{side} in {epochs} "
-        f"epochs, twice from the same seed, on {torch.get_num_threads()} CPU threads."
+        f"ResNet-20 with DIA learns {len(digits.train_images)} handwritten digits of {side}x{side}, twice from the "
+        f"same seed (epochs: {epochs}, CPU threads: {torch.get_num_threads()})."
     )
     reason = backends.missing("cpu")
     if reason is not None:
