@@ -37,9 +37,9 @@ def ulp(truth: Tensor, dtype: torch.dtype) -> float:
 class Accuracy:
     """Errors of one implementation, the worst of each tensor over several random draws.
 
-    In a single draw a tensor of few values is now and then far more exact in eager than rounding
-    explains, and a step as good as eager would break the contract by luck. Draws settle that: ours
-    and eager both count with their worst.
+    In a single draw a tensor of few values is now and then far more exact in eager than is typical of
+    eager, and a step as good as eager breaks the bound by luck. So ours and eager both count with their
+    worst. The README gives figures, and says what this reading of the contract lets pass.
     """
 
     def __init__(self, map_dtype: torch.dtype, longest_sum: int) -> None:
