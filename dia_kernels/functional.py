@@ -12,7 +12,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import autograd, backends, operators, reference
 from .cells import OUTPUTS, LSTMParameters, StackedLayer, stacked_lstm
-from .layout import channels, compute_dtype
+from .layout import channels, compute_dtype, shares_memory
 
 State = tuple[Tensor, Tensor]
 Activation = Literal["relu"] | None
@@ -67,7 +67,6 @@ def step(
         RuntimeError: in backward, when the state comes from a forward pass whose graph is gone.
     """
     _check_map(x, channel_dim)
-    dtype = compute_dtype(x.dtype)
     parameters = _checked_parameters(parameters, x, channel_dim)
     stacked = [_checked_layer(layer, k, x, channel_dim) for k, layer in enumerate(stacked, start=1)]
     h, c = _checked_state(state, x, channel_dim, len(stacked))
@@ -86,7 +85,7 @@ def step(
         relu, shortcut, later = False, None, shortcut
 
     if inplace:
-        _check_inplace(x, shortcut, (h, c, *parameters), stacked, dtype)
+        _check_inplace(x, shortcut, (h, c, *parameters), stacked)
         if backend == "reference":
             y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
             x.copy_(y)
@@ -209,7 +208,7 @@ def _check_shortcut(shortcut: Tensor, x: Tensor) -> None:
         raise TypeError(f"shortcut: expected a floating dtype, got {shortcut.dtype}")
 
 
-def _check_inplace(x: Tensor, shortcut: Tensor | None, rest: tuple, stacked: Sequence, dtype: torch.dtype) -> None:
+def _check_inplace(x: Tensor, shortcut: Tensor | None, rest: tuple, stacked: Sequence) -> None:
     if stacked:
         raise ValueError("inplace: expected False with stacked layers, got True")
     if autograd.wants_gradient(x, shortcut, *rest) or autograd.transforms_active():
@@ -219,5 +218,5 @@ def _check_inplace(x: Tensor, shortcut: Tensor | None, rest: tuple, stacked: Seq
         )
     if torch.autograd.forward_ad._current_level >= 0:
         raise ValueError("inplace: expected False under forward-mode differentiation, got True")
-    if x.numel() and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+    if shares_memory(x):
         raise ValueError("inplace: x is an expanded tensor, several of its elements share memory")

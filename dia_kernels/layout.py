@@ -36,6 +36,11 @@ def broadcast(table: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     return table
 
 
+def shares_memory(x: Tensor) -> bool:
+    """Whether ``x`` is expanded, so that several of its elements are one place in memory."""
+    return x.numel() > 0 and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
 def output_format(x: Tensor, channel_dim: int) -> torch.memory_format:
     """Memory format of everything that is shaped like the map ``x``.
 

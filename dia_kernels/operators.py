@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .cells import LSTMParameters, LSTMTrace
-from .layout import channels, compute_dtype, empty_map, output_format
+from .cells import LSTMParameters, LSTMTrace, squash
+from .layout import channels, compute_dtype, empty_map, output_format, shares_memory
 
 NAMESPACE = "dia_kernels"
 
@@ -73,7 +73,7 @@ def _pack(p: Tensor, trace: LSTMTrace) -> Tensor:
 def _unpack(tables: Tensor, n: int, c: int, m: int, new_c: Tensor, tanh_output: bool) -> tuple[Tensor, LSTMTrace]:
     p, zx, zh, gates = tables.split(table_sizes(n, c, m))
     i, f, g, o = gates.view(n, 4 * c).chunk(4, dim=1)
-    h = o * reference.squash(new_c, _output(tanh_output))
+    h = o * squash(new_c, _output(tanh_output))
     return p.view(n, c), LSTMTrace(h, new_c, zx.view(n, m), zh.view(n, m), i, f, g, o)
 
 
@@ -203,7 +203,15 @@ for _name, (_kernel, _fake) in _KERNELS.items():
 
 
 def _step_in_place_version(keyset, x, *args):
-    """Tells autograd that ``step_`` wrote into ``x``, as every in-place operator of torch does."""
+    """Refuses what may not be written over; tells autograd that the rest was written into.
+
+    Raises:
+        RuntimeError: a gradient is to flow, or several elements of ``x`` share memory.
+    """
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *args)):
+        raise RuntimeError("dia_kernels: step_ writes over x and records no gradient; call it under torch.no_grad()")
+    if shares_memory(x):
+        raise RuntimeError("dia_kernels: x: an expanded tensor, several of its elements share memory")
     with torch._C._AutoDispatchBelowADInplaceOrView():
         result = torch.ops.dia_kernels.step_.default.redispatch(
             keyset & torch._C._after_ADInplaceOrView_keyset, x, *args

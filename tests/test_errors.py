@@ -127,26 +127,58 @@ def test_a_state_from_an_earlier_pass_ends_in_an_error_that_says_so():
     assert autograd._STALE_STATE in str(caught.value)
 
 
-@pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
-@pytest.mark.parametrize("name", ["shortcut", "h", "c", *dk.LSTMParameters._fields])
-@pytest.mark.parametrize("fault", ["size", "dtype"])
-def test_a_native_operator_refuses_a_wrong_tensor(name, fault):
-    arguments = {"x": MAP, "shortcut": MAP, "h": STATE[0], "c": STATE[1], **attention().lstm_parameters()._asdict()}
-    good = arguments[name].detach()
-    arguments[name] = good.double() if fault == "dtype" else torch.cat((good, good))
-    with torch.no_grad(), pytest.raises(RuntimeError, match=f"dia_kernels: {name}|dia_kernels: input_reduce"):
-        operators.step(*arguments.values(), 1, True, False, False)
+# --- the native operators, called directly ---------------------------------------------------------
 
 
-@pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
-@pytest.mark.parametrize("index", [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12])
-@pytest.mark.parametrize("fault", ["size", "dtype"])
-def test_the_native_gradient_refuses_a_wrong_tensor(index, fault):
+def operator_calls() -> dict[str, tuple]:
+    """A good call of every operator, with every optional tensor there."""
     weights = [p.detach() for p in attention().lstm_parameters()]
-    with torch.no_grad():
-        y, _, new_c, tables = operators.step(MAP, MAP, *STATE, *weights, 1, True, False, True)
-        arguments = [MAP, *STATE, MAP, y, *STATE, new_c, tables, *weights[::2]]
-        good = arguments[index]
-        arguments[index] = good.double() if fault == "dtype" else torch.cat((good, good))
-        with pytest.raises(RuntimeError, match="dia_kernels: "):
-            operators.step_backward(*arguments, 1, True, False, True, True, True, True)
+    y, h, c, tables = operators.step(MAP, MAP, *STATE, *weights, 1, True, False, True)
+    return {
+        "step": (MAP, MAP, *STATE, *weights, 1, True, False, True),
+        "step_": (MAP.clone(), MAP, *STATE, *weights, 1, True, False),
+        "step_backward": (MAP, h, c, MAP, y, *STATE, c, tables, *weights[::2], 1, True, False, *(True,) * 4),
+        "pool": (MAP, 1),
+        "rescale": (MAP, STATE[0], MAP, 1, True),
+        "rescale_backward": (MAP, MAP, STATE[0], y, 1, True, True, True),
+    }
+
+
+def with_wrong_size(t: torch.Tensor, dim: int, change: int) -> torch.Tensor:
+    sizes = list(t.shape)
+    sizes[dim] += change
+    return torch.ones(sizes)
+
+
+def wrong_calls():
+    """(operator, index of the tensor that is wrong, what is wrong with it)."""
+    for name, arguments in operator_calls().items():
+        for index, value in enumerate(arguments):
+            # A map alone may have any size: nothing else is there to differ from.
+            if isinstance(value, torch.Tensor) and name != "pool":
+                yield from ((name, index, (dim, change)) for dim in range(value.ndim) for change in (-1, 1))
+            if isinstance(value, torch.Tensor):
+                wrong = (torch.float64, torch.float16, torch.int32, torch.bool, torch.complex64)
+                yield from ((name, index, dtype) for dtype in (wrong[2:] if name == "pool" else wrong))
+
+
+@pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
+@pytest.mark.parametrize(("name", "index", "fault"), list(wrong_calls()))
+def test_a_native_operator_refuses_a_wrong_tensor_and_writes_nothing(name, index, fault):
+    arguments = list(operator_calls()[name])
+    good = arguments[index]
+    arguments[index] = with_wrong_size(good, *fault) if isinstance(fault, tuple) else good.to(fault)
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dia_kernels: "):
+        getattr(operators, name)(*arguments)
+    for after, value in zip(arguments, before, strict=True):
+        assert torch.equal(after, value) if isinstance(value, torch.Tensor) else after == value
+
+
+@pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
+@pytest.mark.parametrize("name", operator_calls())
+def test_a_native_operator_refuses_a_wrong_channel_dim(name):
+    arguments = list(operator_calls()[name])
+    arguments[next(k for k, a in enumerate(arguments) if type(a) is int)] = 2
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dia_kernels: channel_dim"):
+        getattr(operators, name)(*arguments)

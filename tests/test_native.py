@@ -27,11 +27,25 @@ def programs() -> Path:
     return BUILD
 
 
-def test_there_are_tests():
-    assert TESTS
-
-
-@pytest.mark.parametrize("name", TESTS)
-def test_cpp(programs, name):
-    result = subprocess.run([programs / name], capture_output=True, text=True)
+def run(program: Path, **environment: str) -> None:
+    result = subprocess.run([program], capture_output=True, text=True, env=os.environ | environment)
     assert result.returncode == 0, result.stderr
+
+
+def test_there_are_tests():
+    assert {"test_layout", "test_plan", "test_gates", "test_kernels"} <= set(TESTS)
+
+
+@pytest.mark.parametrize("name", [name for name in TESTS if name != "test_kernels"])
+def test_cpp(programs, name):
+    run(programs / name)
+
+
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+def test_kernels(programs, instruction_set):
+    # A processor without it runs the widest that it has: dispatch.cpp.
+    run(programs / "test_kernels", DIA_KERNELS_ISA=instruction_set)
+
+
+def test_kernels_with_vectors_of_64_bytes(programs):
+    run(programs / "test_kernels_wide")

@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schemas, fakes, strides, mutation, compilation and export."""
+"""The operators as torch sees them: schemas, fakes, strides and mutation."""
 
 import pytest
 import torch
@@ -79,75 +79,10 @@ def test_step_in_place_says_that_it_writes():
     assert x._version == before + 1
 
 
-class SixBlocks(torch.nn.Module):
-    """Six residual blocks of a stage that share one attention."""
-
-    def __init__(self, **options) -> None:
-        super().__init__()
-        self.attention = dk.SharedAttention(8, 2, **options)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        state = None
-        for _ in range(6):
-            x, state = self.attention(x, state, shortcut=x, activation="relu")
-        return x
-
-
-def test_six_blocks_compile_whole_once_and_give_the_same_gradients():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    model = SixBlocks()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    x = torch.randn(3, 8, 5, 5, requires_grad=True)
-    for _ in range(5):
-        model.zero_grad()
-        compiled(x).sum().backward()
-    assert counter.frame_count == 1
-    ours = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    model(x).sum().backward()
-    for a, p in zip(ours, model.parameters(), strict=True):
-        assert torch.equal(a, p.grad)
-
-
-def test_a_dynamic_batch_compiles_once():
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(SixBlocks(), backend=counter, fullgraph=True, dynamic=True)
-    for n in (2, 3, 5, 7):
-        assert compiled(torch.randn(n, 8, 5, 5)).shape == (n, 8, 5, 5)
-    assert counter.frame_count == 1
-
-
-def test_inductor_keeps_the_layout_and_the_bits():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    model, x = SixBlocks(), channels_last(torch.randn(2, 8, 5, 5))
-    with torch.no_grad():
-        eager, compiled = model(x), torch.compile(model, fullgraph=True)(x)
-    assert compiled.stride() == eager.stride()
-    assert torch.equal(compiled, eager)
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_export_keeps_the_operator(strict):
-    program = torch.export.export(SixBlocks(), (torch.randn(2, 8, 5, 5),), strict=strict)
-    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count("dia_kernels.step.default") == 6
-
-
-def test_export_of_the_reference_is_plain_aten():
-    program = torch.export.export(SixBlocks(backend="reference"), (torch.randn(2, 8, 5, 5),))
-    assert not any("dia_kernels" in str(node.target) for node in program.graph.nodes)
-
-
-def test_the_gradient_of_a_compiled_transform_is_right():
-    torch._dynamo.reset()
-    model = dk.SharedAttention(8, 2, dtype=torch.float64).requires_grad_(False)
-    x = torch.randn(2, 8, 3, 3, dtype=torch.float64)
-
-    def slope(x):
-        return torch.func.grad(lambda x: model(x)[0].square().sum())(x)
-
-    torch.testing.assert_close(torch.compile(slope, backend="aot_eager", fullgraph=True)(x), slope(x))
+@pytest.mark.parametrize("fault", ["gradient", "expanded"])
+def test_step_in_place_refuses_what_it_must_not_write_over(fault):
+    x = torch.randn(2, 8, 1, 1).expand(2, 8, 3, 5) if fault == "expanded" else torch.randn(2, 8, 3, 5)
+    before, weights = x.clone(), parameters()
+    with torch.set_grad_enabled(fault == "gradient"), pytest.raises(RuntimeError, match="dia_kernels: "):
+        operators.step_(x, None, None, None, *weights, 1, True, False)
+    assert torch.equal(x, before)

@@ -390,7 +390,8 @@ struct ParameterGradients {
     std::fill(data_of<A>(zero_row), data_of<A>(zero_row) + m, A(0));
     const A* zh = n > 0 ? tables.zh : data_of<A>(zero_row);
     product<A>(data_of<A>(v2), Matrix<A>::dense(data_of<A>(b2), 4 * c, 1), Matrix<A>::dense(zh, 1, m));
-    product<A>(data_of<A>(a1), Matrix<A>::dense(data_of<A>(b2), 1, 4 * c), Matrix<A>::of(w.hidden_expand));
+    // Weights first: as a row times a matrix the BLAS sums a single column with twice the error.
+    product<A>(data_of<A>(a1), Matrix<A>::of(w.hidden_expand).transposed(), Matrix<A>::dense(data_of<A>(b2), 4 * c, 1));
     cell_kernels<A>().mask(data_of<A>(a1), zh, 0, m);
     // Times the zero of h: zero, or NaN where the gradient is not finite, as in a product with zeros.
     for (int64_t row = 0; row < m; ++row)

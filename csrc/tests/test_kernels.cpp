@@ -1,0 +1,216 @@
+// cpu/kernels.cpp under the sanitizers, for the instruction set that DIA_KERNELS_ISA names: every map
+// lies in a block of exactly its size, so that one element too many is an error, and results are held
+// to plain loops in double.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "cpu/dispatch.h"
+
+namespace {
+
+using namespace dia;
+using namespace dia::cpu;
+
+template <class T>
+const MapKernels<T>& maps();
+template <>
+const MapKernels<float>& maps() {
+  return kernels().f32;
+}
+template <>
+const MapKernels<double>& maps() {
+  return kernels().f64;
+}
+template <>
+const MapKernels<BFloat16>& maps() {
+  return kernels().bf16;
+}
+template <>
+const MapKernels<Float16>& maps() {
+  return kernels().f16;
+}
+
+// Small multiples of 1/8 are exact in every type, and so are the products and sums made of them here.
+float value(std::mt19937& random) { return static_cast<float>(static_cast<int>(random() % 17) - 8) / 8; }
+
+template <class T>
+T encode(float v) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    return {static_cast<uint16_t>(bits >> 16)};
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    if (v == 0) return {0};
+    int exponent;
+    const float mantissa = std::frexp(std::abs(v), &exponent);
+    const auto bits = static_cast<uint16_t>(((exponent + 14) << 10) | (static_cast<int>(mantissa * 2048) & 0x3ff));
+    return {static_cast<uint16_t>(bits | (v < 0 ? 0x8000 : 0))};
+  } else {
+    return static_cast<T>(v);
+  }
+}
+
+template <class T>
+double decode(T v) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    const double sign = v.bits & 0x8000 ? -1 : 1;
+    const int exponent = (v.bits >> 10) & 31;
+    const int mantissa = v.bits & 0x3ff;
+    return sign * (exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25));
+  } else {
+    return static_cast<double>(v);
+  }
+}
+
+// A map with `gap` unused elements between rows, which nobody may touch.
+template <class T>
+struct Block {
+  MapShape shape;
+  RowStrides strides;
+  std::vector<T> data;
+
+  Block(const MapShape& s, int64_t gap, std::mt19937& random) : shape(s) {
+    strides = {s.rows() * (s.row_length() + gap), s.row_length() + gap};
+    // The last row ends the block: no gap behind it.
+    data.resize(static_cast<size_t>(std::max<int64_t>(s.samples * strides.sample - gap, 0)));
+    for (auto& element : data) element = encode<T>(value(random));
+  }
+  int64_t offset(int64_t n, int64_t c, int64_t k) const {
+    return n * strides.sample + (shape.interleaved ? k * strides.row + c : c * strides.row + k);
+  }
+  double at(int64_t n, int64_t c, int64_t k) const { return decode(data[static_cast<size_t>(offset(n, c, k))]); }
+  Map<const T> reader() const { return {data.data(), strides}; }
+  Map<T> writer() { return {data.data(), strides}; }
+};
+
+template <class T>
+void check_shape(const MapShape& shape, int64_t gap, uint32_t seed) {
+  using A = Compute<T>;
+  std::mt19937 random(seed);
+  const Block<T> x(shape, gap, random), s(shape, gap, random), dy(shape, gap, random), y(shape, gap, random);
+  Block<T> out(shape, gap, random), g(shape, gap, random), dx(shape, gap, random);
+  const Block<T> untouched = out;
+  const size_t entries = static_cast<size_t>(shape.samples * shape.channels);
+  std::vector<A> scale(entries), offset(entries), p(entries), dscale(entries);
+  for (auto& v : scale) v = static_cast<A>(value(random));
+  for (auto& v : offset) v = static_cast<A>(value(random));
+
+  const auto& k = maps<T>();
+  // Reductions by two ranges of channels, rescalings by two ranges of rows: cuts must not matter.
+  const int64_t channel_cut = shape.channels / 3, row_cut = shape.rows() / 2;
+  const Pool<T> pool{shape, x.reader(), p.data()};
+  const ReduceGradient<T> reduce{shape, dy.reader(), y.reader(), x.reader(), g.writer(), dscale.data()};
+  const Rescale<T> rescale{shape, x.reader(), s.reader(), out.writer(), scale.data(), true};
+  const SpreadGradient<T> spread{shape, dy.reader(), y.reader(), dx.writer(), scale.data(), offset.data()};
+  for (int64_t n = 0; n < shape.samples; ++n) {
+    for (const auto& [a, b] : {std::pair{int64_t{0}, channel_cut}, std::pair{channel_cut, shape.channels}}) {
+      k.pool(pool, n, a, b);
+      k.reduce_gradient(reduce, n, a, b);
+    }
+    for (const auto& [a, b] : {std::pair{int64_t{0}, row_cut}, std::pair{row_cut, shape.rows()}}) {
+      k.rescale(rescale, n, a, b);
+      k.spread_gradient(spread, n, a, b);
+    }
+  }
+
+  for (int64_t n = 0; n < shape.samples; ++n)
+    for (int64_t c = 0; c < shape.channels; ++c) {
+      const size_t entry = static_cast<size_t>(n * shape.channels + c);
+      double sum = 0, product = 0;
+      for (int64_t i = 0; i < shape.positions; ++i) {
+        const double masked = y.at(n, c, i) <= 0 ? 0 : dy.at(n, c, i);
+        sum += x.at(n, c, i);
+        product += x.at(n, c, i) * masked;
+        const double before = x.at(n, c, i) * static_cast<double>(scale[entry]) + s.at(n, c, i);
+        CHECK_EQUAL(out.at(n, c, i), before > 0 ? before : 0);
+        CHECK_EQUAL(g.at(n, c, i), masked);
+        CHECK_EQUAL(dx.at(n, c, i), masked * static_cast<double>(scale[entry]) + static_cast<double>(offset[entry]));
+      }
+      const A mean = static_cast<A>(sum) / static_cast<A>(shape.positions);
+      CHECK(p[entry] == mean || (shape.positions == 0 && std::isnan(p[entry])));
+      CHECK_EQUAL(static_cast<double>(dscale[entry]), product);
+    }
+  // What lies between the rows is still what it was.
+  for (size_t e = 0; e < out.data.size(); ++e)
+    if (static_cast<int64_t>(e) % out.strides.row >= shape.row_length())
+      CHECK(std::memcmp(&out.data[e], &untouched.data[e], sizeof(T)) == 0);
+}
+
+template <class T>
+void check_maps() {
+  uint32_t seed = 1;
+  for (const bool interleaved : {false, true})
+    for (const int64_t channels : {1, 12, 25, 102, 1030})
+      for (const int64_t positions : {0, 1, 7, 49, 64, 131, 600}) {
+        // Larger sums of eighths would not be exact in 24 bits, and the largest maps add no new path.
+        if (channels * positions > 20000) continue;
+        for (const int64_t gap : {0, 3}) check_shape<T>({2, channels, positions, interleaved}, gap, seed++);
+      }
+}
+
+template <class A>
+const CellKernels<A>& cells();
+template <>
+const CellKernels<float>& cells() {
+  return kernels().cell32;
+}
+template <>
+const CellKernels<double>& cells() {
+  return kernels().cell64;
+}
+
+// The gates over the whole range, ends and NaN included, against the C library. A result of order one is
+// right to a few ulp; the exponential behind it to two.
+template <class A>
+void check_cell(Output output) {
+  const std::vector<double> points = {-1e30, -800, -104, -89,  -20, -1.5, -0.63, -0.6, -1e-4, 0,
+                                      1e-4,  0.5,  0.62, 0.64, 3,   18,   88,    90,   711,   1e30};
+  const int64_t width = static_cast<int64_t>(points.size());
+  std::vector<A> gates(static_cast<size_t>(4 * width)), bias(gates.size(), A(0)), c(points.size()), h(c), new_c(c);
+  for (size_t k = 0; k < points.size(); ++k) {
+    for (size_t gate = 0; gate < 4; ++gate) gates[gate * points.size() + k] = static_cast<A>(points[k]);
+    c[k] = static_cast<A>(0.25);
+  }
+  const CellForward<A> args{width, output, gates.data(), bias.data(), c.data(), h.data(), new_c.data()};
+  cells<A>().forward(args, 0, 1);
+  const double tolerance = 4 * std::numeric_limits<A>::epsilon();
+  const auto near = [&](A actual, double expected) {
+    return std::abs(static_cast<double>(actual) - expected) <= tolerance * std::abs(expected) + 1e-37;
+  };
+  for (size_t k = 0; k < points.size(); ++k) {
+    const double u = static_cast<double>(static_cast<A>(points[k])), s = 1 / (1 + std::exp(-u)), t = std::tanh(u);
+    CHECK(near(gates[k], s));
+    CHECK(near(gates[2 * points.size() + k], t));
+    const double next = s * 0.25 + s * t;
+    CHECK(std::abs(static_cast<double>(new_c[k]) - next) <= 2 * tolerance);
+    const double squashed = output == Output::sigmoid ? 1 / (1 + std::exp(-next)) : std::tanh(next);
+    CHECK(std::abs(static_cast<double>(h[k]) - s * squashed) <= 3 * tolerance);
+  }
+  gates.assign(gates.size(), std::numeric_limits<A>::quiet_NaN());
+  cells<A>().forward(args, 0, 1);
+  for (const A v : h) CHECK(std::isnan(v));
+}
+
+}  // namespace
+
+int main() {
+  check_maps<float>();
+  check_maps<double>();
+  check_maps<BFloat16>();
+  check_maps<Float16>();
+  for (const Output output : {Output::sigmoid, Output::tanh}) {
+    check_cell<float>(output);
+    check_cell<double>(output);
+  }
+  return dia::test::failures == 0 ? 0 : 1;
+}
