@@ -448,6 +448,51 @@ void cell_backward_any(const CellBackward<A>& k, int64_t begin, int64_t end) {
                               : cell_backward<A, Output::tanh>(k, begin, end);
 }
 
+// Inner products of kRows rows of x with kColumns rows of W, along their dense dimension: no packing, each
+// load serves several multiplications, and a lane adds only inputs / lanes terms before the pairwise end.
+template <class A, int kRows, int kColumns>
+inline void linear_tile(const Linear<A>& k, int64_t sample, int64_t output) {
+  constexpr int64_t lanes = Lanes<A>::count;
+  const A* x[kRows];
+  const A* w[kColumns];
+  for (int r = 0; r < kRows; ++r) x[r] = k.x + (sample + r) * k.inputs;
+  for (int c = 0; c < kColumns; ++c) w[c] = k.weight + (output + c) * k.weight_stride;
+  Vector<A> sums[kRows][kColumns] = {};
+  int64_t i = 0;
+  for (; i + lanes <= k.inputs; i += lanes) {
+    Vector<A> columns[kColumns];
+    for (int c = 0; c < kColumns; ++c) columns[c] = load(w[c] + i);
+    for (int r = 0; r < kRows; ++r) {
+      const Vector<A> row = load(x[r] + i);
+      for (int c = 0; c < kColumns; ++c) sums[r][c] += row * columns[c];
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int c = 0; c < kColumns; ++c) {
+      A total = sum_lanes<A>(sums[r][c]);
+      for (int64_t rest = i; rest < k.inputs; ++rest) total += x[r][rest] * w[c][rest];
+      A* y = k.y + (sample + r) * k.outputs + output + c;
+      if (k.bias != nullptr)
+        *y = relu<A>(total + k.bias[output + c]);
+      else
+        *y = k.add ? *y + total : total;
+    }
+}
+
+template <class A, int kColumns>
+inline void linear_columns(const Linear<A>& k, int64_t output) {
+  int64_t n = 0;
+  for (; n + 4 <= k.samples; n += 4) linear_tile<A, 4, kColumns>(k, n, output);
+  for (; n < k.samples; ++n) linear_tile<A, 1, kColumns>(k, n, output);
+}
+
+template <class A>
+void linear(const Linear<A>& k, int64_t begin, int64_t end) {
+  int64_t output = begin;
+  for (; output + 3 <= end; output += 3) linear_columns<A, 3>(k, output);
+  for (; output < end; ++output) linear_columns<A, 1>(k, output);
+}
+
 template <class A>
 void bias_relu(A* z, const A* bias, int64_t width, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
@@ -476,8 +521,8 @@ template <class T>
 constexpr MapKernels<T> map_kernels = {pool<T>, rescale<T>, reduce_gradient<T>, spread_gradient<T>};
 
 template <class A>
-constexpr CellKernels<A> cell_kernels = {cell_forward_any<A>, cell_backward_any<A>, bias_relu<A>, mask<A>,
-                                         column_sums<A>};
+constexpr CellKernels<A> cell_kernels = {linear<A>, cell_forward_any<A>, cell_backward_any<A>, bias_relu<A>,
+                                         mask<A>,   column_sums<A>};
 
 #define DIA_STRING(name) #name
 #define DIA_NAME(name) DIA_STRING(name)

@@ -114,8 +114,23 @@ struct CellBackward {
   A* h;
 };
 
+// A linear map of the cell, for the rows [begin, end) of W: y = relu(x W' + bias) where there is a bias,
+// else y = x W', added to what is there if `add`. x (samples, inputs) and y (samples, outputs) are dense,
+// a row of W is too.
+template <class A>
+struct Linear {
+  int64_t samples, inputs, outputs;
+  const A* x;
+  const A* weight;
+  int64_t weight_stride;
+  const A* bias;
+  A* y;
+  bool add;
+};
+
 template <class A>
 struct CellKernels {
+  void (*linear)(const Linear<A>&, int64_t begin, int64_t end);
   void (*forward)(const CellForward<A>&, int64_t begin, int64_t end);
   void (*backward)(const CellBackward<A>&, int64_t begin, int64_t end);
   // z = relu(z + bias), rows [begin, end) of a (rows, width) table.

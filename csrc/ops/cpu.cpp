@@ -1,6 +1,6 @@
 // The operators on the CPU: checks, chunks of samples, threads, and the products between the sweeps.
 //
-// A step is, per chunk of samples (core/plan.h): pool | two products, bias and ReLU | two products |
+// A step is, per chunk of samples (core/plan.h): pool | two reductions with bias and ReLU | two expansions |
 // gates | rescale. Its gradient: reduce | gates | products | spread; then the weights' gradients once
 // over all samples. The kernels (cpu/kernels.h) are serial; here they are spread over torch's threads.
 #include <algorithm>
@@ -157,6 +157,25 @@ void column_sums(const A* table, int64_t rows, int64_t width, A* sums) {
                });
 }
 
+// y = x W' (+ y), or relu(x W' + bias), by the kernel where it is faster than the BLAS: with few samples the
+// weights' bytes decide, which the kernel reads once; with more of them, long sums pay for its ends.
+template <class A>
+void linear(const A* x, int64_t samples, const Tensor& weight, const A* bias, A* y, bool add = false) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  if (weight.stride(1) == 1 && (samples <= 8 || (samples <= 64 && inputs >= 128))) {
+    const cpu::Linear<A> args{samples,          inputs, outputs, x,  static_cast<const A*>(weight.const_data_ptr()),
+                              weight.stride(0), bias,   y,       add};
+    // Whole tiles of three rows a thread.
+    parallel_for(0, (outputs + 2) / 3, std::max<int64_t>(kGrain / (samples * inputs), 1),
+                 [&](int64_t a, int64_t b) { cell_kernels<A>().linear(args, 3 * a, std::min(3 * b, outputs)); });
+    return;
+  }
+  product<A>(y, Matrix<A>::dense(x, samples, inputs), Matrix<A>::of(weight).transposed(), add);
+  if (bias == nullptr) return;
+  for_samples({0, samples}, outputs,
+              [&](int64_t a, int64_t b) { cell_kernels<A>().bias_relu(y, bias, outputs, a, b); });
+}
+
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(dense(*t)) : t; }
 
@@ -197,8 +216,8 @@ template <class A>
 class HiddenPath {
  public:
   HiddenPath(const Parameters& w, const OptionalTensor& h, int64_t n, int64_t c, int64_t m, A* zh)
-      : reduce_(Matrix<A>::of(w.hidden_reduce_weight).transposed()),
-        expand_(Matrix<A>::of(w.hidden_expand_weight).transposed()),
+      : reduce_(w.hidden_reduce_weight),
+        expand_(w.hidden_expand_weight),
         reduce_bias_(dense(w.hidden_reduce_bias)),
         h_(data_of<A>(h)),
         zh_(zh),
@@ -213,7 +232,7 @@ class HiddenPath {
     std::fill(zh_, zh_ + m, A(0));
     cell_kernels<A>().bias_relu(zh_, data_of<A>(reduce_bias_), m, 0, 1);
     for (int64_t k = 1; k < n; ++k) std::copy(zh_, zh_ + m, zh_ + k * m);
-    product<A>(bias, Matrix<A>::dense(zh_, 1, m), expand_, true);
+    linear<A>(zh_, 1, expand_, nullptr, bias, true);
   }
 
   const A* bias() const { return data_of<A>(bias_); }
@@ -222,15 +241,12 @@ class HiddenPath {
   void add(Chunk chunk, A* u) const {
     if (h_ == nullptr) return;
     A* zh = zh_ + chunk.first * m_;
-    product<A>(zh, Matrix<A>::dense(h_ + chunk.first * c_, chunk.count, c_), reduce_);
-    for_samples({0, chunk.count}, m_,
-                [&](int64_t a, int64_t b) { cell_kernels<A>().bias_relu(zh, data_of<A>(reduce_bias_), m_, a, b); });
-    product<A>(u, Matrix<A>::dense(zh, chunk.count, m_), expand_, true);
+    linear<A>(h_ + chunk.first * c_, chunk.count, reduce_, data_of<A>(reduce_bias_), zh);
+    linear<A>(zh, chunk.count, expand_, nullptr, u, true);
   }
 
  private:
-  Matrix<A> reduce_, expand_;
-  Tensor reduce_bias_;
+  Tensor reduce_, expand_, reduce_bias_;
   const A* h_;
   A* zh_;
   int64_t c_, m_;
@@ -268,11 +284,8 @@ StepResult run_step(const Tensor& x, const MapInfo& info, const Map<const T>& x_
   for_chunks(n, sample_bytes, weight_bytes, [&](Chunk chunk) {
     run_pool(pool, chunk);
     A *zx = tables.zx + chunk.first * m, *u = tables.gates + chunk.first * 4 * width;
-    product<A>(zx, Matrix<A>::dense(tables.p + chunk.first * width, chunk.count, width),
-               Matrix<A>::of(w.input_reduce_weight).transposed());
-    for_samples({0, chunk.count}, m,
-                [&](int64_t a, int64_t b) { cell_kernels<A>().bias_relu(zx, data_of<A>(input_reduce_bias), m, a, b); });
-    product<A>(u, Matrix<A>::dense(zx, chunk.count, m), Matrix<A>::of(w.input_expand_weight).transposed());
+    linear<A>(tables.p + chunk.first * width, chunk.count, w.input_reduce_weight, data_of<A>(input_reduce_bias), zx);
+    linear<A>(zx, chunk.count, w.input_expand_weight, nullptr, u);
     hidden.add(chunk, u);
     for_samples(chunk, 4 * width, [&](int64_t a, int64_t b) { cell_kernels<A>().forward(cell, a, b); });
     run_rescale(rescale, chunk);

@@ -201,9 +201,41 @@ void check_cell(Output output) {
   for (const A v : h) CHECK(std::isnan(v));
 }
 
+// Inner products of eighths are exact, so every tile and every end must give the very sum.
+template <class A>
+void check_linear() {
+  std::mt19937 random(7);
+  for (const int64_t samples : {0, 1, 3, 4, 9})
+    for (const int64_t inputs : {1, 7, 8, 33, 102})
+      for (const int64_t outputs : {1, 2, 3, 25})
+        for (const bool add : {false, true})
+          for (const bool with_bias : {false, true}) {
+            const int64_t stride = inputs + 2;
+            std::vector<A> x(static_cast<size_t>(samples * inputs)), w(static_cast<size_t>(outputs * stride - 2)),
+                bias(static_cast<size_t>(outputs)), y(static_cast<size_t>(samples * outputs));
+            for (auto* part : {&x, &w, &bias, &y})
+              for (auto& v : *part) v = static_cast<A>(value(random));
+            const std::vector<A> before = y;
+            const A* bias_data = with_bias ? bias.data() : nullptr;
+            const Linear<A> args{samples, inputs, outputs, x.data(), w.data(), stride, bias_data, y.data(), add};
+            cells<A>().linear(args, 0, outputs / 2);
+            cells<A>().linear(args, outputs / 2, outputs);
+            for (int64_t n = 0; n < samples; ++n)
+              for (int64_t o = 0; o < outputs; ++o) {
+                const size_t place = static_cast<size_t>(n * outputs + o);
+                A sum = with_bias ? bias[static_cast<size_t>(o)] : add ? before[place] : A(0);
+                for (int64_t i = 0; i < inputs; ++i)
+                  sum += x[static_cast<size_t>(n * inputs + i)] * w[static_cast<size_t>(o * stride + i)];
+                CHECK_EQUAL(y[place], with_bias && sum < 0 ? A(0) : sum);
+              }
+          }
+}
+
 }  // namespace
 
 int main() {
+  check_linear<float>();
+  check_linear<double>();
   check_maps<float>();
   check_maps<double>();
   check_maps<BFloat16>();
