@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed.tensor
 
 import dia_kernels as dk
 from dia_kernels import autograd, backends, functional, operators
@@ -72,6 +73,18 @@ def test_a_wrong_argument_of_forward_is_named(error, names, arguments):
 def test_a_wrong_argument_of_the_module_is_named(error, names, arguments):
     with pytest.raises(error, match=rf"^{names}\b"):
         dk.SharedAttention(**({"channels": 8} | arguments))
+
+
+def test_a_distributed_tensor_is_named(tmp_path):
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        x = distributed.tensor.distribute_tensor(MAP, mesh)
+        with pytest.raises(TypeError, match=r"^x: expected a plain torch.Tensor, got the subclass DTensor"):
+            attention()(x)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_float64_parameters_with_a_lower_map_are_a_type_error():
