@@ -361,3 +361,30 @@ torch.library.register_autograd(
 def rescale(x: Tensor, scale: Tensor, shortcut: Tensor | None, channel_dim: int, relu: bool) -> Tensor:
     """``act(x * scale + shortcut)``, by the rule at the top of this file."""
     return route(Rescale, operators.rescale, reference.rescale, (x, scale, shortcut, channel_dim, relu))
+
+
+# --- state -----------------------------------------------------------------------------------------
+
+
+class HandOn(Function):
+    """The identity on a state: the first node that a later pass meets if it still holds that state."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h, c):
+        return h.view_as(h), c.view_as(c)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dh, dc):
+        saved_tensors(ctx)  # raises where they are gone
+        return dh, dc
+
+
+def hand_on(h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """A state made by PyTorch's own operations, whose misuse after backward() is explained as a step's is."""
+    return route(HandOn, lambda *state: state, lambda *state: state, (h, c))

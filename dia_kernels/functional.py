@@ -112,6 +112,8 @@ def _stacked_step(x, shortcut, h, c, first, rest, channel_dim, relu, output, dro
         if h is None:
             h = c = p.new_zeros(len(rest) + 1, *p.shape)
         h, c = stacked_lstm(p, h, c, first, rest, output, dropout)
+        if backend != "reference":
+            h, c = autograd.hand_on(h, c)  # before the rescale: the backward of y passes it too
         return rescale(x, h[-1], shortcut, channel_dim, relu), h, c
 
 

@@ -93,6 +93,9 @@ def _native_library() -> dict[str, Any]:
     """What the native library says about its build."""
     if operators.library_error is not None:
         return {"loaded": "no"}
-    build_info = ctypes.CDLL(str(operators.LIBRARY_PATH)).dia_kernels_build_info
+    library = ctypes.CDLL(str(operators.LIBRARY_PATH))
+    if not hasattr(library, "dia_kernels_build_info"):
+        return {"loaded": "yes", "build": "unknown: the library is older than this package, build it again"}
+    build_info = library.dia_kernels_build_info
     build_info.restype = ctypes.c_char_p
     return {"loaded": "yes", **json.loads(build_info())}

@@ -376,6 +376,16 @@ def test_a_state_of_an_earlier_pass_is_explained(attention, activation):
         stale.sum().backward()
 
 
+def test_a_stacked_state_of_an_earlier_pass_is_explained():
+    attention = SharedAttention(6, 2, num_layers=2)
+    x = torch.randn(X)
+    y, state = attention(x)
+    y.sum().backward()
+    stale, _ = attention(x, state)
+    with pytest.raises(RuntimeError, match=r"dia_kernels: .*carried over from an earlier forward pass.*state=None"):
+        stale.sum().backward()
+
+
 def test_a_detached_state_of_an_earlier_pass_is_fine(attention):
     x = torch.randn(X)
     y, (h, c) = attention(x)

@@ -76,6 +76,12 @@ def test_native_library_says_how_it_was_built():
     assert library["instruction_set_in_use"] in library["instruction_sets"]
 
 
+def test_a_library_that_does_not_say_how_it_was_built(monkeypatch):
+    monkeypatch.setattr(operators, "library_error", None)
+    monkeypatch.setattr(info.ctypes, "CDLL", lambda _: object())
+    assert "build it again" in info.gather()["native_library"]["build"]
+
+
 def test_missing_library(monkeypatch):
     monkeypatch.setattr(operators, "library_error", "it was never built")
     gathered = info.gather()
