@@ -35,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 
+    params = commands.add_parser("params", help="count the parameters of every network, beside the published figures")
+    params.set_defaults(run=_params)
+
     demo = commands.add_parser("demo", help="train a small network on handwritten digits, and time its attention")
     demo.add_argument("--epochs", type=_epochs, help="passes over the training images (default: 8, quick: 1)")
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the shuffling (default: 0)")
@@ -49,6 +52,14 @@ def _info(arguments: argparse.Namespace) -> int:
 
     print((info.as_json if arguments.json else info.as_text)(info.gather()))
     return 0
+
+
+def _params(arguments: argparse.Namespace) -> int:
+    from . import params
+
+    rows = params.count_all()
+    print(params.as_text(rows))
+    return 0 if all(row.agrees for row in rows) else 1
 
 
 def _demo(arguments: argparse.Namespace) -> int:

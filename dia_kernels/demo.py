@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from . import backends, models
 from .attention import SharedAttention
-from .models import ResNet
+from .models import Network
 
 REQUIRED_ACCURACY = 0.95
 TEST_IMAGES = 360
@@ -80,17 +80,17 @@ def load_data(train_images: int | None = None) -> Digits:
     return Digits(images[train], labels[train], images[test], labels[test])
 
 
-def create_network(variant: str, seed: int) -> ResNet:
+def create_network(variant: str, seed: int) -> Network:
     """ResNet-20 for the digits. Variants with attention have the same weights for the same seed."""
     torch.manual_seed(seed)
     return models.create("resnet20", num_classes=10, in_channels=1, **VARIANTS[variant])
 
 
-def create_optimizer(model: ResNet) -> torch.optim.SGD:
+def create_optimizer(model: Network) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
 
 
-def train_step(model: ResNet, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
+def train_step(model: Network, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
     """One step of training; returns the loss before it."""
     optimizer.zero_grad()
     loss = F.cross_entropy(model(images), labels)
@@ -99,7 +99,7 @@ def train_step(model: ResNet, optimizer: torch.optim.Optimizer, images: Tensor, 
     return loss.item()
 
 
-def train(model: ResNet, digits: Digits, epochs: int, seed: int, title: str) -> list[float]:
+def train(model: Network, digits: Digits, epochs: int, seed: int, title: str) -> list[float]:
     """Trains ``model`` in place, with a progress bar called ``title``; returns the loss of each step."""
     model.train()
     steps_an_epoch = len(digits.train_images) // BATCH
@@ -119,13 +119,13 @@ def train(model: ResNet, digits: Digits, epochs: int, seed: int, title: str) -> 
 
 
 @torch.no_grad()
-def evaluate(model: ResNet, digits: Digits) -> float:
+def evaluate(model: Network, digits: Digits) -> float:
     """Share of the test images that ``model`` reads correctly."""
     model.eval()
     return (model(digits.test_images).argmax(1) == digits.test_labels).double().mean().item()
 
 
-def time_steps(variants: Mapping[str, ResNet], images: Tensor, labels: Tensor, rounds: int) -> dict[str, float]:
+def time_steps(variants: Mapping[str, Network], images: Tensor, labels: Tensor, rounds: int) -> dict[str, float]:
     """Median seconds of a training step of each network. Trains them a little."""
     optimizers = {name: create_optimizer(model.train()) for name, model in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -138,7 +138,7 @@ def time_steps(variants: Mapping[str, ResNet], images: Tensor, labels: Tensor, r
     return {name: statistics.median(taken[WARM_UP_ROUNDS:]) for name, taken in seconds.items()}
 
 
-def saved_bytes(model: ResNet, images: Tensor) -> int:
+def saved_bytes(model: Network, images: Tensor) -> int:
     """Bytes that one forward pass keeps for the backward pass, beside images, parameters and buffers.
 
     This is what attention adds to the peak memory of training: the peak comes when the forward pass ends.
@@ -161,7 +161,7 @@ def saved_bytes(model: ResNet, images: Tensor) -> int:
 
 
 @torch.no_grad()
-def attention_map(model: ResNet, images: Tensor) -> Tensor:
+def attention_map(model: Network, images: Tensor) -> Tensor:
     """The scales h of the last stage, (channels, blocks), mean over ``images``."""
     scales: list[Tensor] = []
     last = [module for module in model.modules() if isinstance(module, SharedAttention)][-1]

@@ -1,16 +1,23 @@
-"""The networks of ``dia_kernels.models`` against hand counts and against pytorchcv's, with copied weights.
+"""The networks of ``dia_kernels.models``: counts, formulas, and pytorchcv's networks with copied weights.
 
-Tolerance: 4 sqrt(n) ulp of the tensor's largest value in float64, n the terms of the longest sum.
+Tolerance: 4 sqrt(n L) ulp of the tensor's largest value in float64, n the terms of the longest sum and L the
+layers, whose rounding errors add up.
 """
 
 import copy
 import math
+import re
 
 import pytest
 import torch
 from pytorchcv.model_provider import get_model
+from torch.nn import functional as F
 
-from dia_kernels import SharedAttention, backends, models
+from dia_kernels import SharedAttention, __main__, backends, models, params
+from dia_kernels.models.parts import Options
+from dia_kernels.models.preresnet import PreActivationBottleneck
+from dia_kernels.models.resnext import GroupedBottleneck
+from dia_kernels.models.wide_resnet import WideBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,7 +52,7 @@ def split_by_unit(named):
     """Tensors of a state dict in two lists: the network's, the attention's."""
     backbone, attention = [], []
     for name, tensor in named:
-        (attention if "attention" in name else backbone).append(tensor)
+        (attention if "attention" in name or ".se." in name else backbone).append(tensor)
     return backbone, attention
 
 
@@ -58,7 +65,7 @@ def tensors(model):
 def copy_weights(source, target):
     for sources, targets in zip(tensors(source), tensors(target), strict=True):
         for value, into in zip(sources, targets, strict=True):
-            into.copy_(value)
+            into.copy_(value.reshape(into.shape))  # their SE uses 1x1 convolutions
 
 
 def logits_and_gradients(model, images, training):
@@ -81,29 +88,75 @@ def test_parameters_by_hand(num_classes, in_channels, reduction):
     assert count(models.create("resnet20", attention="dia", **options)) == plain + shared
 
 
-@pytest.mark.parametrize(("depth", "attention"), [(20, None), (20, "dia"), (56, None), (56, "dia")])
-def test_parameters_of_pytorchcv(depth, attention):
-    theirs = get_model(f"{'' if attention is None else attention}resnet{depth}_cifar10")
-    assert count(models.ResNet(depth, attention=attention)) == count(theirs)
+@pytest.mark.parametrize("attention", [None, "se", "dia"])
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("resnet20", "resnet20_cifar100"),
+        ("resnet56", "resnet56_cifar100"),
+        ("resnet110", "resnet110_cifar100"),
+        ("resnet164", "resnet164bn_cifar100"),
+        ("preresnet164", "preresnet164bn_cifar100"),
+    ],
+)
+def test_parameters_of_pytorchcv(name, theirs, attention):
+    with torch.device("meta"):
+        ours = models.create(name, 100, attention=attention)
+    if (name, attention) == ("preresnet164", "se"):
+        pytest.skip("pytorchcv's network with SE has other batch norms")
+    # pytorchcv's pre-activation networks with DIA have no extra batch norms.
+    extra = sum(count(m) for n, m in ours.named_modules() if n.endswith("tail_bn"))
+    assert count(ours) - extra == count(get_model(("" if attention is None else attention) + theirs))
 
 
-def test_known_sizes():
-    assert count(models.create("resnet20")) == 272_474
-    assert count(models.create("resnet20", attention="dia")) == 272_474 + 776 + 2_832 + 10_784
+@pytest.mark.parametrize(
+    ("name", "plain", "dia"),
+    [
+        ("resnet20", 278_324, 278_324 + 776 + 2_832 + 10_784),
+        ("resnet164", 1_727_284, 1_946_132),
+        ("preresnet164", 1_726_388, 1_961_364),
+        ("wrn52_4", 12_072_500, 12_298_516),
+        ("resnext101_8x32", 32_138_244, 33_006_020),
+    ],
+)
+def test_parameters_of_the_papers(name, plain, dia):
+    with torch.device("meta"):
+        assert count(models.create(name, 100)) == plain
+        assert count(models.create(name, 100, attention="dia")) == dia
+
+
+def test_params_command(capsys):
+    assert __main__.main(["params"]) == 0
+    text = capsys.readouterr().out
+    for name in models.names():
+        assert re.search(rf"^{name} ", text, re.MULTILINE)
+    assert "1,946,132" in text
+    assert "All counts agree." in text
+
+
+def test_params_command_fails_where_a_count_differs(monkeypatch, capsys):
+    monkeypatch.setitem(params.PUBLISHED, "resnet164", params.Published(1_727_284, 1_946_133))
+    assert __main__.main(["params"]) == 1
+    assert "DIFFERENT from the authors' count: resnet164." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("attention", "backend"), [(None, None), *(("dia", backend) for backend in BACKENDS)])
-def test_network_of_pytorchcv(attention, backend, training):
-    theirs = get_model("resnet20_cifar10" if attention is None else "diaresnet20_cifar10").double()
-    ours = models.create("resnet20", attention=attention, backend=backend).double()
+@pytest.mark.parametrize(
+    ("attention", "backend"), [(None, None), ("se", None), *(("dia", backend) for backend in BACKENDS)]
+)
+@pytest.mark.parametrize(
+    ("name", "peer", "layers"), [("resnet20", "resnet20_cifar10", 20), ("resnet164", "resnet164bn_cifar10", 164)]
+)
+def test_network_of_pytorchcv(name, peer, layers, attention, backend, training):
+    theirs = get_model(("" if attention is None else attention) + peer).double()
+    ours = models.create(name, attention=attention, backend=backend).double()
     copy_weights(theirs, ours)
     images = torch.randn(BATCH, 3, SIDE, SIDE, dtype=torch.float64)
     expected = logits_and_gradients(theirs, images, training)
     found = logits_and_gradients(ours, images, training)
-    limit = 4 * math.sqrt(TERMS) * torch.finfo(torch.float64).eps
+    limit = 4 * math.sqrt(TERMS * layers) * torch.finfo(torch.float64).eps
     for value, truth in zip(found, expected, strict=True):
-        assert (value - truth).abs().max() <= limit * truth.abs().max()
+        assert (value - truth.reshape(value.shape)).abs().max() <= limit * truth.abs().max()
     for value, truth in zip(tensors(ours)[0], tensors(theirs)[0], strict=True):
         assert (value - truth).abs().max() <= limit * truth.abs().max()
 
@@ -152,23 +205,184 @@ def test_copy_is_independent():
 
 
 def test_names():
-    assert "resnet20" in models.names()
-    for name in models.names():
-        assert models.create(name, num_classes=7)(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert models.names() == (
+        "resnet20", "resnet56", "resnet110", "resnet164", "preresnet164", "wrn52_4", "resnext101_8x32",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", [None, "se", "dia"])
+@pytest.mark.parametrize("name", models.names())
+def test_every_network_learns_from_any_size(name, attention):
+    model = models.create(name, num_classes=7, attention=attention, in_channels=1)
+    logits = model(torch.randn(2, 1, 12, 8))
+    assert logits.shape == (2, 7)
+    F.cross_entropy(logits, torch.tensor([1, 5])).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+
+
+@pytest.mark.parametrize("attention", [None, "dia"])
+@pytest.mark.parametrize("name", models.names())
+def test_without_shortcuts_and_norms(name, attention):
+    whole = models.create(name, attention=attention)
+    chain = models.create(name, attention=attention, skip=False)
+    bare = models.create(name, attention=attention, norm=False)
+    assert set(chain.state_dict()) == {key for key in whole.state_dict() if "projection" not in key}
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in bare.modules())
+    assert all(m.bias is not None for m in bare.modules() if isinstance(m, torch.nn.Conv2d))
+    chain.eval(), bare.eval()
+    images = torch.randn(2, 3, 8, 8)
+    assert chain(images).shape == bare(images).shape == (2, 10)
+
+
+def test_without_a_shortcut_nothing_is_added():
+    model = models.create("resnet20", attention="dia", skip=False)
+    received = []
+    for module in model.modules():
+        if isinstance(module, SharedAttention):
+            module.register_forward_hook(lambda *call: received.append(call[2]["shortcut"]), with_kwargs=True)
+    model(torch.randn(2, 3, 8, 8))
+    assert received == [None] * 9
+
+
+# Keys of a network's state dict are a promise to those who keep checkpoints.
+NORM_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+FRAME = {
+    "resnet": {"stem.0.weight", *(f"stem.1.{key}" for key in NORM_KEYS), "classifier.weight", "classifier.bias"},
+    "preresnet": {"stem.weight", *(f"head.0.{key}" for key in NORM_KEYS), "classifier.weight", "classifier.bias"},
+}
+ATTENTION_KEYS = {
+    f"attention.{path}_{half}_{kind}"
+    for path in ("input", "hidden")
+    for half in ("reduce", "expand")
+    for kind in ("weight", "bias")
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "frame", "blocks", "convolutions", "norms", "projection", "projected"),
+    [
+        ("resnet20", "resnet", 3, 2, ["bn1", "bn2"], ["0.weight", "1"], [1, 2]),
+        ("resnet164", "resnet", 18, 3, ["bn1", "bn2", "bn3"], ["0.weight", "1"], [0, 1, 2]),
+        ("preresnet164", "preresnet", 18, 3, ["bn1", "bn2", "bn3", "tail_bn"], ["weight"], [0, 1, 2]),
+        ("wrn52_4", "preresnet", 8, 2, ["bn1", "bn2", "tail_bn"], ["weight"], [0, 1, 2]),
+        ("resnext101_8x32", "resnet", 11, 3, ["bn1", "bn2", "bn3"], ["0.weight", "1"], [0, 1, 2]),
+    ],
+)
+def test_keys_of_the_state_dict(name, frame, blocks, convolutions, norms, projection, projected):
+    expected = set(FRAME[frame])
+    for stage in range(3):
+        expected |= {f"stages.{stage}.{key}" for key in ATTENTION_KEYS}
+        for block in range(blocks):
+            prefix = f"stages.{stage}.blocks.{block}"
+            expected |= {f"{prefix}.conv{k + 1}.weight" for k in range(convolutions)}
+            expected |= {f"{prefix}.{norm}.{key}" for norm in norms for key in NORM_KEYS}
+        if stage in projected:
+            prefix = f"stages.{stage}.blocks.0.projection"
+            expected.add(f"{prefix}.{projection[0]}")
+            expected |= {f"{prefix}.{norm}.{key}" for norm in projection[1:] for key in NORM_KEYS}
+    assert set(models.create(name, attention="dia").state_dict()) == expected
+
+
+# --- the families that have no peer, block by block -------------------------------------------------
+
+
+def batch_norm(x, norm):
+    return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
+
+
+def randomise(block):
+    """Weights of norms and biases away from 1 and 0."""
+    for parameter in block.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter)
+    return block.double()
+
+
+def assert_formula(block, shared, formula, channels):
+    x = torch.randn(3, channels, 6, 6, dtype=torch.float64)
+    h = torch.rand(3, shared.channels, dtype=torch.float64)
+    c = torch.randn(3, shared.channels, dtype=torch.float64)
+    found, (new_h, _) = block(x, shared, (h, c))
+    branch, shortcut, relu = formula(x)
+    _, (expected_h, _) = shared(branch, (h, c))
+    expected = branch * expected_h[:, :, None, None] + shortcut
+    expected = expected.relu() if relu else expected
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(new_h, expected_h, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(8, 1), (6, 2)])
+def test_pre_activation_bottleneck(channels, stride):
+    b = randomise(PreActivationBottleneck(channels, 2, stride, Options("dia")))
+
+    def formula(x):
+        y = F.conv2d(batch_norm(x, b.bn1).relu(), b.conv1.weight)
+        y = F.conv2d(batch_norm(y, b.bn2).relu(), b.conv2.weight, stride=stride, padding=1)
+        y = F.conv2d(batch_norm(y, b.bn3).relu(), b.conv3.weight)
+        shortcut = x if stride == 1 else F.conv2d(x, b.projection.weight, stride=stride)
+        return batch_norm(y, b.tail_bn), shortcut, False
+
+    assert_formula(b, SharedAttention(8, 2, dtype=torch.float64), formula, channels)
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(8, 1), (6, 2)])
+def test_wide_block(channels, stride):
+    b = randomise(WideBlock(channels, 8, stride, 0.0, Options("dia")))
+
+    def formula(x):
+        first = batch_norm(x, b.bn1).relu()
+        y = F.conv2d(first, b.conv1.weight, stride=stride, padding=1)
+        y = F.conv2d(batch_norm(y, b.bn2).relu(), b.conv2.weight, padding=1)
+        shortcut = x if stride == 1 else F.conv2d(first, b.projection.weight, stride=stride)
+        return batch_norm(y, b.tail_bn), shortcut, False
+
+    assert_formula(b, SharedAttention(8, 2, dtype=torch.float64), formula, channels)
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(8, 1), (6, 2)])
+def test_grouped_bottleneck(channels, stride):
+    b = randomise(GroupedBottleneck(channels, 8, stride, 2, 4, Options("dia")))
+    assert b.conv1.out_channels == 2 * 8 // 4
+
+    def formula(x):
+        y = batch_norm(F.conv2d(x, b.conv1.weight), b.bn1).relu()
+        y = batch_norm(F.conv2d(y, b.conv2.weight, stride=stride, padding=1, groups=2), b.bn2).relu()
+        y = batch_norm(F.conv2d(y, b.conv3.weight), b.bn3)
+        shortcut = x
+        if stride == 2:
+            shortcut = batch_norm(F.conv2d(x, b.projection[0].weight, stride=stride), b.projection[1])
+        return y, shortcut, True
+
+    assert_formula(b, SharedAttention(8, 2, dtype=torch.float64), formula, channels)
+
+
+def test_dropout_of_the_wide_network():
+    model = models.create("wrn52_4")
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: models.create("resnet21"), r"name: expected one of resnet20.*, got 'resnet21'"),
-        (lambda: models.create("resnet20", attention="se"), r"attention: expected None or \"dia\", got 'se'"),
+        (lambda: models.create("resnet20", 0), r"num_classes: expected at least 1, got 0"),
+        (lambda: models.create("resnet20", attention="eca"), r"attention: expected None, \"se\" or \"dia\", got 'eca'"),
         (lambda: models.create("resnet20", attention="dia", backend="tpu"), r"backend: expected None or one of"),
         (
             lambda: models.create("resnet20", attention="dia", reduction=17),
             "reduction: expected at most channels = 16",
         ),
+        (lambda: models.create("resnet20", attention="se", reduction=17), "reduction: expected 1 to channels = 16"),
+        (lambda: models.create("resnet20", attention="se", reduction=0), "reduction: expected 1 to channels = 16"),
+        (lambda: models.create("resnet20", attention="dia", reduction=0), "reduction: expected at least 1, got 0"),
         (lambda: models.ResNet(21), r"depth: expected 6 n \+ 2 with n at least 1, got 21"),
         (lambda: models.ResNet(2), r"depth: expected 6 n \+ 2 with n at least 1, got 2"),
+        (lambda: models.ResNet(109, bottleneck=True), r"depth: expected 9 n \+ 2"),
+        (lambda: models.PreResNet(21), r"depth: expected 9 n \+ 2"),
+        (lambda: models.WideResNet(50), r"depth: expected 6 n \+ 4"),
+        (lambda: models.ResNeXt(100), r"depth: expected 9 n \+ 2"),
     ],
 )
 def test_wrong_arguments(make, message):

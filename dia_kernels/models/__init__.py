@@ -1,17 +1,43 @@
-"""The networks of the paper, by name: ``create("resnet20", num_classes=10, attention="dia")``."""
+"""The networks of the papers, by name: ``create("resnet164", num_classes=100, attention="dia")``."""
 
 from __future__ import annotations
 
-from .resnet import Attention, ResNet
+from collections.abc import Callable
+from functools import partial
 
-__all__ = ["ResNet", "create", "names"]
+from .parts import Attention, Network, Options
+from .preresnet import PreResNet
+from .resnet import ResNet
+from .resnext import ResNeXt
+from .squeeze import SqueezeExcitation
+from .wide_resnet import WideResNet
 
-_RESNET_DEPTHS = {"resnet20": 20}
+__all__ = [
+    "Network",
+    "Options",
+    "PreResNet",
+    "ResNeXt",
+    "ResNet",
+    "SqueezeExcitation",
+    "WideResNet",
+    "create",
+    "names",
+]
+
+_FAMILIES: dict[str, Callable[..., Network]] = {
+    "resnet20": partial(ResNet, 20),
+    "resnet56": partial(ResNet, 56),
+    "resnet110": partial(ResNet, 110),
+    "resnet164": partial(ResNet, 164, bottleneck=True),
+    "preresnet164": partial(PreResNet, 164),
+    "wrn52_4": partial(WideResNet, 52, widen=4, dropout=0.3),
+    "resnext101_8x32": partial(ResNeXt, 101, groups=8, widen=4),
+}
 
 
 def names() -> tuple[str, ...]:
     """Names that ``create`` takes."""
-    return tuple(_RESNET_DEPTHS)
+    return tuple(_FAMILIES)
 
 
 def create(
@@ -19,30 +45,34 @@ def create(
     num_classes: int = 10,
     *,
     attention: Attention = None,
-    reduction: int = 4,
+    reduction: int | None = None,
+    skip: bool = True,
+    norm: bool = True,
     in_channels: int = 3,
     backend: str | None = None,
-) -> ResNet:
-    """A network with freshly drawn weights.
+) -> Network:
+    """A network for small images with freshly drawn weights, by its authors' rules.
 
     Args:
         name: one of ``names()``.
         num_classes: outputs of the classifier.
-        attention: None, or ``"dia"`` for one shared attention unit a stage.
-        reduction: r of the attention.
+        attention: None, ``"se"`` for a squeeze-and-excitation unit a block, or ``"dia"`` for one shared
+            attention unit a stage.
+        reduction: r of the attention; None for 16 with SE and 4 with DIA.
+        skip: False leaves out the shortcuts.
+        norm: False leaves out the batch norms; the convolutions then have biases.
         in_channels: channels of the images.
         backend: of the attention; None for the best one here, or a name out of ``dia_kernels.backends.NAMES``.
+
+    Returns:
+        A module that maps images (N, in_channels, H, W), H and W at least 4, to logits (N, num_classes).
 
     Raises:
         ValueError: an argument is wrong; the message names it.
     """
-    if name not in _RESNET_DEPTHS:
+    if name not in _FAMILIES:
         raise ValueError(f"name: expected one of {', '.join(names())}, got {name!r}")
-    return ResNet(
-        _RESNET_DEPTHS[name],
-        num_classes,
-        attention=attention,
-        reduction=reduction,
-        in_channels=in_channels,
-        backend=backend,
-    )
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+    options = Options(attention, reduction, skip, norm, in_channels, backend)
+    return _FAMILIES[name](num_classes=num_classes, options=options)
