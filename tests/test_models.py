@@ -142,13 +142,17 @@ def test_params_command_fails_where_a_count_differs(monkeypatch, capsys):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    ("attention", "backend"), [(None, None), ("se", None), *(("dia", backend) for backend in BACKENDS)]
-)
-@pytest.mark.parametrize(
-    ("name", "peer", "layers"), [("resnet20", "resnet20_cifar10", 20), ("resnet164", "resnet164bn_cifar10", 164)]
+    ("name", "peer", "layers", "attention", "backend"),
+    [
+        ("resnet20", "resnet20_cifar10", 20, None, None),
+        ("resnet20", "seresnet20_cifar10", 20, "se", None),
+        *(("resnet20", "diaresnet20_cifar10", 20, "dia", backend) for backend in BACKENDS),
+        ("resnet164", "resnet164bn_cifar10", 164, None, None),
+        *(("resnet164", "diaresnet164bn_cifar10", 164, "dia", backend) for backend in BACKENDS),
+    ],
 )
 def test_network_of_pytorchcv(name, peer, layers, attention, backend, training):
-    theirs = get_model(("" if attention is None else attention) + peer).double()
+    theirs = get_model(peer).double()
     ours = models.create(name, attention=attention, backend=backend).double()
     copy_weights(theirs, ours)
     images = torch.randn(BATCH, 3, SIDE, SIDE, dtype=torch.float64)

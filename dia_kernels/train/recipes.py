@@ -1,0 +1,45 @@
+"""How the papers train each network: optimiser, schedule, batch.
+
+Source: the DIA authors' code (gbup-group/DIANet) and the appendix of arXiv:1905.10671, for CIFAR-100. The
+basic-block ResNets follow the recipe of ResNet-164.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD with momentum and a learning rate that drops at milestones.
+
+    Attributes:
+        epochs: passes over the training images.
+        milestones: epochs at whose begin the learning rate is multiplied by ``decay``.
+        decay: that factor.
+        learning_rate: before the first milestone.
+        weight_decay: on all parameters.
+        momentum: of SGD.
+        batch_size: images a step, over all processes.
+    """
+
+    epochs: int
+    milestones: tuple[int, ...]
+    decay: float
+    learning_rate: float = 0.1
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    batch_size: int = 128
+
+
+_RESNET = Recipe(180, (60, 120), 0.1)
+
+RECIPES: dict[str, Recipe] = {
+    "resnet20": _RESNET,
+    "resnet56": _RESNET,
+    "resnet110": _RESNET,
+    "resnet164": _RESNET,
+    "preresnet164": Recipe(164, (81, 122), 0.1),
+    "wrn52_4": Recipe(200, (80, 120, 160), 0.2, weight_decay=5e-4),
+    "resnext101_8x32": Recipe(300, (150, 225), 0.1, weight_decay=5e-4),
+}
