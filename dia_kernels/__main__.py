@@ -1,13 +1,18 @@
-"""The command line: ``python -m dia_kernels info | demo``. Each command imports what it needs when it runs."""
+"""The command line: ``python -m dia_kernels info | params | train | demo``.
+
+Each command imports what it needs when it runs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-_DEMO_MODULES = ("matplotlib", "numpy", "sklearn", "tqdm")
+from .train import command as training
+
 _PICTURE_FORMATS = (".png", ".pdf", ".svg")
 
 
@@ -38,8 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     params = commands.add_parser("params", help="count the parameters of every network, beside the published figures")
     params.set_defaults(run=_params)
 
+    train = commands.add_parser("train", help="train a network on images, by its paper's recipe")
+    training.add_arguments(train)
+    train.set_defaults(run=_train)
+
     demo = commands.add_parser("demo", help="train a small network on handwritten digits, and time its attention")
-    demo.add_argument("--epochs", type=_epochs, help="passes over the training images (default: 8, quick: 1)")
+    demo.add_argument("--epochs", type=_epochs, help="passes over the training images (default: 10, quick: 1)")
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the shuffling (default: 0)")
     demo.add_argument("--picture", type=_picture, default=Path("demo.png"), help="written there (default: demo.png)")
     demo.add_argument("--quick", action="store_true", help="few images and steps; the accuracy is not judged")
@@ -62,14 +71,25 @@ def _params(arguments: argparse.Namespace) -> int:
     return 0 if all(row.agrees for row in rows) else 1
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+@contextlib.contextmanager
+def _extra(name: str, modules: Sequence[str]) -> Iterator[None]:
+    """Ends the process with one line where a module of the package's extra ``name`` is missing."""
     try:
-        from . import demo
+        yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _DEMO_MODULES:
+        if error.name is None or error.name.partition(".")[0] not in modules:
             raise
-        print(f'The demo needs {error.name}, which is not here: pip install "dia_kernels[demo]"', file=sys.stderr)
-        return 1
+        sys.exit(f'{name}: needs {error.name}, which is not here: pip install "dia_kernels[{name}]"')
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    with _extra("train", training.MODULES):
+        return training.main(arguments)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    with _extra("demo", (*training.MODULES, "matplotlib")):
+        from . import demo
     settings = demo.QUICK if arguments.quick else demo.FULL
     return demo.run(settings, arguments.picture, seed=arguments.seed, epochs=arguments.epochs)
 

@@ -9,28 +9,27 @@ from __future__ import annotations
 
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from . import backends, models
 from .attention import SharedAttention
 from .models import Network
+from .train import images as train_images
+from .train import run as train_run
 
 REQUIRED_ACCURACY = 0.95
-TEST_IMAGES = 360
 BATCH = 64
-LEARNING_RATE = 0.1
 WARM_UP_ROUNDS = 2
 
 PLAIN, EAGER, OURS = "no attention", "DIA, eager PyTorch", "DIA, dia_kernels"
@@ -45,39 +44,34 @@ _COLOURS = {PLAIN: "#8a8f98", EAGER: "#e07b39", OURS: "#1f5fa8"}
 
 @dataclass(frozen=True)
 class Settings:
-    """How much the demo does. ``train_images`` None stands for all of them."""
+    """How much the demo does."""
 
     epochs: int
-    train_images: int | None
     timed_rounds: int
     judge_accuracy: bool
 
 
-FULL = Settings(epochs=8, train_images=None, timed_rounds=25, judge_accuracy=True)
-QUICK = Settings(epochs=1, train_images=2 * BATCH, timed_rounds=2, judge_accuracy=False)
+FULL = Settings(epochs=10, timed_rounds=25, judge_accuracy=True)
+QUICK = Settings(epochs=1, timed_rounds=2, judge_accuracy=False)
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Images (N, 1, 16, 16) with values in [0, 1], and their labels (N,)."""
+@dataclass
+class Trained:
+    """A network after training, its loss at each step, and its accuracy on the test digits, in [0, 1]."""
 
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
+    network: Network
+    losses: list[float] = field(default_factory=list)
+    accuracy: float = 0.0
 
 
-def load_data(train_images: int | None = None) -> Digits:
-    """Scikit-learn's handwritten digits, split into training and test images, the same split every time."""
-    digits = load_digits()
-    # From 8x8 to 16x16: the network halves the sides twice, and 2x2 positions would leave little to pool.
-    images = F.interpolate(torch.from_numpy(digits.images).float()[:, None] / 16, scale_factor=2)
-    train, test = train_test_split(
-        torch.arange(len(images)), test_size=TEST_IMAGES, stratify=digits.target, random_state=0
-    )
-    labels = torch.from_numpy(digits.target).long()
-    train = train[:train_images]
-    return Digits(images[train], labels[train], images[test], labels[test])
+class LossHistory(Callback):
+    """Notes the loss of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append(outputs["loss"].item())
 
 
 def create_network(variant: str, seed: int) -> Network:
@@ -86,48 +80,27 @@ def create_network(variant: str, seed: int) -> Network:
     return models.create("resnet20", num_classes=10, in_channels=1, **VARIANTS[variant])
 
 
-def create_optimizer(model: Network) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
+def train(variant: str, epochs: int, seed: int) -> Trained:
+    """Trains ResNet-20 on the digits as ``python -m dia_kernels train`` does, with a progress bar."""
+    settings = train_run.Settings(epochs=epochs, batch_size=BATCH, seed=seed, **VARIANTS[variant])
+    history = LossHistory()
+    with tempfile.TemporaryDirectory() as folder:
+        result = train_run.train(settings, Path(folder), callbacks=[history])
+    return Trained(result.network, history.losses, result.metrics["test_accuracy"])
 
 
-def train_step(model: Network, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
-    """One step of training; returns the loss before it."""
+def train_step(model: Network, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+    """One step of training."""
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(images), labels)
-    loss.backward()
+    F.cross_entropy(model(images), labels).backward()
     optimizer.step()
-    return loss.item()
-
-
-def train(model: Network, digits: Digits, epochs: int, seed: int, title: str) -> list[float]:
-    """Trains ``model`` in place, with a progress bar called ``title``; returns the loss of each step."""
-    model.train()
-    steps_an_epoch = len(digits.train_images) // BATCH
-    optimizer = create_optimizer(model)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps_an_epoch)
-    shuffling = torch.Generator().manual_seed(seed)
-    losses = []
-    with tqdm(total=epochs * steps_an_epoch, desc=f"{title:<18}", unit="step") as progress:
-        for _ in range(epochs):
-            order = torch.randperm(len(digits.train_images), generator=shuffling)
-            for batch in order[: steps_an_epoch * BATCH].split(BATCH):
-                losses.append(train_step(model, optimizer, digits.train_images[batch], digits.train_labels[batch]))
-                schedule.step()
-                progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-                progress.update()
-    return losses
-
-
-@torch.no_grad()
-def evaluate(model: Network, digits: Digits) -> float:
-    """Share of the test images that ``model`` reads correctly."""
-    model.eval()
-    return (model(digits.test_images).argmax(1) == digits.test_labels).double().mean().item()
 
 
 def time_steps(variants: Mapping[str, Network], images: Tensor, labels: Tensor, rounds: int) -> dict[str, float]:
     """Median seconds of a training step of each network. Trains them a little."""
-    optimizers = {name: create_optimizer(model.train()) for name, model in variants.items()}
+    optimizers = {
+        name: torch.optim.SGD(model.train().parameters(), 0.01, momentum=0.9) for name, model in variants.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     # The variants take turns, so that a slow moment of the machine meets all of them.
     for _ in range(WARM_UP_ROUNDS + rounds):
@@ -138,7 +111,7 @@ def time_steps(variants: Mapping[str, Network], images: Tensor, labels: Tensor, 
     return {name: statistics.median(taken[WARM_UP_ROUNDS:]) for name, taken in seconds.items()}
 
 
-def saved_bytes(model: Network, images: Tensor) -> int:
+def saved_bytes(model: torch.nn.Module, images: Tensor) -> int:
     """Bytes that one forward pass keeps for the backward pass, beside images, parameters and buffers.
 
     This is what attention adds to the peak memory of training: the peak comes when the forward pass ends.
@@ -230,10 +203,10 @@ def _draw_scales(axes: Axes, scales: Tensor) -> None:
     axes.figure.colorbar(image, ax=axes, label="h (scale of the channel)", pad=0.01)
 
 
-def _announce(digits: Digits, epochs: int) -> None:
-    side = digits.train_images.shape[-1]
+def _announce(data: train_images.ImageData, epochs: int) -> None:
+    side = data.train[0][0].shape[-1]
     print(
-        f"ResNet-20 with DIA learns {len(digits.train_images)} handwritten digits of {side}x{side}, twice from the "
+        f"ResNet-20 with DIA learns {len(data.train)} handwritten digits of {side}x{side}, twice from the "
         f"same seed (epochs: {epochs}, CPU threads: {torch.get_num_threads()})."
     )
     reason = backends.missing("cpu")
@@ -245,17 +218,22 @@ def run(settings: Settings, picture: Path, *, seed: int = 0, epochs: int | None 
     """The whole demo. Returns the exit status: 1 if a network reads too few of the test digits."""
     start = time.perf_counter()
     epochs = settings.epochs if epochs is None else epochs
-    digits = load_data(settings.train_images)
-    images, labels = digits.train_images[:BATCH], digits.train_labels[:BATCH]
-    _announce(digits, epochs)
+    data = train_images.load("digits", seed=seed)
+    images = torch.stack([data.train[k][0] for k in range(BATCH)])
+    labels = torch.tensor([data.train[k][1] for k in range(BATCH)])
+    _announce(data, epochs)
 
-    trained = {variant: create_network(variant, seed) for variant in (EAGER, OURS)}
-    losses = {variant: train(model, digits, epochs, seed, variant) for variant, model in trained.items()}
-    accuracies = {variant: evaluate(model, digits) for variant, model in trained.items()}
+    trained = {}
+    for variant in (EAGER, OURS):
+        print(f"{variant}:")
+        trained[variant] = train(variant, epochs, seed)
+    accuracies = {variant: result.accuracy for variant, result in trained.items()}
     fresh = {variant: create_network(variant, seed) for variant in VARIANTS}
     seconds = time_steps(fresh, images, labels, settings.timed_rounds)
     saved = {variant: saved_bytes(model, images) for variant, model in fresh.items()}
-    draw(picture, losses, seconds, attention_map(trained[OURS], digits.test_images))
+    test = torch.stack([data.test[k][0] for k in range(len(data.test))])
+    losses = {variant: result.losses for variant, result in trained.items()}
+    draw(picture, losses, seconds, attention_map(trained[OURS].network, test))
 
     print(f"\n{table(accuracies, seconds, saved)}\n")
     print(f"Picture: {picture}. All of it took {time.perf_counter() - start:.0f} s.")

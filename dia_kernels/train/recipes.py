@@ -6,7 +6,7 @@ basic-block ResNets follow the recipe of ResNet-164.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Recipe:
     weight_decay: float = 1e-4
     momentum: float = 0.9
     batch_size: int = 128
+
+    def stretched(self, epochs: int) -> Recipe:
+        """The same recipe over another number of epochs, its milestones at the same shares of it."""
+        milestones = tuple(round(milestone * epochs / self.epochs) for milestone in self.milestones)
+        return replace(self, epochs=epochs, milestones=milestones)
 
 
 _RESNET = Recipe(180, (60, 120), 0.1)

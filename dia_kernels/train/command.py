@@ -1,0 +1,79 @@
+"""``python -m dia_kernels train``: its options, and what it prints. Lightning is imported only to run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..models import names
+from .recipes import RECIPES
+
+MODULES = ("lightning", "numpy", "PIL", "sklearn", "tensorboard", "torchvision", "tqdm")
+
+_NOT_SETTINGS = ("command", "run", "output", "resume", "download", "no_progress")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options. One that is not given is not in the namespace, so that defaults have one place."""
+    parser.argument_default = argparse.SUPPRESS
+    add = parser.add_argument
+    add("--network", choices=names(), help="default: resnet20")
+    add("--attention", choices=("none", "se", "dia"), help="default: dia")
+    add("--reduction", type=int, help="r of the attention (default: 4 with DIA, 16 with SE)")
+    add("--no-skip", dest="skip", action="store_false", help="leave out the shortcuts")
+    add("--no-norm", dest="norm", action="store_false", help="leave out the batch norms")
+    add("--backend", help="of the attention, out of those that `info` lists (default: the best one here)")
+    add(
+        "--data",
+        choices=("digits", "fashion", "cifar10", "cifar100", "folder"),
+        help="images to learn: scikit-learn's digits (default), or what --folder holds",
+    )
+    add("--folder", help="of the images: four IDX files, CIFAR's unpacked archive, or train/<class>/ and test/<class>/")
+    add("--size", type=int, help="side to which the images of `--data folder` are cut (default: 224)")
+    add("--download", action="store_true", default=False, help="fetch CIFAR into --folder if it is not there")
+    add("--epochs", type=int, help="passes over the images (default: the recipe's, whose milestones scale along)")
+    add("--batch-size", type=int, help="images a step, over all processes (default: the recipe's)")
+    add("--learning-rate", type=float, help="before its first drop (default: the recipe's)")
+    add("--weight-decay", type=float, help="default: the recipe's")
+    add("--seed", type=int, help="of weights, order and random changes (default: 0)")
+    add("--precision", help="32-true (default), 64-true, bf16-mixed or 16-mixed")
+    add("--processes", type=int, help="on this machine, a device each (default: 1)")
+    add("--workers", type=int, help="processes that read images, for each of --processes (default: 0)")
+    add("--checkpoint-every", type=int, help="steps between two checkpoints (default: 100)")
+    add("--no-progress", action="store_true", default=False, help="no progress bar")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, help="folder of the run (default: runs/<network>-<attention>-<data>)")
+    where.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder, exactly")
+    parser.epilog = "Recipes of the papers: " + "; ".join(
+        f"{name} {recipe.epochs} epochs, x{recipe.decay} at {', '.join(map(str, recipe.milestones))}, "
+        f"weight decay {recipe.weight_decay}"
+        for name, recipe in RECIPES.items()
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Trains. Returns the exit status; what went wrong is said in one line on stderr."""
+    from . import images, run
+
+    given = {name: value for name, value in vars(arguments).items() if name not in _NOT_SETTINGS}
+    if given.get("attention") == "none":
+        given["attention"] = None
+    resume = "resume" in arguments
+    try:
+        if resume:
+            if given:
+                raise run.RunError(f"with --resume the settings are the run's own; leave out {', '.join(given)}")
+            folder, settings = arguments.resume, run.read_settings(arguments.resume)
+        else:
+            settings = run.Settings(**given)
+            default = Path("runs") / f"{settings.network}-{settings.attention or 'plain'}-{settings.data}"
+            folder = getattr(arguments, "output", default)
+        result = run.train(
+            settings, folder, resume=resume, download=arguments.download, progress=not arguments.no_progress
+        )
+    except (ValueError, images.DataError, run.RunError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    print(f"{folder}: {result.steps} steps done.", *(f"{name} {value:.4f}" for name, value in result.metrics.items()))
+    return 0
