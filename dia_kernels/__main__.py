@@ -77,9 +77,10 @@ def _extra(name: str, modules: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in modules:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in modules:
             raise
-        sys.exit(f'{name}: needs {error.name}, which is not here: pip install "dia_kernels[{name}]"')
+        sys.exit(f'{name}: needs {missing}, which is not here: pip install "dia_kernels[{name}]"')
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -12,20 +12,16 @@ from torch import nn
 
 from dia_kernels import __main__, backends, demo
 from dia_kernels.attention import SharedAttention
+from dia_kernels.train import images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = demo.Settings(epochs=1, train_images=demo.BATCH, timed_rounds=1, judge_accuracy=False)
+TINY = demo.Settings(epochs=1, timed_rounds=1, judge_accuracy=False)
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return demo.load_data()
-
-
-@pytest.fixture(scope="module")
-def two_batches():
-    return demo.load_data(2 * demo.BATCH)
+    return images.load("digits")
 
 
 def test_short_demo(tmp_path, capsys):
@@ -44,30 +40,12 @@ def test_short_demo(tmp_path, capsys):
         assert (np.abs(pixels[:, :, :3] - wanted).max(2) < 0.5 / 255).sum() > 1000, f"no bar of colour {colour}"
 
 
-def test_data(digits):
-    assert digits.train_images.shape == (1437, 1, 16, 16)
-    assert digits.test_images.shape == (360, 1, 16, 16)
-    assert digits.train_images.min() == 0
-    assert digits.train_images.max() == 1
-    # Stratified: each digit is a tenth of both parts, up to the set's own imbalance.
-    for labels in (digits.train_labels, digits.test_labels):
-        assert (labels.bincount(minlength=10) / len(labels)).sub(0.1).abs().max() < 0.005
-    again = demo.load_data()
-    assert torch.equal(digits.train_images, again.train_images)
-    assert torch.equal(digits.test_labels, again.test_labels)
-
-
-def test_no_image_is_in_both_parts(digits):
-    train = {image.numpy().tobytes() for image in digits.train_images}
-    assert not any(image.numpy().tobytes() in train for image in digits.test_images)
-
-
 def test_variants_with_attention_begin_with_the_same_weights():
     eager, ours = (demo.create_network(variant, seed=5).state_dict() for variant in (demo.EAGER, demo.OURS))
     assert eager.keys() == ours.keys()
     assert all(torch.equal(eager[name], ours[name]) for name in eager)
     other = demo.create_network(demo.OURS, seed=6).state_dict()
-    assert not torch.equal(other["conv.weight"], ours["conv.weight"])
+    assert not torch.equal(other["stem.0.weight"], ours["stem.0.weight"])
 
 
 def test_variants_are_what_they_are_called():
@@ -79,27 +57,15 @@ def test_variants_are_what_they_are_called():
     assert attention_backends(demo.OURS) == [None] * 3
 
 
-def test_training_lowers_the_loss_and_repeats(two_batches):
-    # Both exist before either is trained: making one seeds the global generator, which training must not need.
-    networks = [demo.create_network(demo.OURS, 0) for _ in range(2)]
-    first, second = (demo.train(network, two_batches, epochs=8, seed=0, title="test") for network in networks)
-    assert len(first) == 16
-    assert sum(first[-4:]) < 0.9 * sum(first[:4])
-    assert second == first
-
-
-def test_evaluate_counts_right_answers(digits):
-    class Oracle(nn.Module):
-        def forward(self, images):
-            answers = digits.test_labels.clone()
-            answers[:90] = (answers[:90] + 1) % 10
-            return nn.functional.one_hot(answers, 10)
-
-    assert demo.evaluate(Oracle(), digits) == 0.75
+def test_training_repeats():
+    first, second = (demo.train(demo.OURS, epochs=1, seed=0) for _ in range(2))
+    assert len(first.losses) == 23
+    assert second.losses == first.losses
+    assert second.accuracy == first.accuracy
 
 
 def test_saved_bytes_of_a_known_graph():
-    images = torch.ones(100, 1, 16, 16)[:10]
+    batch = torch.ones(100, 1, 16, 16)[:10]
     weight = nn.Parameter(torch.ones(1))
 
     class Twice(nn.Module):
@@ -113,16 +79,16 @@ def test_saved_bytes_of_a_known_graph():
             y = images * self.weight
             return y.square() + y.reshape(10, -1).square().sum()
 
-    assert demo.saved_bytes(Twice(), images) == 10 * 16 * 16 * 4
+    assert demo.saved_bytes(Twice(), batch) == 10 * 16 * 16 * 4
 
 
-def test_attention_map_is_the_mean_state_of_the_last_stage(two_batches):
+def test_attention_map_is_the_mean_state_of_the_last_stage(digits):
     model = demo.create_network(demo.OURS, 0)
-    images = two_batches.test_images[:8]
-    scales = demo.attention_map(model, images)
+    batch = torch.stack([digits.test[k][0] for k in range(8)])
+    scales = demo.attention_map(model, batch)
     assert scales.shape == (64, 3)
     model.eval()
-    x, state = model.stages[:2](torch.relu(model.bn(model.conv(images)))), None
+    x, state = model.stages[:2](model.stem(batch)), None
     for block, mean in zip(model.stages[2].blocks, scales.T, strict=True):
         x, state = block(x, model.stages[2].attention, state)
         assert torch.equal(state[0].mean(0), mean)
@@ -144,23 +110,27 @@ def test_table():
 
 
 def test_low_accuracy_fails(monkeypatch, tmp_path, capsys):
-    judged = demo.Settings(TINY.epochs, TINY.train_images, TINY.timed_rounds, judge_accuracy=True)
-    monkeypatch.setattr(demo, "evaluate", lambda model, digits: 0.949)
+    judged = demo.Settings(TINY.epochs, TINY.timed_rounds, judge_accuracy=True)
+    network = demo.create_network(demo.OURS, 0)
+    monkeypatch.setattr(demo, "train", lambda *_: demo.Trained(network, [1.0, 0.5], 0.949))
     assert demo.run(judged, tmp_path / "a.png") == 1
     assert f"FAILED: test accuracy below 95%: {demo.EAGER}; {demo.OURS}" in capsys.readouterr().err
-    monkeypatch.setattr(demo, "evaluate", lambda model, digits: 0.95)
+    monkeypatch.setattr(demo, "train", lambda *_: demo.Trained(network, [1.0, 0.5], 0.95))
     assert demo.run(judged, tmp_path / "b.png") == 0
     assert "FAILED" not in capsys.readouterr().err
 
 
-def test_missing_library_is_said(monkeypatch, two_batches, capsys):
+def test_missing_library_is_said(monkeypatch, digits, capsys):
     monkeypatch.setattr(backends, "missing", lambda name: None if name == "reference" else "it was never built")
-    demo._announce(two_batches, epochs=1)
+    demo._announce(digits, epochs=1)
     assert "No fused kernels: it was never built. Both runs are plain PyTorch" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "sklearn", "tqdm"])
-def test_missing_extra_is_named(monkeypatch, capsys, module):
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [("demo", "matplotlib"), ("demo", "lightning"), ("train", "lightning"), ("train", "torchvision")],
+)
+def test_missing_extra_is_named(monkeypatch, command, module):
     real = builtins.__import__
 
     def without_module(name, *args, **kwargs):
@@ -168,14 +138,14 @@ def test_missing_extra_is_named(monkeypatch, capsys, module):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *args, **kwargs)
 
-    monkeypatch.delitem(sys.modules, "dia_kernels.demo")
-    monkeypatch.delattr("dia_kernels.demo")
+    for part in ("demo", "train.images", "train.run", "train.classifier", "train.loader"):
+        monkeypatch.delitem(sys.modules, f"dia_kernels.{part}", raising=False)
+        monkeypatch.delattr(f"dia_kernels.{part}", raising=False)
     monkeypatch.setattr(builtins, "__import__", without_module)
-    assert __main__.main(["demo"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"The demo needs {module}")
-    assert 'pip install "dia_kernels[demo]"' in said
-    assert said.count("\n") == 1
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main([command])
+    said = f'{command}: needs {module}, which is not here: pip install "dia_kernels[{command}]"'
+    assert stopped.value.code == said
 
 
 @pytest.mark.parametrize(

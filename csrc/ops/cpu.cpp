@@ -2,7 +2,8 @@
 //
 // A step is, per chunk of samples (core/plan.h): pool | two reductions with bias and ReLU | two expansions |
 // gates | rescale. Its gradient: reduce | gates | products | spread; then the weights' gradients once
-// over all samples. The kernels (cpu/kernels.h) are serial; here they are spread over torch's threads.
+// over all samples. The kernels (cpu/kernels.h) are serial; here samples, or where they are few the parts of each,
+// are spread over torch's threads.
 #include <algorithm>
 #include <tuple>
 
@@ -77,12 +78,22 @@ struct Chunk {
   int64_t first, count;
 };
 
-// Splits the batch into chunks and calls `body` on each.
+// Splits the batch into chunks and calls `body` on each. With a sample for every thread each thread takes its own
+// samples through the whole step, and no thread waits for another in between (parallel loops inside `body` are then
+// serial); with fewer samples the chunks come one after the other and threads share each.
 template <class Body>
 void for_chunks(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, Body body) {
-  const int64_t size =
-      samples_per_chunk(samples, sample_bytes, weight_bytes, cache_bytes(), torch::stable::get_num_threads());
-  for (int64_t first = 0; first < samples; first += size) body(Chunk{first, std::min(size, samples - first)});
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool own = samples >= threads;
+  const auto run = [&](int64_t begin, int64_t end) {
+    const int64_t size = samples_per_chunk(end - begin, sample_bytes, weight_bytes,
+                                           own ? cache_bytes() / threads : cache_bytes(), own ? 1 : threads);
+    for (int64_t first = begin; first < end; first += size) body(Chunk{first, std::min(size, end - first)});
+  };
+  if (own)
+    parallel_for(0, samples, std::max<int64_t>(kGrain * 4 / std::max<int64_t>(sample_bytes, 1), 1), run);
+  else
+    run(0, samples);
 }
 
 // Spreads `per_sample` units of each sample of the chunk over threads; calls body(sample, begin, end).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -75,5 +76,7 @@ def main(arguments: argparse.Namespace) -> int:
     except (ValueError, images.DataError, run.RunError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
-    print(f"{folder}: {result.steps} steps done.", *(f"{name} {value:.4f}" for name, value in result.metrics.items()))
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one process speaks for all
+        figures = "".join(f" {name} {value:.4f}" for name, value in result.metrics.items())
+        print(f"{folder}: {result.steps} steps done.{figures}")
     return 0

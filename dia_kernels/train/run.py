@@ -99,6 +99,18 @@ class RunError(RuntimeError):
     """A folder that cannot be used as asked. The message says why."""
 
 
+class SettingsFile(Callback):
+    """Writes run.json once all processes are there: each has by then seen that the folder was free."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "run.json").write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
+
+
 class RandomState(Callback):
     """Keeps the generators of dropout in the checkpoint. All processes draw alike, so one state serves them."""
 
@@ -210,9 +222,6 @@ def train(
     with _quiet():
         trainer = _trainer(settings, folder, progress, callbacks)
     learn, test = loaders(settings, data, trainer.global_rank)
-    if trainer.is_global_zero and not resume:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
     # Weights and order are drawn from generators of their own; this one serves dropout.
     torch.manual_seed(settings.seed)
     with _quiet():
@@ -233,6 +242,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
+        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", ".*exists and is not empty.*")
         try:
             yield
         finally:
@@ -244,6 +255,7 @@ def _trainer(settings: Settings, folder: Path, progress: bool, more: Sequence[Ca
     logs: list[Logger] = [csv, TensorBoardLogger(str(folder), name="logs", version=csv.version)]
     checkpoints = folder / "checkpoints"
     callbacks: list[Callback] = [
+        SettingsFile(settings, folder),
         RandomState(),
         ModelCheckpoint(checkpoints, every_n_train_steps=settings.checkpoint_every, save_top_k=0, save_last=True),
         ModelCheckpoint(
