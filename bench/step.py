@@ -13,18 +13,16 @@ attention), ``eager``, ``compile`` (the same code under torch.compile), ``fused`
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import math
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import contract
 import torch
 from peers import EagerAttention, plain_tail
+from timing import Call, Samples, interleaved, rounded, undisturbed
 from torch import Tensor
 
 from dia_kernels import SharedAttention
@@ -37,11 +35,6 @@ IMPLEMENTATIONS = {
     "training": ("copy", "plain", "eager", "compile", "fused"),
 }
 
-#: One sample is as many calls as take about this long, so that reading the clock costs nothing.
-SAMPLE_SECONDS = 2e-3
-WARMUP_ROUNDS = 2
-MIN_ROUNDS, MAX_ROUNDS = 9, 101
-
 #: Values to check a case on, in at most so many random draws.
 CHECKED_VALUES, MAX_DRAWS = 2**24, 8
 
@@ -52,9 +45,6 @@ HOST_BUDGET = 0.5
 #: Ideal traffic in maps: forward reads x and shortcut and writes y; backward reads dy, x and y and
 #: writes the gradients of x and shortcut.
 IDEAL_MAPS = {"forward": 3, "training": 3 + 5}
-
-Call = Callable[[], object]
-Samples = dict[str, list[float]]
 
 
 class Shape(NamedTuple):
@@ -267,54 +257,6 @@ def calls_of(mode: str, blocks: dict[str, Block]) -> dict[str, Call]:
     for name, block in blocks.items():
         calls[name] = block.forward if mode == "forward" else block.train
     return {name: calls[name] for name in IMPLEMENTATIONS[mode] if name in calls}
-
-
-def seconds_a_call(call: Call, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
-def interleaved(calls: dict[str, Call], budget: float) -> Samples:
-    """Seconds a call, sampled in rounds that visit every implementation once.
-
-    What disturbs the machine for a while disturbs all implementations of a round alike, so ratios
-    within a round hold. Each round begins with another implementation, so that none always runs after
-    the same neighbour. ``budget`` is the time to spend, in seconds, within the bounds on the rounds.
-    """
-    for call in calls.values():
-        call()
-    repeats = {name: math.ceil(SAMPLE_SECONDS / seconds_a_call(call, 1)) for name, call in calls.items()}
-    names = list(calls)
-
-    def one_round(first: int) -> dict[str, float]:
-        order = names[first:] + names[:first]
-        return {name: seconds_a_call(calls[name], repeats[name]) for name in order}
-
-    start = time.perf_counter()
-    for _ in range(WARMUP_ROUNDS):
-        one_round(0)
-    round_seconds = (time.perf_counter() - start) / WARMUP_ROUNDS
-    rounds = min(max(int(budget / round_seconds), MIN_ROUNDS), MAX_ROUNDS)
-    sampled = [one_round(k % len(names)) for k in range(rounds)]
-    return {name: [sample[name] for sample in sampled] for name in names}
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """No garbage collection while a clock runs."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def rounded(samples: Samples) -> Samples:
-    """Four digits are more than a clock on a shared machine can promise."""
-    return {name: [float(f"{second:.4g}") for second in seconds] for name, seconds in samples.items()}
 
 
 @dataclass

@@ -1,0 +1,379 @@
+"""Times whole networks: a training step and inference, with and without attention, eager and compiled.
+
+    python bench/networks.py                         every case, eager (about 15 minutes on two cores)
+    python bench/networks.py --compiled              every case under torch.compile as well (long)
+    python bench/networks.py --cases resnet164-32    one case
+
+Variants: ``plain`` (no attention), ``se`` (squeeze-and-excitation), ``pytorchcv`` (its DIA unit, r = 4 only),
+``eager`` (our network, its step in plain PyTorch), ``ours``. ResNet-164 is for images of 32x32; ResNet-50 is
+torchvision's, at 224x224, with the units put into its blocks. A network whose logits break the accuracy
+contract reports no time. Writes ``results/networks.json``, ``.md`` and ``.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import contract
+import environment
+import matplotlib
+import report
+import torch
+import torchvision
+from pytorchcv.model_provider import get_model
+from pytorchcv.models.diaresnet import DIAAttention
+from timing import Samples, interleaved, rounded, undisturbed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dia_kernels import SharedAttention, models
+from dia_kernels.demo import saved_bytes
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+VARIANTS = ("plain", "se", "pytorchcv", "eager", "ours")
+LABELS = {
+    "plain": "no attention",
+    "se": "SE",
+    "pytorchcv": "DIA, pytorchcv",
+    "eager": "DIA, eager",
+    "ours": "DIA, ours",
+}
+MODES = ("training", "inference")
+#: Seconds to sample one case in one mode.
+BUDGET = 45.0
+CHECKED_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the images of a step, and r of its attention."""
+
+    network: str
+    batch: int
+    reduction: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}-{self.batch}" + (f"-r{self.reduction}" if self.network == "resnet50" else "")
+
+    @property
+    def side(self) -> int:
+        return 32 if self.network == "resnet164" else 224
+
+    @property
+    def blocks(self) -> int:
+        return 54 if self.network == "resnet164" else 16
+
+    def variants(self) -> tuple[str, ...]:
+        return tuple(v for v in VARIANTS if v != "pytorchcv" or self.reduction == 4)
+
+
+CASES = (
+    Case("resnet164", 32, 4),
+    Case("resnet164", 128, 4),
+    Case("resnet50", 8, 4),
+    Case("resnet50", 8, 20),
+)
+
+
+# --- networks ------------------------------------------------------------------------------------------
+
+#: The tail of a block: (x, state, shortcut) to (relu(x * scale + shortcut), state).
+Unit = Callable[[Tensor, Any, Tensor], tuple[Tensor, Any]]
+
+
+class Stage(nn.Module):
+    """A stage of torchvision's ResNet whose blocks end in an attention unit."""
+
+    def __init__(self, blocks: nn.Sequential, units: Sequence[nn.Module], tail: Callable) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.units = nn.ModuleList(units)  # one for all blocks, or one for each
+        self.tail = tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for k, b in enumerate(self.blocks):
+            shortcut = x if b.downsample is None else b.downsample(x)
+            x = b.relu(b.bn1(b.conv1(x)))
+            x = b.relu(b.bn2(b.conv2(x)))
+            x = b.bn3(b.conv3(x))
+            x, state = self.tail(self.units[k % len(self.units)], x, state, shortcut)
+        return x
+
+
+def fused_tail(unit: nn.Module, x: Tensor, state: Any, shortcut: Tensor) -> tuple[Tensor, Any]:
+    return unit(x, state, shortcut=shortcut, activation="relu")
+
+
+def separate_tail(unit: nn.Module, x: Tensor, state: Any, shortcut: Tensor) -> tuple[Tensor, Any]:
+    x, state = unit(x, state)
+    return F.relu(x + shortcut), state
+
+
+def resnet50(variant: str, reduction: int) -> nn.Module:
+    """torchvision's ResNet-50 with the units of ``variant`` in its blocks."""
+    model = torchvision.models.resnet50()
+    if variant == "plain":
+        return model
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        blocks = getattr(model, name)
+        channels = blocks[0].conv3.out_channels
+        if variant == "se":
+            stage = Stage(blocks, [models.SqueezeExcitation(channels) for _ in blocks], fused_tail)
+        elif variant == "pytorchcv":
+            stage = Stage(blocks, [DIAAttention(channels, channels)], separate_tail)
+        else:
+            backend = "reference" if variant == "eager" else None
+            stage = Stage(blocks, [SharedAttention(channels, reduction, backend=backend)], fused_tail)
+        setattr(model, name, stage)
+    return model
+
+
+def resnet164(variant: str, reduction: int) -> nn.Module:
+    if variant == "pytorchcv":
+        return get_model("diaresnet164bn_cifar10")
+    attention = {"plain": None, "se": "se"}.get(variant, "dia")
+    backend = "reference" if variant == "eager" else None
+    return models.create(
+        "resnet164", attention=attention, reduction=None if attention == "se" else reduction, backend=backend
+    )
+
+
+def network(case: Case, variant: str) -> nn.Module:
+    """The network with the weights of seed 0."""
+    torch.manual_seed(0)
+    return (resnet164 if case.network == "resnet164" else resnet50)(variant, case.reduction)
+
+
+def batch(case: Case, seed: int = 0, size: int | None = None) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size or case.batch, 3, case.side, case.side)
+    return torch.randn(shape, generator=generator), torch.randint(0, 10, shape[:1], generator=generator)
+
+
+def breach(case: Case) -> str | None:
+    """How our network breaks the accuracy contract, with eager's for a yardstick; None if it does not."""
+    eager = network(case, "eager")
+    networks = {"ours": network(case, "ours"), "eager": eager, "truth": network(case, "eager").double()}
+    for other in networks.values():
+        other.load_state_dict(eager.state_dict())
+        other.eval()
+    record = contract.Accuracy(torch.float32, case.side**2)
+    with torch.no_grad():
+        for seed in range(CHECKED_BATCHES):
+            images, _ = batch(case, seed, size=2)
+            logits = {name: other(images.to(next(other.parameters()).dtype)) for name, other in networks.items()}
+            record.add(*({"logits": logits[name]} for name in ("ours", "eager", "truth")))
+    return record.breach()
+
+
+def call_of(case: Case, variant: str, mode: str, compiled: bool) -> Callable[[], object]:
+    """One training step, or one inference."""
+    model = network(case, variant).train(mode == "training")
+    images, labels = batch(case)
+    run = torch.compile(model, dynamic=False) if compiled else model
+    if mode == "inference":
+
+        def infer() -> None:
+            with torch.no_grad():
+                run(images)
+
+        return infer
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(run(images), labels).backward()
+        optimizer.step()
+
+    return train
+
+
+# --- measurement -----------------------------------------------------------------------------------------
+
+
+def peak_bytes(case: Case, variant: str) -> int:
+    """What two training steps in a process of their own add to its peak of resident memory."""
+    command = [sys.executable, __file__, "--peak", case.name, variant]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def resident(field: str) -> int:
+    """Bytes of ``VmRSS`` (resident now) or ``VmHWM`` (its peak) of this process, as Linux tells them."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def own_peak(case: Case, variant: str) -> int:
+    step = call_of(case, variant, "training", compiled=False)
+    before = resident("VmRSS")
+    step(), step()
+    return resident("VmHWM") - before
+
+
+def measure(case: Case, asked: Sequence[str], compiled: bool, budget: float) -> dict[str, Any]:
+    """Everything of one case, as plain data for JSON."""
+    wrong = breach(case)
+    variants = [v for v in case.variants() if v in asked and (v != "ours" or wrong is None)]
+    result: dict[str, Any] = {"case": asdict(case), "name": case.name, "wrong": wrong, "seconds": {}}
+    for mode in MODES:
+        names = [(v, v, False) for v in variants]
+        names += [(f"{v}, compiled", v, True) for v in variants if compiled]
+        seconds: Samples = {}
+        torch._dynamo.reset()
+        with undisturbed():
+            seconds = interleaved({name: call_of(case, v, mode, c) for name, v, c in names}, budget)
+        result["seconds"][mode] = rounded(seconds)
+    images, _ = batch(case)
+    result["saved_bytes"] = {v: saved_bytes(network(case, v), images) for v in variants}
+    result["peak_bytes"] = {v: peak_bytes(case, v) for v in variants}
+    return result
+
+
+# --- report ----------------------------------------------------------------------------------------------
+
+
+def ratio(seconds: Samples, name: str, base: str) -> float:
+    """Median of the ratios within rounds."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+
+def label(name: str) -> str:
+    variant, comma, rest = name.partition(", ")
+    return LABELS[variant] + comma + rest
+
+
+def mode_table(results: Sequence[dict], mode: str) -> str:
+    """Median time of every variant, and its ratio to the plain network of the same kind."""
+    names = list(dict.fromkeys(name for result in results for name in result["seconds"][mode]))
+    rows = []
+    for name in names:
+        base = "plain, compiled" if name.endswith("compiled") else "plain"
+        row = [label(name)]
+        for result in results:
+            seconds = result["seconds"][mode]
+            if name not in seconds:
+                row.append(report.WRONG if name.startswith("ours") else report.ABSENT)
+                continue
+            row.append(f"{report.duration(statistics.median(seconds[name]))} ({ratio(seconds, name, base):.2f}x)")
+        rows.append(row)
+    return report.table([mode, *(result["name"] for result in results)], rows)
+
+
+def memory_table(results: Sequence[dict]) -> str:
+    """MB kept for backward by each block beyond the plain network's, and the peak of a training step."""
+    rows = []
+    for variant in VARIANTS:
+        row = [LABELS[variant]]
+        for result in results:
+            saved, peak = result["saved_bytes"], result["peak_bytes"]
+            if variant not in saved:
+                row.append(report.ABSENT)
+                continue
+            more = (saved[variant] - saved["plain"]) / result["case"]["network_blocks"] / 1e6
+            row.append(f"{more:+.2f} / {peak[variant] / 1e6:.0f}")
+        rows.append(row)
+    return report.table(["MB a block / peak", *(result["name"] for result in results)], rows)
+
+
+def markdown(document: dict, plot: str) -> str:
+    results = document["results"]
+    wrong = [f"* {result['name']}: {result['wrong']}" for result in results if result["wrong"]]
+    parts = [
+        "# Whole networks",
+        report.environment_text(document["environment"]),
+        "float32, SGD with momentum; names: network, batch, r. Medians of interleaved runs; in brackets the time as a "
+        "multiple of the same network without attention (median of ratios within rounds).",
+        f"![Time of a training step]({plot})",
+        *(mode_table(results, mode) for mode in MODES),
+        "Memory: MB that each block keeps for the backward pass beyond those of the plain network, and what two "
+        "training steps add to the peak of resident memory.",
+        memory_table(results),
+        "Wrong, so not timed:\n" + ("\n".join(wrong) or "nothing."),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+COLOURS = {"plain": "#8a8f98", "se": "#9b6fb6", "pytorchcv": "#c9a227", "eager": "#e07b39", "ours": "#1f5fa8"}
+
+
+def draw(document: dict, path: Path) -> None:
+    """Bars of a training step's time as a multiple of the plain network's."""
+    results = document["results"]
+    figure, axes = plt.subplots(figsize=(1.5 + 2.3 * len(results), 3.8), layout="constrained")
+    width = 0.16
+    for k, variant in enumerate(VARIANTS):
+        points = [
+            (i, ratio(result["seconds"]["training"], variant, "plain"))
+            for i, result in enumerate(results)
+            if variant in result["seconds"]["training"]
+        ]
+        bars = axes.bar(
+            [i + (k - 2) * width for i, _ in points], [r for _, r in points], 0.94 * width,
+            color=COLOURS[variant], label=LABELS[variant],
+        )  # fmt: skip
+        axes.bar_label(bars, [f"{r:.2f}" for _, r in points], fontsize=7, padding=2)
+    axes.axhline(1.0, color="#333333", linewidth=1.0)
+    axes.set_xticks(range(len(results)), [result["name"] for result in results])
+    axes.set(ylabel="time, no attention = 1", title="Training step", ylim=(0.8, None))
+    axes.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Benchmark of whole networks.")
+    parser.add_argument("--cases", help=f"comma-separated out of {','.join(case.name for case in CASES)}")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated; plain has to be among them")
+    parser.add_argument("--compiled", action="store_true", help="under torch.compile as well")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of samples for each case and mode")
+    parser.add_argument("--threads", type=int, help="of PyTorch (default: as many as it takes by itself)")
+    parser.add_argument("--name", default="networks", help="stem of the three files")
+    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--peak", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    by_name = {case.name: case for case in CASES}
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.peak:
+        print(own_peak(by_name[options.peak[0]], options.peak[1]))
+        return 0
+    chosen = options.cases.split(",") if options.cases else list(by_name)
+    if unknown := set(chosen) - set(by_name):
+        parser.error(f"--cases: no case {', '.join(sorted(unknown))}; expected some of {', '.join(by_name)}")
+    asked = options.variants.split(",")
+    if "plain" not in asked or (unknown := set(asked) - set(VARIANTS)):
+        parser.error(f"--variants: expected plain and some of {', '.join(VARIANTS)}, got {options.variants}")
+    results = []
+    for name in chosen:
+        print(f"{name} ...", flush=True)
+        result = measure(by_name[name], asked, options.compiled, options.budget)
+        result["case"]["network_blocks"] = by_name[name].blocks
+        results.append(result)
+    document = {"environment": environment.describe(), "results": results}
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = options.output / options.name
+    stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(markdown(document, f"{options.name}.png"), encoding="utf-8")
+    draw(document, stem.with_suffix(".png"))
+    print("\n\n".join([*(mode_table(results, mode) for mode in MODES), memory_table(results)]))
+    return 1 if any(result["wrong"] for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

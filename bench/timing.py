@@ -1,0 +1,65 @@
+"""How times are taken here: all implementations in turns, so that what disturbs one disturbs all."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+
+Call = Callable[[], object]
+Samples = dict[str, list[float]]
+
+#: One sample is as many calls as take about this long, so that reading the clock costs nothing.
+SAMPLE_SECONDS = 2e-3
+WARMUP_ROUNDS = 2
+MIN_ROUNDS, MAX_ROUNDS = 9, 101
+
+
+def seconds_a_call(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def interleaved(calls: dict[str, Call], budget: float) -> Samples:
+    """Seconds a call, sampled in rounds that visit every implementation once.
+
+    What disturbs the machine for a while disturbs all implementations of a round alike, so ratios
+    within a round hold. Each round begins with another implementation, so that none always runs after
+    the same neighbour. ``budget`` is the time to spend, in seconds, within the bounds on the rounds.
+    """
+    for call in calls.values():
+        call()
+    repeats = {name: math.ceil(SAMPLE_SECONDS / seconds_a_call(call, 1)) for name, call in calls.items()}
+    names = list(calls)
+
+    def one_round(first: int) -> dict[str, float]:
+        order = names[first:] + names[:first]
+        return {name: seconds_a_call(calls[name], repeats[name]) for name in order}
+
+    start = time.perf_counter()
+    for _ in range(WARMUP_ROUNDS):
+        one_round(0)
+    round_seconds = (time.perf_counter() - start) / WARMUP_ROUNDS
+    rounds = min(max(int(budget / round_seconds), MIN_ROUNDS), MAX_ROUNDS)
+    sampled = [one_round(k % len(names)) for k in range(rounds)]
+    return {name: [sample[name] for sample in sampled] for name in names}
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No garbage collection while a clock runs."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def rounded(samples: Samples) -> Samples:
+    """Four digits are more than a clock on a shared machine can promise."""
+    return {name: [float(f"{second:.4g}") for second in seconds] for name, seconds in samples.items()}
