@@ -5,6 +5,7 @@
 #   make test-slow   the tests that take long: other builds, another torch
 #   make lint        style and types
 #   make bench       time the step against its peers
+#   make bench-networks  time whole networks, with and without attention
 #   make clean       remove what was built (not .venv)
 # DIA_KERNELS_BUILD and DIA_KERNELS_CUDA_ARCHS (see setup.py) choose what is built; run `make clean`
 # after a change of theirs.
@@ -15,7 +16,7 @@ pip := $(python) -m pip --disable-pip-version-check --quiet
 native_sources := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 formatted_sources := $(filter csrc/%,$(native_sources))
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench bench-networks clean
 .DELETE_ON_ERROR:
 
 demo: build/native.stamp
@@ -35,6 +36,9 @@ lint: .venv/dependencies.stamp
 
 bench: build/native.stamp
 	$(python) bench/run.py
+
+bench-networks: build/native.stamp
+	$(python) bench/networks.py
 
 clean:
 	rm -rf build dist dia_kernels/lib

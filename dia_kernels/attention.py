@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import backends, functional
 from .cells import OUTPUTS, LSTMParameters, StackedLayer
 from .functional import Activation, Output, State
+from .norms import Norm
 
 
 class SharedAttention(nn.Module):
@@ -124,6 +125,7 @@ class SharedAttention(nn.Module):
         shortcut: Tensor | None = None,
         activation: Activation = None,
         inplace: bool = False,
+        norm: Norm | None = None,
     ) -> tuple[Tensor, State]:
         """``y = activation(x * h + shortcut)`` with the new state's h; see ``functional.step``.
 
@@ -133,6 +135,7 @@ class SharedAttention(nn.Module):
             shortcut: the block's other branch, shape of x, or None.
             activation: None or ``"relu"``.
             inplace: write y over x. Inference only.
+            norm: the batch norm (or another norm) of x that comes first; a batch norm costs no pass of its own.
 
         Returns:
             ``(y, state)``: hand the state to the next block of the stage.
@@ -148,6 +151,7 @@ class SharedAttention(nn.Module):
             channel_dim=self.channel_dim,
             dropout=self.dropout if self.training else 0.0,
             inplace=inplace,
+            norm=norm,
             backend=self.backend,
         )
 

@@ -104,7 +104,7 @@ def saved_tensors(ctx) -> tuple:
         raise
 
 
-def _derivative(function: Callable, inputs: tuple, cotangents: tuple) -> tuple:
+def derivative(function: Callable, inputs: tuple, cotangents: tuple) -> tuple:
     """Vector-Jacobian product of ``function`` at ``inputs``, where both may hold None.
 
     ``function`` takes all of ``inputs`` and returns a tuple as long as ``cotangents``. Returns one
@@ -152,7 +152,7 @@ def _reference_step_backward(dy, dh, dc, x, y, h, c, parameters, channel_dim, ta
         return _reference_step(x, None, h, c, *parameters, channel_dim, False, tanh_output, False)[:3]
 
     g = dy if dy is None or y is None else reference.unrelu(dy, y)
-    dx, dh, dc, *dparameters = _derivative(before_relu, (x, h, c, *parameters), (g, dh, dc))
+    dx, dh, dc, *dparameters = derivative(before_relu, (x, h, c, *parameters), (g, dh, dc))
     return dx, None if y is None else g, dh, dc, *dparameters
 
 
@@ -217,7 +217,7 @@ class StepBackward(Function):
             return _reference_step_backward(dy, dh, dc, x, y, h, c, parameters, channel_dim, tanh_output)
 
         grads = StepBackward.asked_only(grads, ctx.asked)
-        ddy, ddh, ddc, dx, dhp, dcp, *dparameters = _derivative(function, (dy, dh, dc, x, h, c, *parameters), grads)
+        ddy, ddh, ddc, dx, dhp, dcp, *dparameters = derivative(function, (dy, dh, dc, x, h, c, *parameters), grads)
         return ddy, ddh, ddc, dx, None, dhp, dcp, None, None, *dparameters, *(None,) * 7
 
     @staticmethod
@@ -364,7 +364,7 @@ class RescaleBackward(Function):
     def backward(ctx, *grads):
         dy, x, scale, y = saved_tensors(ctx)
         grads = tuple(grad if keep else None for grad, keep in zip(grads, ctx.asked, strict=True))
-        ddy, dx, dscale = _derivative(
+        ddy, dx, dscale = derivative(
             lambda dy, x, scale: _reference_rescale_backward(dy, x, scale, y, ctx.channel_dim), (dy, x, scale), grads
         )
         return ddy, dx, dscale, *(None,) * 5

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import autograd, backends, operators, reference
+from . import autograd, autograd_tail, backends, norms, operators, reference
 from .cells import OUTPUTS, LSTMParameters, StackedLayer, stacked_lstm
 from .layout import channels, compute_dtype, shares_memory
 
@@ -34,6 +34,7 @@ def step(
     channel_dim: int = 1,
     dropout: float = 0.0,
     inplace: bool = False,
+    norm: norms.Norm | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, State]:
     """One step of Dense-and-Implicit Attention: the tail of a residual block.
@@ -56,6 +57,10 @@ def step(
         channel_dim: 1 or -1.
         dropout: probability of zeroing an h between stacked layers (0 in evaluation).
         inplace: write y over x and return it. Inference only.
+        norm: a norm of x that comes first: an ``nn.BatchNorm1d/2d/3d``, torchvision's ``FrozenBatchNorm2d`` or a
+            pair (scale, bias) of a value for each channel is folded into the step, at no pass of its own over x and
+            nothing saved for it; its parameters and buffers are used and updated exactly as it would itself. Any
+            other module or function is called, and the step follows. (arXiv:1502.03167, algorithm 1.)
         backend: None for the best one here, or a name out of ``dia_kernels.backends.NAMES``.
 
     Returns:
@@ -67,6 +72,8 @@ def step(
         RuntimeError: in backward, when the state comes from a forward pass whose graph is gone.
     """
     _check_map(x, channel_dim)
+    if inplace and norm is not None:
+        raise ValueError("inplace: expected False with a norm, got True")
     parameters = _checked_parameters(parameters, x, channel_dim)
     stacked = [_checked_layer(layer, k, x, channel_dim) for k, layer in enumerate(stacked, start=1)]
     h, c = _checked_state(state, x, channel_dim, len(stacked))
@@ -77,6 +84,14 @@ def step(
     if output not in OUTPUTS:
         raise ValueError(f'output: expected "sigmoid" or "tanh", got {output!r}')
     backends.check(backend, x.device)
+    folded = None
+    if norm is not None:
+        if not stacked and (shortcut is None or shortcut.dtype == x.dtype):
+            folded = norms.fold(norm, x, channel_dim)
+        if folded is None:
+            x = _called(norm, x, channel_dim)
+    if folded is not None:
+        return _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, activation == "relu", output, backend)
 
     relu, later = activation == "relu", None
     if shortcut is not None and shortcut.dtype != x.dtype:
@@ -101,6 +116,34 @@ def step(
     if later is not None:
         y = y + later
         y = torch.relu(y) if activation == "relu" else y
+    return y, (h, c)
+
+
+def _called(norm: norms.Norm, x: Tensor, channel_dim: int) -> Tensor:
+    """The norm of ``x``, by itself."""
+    if isinstance(norm, tuple):
+        shape = [-1 if dim == channel_dim % x.ndim else 1 for dim in range(x.ndim)]
+        return x * norm[0].view(shape).to(x.dtype) + norm[1].view(shape).to(x.dtype)
+    y = norm(x)
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        raise ValueError(f"norm: expected a result of shape {tuple(x.shape)}, got {getattr(y, 'shape', type(y))}")
+    return y
+
+
+def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, backend):
+    """The step with its norm folded in, and what the norm does to its buffers."""
+    shape = (channels(x, channel_dim),)
+    gamma, beta, mean, var = (
+        None if t is None else _cast(f"norm {name}", t, shape, x)
+        for name, t in zip(("weight", "bias", "running_mean", "running_var"), folded[:4], strict=True)
+    )
+    args = (x, shortcut, h, c, gamma, beta, mean, var, folded.eps, parameters, channel_dim, relu)
+    if backend == "reference":
+        y, h, c, mean, var = reference.tail(*args, output)
+    else:
+        y, h, c, mean, var = autograd_tail.tail(*args, output == "tanh")
+    if folded.module is not None:
+        norms.update_buffers(folded.module, mean.detach(), var.detach(), x.numel() // max(shape[0], 1))
     return y, (h, c)
 
 

@@ -12,6 +12,11 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 ``step_``               ``(h', c')``: the same, y written over ``x``. Inference only.
 ``step_backward``       gradients of x, shortcut, h, c and the eight parameters; those that the
                         four ``need_*`` flags do not ask for come back empty.
+``tail``                ``(y, h', c', tables, mean, var)``: the step on the batch norm of z.
+                        ``mean`` and ``var`` (C,) are the statistics to use; None for those of
+                        this batch, which come back (else empty tensors do).
+``tail_backward``       gradients of z, shortcut, h, c, the norm's weight and bias and the eight
+                        parameters, by the five ``need_*`` flags
 ``pool``                mean over positions, (N, C), in the compute dtype
 ``rescale``             ``act(x * scale + shortcut)``
 ``rescale_backward``    gradients of x, scale and shortcut
@@ -49,6 +54,11 @@ SCHEMAS = {
     "step_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor x, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
     f" Tensor tables, {_WEIGHTS}, {_FLAGS}, bool need_x, bool need_shortcut, bool need_state,"
     f" bool need_parameters) -> ({_GRADIENTS})",
+    "tail": "(Tensor z, Tensor? shortcut, Tensor? h, Tensor? c, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var,"
+    f" float eps, {_PARAMETERS}, {_FLAGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "tail_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor z, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
+    f" Tensor tables, Tensor? gamma, Tensor? beta, {_WEIGHTS}, {_FLAGS}, bool batch, bool need_z, bool need_shortcut,"
+    f" bool need_state, bool need_parameters, bool need_affine) -> ({_GRADIENTS}, Tensor, Tensor)",
     "pool": "(Tensor x, int channel_dim) -> Tensor",
     "rescale": "(Tensor x, Tensor scale, Tensor? shortcut, int channel_dim, bool relu) -> Tensor",
     "rescale_backward": "(Tensor dy, Tensor x, Tensor scale, Tensor? y, int channel_dim, bool need_x,"
@@ -126,6 +136,52 @@ def _with_weights(weights: list[Tensor]) -> LSTMParameters:
     return LSTMParameters(*(w for weight in weights for w in (weight, weight)))
 
 
+# The norm's part of ``tables`` follows that of the cell: each sample's mean less the mean, (N, C), then shift, d and
+# rstd (C each), with which zn = ((z - shift) - d) * rstd. Here the shift is the mean itself, and d is 0.
+
+
+def _reference_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
+    *parameters, channel_dim, relu, tanh_output = rest
+    batch = mean is None
+    with torch.autocast(z.device.type, enabled=False):
+        if batch:
+            mean, var = reference.statistics(z, channel_dim)
+        rstd = (var + eps).rsqrt()
+        _, x = reference.normalise(z, mean, rstd, gamma, beta, channel_dim)
+        wide = None if shortcut is None else shortcut.to(x.dtype)
+        y, p, trace = reference.traced_step(
+            x, wide, h, c, LSTMParameters(*parameters), channel_dim, relu, _output(tanh_output)
+        )
+        off = reference.pool(z, channel_dim) - mean
+        tables = torch.cat([_pack(p, trace), off.reshape(-1), mean, torch.zeros_like(mean), rstd])
+    statistics = (mean, var) if batch else (mean.new_empty(0), mean.new_empty(0))
+    return _in_format(y.to(z.dtype), z, channel_dim), trace.h, trace.c, tables, *statistics
+
+
+def _reference_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
+    *weights, channel_dim, relu, tanh_output, batch, need_z, need_shortcut, need_state, need_parameters, need_affine = (
+        rest
+    )
+    parameters = _with_weights(weights)
+    n, width, m = z.shape[0], channels(z, channel_dim), parameters.input_reduce_weight.shape[0]
+    cell, _, shift, d, rstd = tables.split([sum(table_sizes(n, width, m)), n * width, width, width, width])
+    p, trace = _unpack(cell, n, width, m, new_c, tanh_output)
+    with torch.autocast(z.device.type, enabled=False):
+        zn, x = reference.normalise(z, shift + d, rstd, gamma, beta, channel_dim)
+        dx, dshortcut, dh, dc, dparameters = reference.step_backward(
+            None if dy is None else dy.to(x.dtype), dh, dc, x, y if relu else None, h, c, new_c, p, trace, parameters,
+            channel_dim, _output(tanh_output),
+        )  # fmt: skip
+        dz, dgamma, dbeta = reference.normalise_backward(dx, zn, rstd, gamma, channel_dim, batch)
+    return (
+        _in_format(dz.to(z.dtype), z, channel_dim) if need_z else z.new_empty(0),
+        _in_format(dshortcut.to(z.dtype), z, channel_dim) if need_shortcut else z.new_empty(0),
+        *((dh, dc) if need_state else (p.new_empty(0), p.new_empty(0))),
+        *((dgamma, dbeta) if need_affine else (p.new_empty(0), p.new_empty(0))),
+        *(dparameters if need_parameters else (p.new_empty(0) for _ in dparameters)),
+    )
+
+
 def _reference_pool(x, channel_dim):
     return reference.pool(x, channel_dim)
 
@@ -173,6 +229,29 @@ def _fake_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
     )
 
 
+def _fake_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
+    *parameters, channel_dim, _relu, _tanh_output = rest
+    n, width, m = z.shape[0], channels(z, channel_dim), parameters[0].shape[0]
+    table = z.new_empty((n, width), dtype=compute_dtype(z.dtype))
+    tables = table.new_empty(sum(table_sizes(n, width, m)) + n * width + 3 * width)
+    own = 0 if mean is not None else width
+    y = empty_map(z, channel_dim)
+    return y, table, torch.empty_like(table), tables, table.new_empty(own), table.new_empty(own)
+
+
+def _fake_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
+    *weights, channel_dim, _relu, _tanh, _batch, need_z, need_shortcut, need_state, need_parameters, need_affine = rest
+    nothing, width = new_c.new_empty, channels(z, channel_dim)
+    shapes = [shape for w in weights for shape in (w.shape, w.shape[:1])]
+    return (
+        empty_map(z, channel_dim) if need_z else z.new_empty(0),
+        empty_map(z, channel_dim) if need_shortcut else z.new_empty(0),
+        *(nothing(new_c.shape if need_state else 0) for _ in range(2)),
+        *(nothing(width if need_affine else 0) for _ in range(2)),
+        *(nothing(shape if need_parameters else 0) for shape in shapes),
+    )
+
+
 def _fake_pool(x, channel_dim):
     return x.new_empty((x.shape[0], channels(x, channel_dim)), dtype=compute_dtype(x.dtype))
 
@@ -193,6 +272,8 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "step": (_reference_step, _fake_step),
     "step_": (_reference_step_, _fake_step_),
     "step_backward": (_reference_step_backward, _fake_step_backward),
+    "tail": (_reference_tail, _fake_tail),
+    "tail_backward": (_reference_tail_backward, _fake_tail_backward),
     "pool": (_reference_pool, _fake_pool),
     "rescale": (_reference_rescale, _fake_rescale),
     "rescale_backward": (_reference_rescale_backward, _fake_rescale_backward),
@@ -247,6 +328,8 @@ library_error: str | None = _load_library()
 step = torch.ops.dia_kernels.step.default
 step_ = torch.ops.dia_kernels.step_.default
 step_backward = torch.ops.dia_kernels.step_backward.default
+tail = torch.ops.dia_kernels.tail.default
+tail_backward = torch.ops.dia_kernels.tail_backward.default
 pool = torch.ops.dia_kernels.pool.default
 rescale = torch.ops.dia_kernels.rescale.default
 rescale_backward = torch.ops.dia_kernels.rescale_backward.default

@@ -67,6 +67,71 @@ def step(
     return y, trace.h, trace.c
 
 
+def per_channel(vector: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """A view of the (C,) ``vector`` that broadcasts over samples and positions of ``x``."""
+    return broadcast(vector.unsqueeze(0), x, channel_dim)
+
+
+def statistics(z: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel over samples and positions, (C,), in the compute dtype."""
+    wide = z.to(compute_dtype(z.dtype))
+    dims = (0, *spatial_dims(z, channel_dim))
+    mean = wide.mean(dims)
+    return mean, (wide - per_channel(mean, z, channel_dim)).square().mean(dims)
+
+
+def normalise(
+    z: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None, channel_dim: int
+) -> tuple[Tensor, Tensor]:
+    """``(z - mean) * rstd``, and that ``* gamma + beta``, in the compute dtype."""
+    zn = (z.to(mean.dtype) - per_channel(mean, z, channel_dim)) * per_channel(rstd, z, channel_dim)
+    x = zn if gamma is None else zn * per_channel(gamma, z, channel_dim)
+    return zn, x if beta is None else x + per_channel(beta, z, channel_dim)
+
+
+def tail(
+    z: Tensor,
+    shortcut: Tensor | None,
+    h: Tensor | None,
+    c: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    parameters: LSTMParameters,
+    channel_dim: int,
+    relu: bool,
+    output: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(y, h', c', mean, var)``: batch norm of ``z``, then the step on it, rounded once in the end.
+
+    ``mean`` and ``var`` are the statistics to use, None for those of this batch. (arXiv:1502.03167,
+    algorithm 1; then as ``step``.)
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        if mean is None or var is None:
+            mean, var = statistics(z, channel_dim)
+        _, x = normalise(z, mean, (var + eps).rsqrt(), gamma, beta, channel_dim)
+        wide = None if shortcut is None else shortcut.to(x.dtype)
+        y, _, trace = traced_step(x, wide, h, c, parameters, channel_dim, relu, output)
+        y = y.to(z.dtype).contiguous(memory_format=output_format(z, channel_dim))
+    return y, trace.h, trace.c, mean, var
+
+
+def normalise_backward(
+    dx: Tensor, zn: Tensor, rstd: Tensor, gamma: Tensor | None, channel_dim: int, batch: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients ``(dz, dgamma, dbeta)`` of ``normalise``, whose statistics are the batch's own if ``batch``."""
+    dims = (0, *spatial_dims(zn, channel_dim))
+    dgamma, dbeta = (dx * zn).sum(dims), dx.sum(dims)
+    if batch:
+        count = max(zn.shape[0] * spatial_size(zn, channel_dim), 1)
+        dx = dx - (per_channel(dbeta, zn, channel_dim) + zn * per_channel(dgamma, zn, channel_dim)) / count
+    factor = rstd if gamma is None else rstd * gamma
+    return dx * per_channel(factor, zn, channel_dim), dgamma, dbeta
+
+
 def unrelu(dy: Tensor, y: Tensor) -> Tensor:
     """Gradient through the ReLU that made ``y``: zero only where y <= 0, so that NaN passes."""
     return dy.masked_fill(y <= 0, 0)

@@ -5,114 +5,18 @@
 // table of channels that stays in the first-level cache. Each map is read or written exactly once per
 // sweep; the second read of a map is served by the cache (core/plan.h sizes the chunks).
 //
-// Sums of float lanes run over short blocks whose totals are added in double: as exact as pairwise
-// summation at no cost. The order of additions depends on the shape only, so results are the same
-// bits on every run and with any number of threads.
+// rows.h holds the walks over rows; the order of additions depends on the shape only, so results are the
+// same bits on every run.
 //
 // docs/kernels.md tells the bytes moved, the floor and what was tried.
 #include "kernels.h"
 
+#include "rows.h"
+#include "tail.h"
 #include "vector.h"
 
 namespace dia::cpu::DIA_ISA {
 namespace {
-
-// Where a row (from its element `first` on) begins; null in a map that is absent.
-template <class T>
-inline T* row_of(const Map<T>& map, int64_t sample, int64_t row, int64_t first = 0) {
-  if (map.data == nullptr) return nullptr;
-  return map.data + sample * map.strides.sample + row * map.strides.row + first;
-}
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// relu(NaN) is NaN: zero only where v <= 0.
-template <class A>
-inline Vector<A> relu(Vector<A> v) {
-  return select<A>(v <= A(0), Vector<A>{}, v);
-}
-template <class A>
-inline A relu(A v) {
-  return v <= A(0) ? A(0) : v;
-}
-
-// The gradient through a ReLU whose result was y.
-template <class A>
-inline Vector<A> masked(Vector<A> dy, Vector<A> y) {
-  return select<A>(y <= A(0), Vector<A>{}, dy);
-}
-template <class A>
-inline A masked(A dy, A y) {
-  return y <= A(0) ? A(0) : dy;
-}
-
-// Vectors per block of a planar sum, per accumulator; rows per block of an interleaved one.
-constexpr int64_t kBlock = 16;
-constexpr int kAccumulators = 4;
-constexpr int64_t kRowBlock = 32;
-// Channels of an interleaved reduction done together: their sums fill half a first-level cache.
-constexpr int64_t kTile = 1024;
-
-// Sum of term(position) over a planar row: `vector_term(k)` gives the lanes at positions k.., and
-// `scalar_term(k)` one position. Terms may also write.
-template <class A, class VectorTerm, class ScalarTerm>
-inline A sum_row(int64_t length, VectorTerm vector_term, ScalarTerm scalar_term) {
-  constexpr int64_t lanes = Lanes<A>::count;
-  constexpr int64_t step = lanes * kAccumulators;
-  double total = 0;
-  int64_t k = 0;
-  while (k + step <= length) {
-    const int64_t end = least(k + step * kBlock, k + (length - k) / step * step);
-    Vector<A> sums[kAccumulators] = {};
-    for (; k < end; k += step)
-      for (int a = 0; a < kAccumulators; ++a) sums[a] += vector_term(k + a * lanes);
-    total += sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  }
-  if (k + lanes <= length) {
-    Vector<A> sum = vector_term(k);
-    for (k += lanes; k + lanes <= length; k += lanes) sum += vector_term(k);
-    total += sum_lanes<A>(sum);
-  }
-  for (; k < length; ++k) total += scalar_term(k);
-  return static_cast<A>(total);
-}
-
-// Applies `vector_body(k)` to whole vectors of a row and `scalar_body(k)` to what is left over.
-template <class A, class VectorBody, class ScalarBody>
-inline void for_row(int64_t begin, int64_t end, VectorBody vector_body, ScalarBody scalar_body) {
-  constexpr int64_t lanes = Lanes<A>::count;
-  int64_t k = begin;
-  for (; k + 2 * lanes <= end; k += 2 * lanes) {
-    vector_body(k);
-    vector_body(k + lanes);
-  }
-  if (k + lanes <= end) {
-    vector_body(k);
-    k += lanes;
-  }
-  for (; k < end; ++k) scalar_body(k);
-}
-
-// Sums over the rows of an interleaved map for channels [begin, end), into sums[channel].
-// `add_rows(row, count, first, last, table)` adds `count` rows (1 or 2: with 4 the many streams cost a quarter of the
-// bandwidth) of channels [first, last) to table[channel - first].
-template <class A, class AddRows>
-inline void sum_columns(int64_t rows, int64_t begin, int64_t end, A* sums, AddRows add_rows) {
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t last = least(first + kTile, end), width = last - first;
-    A table[kTile];
-    double totals[kTile];
-    for (int64_t c = 0; c < width; ++c) totals[c] = 0;
-    for (int64_t row = 0; row < rows;) {
-      const int64_t stop = least(row + kRowBlock, rows);
-      for (int64_t c = 0; c < width; ++c) table[c] = 0;
-      for (; row + 2 <= stop; row += 2) add_rows(row, std::integral_constant<int, 2>{}, first, last, table);
-      for (; row < stop; ++row) add_rows(row, std::integral_constant<int, 1>{}, first, last, table);
-      for (int64_t c = 0; c < width; ++c) totals[c] += table[c];
-    }
-    for (int64_t c = 0; c < width; ++c) sums[first + c] = static_cast<A>(totals[c]);
-  }
-}
 
 // Adds `count` rows, each at `stride` from the last, to the table of sums.
 template <class T, int count>
@@ -141,16 +45,20 @@ void pool(const Pool<T>& k, int64_t sample, int64_t begin, int64_t end) {
     const A positions = static_cast<A>(k.shape.positions);
     for (int64_t c = begin; c < end; ++c) {
       const T* x = row_of(k.x, sample, c);
-      p[c] = sum_row<A>(
-                 k.shape.positions, [&](int64_t i) { return load(x + i); }, [&](int64_t i) { return widen(x[i]); }) /
-             positions;
+      double total[1] = {};
+      sum_row<A, 1>(
+          k.shape.positions, total, [&](int64_t i, Vector<A>* sum) { *sum += load(x + i); },
+          [&](int64_t i, double* sum) { *sum += widen(x[i]); });
+      p[c] = static_cast<A>(total[0]) / positions;
     }
     return;
   }
-  sum_columns<A>(k.shape.positions, begin, end, p, [&](int64_t row, auto count, int64_t first, int64_t last, A* table) {
-    add_rows<T, count()>(row_of(k.x, sample, row, first), k.x.strides.row, last - first, table);
-  });
-  for (int64_t c = begin; c < end; ++c) p[c] /= static_cast<A>(k.shape.positions);
+  sum_columns<A, 1>(
+      k.shape.positions, begin, end,
+      [&](int64_t row, auto count, int64_t first, int64_t last, auto& tables) {
+        add_rows<T, count()>(row_of(k.x, sample, row, first), k.x.strides.row, last - first, tables.values[0]);
+      },
+      [&](int64_t c, const double* total) { p[c] = static_cast<A>(*total) / static_cast<A>(k.shape.positions); });
 }
 
 // --- rescale ---------------------------------------------------------------------------------------
@@ -202,22 +110,6 @@ void rescale(const Rescale<T>& k, int64_t sample, int64_t begin, int64_t end) {
 
 // --- first sweep of the gradient -------------------------------------------------------------------
 
-// g at one place, written down if asked for.
-template <class T, bool with_relu, bool write>
-inline Vector<Compute<T>> gradient_vector(const T* dy, const T* y, T* g, int64_t k) {
-  Vector<Compute<T>> v = load(dy + k);
-  if constexpr (with_relu) v = masked<Compute<T>>(v, load(y + k));
-  if constexpr (write) store(v, g + k);
-  return v;
-}
-template <class T, bool with_relu, bool write>
-inline Compute<T> gradient_scalar(const T* dy, const T* y, T* g, int64_t k) {
-  Compute<T> v = widen(dy[k]);
-  if constexpr (with_relu) v = masked<Compute<T>>(v, widen(y[k]));
-  if constexpr (write) narrow(v, g + k);
-  return v;
-}
-
 template <class T, bool with_relu, bool write>
 inline void reduce_channels(const ReduceGradient<T>& k, int64_t sample, int64_t begin, int64_t end) {
   using A = Compute<T>;
@@ -240,14 +132,19 @@ inline void reduce_channels(const ReduceGradient<T>& k, int64_t sample, int64_t 
     for (int64_t c = begin; c < end; ++c) {
       const T *dy = row_of(k.dy, sample, c), *y = row_of(k.y, sample, c), *x = row_of(k.x, sample, c);
       T* g = row_of(k.g, sample, c);
-      dscale[c] = sum_row<A>(
-          k.shape.positions, [&](int64_t i) { return load(x + i) * gradient_vector<T, with_relu, write>(dy, y, g, i); },
-          [&](int64_t i) { return widen(x[i]) * gradient_scalar<T, with_relu, write>(dy, y, g, i); });
+      double total[1] = {};
+      sum_row<A, 1>(
+          k.shape.positions, total,
+          [&](int64_t i, Vector<A>* sum) { *sum += load(x + i) * gradient_vector<T, with_relu, write>(dy, y, g, i); },
+          [&](int64_t i, double* sum) { *sum += widen(x[i]) * gradient_scalar<T, with_relu, write>(dy, y, g, i); });
+      dscale[c] = static_cast<A>(total[0]);
     }
     return;
   }
-  sum_columns<A>(
-      k.shape.positions, begin, end, dscale, [&](int64_t row, auto count, int64_t first, int64_t last, A* table) {
+  sum_columns<A, 1>(
+      k.shape.positions, begin, end,
+      [&](int64_t row, auto count, int64_t first, int64_t last, auto& tables) {
+        A* table = tables.values[0];
         const T *dy = row_of(k.dy, sample, row, first), *y = row_of(k.y, sample, row, first);
         const T* x = row_of(k.x, sample, row, first);
         T* g = row_of(k.g, sample, row, first);
@@ -267,7 +164,8 @@ inline void reduce_channels(const ReduceGradient<T>& k, int64_t sample, int64_t 
                             gradient_scalar<T, with_relu, write>(dy + r * k.dy.strides.row, y + r * k.y.strides.row,
                                                                  g + r * k.g.strides.row, c);
             });
-      });
+      },
+      [&](int64_t c, const double* total) { dscale[c] = static_cast<A>(*total); });
 }
 
 template <class T>
@@ -512,13 +410,18 @@ void mask(A* dz, const A* z, int64_t begin, int64_t end) {
 
 template <class A>
 void column_sums(const A* table, int64_t rows, int64_t width, A* sums, int64_t begin, int64_t end) {
-  sum_columns<A>(rows, begin, end, sums, [&](int64_t row, auto count, int64_t first, int64_t last, A* part) {
-    add_rows<A, count()>(table + row * width + first, width, last - first, part);
-  });
+  sum_columns<A, 1>(
+      rows, begin, end,
+      [&](int64_t row, auto count, int64_t first, int64_t last, auto& tables) {
+        add_rows<A, count()>(table + row * width + first, width, last - first, tables.values[0]);
+      },
+      [&](int64_t c, const double* total) { sums[c] = static_cast<A>(*total); });
 }
 
 template <class T>
-constexpr MapKernels<T> map_kernels = {pool<T>, rescale<T>, reduce_gradient<T>, spread_gradient<T>};
+constexpr MapKernels<T> map_kernels = {
+    pool<T>,       rescale<T>, reduce_gradient<T>, spread_gradient<T>,      choose_shift<T>,
+    split_mean<T>, moments<T>, normalise<T>,       reduce_norm_gradient<T>, spread_norm_gradient<T>};
 
 template <class A>
 constexpr CellKernels<A> cell_kernels = {linear<A>, cell_forward_any<A>, cell_backward_any<A>, bias_relu<A>,

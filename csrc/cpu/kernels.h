@@ -73,6 +73,62 @@ struct SpreadGradient {
   const Compute<T>* offset;
 };
 
+// --- the tail of a block with its batch norm folded in (docs/kernels.md) ---
+// `shift` has a value per channel, which is taken off z before anything else: a value near the channel's mean, so that
+// no digits are lost where the mean is large and the deviation small. It is one that T holds, so that z - shift is
+// exact for maps of 16 bits; what is left of the mean is `d`.
+
+// d1 = mean of z - shift, m2 = sum of (z - shift - d1)^2, for each sample and channel. In double: what is wanted of d1
+// is its difference from the batch's, which is small.
+template <class T>
+struct Moments {
+  MapShape shape;
+  Map<const T> z;
+  const Compute<T>* shift;
+  double* d1;
+  double* m2;
+};
+
+// y = act((z - shift) * scale + offset + shortcut), scale and offset for each sample and channel.
+template <class T>
+struct Normalise {
+  MapShape shape;
+  Map<const T> z;
+  Map<const T> shortcut;
+  Map<T> y;
+  const Compute<T>* shift;
+  const Compute<T>* scale;
+  const Compute<T>* offset;
+  bool relu;
+};
+
+// First sweep of the gradient: g and its writing as in ReduceGradient; s0 = sum of g, s1 = sum of g (z - shift).
+template <class T>
+struct ReduceNormGradient {
+  MapShape shape;
+  Map<const T> dy;
+  Map<const T> y;
+  Map<const T> z;
+  Map<T> g;
+  const Compute<T>* shift;
+  Compute<T>* s0;
+  Compute<T>* s1;
+};
+
+// Second sweep: dz = g * scale + (z - shift) * slope + offset; slope for each channel. No dy: g is zero.
+template <class T>
+struct SpreadNormGradient {
+  MapShape shape;
+  Map<const T> dy;
+  Map<const T> y;
+  Map<const T> z;
+  Map<T> dz;
+  const Compute<T>* shift;
+  const Compute<T>* scale;
+  const Compute<T>* slope;
+  const Compute<T>* offset;
+};
+
 // Every function works on one sample: a reduction on its channels [begin, end), a rescaling on its
 // rows [begin, end).
 template <class T>
@@ -81,6 +137,14 @@ struct MapKernels {
   void (*rescale)(const Rescale<T>&, int64_t sample, int64_t begin, int64_t end);
   void (*reduce_gradient)(const ReduceGradient<T>&, int64_t sample, int64_t begin, int64_t end);
   void (*spread_gradient)(const SpreadGradient<T>&, int64_t sample, int64_t begin, int64_t end);
+  // For all channels at once: a value of each, or 0, to take its moments about.
+  void (*choose_shift)(const Map<const T>&, const MapShape&, Compute<T>* shift);
+  // A mean of each channel as shift + d.
+  void (*split_mean)(const double* mean, int64_t channels, Compute<T>* shift, Compute<T>* d);
+  void (*moments)(const Moments<T>&, int64_t sample, int64_t begin, int64_t end);
+  void (*normalise)(const Normalise<T>&, int64_t sample, int64_t begin, int64_t end);
+  void (*reduce_norm_gradient)(const ReduceNormGradient<T>&, int64_t sample, int64_t begin, int64_t end);
+  void (*spread_norm_gradient)(const SpreadNormGradient<T>&, int64_t sample, int64_t begin, int64_t end);
 };
 
 // Gates and new state of samples [begin, end). `gates` (samples, 4 channels) holds the products of the

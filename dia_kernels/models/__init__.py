@@ -50,6 +50,7 @@ def create(
     norm: bool = True,
     in_channels: int = 3,
     backend: str | None = None,
+    fold_norm: bool = True,
 ) -> Network:
     """A network for small images with freshly drawn weights, by its authors' rules.
 
@@ -63,6 +64,8 @@ def create(
         norm: False leaves out the batch norms; the convolutions then have biases.
         in_channels: channels of the images.
         backend: of the attention; None for the best one here, or a name out of ``dia_kernels.backends.NAMES``.
+        fold_norm: with DIA, the last batch norm of each block goes into the attention's step, at no pass of its own
+            over the map; False calls it by itself. The weights and their names are the same.
 
     Returns:
         A module that maps images (N, in_channels, H, W), H and W at least 4, to logits (N, num_classes).
@@ -74,5 +77,5 @@ def create(
         raise ValueError(f"name: expected one of {', '.join(names())}, got {name!r}")
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-    options = Options(attention, reduction, skip, norm, in_channels, backend)
+    options = Options(attention, reduction, skip, norm, in_channels, backend, fold_norm)
     return _FAMILIES[name](num_classes=num_classes, options=options)

@@ -30,6 +30,7 @@ class Options:
         norm: False leaves out the batch norms; the convolutions then have biases.
         in_channels: channels of the images.
         backend: of the attention; see ``SharedAttention``.
+        fold_norm: with DIA, the last batch norm of a block goes into the attention's step; False calls it by itself.
 
     Raises:
         ValueError: an argument is wrong; the message names it.
@@ -41,6 +42,7 @@ class Options:
     norm: bool = True
     in_channels: int = 3
     backend: str | None = None
+    fold_norm: bool = True
 
     def __post_init__(self) -> None:
         if self.attention not in (None, "se", "dia"):
@@ -83,17 +85,22 @@ class Block(nn.Module):
     def __init__(self, channels: int, options: Options) -> None:
         super().__init__()
         self.skip = options.skip
+        self.fold_norm = options.fold_norm
         self.attention = options.own_attention(channels)
 
     def tail(
         self,
-        x: Tensor,
+        z: Tensor,
+        norm: nn.Module,
         shortcut: Tensor | None,
         activation: Activation,
         shared: SharedAttention | None,
         state: State | None,
     ) -> tuple[Tensor, State | None]:
-        """``activation(attention(x) + shortcut)``, and the state for the next block."""
+        """``activation(attention(norm(z)) + shortcut)``, and the state for the next block."""
+        if shared is not None and self.fold_norm:
+            return shared(z, state, norm=norm, shortcut=shortcut, activation=activation)
+        x = norm(z)
         attention = self.attention if shared is None else shared
         if attention is not None:
             return attention(x, state, shortcut=shortcut, activation=activation)

@@ -45,7 +45,7 @@ class PreActivationBottleneck(Block):
         x = self.conv1(torch.relu(self.bn1(x)))
         x = self.conv2(torch.relu(self.bn2(x)))
         x = self.conv3(torch.relu(self.bn3(x)))
-        return self.tail(self.tail_bn(x), shortcut, None, shared, state)
+        return self.tail(x, self.tail_bn, shortcut, None, shared, state)
 
 
 class PreResNet(Network):

@@ -39,8 +39,7 @@ class BasicBlock(Block):
         """The block's output, and the attention's state for the next block."""
         shortcut = self.projection(x) if self.skip else None
         x = torch.relu(self.bn1(self.conv1(x)))
-        x = self.bn2(self.conv2(x))
-        return self.tail(x, shortcut, "relu", shared, state)
+        return self.tail(self.conv2(x), self.bn2, shortcut, "relu", shared, state)
 
 
 class Bottleneck(Block):
@@ -65,8 +64,7 @@ class Bottleneck(Block):
         shortcut = self.projection(x) if self.skip else None
         x = torch.relu(self.bn1(self.conv1(x)))
         x = torch.relu(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(x))
-        return self.tail(x, shortcut, "relu", shared, state)
+        return self.tail(self.conv3(x), self.bn3, shortcut, "relu", shared, state)
 
 
 class ResNet(Network):

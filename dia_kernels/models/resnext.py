@@ -40,8 +40,7 @@ class GroupedBottleneck(Block):
         shortcut = self.projection(x) if self.skip else None
         x = torch.relu(self.bn1(self.conv1(x)))
         x = torch.relu(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(x))
-        return self.tail(x, shortcut, "relu", shared, state)
+        return self.tail(self.conv3(x), self.bn3, shortcut, "relu", shared, state)
 
 
 class ResNeXt(Network):

@@ -1,0 +1,293 @@
+// The LSTM cell between two sweeps over the map, on the CPU: its products and gates, and their gradients.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu_loops.h"
+
+namespace dia::ops {
+namespace {
+
+template <class A>
+void column_sums(const A* table, int64_t rows, int64_t width, A* sums) {
+  constexpr int64_t line = 32;
+  parallel_for(0, (width + line - 1) / line, std::max<int64_t>(kGrain / std::max<int64_t>(rows * line, 1), 1),
+               [&](int64_t begin, int64_t end) {
+                 cell_kernels<A>().column_sums(table, rows, width, sums, begin * line, std::min(end * line, width));
+               });
+}
+
+// y = x W' (+ y), or relu(x W' + bias), by the kernel where it is faster than the BLAS: with few samples the
+// weights' bytes decide, which the kernel reads once; with more of them, long sums pay for its ends.
+template <class A>
+void linear(const A* x, int64_t samples, const Tensor& weight, const A* bias, A* y, bool add = false) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  if (weight.stride(1) == 1 && (samples <= 8 || (samples <= 64 && inputs >= 128))) {
+    const cpu::Linear<A> args{samples,          inputs, outputs, x,  static_cast<const A*>(weight.const_data_ptr()),
+                              weight.stride(0), bias,   y,       add};
+    // Whole tiles of three rows a thread.
+    parallel_for(0, (outputs + 2) / 3, std::max<int64_t>(kGrain / (samples * inputs), 1),
+                 [&](int64_t a, int64_t b) { cell_kernels<A>().linear(args, 3 * a, std::min(3 * b, outputs)); });
+    return;
+  }
+  product<A>(y, Matrix<A>::dense(x, samples, inputs), Matrix<A>::of(weight).transposed(), add);
+  if (bias == nullptr) return;
+  for_samples({0, samples}, outputs,
+              [&](int64_t a, int64_t b) { cell_kernels<A>().bias_relu(y, bias, outputs, a, b); });
+}
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(dense(*t)) : t; }
+
+// The parameters of the LSTM cell: a weight may have any strides, a bias is dense.
+struct Parameters {
+  Tensor input_reduce_weight, input_reduce_bias, input_expand_weight, input_expand_bias;
+  Tensor hidden_reduce_weight, hidden_reduce_bias, hidden_expand_weight, hidden_expand_bias;
+};
+
+void check_parameters(const Parameters& w, int64_t c, ScalarType dtype, const Tensor& x) {
+  check(w.input_reduce_weight.dim() == 2, "input_reduce_weight: expected 2 dimensions");
+  const int64_t m = w.input_reduce_weight.size(0);
+  check(c >= 1 && m >= 1, "x: expected at least one channel and a bottleneck of at least one value");
+  check_table("input_reduce_weight", w.input_reduce_weight, {m, c}, dtype, x);
+  check_table("input_reduce_bias", w.input_reduce_bias, {m}, dtype, x);
+  check_table("input_expand_weight", w.input_expand_weight, {4 * c, m}, dtype, x);
+  check_table("input_expand_bias", w.input_expand_bias, {4 * c}, dtype, x);
+  check_table("hidden_reduce_weight", w.hidden_reduce_weight, {m, c}, dtype, x);
+  check_table("hidden_reduce_bias", w.hidden_reduce_bias, {m}, dtype, x);
+  check_table("hidden_expand_weight", w.hidden_expand_weight, {4 * c, m}, dtype, x);
+  check_table("hidden_expand_bias", w.hidden_expand_bias, {4 * c}, dtype, x);
+}
+
+// The parts of the operator's `tables`: see operators.py, table_sizes.
+template <class A>
+struct Tables {
+  A *p, *zx, *zh, *gates;
+
+  static int64_t count(int64_t n, int64_t c, int64_t m) { return n * (5 * c + 2 * m); }
+  Tables(A* data, int64_t n, int64_t c, int64_t m) : p(data), zx(p + n * c), zh(zx + n * m), gates(zh + n * m) {}
+};
+
+// The cell's pre-activations split as zx Wx2' + zh Wh2' + bias. With no state the hidden bottleneck is
+// the same for all samples, so its product is done once and goes into the bias.
+template <class A>
+class HiddenPath {
+ public:
+  HiddenPath(const Parameters& w, const OptionalTensor& h, int64_t n, int64_t c, int64_t m, A* zh)
+      : reduce_(w.hidden_reduce_weight),
+        expand_(w.hidden_expand_weight),
+        reduce_bias_(dense(w.hidden_reduce_bias)),
+        h_(data_of<A>(h)),
+        zh_(zh),
+        c_(c),
+        m_(m),
+        bias_(empty_table<A>(w.input_expand_bias, {4 * c})) {
+    const Tensor input_bias = dense(w.input_expand_bias), hidden_bias = dense(w.hidden_expand_bias);
+    A* bias = data_of<A>(bias_);
+    const A *a = data_of<A>(input_bias), *b = data_of<A>(hidden_bias);
+    for (int64_t k = 0; k < 4 * c; ++k) bias[k] = a[k] + b[k];
+    if (h_ != nullptr || n == 0) return;
+    std::fill(zh_, zh_ + m, A(0));
+    cell_kernels<A>().bias_relu(zh_, data_of<A>(reduce_bias_), m, 0, 1);
+    for (int64_t k = 1; k < n; ++k) std::copy(zh_, zh_ + m, zh_ + k * m);
+    linear<A>(zh_, 1, expand_, nullptr, bias, true);
+  }
+
+  const A* bias() const { return data_of<A>(bias_); }
+
+  // Adds this path's part to the pre-activations of the chunk.
+  void add(Chunk chunk, A* u) const {
+    if (h_ == nullptr) return;
+    A* zh = zh_ + chunk.first * m_;
+    linear<A>(h_ + chunk.first * c_, chunk.count, reduce_, data_of<A>(reduce_bias_), zh);
+    linear<A>(zh, chunk.count, expand_, nullptr, u, true);
+  }
+
+ private:
+  Tensor reduce_, expand_, reduce_bias_;
+  const A* h_;
+  A* zh_;
+  int64_t c_, m_;
+  Tensor bias_;
+};
+
+// The cell's pass over a chunk: from tables.p to the gates and the new state.
+template <class A>
+class CellPass {
+ public:
+  CellPass(const Parameters& w, const OptionalTensor& h, const OptionalTensor& c, const Tables<A>& tables, int64_t n,
+           int64_t width, bool tanh_output, const Tensor& new_h, const Tensor& new_c)
+      : w_(w),
+        tables_(tables),
+        width_(width),
+        bottleneck_(w.input_reduce_weight.size(0)),
+        input_reduce_bias_(dense(w.input_reduce_bias)),
+        hidden_(w, h, n, width, bottleneck_, tables.zh),
+        cell_{width,
+              tanh_output ? Output::tanh : Output::sigmoid,
+              tables.gates,
+              hidden_.bias(),
+              data_of<A>(c),
+              data_of<A>(new_h),
+              data_of<A>(new_c)} {}
+
+  void run(Chunk chunk) const {
+    A *zx = tables_.zx + chunk.first * bottleneck_, *u = tables_.gates + chunk.first * 4 * width_;
+    linear<A>(tables_.p + chunk.first * width_, chunk.count, w_.input_reduce_weight, data_of<A>(input_reduce_bias_),
+              zx);
+    linear<A>(zx, chunk.count, w_.input_expand_weight, nullptr, u);
+    hidden_.add(chunk, u);
+    for_samples(chunk, 4 * width_, [&](int64_t a, int64_t b) { cell_kernels<A>().forward(cell_, a, b); });
+  }
+
+ private:
+  const Parameters& w_;
+  Tables<A> tables_;
+  int64_t width_, bottleneck_;
+  Tensor input_reduce_bias_;
+  HiddenPath<A> hidden_;
+  CellForward<A> cell_;
+};
+
+// Bytes of the cell's weights.
+template <class A>
+int64_t weight_bytes(int64_t width, int64_t bottleneck) {
+  return 10 * width * bottleneck * static_cast<int64_t>(sizeof(A));
+}
+
+struct Weights {
+  Tensor input_reduce, input_expand, hidden_reduce, hidden_expand;
+};
+
+// Gradients of the eight parameters, once over all samples.
+template <class A>
+struct ParameterGradients {
+  Tensor w1, b1, w2, b2, v1, a1, v2, a2;
+
+  ParameterGradients(const Tensor& x, int64_t c, int64_t m, bool wanted) {
+    const auto table = [&](std::initializer_list<int64_t> sizes) {
+      return empty_table<A>(x, wanted ? std::vector<int64_t>(sizes) : std::vector<int64_t>{0});
+    };
+    w1 = table({m, c}), b1 = table({m}), w2 = table({4 * c, m}), b2 = table({4 * c});
+    v1 = table({m, c}), a1 = table({m}), v2 = table({4 * c, m}), a2 = table({4 * c});
+  }
+
+  void fill(const Tables<A>& tables, const A* h, const A* du, const A* dzx, const A* dzh, const Weights& w, int64_t n,
+            int64_t c, int64_t m) {
+    const auto matrix = [n](const A* data, int64_t columns) { return Matrix<A>::dense(data, n, columns); };
+    product<A>(data_of<A>(w1), matrix(dzx, m).transposed(), matrix(tables.p, c));
+    product<A>(data_of<A>(w2), matrix(du, 4 * c).transposed(), matrix(tables.zx, m));
+    column_sums(dzx, n, m, data_of<A>(b1));
+    column_sums(du, n, 4 * c, data_of<A>(b2));
+    std::copy(data_of<A>(b2), data_of<A>(b2) + 4 * c, data_of<A>(a2));
+    if (h != nullptr) {
+      product<A>(data_of<A>(v1), matrix(dzh, m).transposed(), matrix(h, c));
+      product<A>(data_of<A>(v2), matrix(du, 4 * c).transposed(), matrix(tables.zh, m));
+      column_sums(dzh, n, m, data_of<A>(a1));
+      return;
+    }
+    // With no state every sample has the same zh and a zero h: sums over samples come before products.
+    const Tensor zero_row = empty_table<A>(w1, {m});
+    std::fill(data_of<A>(zero_row), data_of<A>(zero_row) + m, A(0));
+    const A* zh = n > 0 ? tables.zh : data_of<A>(zero_row);
+    product<A>(data_of<A>(v2), Matrix<A>::dense(data_of<A>(b2), 4 * c, 1), Matrix<A>::dense(zh, 1, m));
+    // Weights first: as a row times a matrix the BLAS sums a single column with twice the error.
+    product<A>(data_of<A>(a1), Matrix<A>::of(w.hidden_expand).transposed(), Matrix<A>::dense(data_of<A>(b2), 4 * c, 1));
+    cell_kernels<A>().mask(data_of<A>(a1), zh, 0, m);
+    // Times the zero of h: zero, or NaN where the gradient is not finite, as in a product with zeros.
+    for (int64_t row = 0; row < m; ++row)
+      std::fill(data_of<A>(v1) + row * c, data_of<A>(v1) + (row + 1) * c, data_of<A>(a1)[row] * A(0));
+  }
+};
+
+// The gradient of the cell over a chunk, from dscale (the gradient of h' from the map) to those of the state and of p.
+template <class A>
+struct CellGradientPass {
+  // What came with the forward pass, and what came in from the next step; see the operator step_backward.
+  struct Given {
+    const OptionalTensor &dh, &dc, &h, &c;
+    const Tensor& new_c;
+    Tables<A> tables;
+    const Weights& weights;
+    int64_t samples, width;
+    bool tanh_output;
+  };
+
+  CellGradientPass(const Given& given, const Tensor& like, bool has_dscale, bool need_p, bool need_state,
+                   bool need_parameters)
+      : given(given),
+        bottleneck(given.weights.input_reduce.size(0)),
+        need_p(need_p),
+        need_state(need_state),
+        need_parameters(need_parameters),
+        // dscale, dp, h', du, dzx, dzh: one allocation.
+        scratch(empty_table<A>(like, {given.samples * (7 * given.width + 2 * bottleneck)})),
+        dscale(data_of<A>(scratch)),
+        dp(dscale + given.samples * given.width),
+        new_h(dp + given.samples * given.width),
+        du(new_h + given.samples * given.width),
+        dzx(du + given.samples * 4 * given.width),
+        dzh(dzx + given.samples * bottleneck),
+        old_dh(empty_table<A>(like,
+                              need_state ? std::vector<int64_t>{given.samples, given.width} : std::vector<int64_t>{0})),
+        old_dc(empty_table<A>(like,
+                              need_state ? std::vector<int64_t>{given.samples, given.width} : std::vector<int64_t>{0})),
+        cell{given.width,
+             given.tanh_output ? Output::tanh : Output::sigmoid,
+             given.tables.gates,
+             data_of<A>(given.c),
+             static_cast<const A*>(given.new_c.const_data_ptr()),
+             has_dscale ? dscale : nullptr,
+             data_of<A>(given.dh),
+             data_of<A>(given.dc),
+             du,
+             need_state ? data_of<A>(old_dc) : nullptr,
+             new_h} {}
+
+  // Whether there is anything to do.
+  bool needed() const { return need_p || need_parameters || need_state; }
+
+  // Reads dscale; writes new_h, the state's gradients, and dp times `factor`.
+  void run(Chunk chunk, double factor) {
+    const int64_t width = given.width, m = bottleneck;
+    for_samples(chunk, 4 * width, [&](int64_t a, int64_t b) { cell_kernels<A>().backward(cell, a, b); });
+    const auto du_rows = Matrix<A>::dense(du + chunk.first * 4 * width, chunk.count, 4 * width);
+    const auto reduced = [&](A* dz, const A* z, const Tensor& expand) {
+      product<A>(dz + chunk.first * m, du_rows, Matrix<A>::of(expand));
+      parallel_for(chunk.first * m, (chunk.first + chunk.count) * m, kGrain,
+                   [&](int64_t a, int64_t b) { cell_kernels<A>().mask(dz, z, a, b); });
+      return Matrix<A>::dense(dz + chunk.first * m, chunk.count, m);
+    };
+    if (need_p || need_parameters) {
+      const auto dz = reduced(dzx, given.tables.zx, given.weights.input_expand);
+      if (need_p) product<A>(dp + chunk.first * width, dz, Matrix<A>::of(given.weights.input_reduce), false, factor);
+    }
+    if (need_state || (need_parameters && given.h)) {
+      const auto dz = reduced(dzh, given.tables.zh, given.weights.hidden_expand);
+      if (need_state)
+        product<A>(data_of<A>(old_dh) + chunk.first * width, dz, Matrix<A>::of(given.weights.hidden_reduce));
+    }
+  }
+
+  // The gradients of the parameters, once over all samples.
+  ParameterGradients<A> parameters(const Tensor& like) const {
+    ParameterGradients<A> gradients(like, given.width, bottleneck, need_parameters);
+    if (need_parameters)
+      gradients.fill(given.tables, data_of<A>(given.h), du, dzx, dzh, given.weights, given.samples, given.width,
+                     bottleneck);
+    return gradients;
+  }
+
+  Given given;
+  int64_t bottleneck;
+  bool need_p, need_state, need_parameters;
+  Tensor scratch;
+
+  A *dscale, *dp, *new_h, *du, *dzx, *dzh;
+  Tensor old_dh, old_dc;
+  CellBackward<A> cell;
+};
+
+}  // namespace
+}  // namespace dia::ops

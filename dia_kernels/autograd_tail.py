@@ -1,0 +1,184 @@
+"""The autograd Functions of the tail with its batch norm folded in, under the rule of ``autograd``.
+
+Arguments: z, shortcut, h, c, gamma, beta, mean, var, eps, the eight parameters, channel_dim, relu, tanh_output.
+Statistics that are given are constants; the batch's own are functions of z, and the gradient knows it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from . import operators, reference
+from .autograd import derivative, differentiable, route, saved_tensors
+from .cells import LSTMParameters
+
+
+def _reference_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
+    """``operators.tail`` through plain, differentiable ATen; its tables are left empty."""
+    *parameters, channel_dim, relu, tanh_output = rest
+    y, h, c, mean, var = reference.tail(
+        z, shortcut, h, c, gamma, beta, mean, var, eps, LSTMParameters(*parameters), channel_dim, relu,
+        "tanh" if tanh_output else "sigmoid",
+    )  # fmt: skip
+    return y, h, c, h.new_empty(0), mean.detach(), var.detach()
+
+
+def _reference_tail_backward(dy, dh, dc, z, y, h, c, gamma, beta, mean, var, parameters, eps, flags):
+    """Gradients of z, shortcut, h, c, gamma, beta and the parameters, differentiable in every argument."""
+    channel_dim, _relu, tanh_output, _batch = flags
+
+    def before_relu(z, h, c, gamma, beta, *parameters):
+        return _reference_tail(
+            z, None, h, c, gamma, beta, mean, var, eps, *parameters, channel_dim, False, tanh_output
+        )[:3]
+
+    g = dy if dy is None or y is None else reference.unrelu(dy, y)
+    inputs = (z, h, c, gamma, beta, *parameters)
+    dz, dh, dc, dgamma, dbeta, *dparameters = derivative(before_relu, inputs, (g, dh, dc))
+    return dz, None if y is None else g, dh, dc, dgamma, dbeta, *dparameters
+
+
+def _context(ctx, inputs, output) -> None:
+    z, _, h, c, gamma, beta, mean, var, eps, *rest = inputs
+    *parameters, channel_dim, relu, tanh_output = rest
+    y, _, new_c, tables, *_ = output
+    ctx.save_for_backward(z, y if relu else None, h, c, new_c, tables, gamma, beta, mean, var, *parameters)
+    ctx.flags = (channel_dim, relu, tanh_output, mean is None)
+    ctx.eps = eps
+
+
+def _gradients(ctx, grads, backward, saved: tuple) -> tuple:
+    """Gradients of the twenty inputs of ``tail``; ``backward`` is what computes those asked for."""
+    dy, dh, dc, *_ = grads
+    z, y, h, c, new_c, tables, gamma, beta, mean, var, *parameters = saved
+    _, relu, *_ = ctx.flags
+    need = ctx.needs_input_grad
+    need_state, need_affine, need_parameters = need[2] or need[3], need[4] or need[5], any(need[9:17])
+    asked = (need[0], need[1] and relu and dy is not None, need_state, need_parameters, need_affine)
+    dz = dshortcut = dgamma = dbeta = None
+    dparameters: list[Tensor | None] = [None] * len(parameters)
+    if any(asked):
+        dz, dshortcut, dh, dc, dgamma, dbeta, *dparameters = backward(
+            dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, mean, var, *parameters, ctx.eps, *ctx.flags, *asked
+        )
+    return (
+        dz if need[0] else None,
+        (dshortcut if relu else dy) if need[1] and dy is not None else None,
+        dh if need[2] else None,
+        dc if need[3] else None,
+        dgamma if need[4] else None,
+        dbeta if need[5] else None,
+        None,
+        None,
+        None,
+        *(gradient if wanted else None for gradient, wanted in zip(dparameters, need[9:17], strict=True)),
+        *(None,) * 3,
+    )
+
+
+def _raw_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, mean, var, *rest):
+    """The operator: it reads only the weights of the eight parameters, and the statistics from the tables."""
+    parameters, flags = rest[:8], rest[9:]
+    return operators.tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *parameters[::2], *flags)
+
+
+class TailBackward(Function):
+    """``operators.tail_backward`` (with all eight parameters), differentiable through the reference."""
+
+    @staticmethod
+    def forward(*args):
+        return _raw_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:21])
+        ctx.eps, ctx.flags, ctx.asked = inputs[21], inputs[22:26], inputs[26:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dy, dh, dc, z, y, h, c, _new_c, _tables, gamma, beta, mean, var, *parameters = saved_tensors(ctx)
+
+        def function(dy, dh, dc, z, h, c, gamma, beta, *parameters):
+            return _reference_tail_backward(
+                dy, dh, dc, z, y, h, c, gamma, beta, mean, var, parameters, ctx.eps, ctx.flags
+            )
+
+        need_z, need_shortcut, need_state, need_parameters, need_affine = ctx.asked
+        kept = (need_z, need_shortcut, need_state, need_state, need_affine, need_affine, *(need_parameters,) * 8)
+        grads = tuple(grad if keep else None for grad, keep in zip(grads, kept, strict=True))
+        inputs = (dy, dh, dc, z, h, c, gamma, beta, *parameters)
+        ddy, ddh, ddc, dz, dhp, dcp, dgamma, dbeta, *dparameters = derivative(function, inputs, grads)
+        return (
+            *(ddy, ddh, ddc, dz, None, dhp, dcp, None, None, dgamma, dbeta, None, None),
+            *dparameters,
+            *(None,) * 10,
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        eps, flags = args[21], args[22:26]
+
+        def function(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, mean, var, *parameters):
+            outputs = _reference_tail_backward(dy, dh, dc, z, y, h, c, gamma, beta, mean, var, parameters, eps, flags)
+            return tuple(new_c.new_zeros(()) if out is None else out for out in outputs)
+
+        return torch.func.vmap(function, in_dims[:21])(*args[:21]), (0,) * 14
+
+
+class Tail(Function):
+    """``operators.tail``, differentiable any number of times."""
+
+    @staticmethod
+    def forward(*args):
+        return operators.tail(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _context(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _gradients(ctx, grads, differentiable(TailBackward, _raw_backward), saved_tensors(ctx))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        def function(*args):
+            y, h, c, _, mean, var = _reference_tail(*args)
+            return y, h, c, mean, var
+
+        y, h, c, mean, var = torch.func.vmap(function, in_dims)(*args)
+        return (y, h, c, h.new_empty(0), mean, var), (0, 0, 0, None, 0, 0)
+
+
+torch.library.register_autograd(
+    "dia_kernels::tail",
+    lambda ctx, *grads: _gradients(ctx, grads, _raw_backward, ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: _context(ctx, inputs, output),
+    lib=operators.library,
+)
+
+
+def tail(
+    z: Tensor,
+    shortcut: Tensor | None,
+    h: Tensor | None,
+    c: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    parameters: LSTMParameters,
+    channel_dim: int,
+    relu: bool,
+    tanh_output: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(y, h', c', mean, var)``, the last two empty where statistics were given."""
+    args = (z, shortcut, h, c, gamma, beta, mean, var, eps, *parameters, channel_dim, relu, tanh_output)
+    y, h, c, _, mean, var = route(Tail, operators.tail, _reference_tail, args)
+    return y, h, c, mean, var

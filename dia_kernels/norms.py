@@ -1,0 +1,97 @@
+"""The norm before the step: which ones are folded into the tail, with which statistics, and their buffers.
+
+Folded are ``nn.BatchNorm1d/2d/3d`` and, on given statistics, ``nn.SyncBatchNorm``, torchvision's
+``FrozenBatchNorm2d`` and a bare ``(scale, bias)``. Their semantics are those of the modules themselves: batch
+statistics in training or where there are no running ones, running ones otherwise, buffers updated in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+#: A norm: a module or function of the map, or a scale and a bias for each channel.
+Norm = nn.Module | Callable[[Tensor], Tensor] | tuple[Tensor, Tensor]
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class Folded(NamedTuple):
+    """What the tail needs of a norm. ``mean`` and ``var`` None: the batch's own, which ``module`` wants to know."""
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    eps: float
+    module: _BatchNorm | None = None
+
+
+def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
+    """What the tail needs of ``norm`` for the map ``z``; None where the norm has to be called by itself.
+
+    Raises:
+        ValueError: the norm's own checks: rank, one value for each channel in training.
+        TypeError: ``norm`` is nothing that could be called.
+    """
+    if isinstance(norm, tuple):
+        scale, bias = norm
+        return Folded(scale, bias, torch.zeros_like(scale), torch.ones_like(scale), 0.0)
+    if not callable(norm):
+        raise TypeError(f"norm: expected a norm module, a function or a pair (scale, bias), got {type(norm).__name__}")
+    if channel_dim != 1 or not isinstance(norm, nn.Module) or _is_hooked(norm):
+        return None
+    if type(norm).__name__ == "FrozenBatchNorm2d" and type(norm).__module__.startswith("torchvision."):
+        return Folded(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)  # type: ignore[arg-type]
+    if type(norm) in _BATCH_NORMS or (type(norm) is nn.SyncBatchNorm and not _exchanges(norm)):
+        return _fold_batch_norm(norm, z)  # type: ignore[arg-type]
+    return None
+
+
+def _is_hooked(norm: nn.Module) -> bool:
+    """Whether something waits for the norm to be called: then it must be."""
+    return bool(
+        norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    ) or nn.utils.parametrize.is_parametrized(norm)
+
+
+def _uses_batch(norm: _BatchNorm) -> bool:
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def _exchanges(norm: _BatchNorm) -> bool:
+    """Whether a SyncBatchNorm would talk to other processes."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return _uses_batch(norm) and distributed
+
+
+def _fold_batch_norm(norm: _BatchNorm, z: Tensor) -> Folded:
+    norm._check_input_dim(z)
+    if z.shape[1] != norm.num_features:
+        raise ValueError(f"norm: expected {z.shape[1]} features, the channels of x, got {norm.num_features}")
+    if not _uses_batch(norm):
+        return Folded(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+    if z.numel() // max(z.shape[1], 1) <= 1 and z.numel() > 0:
+        raise ValueError(f"norm: expected more than 1 value per channel when training, got x of shape {tuple(z.shape)}")
+    return Folded(norm.weight, norm.bias, None, None, norm.eps, norm)
+
+
+@torch.no_grad()
+def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
+    """What the norm does to its buffers in training, from a batch's mean and biased variance over ``count`` values."""
+    if not norm.training or not norm.track_running_stats:
+        return
+    factor = 0.0 if norm.momentum is None else norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            factor = 1.0 / float(norm.num_batches_tracked)
+    if norm.running_mean is not None:
+        norm.running_mean.mul_(1 - factor).add_(mean.to(norm.running_mean.dtype), alpha=factor)
+    if norm.running_var is not None:
+        unbiased = var * (count / max(count - 1, 1))
+        norm.running_var.mul_(1 - factor).add_(unbiased.to(norm.running_var.dtype), alpha=factor)

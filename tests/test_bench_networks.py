@@ -1,0 +1,117 @@
+"""The benchmark of whole networks: what is compared is what it is called, and a wrong network has no time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """bench/networks.py, which is no package and imports its neighbours by their bare names."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(BENCH))
+    import networks
+
+    yield networks
+    sys.path.remove(str(BENCH))
+    for name in set(sys.modules) - before:
+        if (BENCH / f"{name}.py").exists():
+            del sys.modules[name]
+
+
+def result(name: str, **changes) -> dict:
+    seconds = {"plain": [0.1, 0.2], "eager": [0.15, 0.3], "ours": [0.11, 0.22]}
+    return {
+        "case": {"network": "resnet164", "batch": 32, "reduction": 4, "network_blocks": 54},
+        "name": name,
+        "wrong": None,
+        "seconds": {"training": seconds, "inference": seconds},
+        "saved_bytes": {"plain": 10_000_000, "eager": 64_000_000, "ours": 37_000_000},
+        "peak_bytes": {"plain": 100_000_000, "eager": 200_000_000, "ours": 150_000_000},
+    } | changes
+
+
+def document(*results: dict) -> dict:
+    environment = {
+        "date": "2030-01-02", "device": "cpu", "processor": "a processor", "vector_instructions": "AVX2", "cores": 2,
+        "threads": 2, "system": "Linux x86_64", "python": "3.11", "torch": "2.14", "dia_kernels": "0.1.0",
+        "backend": "cpu",
+    }  # fmt: skip
+    return {"environment": environment, "results": list(results)}
+
+
+def test_tables(networks):
+    text = networks.markdown(document(result("resnet164-32")), "picture.png")
+    assert "| no attention | 150 ms (1.00x) |" in text
+    assert "| DIA, eager | 225 ms (1.50x) |" in text
+    assert "| DIA, ours | 165 ms (1.10x) |" in text
+    assert "| DIA, ours | +0.50 / 150 |" in text
+    assert "| SE | - |" in text
+    assert "picture.png" in text
+    assert text.rstrip().endswith("nothing.")
+
+
+def test_a_wrong_network_is_said_and_has_no_time(networks, tmp_path):
+    seconds = {"plain": [0.1, 0.2], "eager": [0.15, 0.3]}
+    wrong = result(
+        "resnet164-32",
+        wrong="logits: error 1, at most 0 allowed",
+        seconds={"training": seconds, "inference": seconds},
+        saved_bytes={"plain": 10, "eager": 20},
+        peak_bytes={"plain": 10, "eager": 20},
+    )
+    both = document(result("resnet164-128"), wrong)
+    text = networks.markdown(both, "picture.png")
+    assert "| DIA, ours | 165 ms (1.10x) | wrong |" in text
+    assert "* resnet164-32: logits: error 1, at most 0 allowed" in text
+    networks.draw(both, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_compiled_rows_are_set_against_the_compiled_network(networks):
+    seconds = {"plain": [0.1], "ours": [0.2], "plain, compiled": [0.05], "ours, compiled": [0.06]}
+    text = networks.mode_table([result("a", seconds={"training": seconds})], "training")
+    assert "| DIA, ours, compiled | 60.0 ms (1.20x) |" in text
+
+
+@pytest.mark.parametrize("reduction", [4, 20])
+def test_units_in_resnet50_agree(networks, reduction):
+    case = networks.Case("resnet50", 2, reduction)
+    built = {variant: networks.network(case, variant).double().eval() for variant in case.variants()}
+    assert ("pytorchcv" in built) == (reduction == 4)
+    built["ours"].load_state_dict(built["eager"].state_dict())
+    if "pytorchcv" in built:
+        theirs = built["pytorchcv"].state_dict()
+        ours = built["eager"].state_dict()
+        assert len(theirs) == len(ours)
+        built["pytorchcv"].load_state_dict(
+            {key: value.reshape(theirs[key].shape) for key, value in zip(theirs, ours.values(), strict=True)}
+        )
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        logits = {variant: model(x) for variant, model in built.items()}
+    for variant in {"ours", "pytorchcv"} & built.keys():
+        torch.testing.assert_close(logits[variant], logits["eager"], rtol=0, atol=1e-9 * logits["eager"].abs().max())
+    assert not torch.allclose(logits["plain"], logits["eager"])
+
+
+@pytest.mark.slow
+def test_a_case_is_measured(networks, monkeypatch):
+    case = networks.Case("resnet164", 2, 4)
+    monkeypatch.setattr(networks, "peak_bytes", lambda *_: 1)
+    found = networks.measure(case, ("plain", "ours"), compiled=False, budget=0.1)
+    assert found["wrong"] is None
+    for mode in networks.MODES:
+        assert set(found["seconds"][mode]) == {"plain", "ours"}
+    assert found["saved_bytes"]["ours"] > found["saved_bytes"]["plain"] > 0
+    monkeypatch.setattr(networks, "breach", lambda _: "wrong on purpose")
+    assert "ours" not in networks.measure(case, ("plain", "ours"), compiled=False, budget=0.1)["seconds"]["training"]

@@ -1,0 +1,459 @@
+"""The step with its batch norm folded in, against torch's own batch norm followed by the reference step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from problems import lstm_parameters
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import FrozenBatchNorm2d
+
+from dia_kernels import SharedAttention, backends, functional, models, operators
+
+Tensors = dict[str, Tensor]
+BACKENDS = [
+    "reference",
+    pytest.param("cpu", marks=pytest.mark.skipif(backends.missing("cpu") is not None, reason="no native library")),
+]
+EPS = torch.finfo(torch.float64).eps
+
+
+def last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def sliced(t: Tensor) -> Tensor:
+    """The same values in every second row of a larger map."""
+    wide = torch.zeros(*t.shape[:-1], 2 * t.shape[-1], dtype=t.dtype)
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def make(shape, *, dtype=torch.float64, seed=0, state=True, shortcut=True, mean=0.0, spread=1.0, view=lambda t: t):
+    """Tensors of one problem by name; z has channels of very different means if ``mean`` is not 0."""
+    g = torch.Generator().manual_seed(seed)
+    n, c = shape[:2]
+    table = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def draw(*size, like=dtype):
+        return torch.randn(size, generator=g, dtype=torch.float64).to(like)
+
+    z = spread * torch.randn(shape, generator=g, dtype=torch.float64) + mean * (
+        1 + torch.rand(1, c, *[1] * (len(shape) - 2), generator=g, dtype=torch.float64)
+    )
+    tensors = {"z": view(z.to(dtype)), "gamma": draw(c, like=table) + 1, "beta": draw(c, like=table)}
+    if shortcut:
+        tensors["shortcut"] = draw(*shape)
+    if state:
+        tensors |= {"h": draw(n, c, like=table).sigmoid(), "c": draw(n, c, like=table)}
+    parameters = lstm_parameters(c, max(c // 4, 1), table, seed)
+    tensors |= parameters._asdict()
+    incoming = {"y": draw(*shape), "h": draw(n, c, like=table), "c": draw(n, c, like=table)}
+    return tensors, incoming
+
+
+def norm_of(t: Tensors, training: bool, affine: bool = True) -> nn.Module:
+    """A batch norm with the weights of the problem as they are, leaves of the graph or not."""
+    kind = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[t["z"].ndim]
+    channels = t["z"].shape[1]
+    norm = kind(channels, affine=affine, dtype=t["gamma"].dtype).train(training)
+    generator = torch.Generator().manual_seed(1)
+    norm.running_mean.copy_(torch.randn(channels, generator=generator))
+    norm.running_var.copy_(torch.rand(channels, generator=generator) + 0.5)
+    if affine:
+        del norm.weight, norm.bias
+        norm.weight, norm.bias = t["gamma"], t["beta"]
+    return norm
+
+
+def folded(t: Tensors, norm, *, relu=True, output="sigmoid", backend=None) -> Tensors:
+    parameters = type(lstm_parameters(4, 1))(*(t[k] for k in type(lstm_parameters(4, 1))._fields))
+    state = (t["h"], t["c"]) if "h" in t else None
+    y, (h, c) = functional.step(
+        t["z"], parameters, state, shortcut=t.get("shortcut"), activation="relu" if relu else None, output=output,
+        norm=norm, backend=backend,
+    )  # fmt: skip
+    return {"y": y, "h": h, "c": c}
+
+
+def separate(t: Tensors, norm, *, relu=True, output="sigmoid", wide=None) -> Tensors:
+    """torch's batch norm, then the step, in the dtype ``wide`` (None: the compute dtype of z)."""
+    wide = wide or (torch.float64 if t["z"].dtype == torch.float64 else torch.float32)
+    t = {k: v.to(wide) for k, v in t.items()}
+    parameters = type(lstm_parameters(4, 1))(*(t[k] for k in type(lstm_parameters(4, 1))._fields))
+    x = norm(t["z"])
+    p = x.mean(list(range(2, x.ndim)))
+    w = parameters
+    h, c = (t["h"], t["c"]) if "h" in t else (torch.zeros_like(p), torch.zeros_like(p))
+    u = F.linear(F.linear(p, w[0], w[1]).relu(), w[2], w[3]) + F.linear(F.linear(h, w[4], w[5]).relu(), w[6], w[7])
+    i, f, g, o = u.chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * (c.sigmoid() if output == "sigmoid" else c.tanh())
+    y = x * h.reshape(*h.shape, *[1] * (x.ndim - 2))
+    y = y if "shortcut" not in t else y + t["shortcut"]
+    return {"y": y.relu() if relu else y, "h": h, "c": c}
+
+
+def solve(step, tensors: Tensors, incoming: Tensors, norm_maker, dtype=None, **options) -> Tensors:
+    """Results and gradients, by name."""
+    leaves = {k: (v if dtype is None else v.to(dtype)).detach().requires_grad_() for k, v in tensors.items()}
+    results = step(leaves, norm_maker(leaves), **options)
+    cotangents = [incoming[k].to(results[k].dtype) for k in results]
+    found = torch.autograd.grad(list(results.values()), list(leaves.values()), cotangents, allow_unused=True)
+    gradients = {f"d{k}": g for k, g in zip(leaves, found, strict=True) if g is not None}
+    return {k: v.detach() for k, v in results.items()} | gradients
+
+
+def assert_close(found: Tensors, expected: Tensors, terms: int) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        true = expected[name]
+        scale = max(true.abs().max().item(), 1e-3) if true.numel() else 1.0
+        assert (value - true).abs().max().item() <= 64 * terms**0.5 * EPS * scale if true.numel() else True, name
+
+
+SHAPES = [(4, 8, 5, 7), (2, 25, 7, 7), (3, 12, 33), (2, 6, 3, 4, 5), (5, 102, 2, 2), (2, 1030, 3, 3), (1, 4, 9, 16)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, training, backend):
+    tensors, incoming = make(shape)
+
+    def norm(t):
+        return norm_of(t, training)
+
+    expected = solve(separate, tensors, incoming, norm)
+    assert_close(solve(folded, tensors, incoming, norm, backend=backend), expected, 4 * shape[0] * shape[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("view", [last, sliced, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    ("state", "shortcut", "relu", "output"),
+    [
+        (True, True, True, "tanh"),
+        (False, True, False, "sigmoid"),
+        (True, False, True, "sigmoid"),
+        (False,) * 3 + ("tanh",),
+    ],
+)
+def test_options(view, affine, training, state, shortcut, relu, output, backend):
+    tensors, incoming = make((3, 25, 6, 7), state=state, shortcut=shortcut, view=view)
+
+    def norm(t):
+        return norm_of(t, training, affine)
+
+    expected = solve(separate, tensors, incoming, norm, relu=relu, output=output)
+    found = solve(folded, tensors, incoming, norm, relu=relu, output=output, backend=backend)
+    assert_close(found, expected, 300)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("view", [lambda t: t, last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accuracy_contract(dtype, view, training, backend):
+    """Against float64, with eager in the same dtype as the yardstick: torch's batch norm, then the plain step."""
+    draws = [make((8, 24, 9, 9), dtype=dtype, seed=seed, view=view) for seed in range(8)]
+    for t, _ in draws:  # away from the ReLU's kink
+        with torch.no_grad():
+            wide = {k: v.double() for k, v in t.items()}
+            before = separate(wide, norm_of(wide, training), relu=False)["y"]
+        t["shortcut"] = torch.where(
+            before.abs() < 1 / 16, t["shortcut"] + torch.where(before < 0, -1 / 8, 1 / 8).to(dtype), t["shortcut"]
+        )
+
+    def norm(t):
+        return norm_of(t, training)
+
+    def eager(t, norm, **options):
+        return {k: v.to(dtype if k == "y" else v.dtype) for k, v in separate(t, norm, **options).items()}
+
+    found = [solve(folded, *draw, norm, backend=backend) for draw in draws]
+    eagers = [solve(eager, *draw, norm) for draw in draws]
+    truth = [solve(separate, *draw, norm, dtype=torch.float64) for draw in draws]
+    for name in truth[0]:
+        stacked = (torch.stack([draw[name] for draw in part]) for part in (found, truth, eagers))
+        assert_accurate(*stacked, name, 800)
+
+
+@pytest.mark.parametrize("view", [lambda t: t, last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_channel_far_from_zero_loses_no_digits(view, backend):
+    """Mean 1e4 and deviation 1e-2 in float32: torch's own norm errs by 1e-2 there."""
+    tensors, incoming = make((8, 12, 16, 16), dtype=torch.float32, mean=1e4, spread=1e-2, shortcut=False, view=view)
+
+    def norm(t):
+        made = norm_of(t, True)
+        made.eps = 1e-9
+        return made
+
+    truth = solve(separate, tensors, incoming, norm, dtype=torch.float64, relu=False)
+    found = solve(folded, tensors, incoming, norm, relu=False, backend=backend)
+    # The deviation has 7 bits in float32 there, but they are exact: what is lost is ours.
+    for name in ("y", "h", "c", "dgamma", "dbeta"):
+        error = (found[name].double() - truth[name]).abs().max() / truth[name].abs().max()
+        assert error < (2e-5 if backend == "cpu" else 0.2), name
+
+
+def norms() -> list[nn.Module]:
+    return [
+        nn.BatchNorm2d(6),
+        nn.BatchNorm2d(6, affine=False),
+        nn.BatchNorm2d(6, momentum=None),
+        nn.BatchNorm2d(6, momentum=0.7, eps=0.1),
+        nn.BatchNorm2d(6, track_running_stats=False),
+        nn.BatchNorm2d(6, affine=False, track_running_stats=False),
+        nn.SyncBatchNorm(6),
+    ]
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_buffers_are_those_of_the_norm_itself(number):
+    ours, theirs = norms()[number], norms()[number]
+    attention = SharedAttention(6, 2)
+    for step in range(4):
+        x = 3 * torch.randn(3, 6, 4, 5) + 1
+        for norm in (ours, theirs):
+            norm.train(step != 2)
+        if isinstance(theirs, nn.SyncBatchNorm):
+            plain = F.batch_norm(
+                x, theirs.running_mean, theirs.running_var, theirs.weight, theirs.bias, theirs.training, 0.1, theirs.eps
+            )
+            theirs.num_batches_tracked += theirs.training
+        else:
+            plain = theirs(x)
+        y, (h, _) = attention(x, norm=ours)
+        expected, (expected_h, _) = attention(plain)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(h, expected_h, rtol=1e-5, atol=1e-5)
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+        for key, value in ours.state_dict().items():
+            torch.testing.assert_close(value, theirs.state_dict()[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_frozen_norms_and_affines():
+    attention = SharedAttention(6, 2, dtype=torch.float64)
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    frozen = FrozenBatchNorm2d(6).double()
+    for name in ("weight", "bias", "running_mean"):
+        getattr(frozen, name).normal_()
+    frozen.running_var.uniform_(0.5, 2)
+    scale, bias = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for norm, plain in ((frozen, frozen(x)), ((scale, bias), x * scale[:, None, None] + bias[:, None, None])):
+        found, expected = attention(x, norm=norm)[0], attention(plain)[0]
+        torch.testing.assert_close(found, expected)
+    gradients, expected = (torch.autograd.grad(y.square().sum(), (scale, bias)) for y in (found, expected))
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(2, 6), nn.InstanceNorm2d(6), nn.Identity(), torch.tanh, nn.BatchNorm2d(6)]
+)
+def test_other_norms_are_called_first(norm):
+    attention = SharedAttention(6, 2)
+    x = torch.randn(3, 6, 4, 5)
+    if isinstance(norm, nn.BatchNorm2d):
+        seen = []
+        norm.register_forward_hook(lambda *call: seen.append(call))
+    found = attention(x, norm=norm)[0]
+    if isinstance(norm, nn.BatchNorm2d):
+        assert len(seen) == 1, "a hook on the norm was passed by"
+    assert torch.equal(found, attention(norm(x))[0])
+
+
+def test_stacked_layers_call_the_norm_first():
+    attention, norm = SharedAttention(6, 2, num_layers=2), nn.BatchNorm2d(6)
+    x = torch.randn(3, 6, 4, 5)
+    assert torch.equal(attention(x, norm=norm)[0], attention(copy.deepcopy(norm)(x))[0])
+
+
+def test_tokens_take_an_affine():
+    attention = SharedAttention(6, 2, channel_dim=-1)
+    x, scale, bias = torch.randn(3, 7, 6), torch.randn(6), torch.randn(6)
+    torch.testing.assert_close(attention(x, norm=(scale, bias))[0], attention(x * scale + bias)[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+def test_first_and_second_derivatives(training, relu):
+    tensors, _ = make((2, 4, 2, 3))
+    names = list(tensors)
+
+    def function(*values):
+        t = dict(zip(names, values, strict=True))
+        return tuple(folded(t, norm_of(t, training), relu=relu).values())
+
+    values = tuple(t.clone().requires_grad_() for t in tensors.values())
+    assert gradcheck(function, values)
+    assert gradgradcheck(function, values, atol=1e-4)
+
+
+def test_only_what_is_asked_for():
+    tensors, incoming = make((3, 6, 4, 5))
+    every = solve(folded, tensors, incoming, lambda t: norm_of(t, True))
+    for name in tensors:
+        leaves = {k: v.clone().requires_grad_(k == name) for k, v in tensors.items()}
+        results = folded(leaves, norm_of(leaves, True))
+        (gradient,) = torch.autograd.grad(
+            list(results.values()), [leaves[name]], [incoming[k] for k in results], allow_unused=True
+        )
+        assert torch.equal(gradient, every[f"d{name}"]), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_operators(training):
+    tensors, incoming = make((2, 4, 3, 3), dtype=torch.float32)
+    t = tensors
+    statistics = (None, None) if training else (torch.zeros(4), torch.ones(4))
+    parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
+    args = (
+        t["z"], t["shortcut"], t["h"], t["c"], t["gamma"], t["beta"], *statistics, 1e-5, *parameters, 1, True, False,
+    )  # fmt: skip
+    y, _, c, tables, *_ = operators.tail(*args)
+    backward = (
+        incoming["y"], incoming["h"], incoming["c"], t["z"], y, t["h"], t["c"], c, tables, t["gamma"], t["beta"],
+        *parameters[::2], 1, True, False, training, True, True, True, True, True,
+    )  # fmt: skip
+    grads = [a.clone().requires_grad_() if isinstance(a, Tensor) and k not in (6, 7) else a for k, a in enumerate(args)]
+    torch.library.opcheck(torch.ops.dia_kernels.tail.default, tuple(grads))
+    torch.library.opcheck(torch.ops.dia_kernels.tail_backward.default, backward)
+
+
+def test_raw_operators_refuse_wrong_sizes():
+    tensors, _ = make((2, 4, 3, 3), dtype=torch.float32)
+    t = tensors
+    parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
+    good = [t["z"], t["shortcut"], t["h"], t["c"], t["gamma"], t["beta"], None, None, 1e-5, *parameters, 1, True, False]
+    for place, name in ((4, "norm weight"), (5, "norm bias"), (2, "h"), (1, "shortcut"), (9, "input_reduce_weight")):
+        bad = list(good)
+        bad[place] = good[place][:, :-1] if good[place].ndim > 1 else good[place][:-1]
+        with pytest.raises(RuntimeError, match=name):
+            operators.tail(*bad)
+    with pytest.raises(RuntimeError, match="both of a mean and a variance"):
+        operators.tail(*good[:6], torch.zeros(4), *good[7:])
+
+
+def test_compiled_exported_and_checkpointed():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.attention = nn.BatchNorm2d(6), SharedAttention(6, 2)
+
+        def forward(self, x):
+            y, state = self.attention(x, norm=self.norm, shortcut=x, activation="relu")
+            return self.attention(y, state, norm=self.norm)[0]
+
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(3, 6, 4, 5, requires_grad=True)
+
+    def gradients(run, module):
+        y = run(x)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, *module.parameters()))]
+
+    other, third = copy.deepcopy(block), copy.deepcopy(block)
+    expected = gradients(block, block)
+    for found in (
+        gradients(torch.compile(other, fullgraph=True), other),
+        gradients(lambda x: checkpoint(third, x, use_reentrant=False), third),
+    ):
+        for value, true in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-5)
+    for key, value in block.norm.state_dict().items():
+        torch.testing.assert_close(other.norm.state_dict()[key], value)
+    block.eval()
+    exported = torch.export.export(block, (x.detach(),)).module()
+    torch.testing.assert_close(exported(x.detach()), block(x.detach()))
+
+
+def test_the_same_bits_every_time():
+    tensors, incoming = make((5, 24, 9, 9), dtype=torch.float32)
+    first, second = (solve(folded, tensors, incoming, lambda t: norm_of(t, True)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda a, x: a(x, norm=3), TypeError, "norm: expected a norm module, a function or a pair"),
+        (lambda a, x: a(x, norm=nn.BatchNorm2d(5)), ValueError, "norm: expected 6 features, the channels of x, got 5"),
+        (lambda a, x: a(x, norm=nn.BatchNorm1d(6)), ValueError, "expected 2D or 3D input"),
+        (lambda a, x: a(x, norm=(torch.ones(5), torch.ones(6))), ValueError, r"norm weight: expected shape \(6,\)"),
+        (lambda a, x: a(x[:1, :, :1, :1], norm=nn.BatchNorm2d(6)), ValueError, "more than 1 value per channel"),
+        (lambda a, x: a(x, norm=nn.Conv2d(6, 5, 1)), ValueError, "norm: expected a result of shape"),
+        (lambda a, x: a(x, norm=nn.BatchNorm2d(6), inplace=True), ValueError, "inplace: expected False with a norm"),
+    ],
+)
+def test_wrong_norms(call, error, message):
+    with pytest.raises(error, match=message):
+        call(SharedAttention(6, 2), torch.randn(2, 6, 3, 3))
+
+
+def test_nothing_is_saved_for_the_norm():
+    attention, norm = SharedAttention(6, 2), nn.BatchNorm2d(6)
+    x, shortcut = torch.randn(3, 6, 8, 8, requires_grad=True), torch.randn(3, 6, 8, 8)
+    kept: dict[int, int] = {}
+
+    def note(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        result = attention(x, norm=norm, shortcut=shortcut, activation="relu")
+    maps = [size for size in kept.values() if size >= x.numel() * 4]
+    assert len(maps) == 2, "z and y, and no other map"
+    del result
+
+
+# --- networks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet20", "preresnet164", "wrn52_4"])
+def test_networks_agree_and_share_their_checkpoints(name, one_thread):
+    torch.manual_seed(0)
+    fused = models.create(name, attention="dia").double()
+    plain = models.create(name, attention="dia", fold_norm=False).double()
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(fused.state_dict())
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    for training in (True, False):
+        torch.manual_seed(1)
+        found = fused.train(training)(images)
+        torch.manual_seed(1)
+        expected = plain.train(training)(images)
+        assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
+    for key, value in fused.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[key], rtol=1e-8, atol=1e-9, msg=key)
+
+
+def test_fifty_steps_of_training_agree(one_thread):
+    torch.manual_seed(0)
+    networks = [
+        models.create("resnet20", attention="dia", in_channels=1, fold_norm=fold).double() for fold in (True, False)
+    ]
+    networks[1].load_state_dict(networks[0].state_dict())
+    optimizers = [torch.optim.SGD(network.parameters(), 0.02, momentum=0.9) for network in networks]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        images = torch.randn(8, 1, 8, 8, generator=generator, dtype=torch.float64)
+        labels = torch.randint(0, 10, (8,), generator=generator)
+        losses = []
+        for network, optimizer in zip(networks, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(network(images), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-7)
+    for key, value in networks[0].state_dict().items():
+        torch.testing.assert_close(value, networks[1].state_dict()[key], rtol=1e-5, atol=1e-8, msg=key)
