@@ -5,7 +5,8 @@
     python bench/networks.py --cases resnet164-32    one case
 
 Variants: ``plain`` (no attention), ``se`` (squeeze-and-excitation), ``pytorchcv`` (its DIA unit, r = 4 only),
-``eager`` (our network, its step in plain PyTorch), ``ours``. ResNet-164 is for images of 32x32; ResNet-50 is
+``eager`` (our network, its step in plain PyTorch), ``step`` (our step after the batch norm), ``ours`` (the batch norm
+folded in). ResNet-164 is for images of 32x32; ResNet-50 is
 torchvision's, at 224x224, with the units put into its blocks. A network whose logits break the accuracy
 contract reports no time. Writes ``results/networks.json``, ``.md`` and ``.png``.
 """
@@ -41,12 +42,13 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-VARIANTS = ("plain", "se", "pytorchcv", "eager", "ours")
+VARIANTS = ("plain", "se", "pytorchcv", "eager", "step", "ours")
 LABELS = {
     "plain": "no attention",
     "se": "SE",
     "pytorchcv": "DIA, pytorchcv",
     "eager": "DIA, eager",
+    "step": "DIA, ours after the norm",
     "ours": "DIA, ours",
 }
 MODES = ("training", "inference")
@@ -89,9 +91,6 @@ CASES = (
 
 # --- networks ------------------------------------------------------------------------------------------
 
-#: The tail of a block: (x, state, shortcut) to (relu(x * scale + shortcut), state).
-Unit = Callable[[Tensor, Any, Tensor], tuple[Tensor, Any]]
-
 
 class Stage(nn.Module):
     """A stage of torchvision's ResNet whose blocks end in an attention unit."""
@@ -108,17 +107,20 @@ class Stage(nn.Module):
             shortcut = x if b.downsample is None else b.downsample(x)
             x = b.relu(b.bn1(b.conv1(x)))
             x = b.relu(b.bn2(b.conv2(x)))
-            x = b.bn3(b.conv3(x))
-            x, state = self.tail(self.units[k % len(self.units)], x, state, shortcut)
+            x, state = self.tail(self.units[k % len(self.units)], b.conv3(x), b.bn3, state, shortcut)
         return x
 
 
-def fused_tail(unit: nn.Module, x: Tensor, state: Any, shortcut: Tensor) -> tuple[Tensor, Any]:
-    return unit(x, state, shortcut=shortcut, activation="relu")
+def folded_tail(unit: nn.Module, z: Tensor, norm: nn.Module, state: Any, shortcut: Tensor) -> tuple[Tensor, Any]:
+    return unit(z, state, norm=norm, shortcut=shortcut, activation="relu")
 
 
-def separate_tail(unit: nn.Module, x: Tensor, state: Any, shortcut: Tensor) -> tuple[Tensor, Any]:
-    x, state = unit(x, state)
+def step_tail(unit: nn.Module, z: Tensor, norm: nn.Module, state: Any, shortcut: Tensor) -> tuple[Tensor, Any]:
+    return unit(norm(z), state, shortcut=shortcut, activation="relu")
+
+
+def separate_tail(unit: nn.Module, z: Tensor, norm: nn.Module, state: Any, shortcut: Tensor) -> tuple[Tensor, Any]:
+    x, state = unit(norm(z), state)
     return F.relu(x + shortcut), state
 
 
@@ -131,12 +133,13 @@ def resnet50(variant: str, reduction: int) -> nn.Module:
         blocks = getattr(model, name)
         channels = blocks[0].conv3.out_channels
         if variant == "se":
-            stage = Stage(blocks, [models.SqueezeExcitation(channels) for _ in blocks], fused_tail)
+            stage = Stage(blocks, [models.SqueezeExcitation(channels) for _ in blocks], step_tail)
         elif variant == "pytorchcv":
             stage = Stage(blocks, [DIAAttention(channels, channels)], separate_tail)
         else:
             backend = "reference" if variant == "eager" else None
-            stage = Stage(blocks, [SharedAttention(channels, reduction, backend=backend)], fused_tail)
+            tail = folded_tail if variant == "ours" else step_tail
+            stage = Stage(blocks, [SharedAttention(channels, reduction, backend=backend)], tail)
         setattr(model, name, stage)
     return model
 
@@ -147,7 +150,11 @@ def resnet164(variant: str, reduction: int) -> nn.Module:
     attention = {"plain": None, "se": "se"}.get(variant, "dia")
     backend = "reference" if variant == "eager" else None
     return models.create(
-        "resnet164", attention=attention, reduction=None if attention == "se" else reduction, backend=backend
+        "resnet164",
+        attention=attention,
+        reduction=None if attention == "se" else reduction,
+        backend=backend,
+        fold_norm=variant == "ours",
     )
 
 
@@ -166,16 +173,20 @@ def batch(case: Case, seed: int = 0, size: int | None = None) -> tuple[Tensor, T
 def breach(case: Case) -> str | None:
     """How our network breaks the accuracy contract, with eager's for a yardstick; None if it does not."""
     eager = network(case, "eager")
-    networks = {"ours": network(case, "ours"), "eager": eager, "truth": network(case, "eager").double()}
+    truth = network(case, "eager").double()
+    networks = {"ours": network(case, "ours"), "step": network(case, "step"), "eager": eager, "truth": truth}
     for other in networks.values():
         other.load_state_dict(eager.state_dict())
-        other.eval()
     record = contract.Accuracy(torch.float32, case.side**2)
     with torch.no_grad():
         for seed in range(CHECKED_BATCHES):
-            images, _ = batch(case, seed, size=2)
+            for other in networks.values():
+                other.train(seed % 2 == 0)  # the batch's statistics, then the running ones
+            images, _ = batch(case, seed, size=4)
             logits = {name: other(images.to(next(other.parameters()).dtype)) for name, other in networks.items()}
-            record.add(*({"logits": logits[name]} for name in ("ours", "eager", "truth")))
+            for name in ("ours", "step"):
+                found, yardstick, true = ({f"logits of {name}": logits[key]} for key in (name, "eager", "truth"))
+                record.add(found, yardstick, true)
     return record.breach()
 
 
@@ -228,7 +239,7 @@ def own_peak(case: Case, variant: str) -> int:
 def measure(case: Case, asked: Sequence[str], compiled: bool, budget: float) -> dict[str, Any]:
     """Everything of one case, as plain data for JSON."""
     wrong = breach(case)
-    variants = [v for v in case.variants() if v in asked and (v != "ours" or wrong is None)]
+    variants = [v for v in case.variants() if v in asked and (v not in ("ours", "step") or wrong is None)]
     result: dict[str, Any] = {"case": asdict(case), "name": case.name, "wrong": wrong, "seconds": {}}
     for mode in MODES:
         names = [(v, v, False) for v in variants]
@@ -267,7 +278,7 @@ def mode_table(results: Sequence[dict], mode: str) -> str:
         for result in results:
             seconds = result["seconds"][mode]
             if name not in seconds:
-                row.append(report.WRONG if name.startswith("ours") else report.ABSENT)
+                row.append(report.WRONG if name.startswith(("ours", "step")) else report.ABSENT)
                 continue
             row.append(f"{report.duration(statistics.median(seconds[name]))} ({ratio(seconds, name, base):.2f}x)")
         rows.append(row)
@@ -308,14 +319,21 @@ def markdown(document: dict, plot: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-COLOURS = {"plain": "#8a8f98", "se": "#9b6fb6", "pytorchcv": "#c9a227", "eager": "#e07b39", "ours": "#1f5fa8"}
+COLOURS = {
+    "plain": "#8a8f98",
+    "se": "#9b6fb6",
+    "pytorchcv": "#c9a227",
+    "eager": "#e07b39",
+    "step": "#7fb2de",
+    "ours": "#1f5fa8",
+}
 
 
 def draw(document: dict, path: Path) -> None:
     """Bars of a training step's time as a multiple of the plain network's."""
     results = document["results"]
     figure, axes = plt.subplots(figsize=(1.5 + 2.3 * len(results), 3.8), layout="constrained")
-    width = 0.16
+    width = 0.14
     for k, variant in enumerate(VARIANTS):
         points = [
             (i, ratio(result["seconds"]["training"], variant, "plain"))
@@ -323,14 +341,14 @@ def draw(document: dict, path: Path) -> None:
             if variant in result["seconds"]["training"]
         ]
         bars = axes.bar(
-            [i + (k - 2) * width for i, _ in points], [r for _, r in points], 0.94 * width,
+            [i + (k - 2.5) * width for i, _ in points], [r for _, r in points], 0.94 * width,
             color=COLOURS[variant], label=LABELS[variant],
         )  # fmt: skip
         axes.bar_label(bars, [f"{r:.2f}" for _, r in points], fontsize=7, padding=2)
     axes.axhline(1.0, color="#333333", linewidth=1.0)
     axes.set_xticks(range(len(results)), [result["name"] for result in results])
     axes.set(ylabel="time, no attention = 1", title="Training step", ylim=(0.8, None))
-    axes.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -68,18 +68,14 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 def _lean(function: type[Function]) -> type[Function]:
     """``function`` in the form without ``setup_context``: transforms need it, and it costs a look at the signature."""
 
-    class Lean(Function):
-        @staticmethod
-        def forward(ctx, *args):
-            with _below_autograd():
-                output = function.forward(*args)
-            function.setup_context(ctx, args, output)
-            return output
+    def forward(ctx, *args):
+        with _below_autograd():
+            output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
 
-        backward = staticmethod(function.backward)
-
-    Lean.__name__ = Lean.__qualname__ = function.__name__
-    return Lean
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (Function,), methods)
 
 
 def apply(function: type[Function], *args) -> Any:

@@ -36,7 +36,7 @@ PLAIN, EAGER, OURS = "no attention", "DIA, eager PyTorch", "DIA, dia_kernels"
 #: Arguments of the network behind each variant.
 VARIANTS: dict[str, dict] = {
     PLAIN: {"attention": None},
-    EAGER: {"attention": "dia", "backend": "reference"},
+    EAGER: {"attention": "dia", "backend": "reference", "fold_norm": False},
     OURS: {"attention": "dia"},
 }
 _COLOURS = {PLAIN: "#8a8f98", EAGER: "#e07b39", OURS: "#1f5fa8"}

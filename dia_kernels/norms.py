@@ -91,7 +91,7 @@ def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> N
         if norm.momentum is None:
             factor = 1.0 / float(norm.num_batches_tracked)
     if norm.running_mean is not None:
-        norm.running_mean.mul_(1 - factor).add_(mean.to(norm.running_mean.dtype), alpha=factor)
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
     if norm.running_var is not None:
         unbiased = var * (count / max(count - 1, 1))
-        norm.running_var.mul_(1 - factor).add_(unbiased.to(norm.running_var.dtype), alpha=factor)
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor)

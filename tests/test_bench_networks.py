@@ -88,7 +88,8 @@ def test_units_in_resnet50_agree(networks, reduction):
     case = networks.Case("resnet50", 2, reduction)
     built = {variant: networks.network(case, variant).double().eval() for variant in case.variants()}
     assert ("pytorchcv" in built) == (reduction == 4)
-    built["ours"].load_state_dict(built["eager"].state_dict())
+    for variant in ("ours", "step"):
+        built[variant].load_state_dict(built["eager"].state_dict())
     if "pytorchcv" in built:
         theirs = built["pytorchcv"].state_dict()
         ours = built["eager"].state_dict()
@@ -99,7 +100,7 @@ def test_units_in_resnet50_agree(networks, reduction):
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         logits = {variant: model(x) for variant, model in built.items()}
-    for variant in {"ours", "pytorchcv"} & built.keys():
+    for variant in {"ours", "step", "pytorchcv"} & built.keys():
         torch.testing.assert_close(logits[variant], logits["eager"], rtol=0, atol=1e-9 * logits["eager"].abs().max())
     assert not torch.allclose(logits["plain"], logits["eager"])
 

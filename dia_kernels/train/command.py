@@ -24,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reduction", type=int, help="r of the attention (default: 4 with DIA, 16 with SE)")
     add("--no-skip", dest="skip", action="store_false", help="leave out the shortcuts")
     add("--no-norm", dest="norm", action="store_false", help="leave out the batch norms")
+    add(
+        "--no-fold-norm",
+        dest="fold_norm",
+        action="store_false",
+        help="call the batch norm before the attention by itself",
+    )
     add("--backend", help="of the attention, out of those that `info` lists (default: the best one here)")
     add(
         "--data",

@@ -41,7 +41,7 @@ class Settings:
 
     Attributes:
         network: one of ``models.names()``.
-        attention, reduction, skip, norm, backend: of the network, see ``models.create``.
+        attention, reduction, skip, norm, backend, fold_norm: of the network, see ``models.create``.
         data, folder, size: of the images, see ``images.load``.
         epochs, batch_size, learning_rate, weight_decay: other than the recipe's.
         seed: of the weights, the order of the images and their random changes.
@@ -57,6 +57,7 @@ class Settings:
     skip: bool = True
     norm: bool = True
     backend: str | None = None
+    fold_norm: bool = True
     data: str = "digits"
     folder: str | None = None
     size: int = 224
@@ -176,6 +177,7 @@ def build(settings: Settings, *, download: bool = False) -> tuple[Classifier, im
             norm=settings.norm,
             in_channels=data.in_channels,
             backend=settings.backend,
+            fold_norm=settings.fold_norm,
         )
     return Classifier(network, settings.recipe()), data
 
