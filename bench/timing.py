@@ -24,12 +24,13 @@ def seconds_a_call(call: Call, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def interleaved(calls: dict[str, Call], budget: float) -> Samples:
+def interleaved(calls: dict[str, Call], budget: float, least: int = MIN_ROUNDS) -> Samples:
     """Seconds a call, sampled in rounds that visit every implementation once.
 
     What disturbs the machine for a while disturbs all implementations of a round alike, so ratios
     within a round hold. Each round begins with another implementation, so that none always runs after
-    the same neighbour. ``budget`` is the time to spend, in seconds, within the bounds on the rounds.
+    the same neighbour. ``budget`` is the time to spend, in seconds, within
+    ``least`` and ``MAX_ROUNDS`` rounds.
     """
     for call in calls.values():
         call()
@@ -44,7 +45,7 @@ def interleaved(calls: dict[str, Call], budget: float) -> Samples:
     for _ in range(WARMUP_ROUNDS):
         one_round(0)
     round_seconds = (time.perf_counter() - start) / WARMUP_ROUNDS
-    rounds = min(max(int(budget / round_seconds), MIN_ROUNDS), MAX_ROUNDS)
+    rounds = min(max(int(budget / round_seconds), least), MAX_ROUNDS)
     sampled = [one_round(k % len(names)) for k in range(rounds)]
     return {name: [sample[name] for sample in sampled] for name in names}
 

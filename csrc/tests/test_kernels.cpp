@@ -72,6 +72,19 @@ double decode(T v) {
   }
 }
 
+// What T holds of a value that is a multiple of 1/64 and small: bfloat16 has 8 bits, the others hold it whole.
+template <class T>
+double rounded(double v) {
+  if constexpr (!std::is_same_v<T, BFloat16>) return v;
+  const float f = static_cast<float>(v);
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return static_cast<double>(result);
+}
+
 // A map with `gap` unused elements between rows, which nobody may touch.
 template <class T>
 struct Block {
@@ -146,15 +159,103 @@ void check_shape(const MapShape& shape, int64_t gap, uint32_t seed) {
       CHECK(std::memcmp(&out.data[e], &untouched.data[e], sizeof(T)) == 0);
 }
 
+// The sweeps of the tail. Shifts, scales and values are eighths, so sums and products are exact in float; the moments are
+// held to the rounding of a division.
+template <class T>
+void check_tail_shape(const MapShape& shape, int64_t gap, uint32_t seed) {
+  using A = Compute<T>;
+  std::mt19937 random(seed);
+  const Block<T> z(shape, gap, random), s(shape, gap, random), dy(shape, gap, random), y(shape, gap, random);
+  Block<T> out(shape, gap, random), g(shape, gap, random), dz(shape, gap, random);
+  const Block<T> untouched = out;
+  const size_t entries = static_cast<size_t>(shape.samples * shape.channels);
+  const size_t channels = static_cast<size_t>(shape.channels);
+  std::vector<A> shift(channels), slope(channels), scale(entries), offset(entries), s0(entries), s1(entries);
+  std::vector<double> d1(entries), m2(entries);
+  for (auto* table : {&slope, &scale, &offset})
+    for (auto& v : *table) v = static_cast<A>(value(random));
+
+  const auto& k = maps<T>();
+  k.choose_shift(z.reader(), shape, shift.data());
+  const Moments<T> moments{shape, z.reader(), shift.data(), d1.data(), m2.data()};
+  const Normalise<T> normalise{shape,        z.reader(),   s.reader(),    out.writer(),
+                               shift.data(), scale.data(), offset.data(), true};
+  const ReduceNormGradient<T> reduce{shape,      dy.reader(),  y.reader(), z.reader(),
+                                     g.writer(), shift.data(), s0.data(),  s1.data()};
+  const SpreadNormGradient<T> spread{shape,        dy.reader(),  y.reader(),   z.reader(),   dz.writer(),
+                                     shift.data(), scale.data(), slope.data(), offset.data()};
+  const int64_t channel_cut = shape.channels / 3, row_cut = shape.rows() / 2;
+  for (int64_t n = 0; n < shape.samples; ++n) {
+    for (const auto& [a, b] : {std::pair{int64_t{0}, channel_cut}, std::pair{channel_cut, shape.channels}}) {
+      k.moments(moments, n, a, b);
+      k.reduce_norm_gradient(reduce, n, a, b);
+    }
+    for (const auto& [a, b] : {std::pair{int64_t{0}, row_cut}, std::pair{row_cut, shape.rows()}}) {
+      k.normalise(normalise, n, a, b);
+      k.spread_norm_gradient(spread, n, a, b);
+    }
+  }
+
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    const double about = static_cast<double>(shift[static_cast<size_t>(c)]);
+    CHECK_EQUAL(about, shape.positions > 0 ? z.at(0, c, 0) : 0.0);
+    for (int64_t n = 0; n < shape.samples; ++n) {
+      const size_t entry = static_cast<size_t>(n * shape.channels + c);
+      double sum = 0, squares = 0, gradient = 0, product = 0;
+      for (int64_t i = 0; i < shape.positions; ++i) {
+        const double v = z.at(n, c, i) - about, masked = y.at(n, c, i) <= 0 ? 0 : dy.at(n, c, i);
+        sum += v, squares += v * v, gradient += masked, product += masked * v;
+        const double before =
+            v * static_cast<double>(scale[entry]) + static_cast<double>(offset[entry]) + s.at(n, c, i);
+        const double sent = v * static_cast<double>(slope[static_cast<size_t>(c)]) +
+                            static_cast<double>(offset[entry]) + masked * static_cast<double>(scale[entry]);
+        CHECK_EQUAL(out.at(n, c, i), rounded<T>(before > 0 ? before : 0));
+        CHECK_EQUAL(g.at(n, c, i), masked);
+        CHECK_EQUAL(dz.at(n, c, i), rounded<T>(sent));
+      }
+      CHECK_EQUAL(static_cast<double>(s0[entry]), gradient);
+      CHECK_EQUAL(static_cast<double>(s1[entry]), product);
+      if (shape.positions == 0) {
+        CHECK(std::isnan(d1[entry]));
+        continue;
+      }
+      const double mean = sum / static_cast<double>(shape.positions);
+      CHECK(std::abs(d1[entry] - mean) <= 1e-15 * std::abs(mean));
+      CHECK(std::abs(m2[entry] - (squares - sum * mean)) <= 1e-12 * (1 + squares));
+    }
+  }
+  for (size_t e = 0; e < out.data.size(); ++e)
+    if (static_cast<int64_t>(e) % out.strides.row >= shape.row_length())
+      CHECK(std::memcmp(&out.data[e], &untouched.data[e], sizeof(T)) == 0);
+}
+
+// A mean is split into a part that the map's type holds and the rest, beyond float16's range too.
+template <class T>
+void check_split_mean() {
+  using A = Compute<T>;
+  const std::vector<double> means = {0, 0.1, -1e4, 12345.678, 1e30, std::numeric_limits<double>::quiet_NaN()};
+  std::vector<A> shift(means.size()), d(means.size());
+  maps<T>().split_mean(means.data(), static_cast<int64_t>(means.size()), shift.data(), d.data());
+  for (size_t k = 0; k + 1 < means.size(); ++k) {
+    const double sum = static_cast<double>(shift[k]) + static_cast<double>(d[k]);
+    CHECK(std::abs(sum - means[k]) <= std::numeric_limits<A>::epsilon() * std::abs(means[k]));
+  }
+  CHECK(std::isnan(shift.back()));
+}
+
 template <class T>
 void check_maps() {
+  check_split_mean<T>();
   uint32_t seed = 1;
   for (const bool interleaved : {false, true})
     for (const int64_t channels : {1, 12, 25, 102, 1030})
       for (const int64_t positions : {0, 1, 7, 49, 64, 131, 600}) {
         // Larger sums of eighths would not be exact in 24 bits, and the largest maps add no new path.
         if (channels * positions > 20000) continue;
-        for (const int64_t gap : {0, 3}) check_shape<T>({2, channels, positions, interleaved}, gap, seed++);
+        for (const int64_t gap : {0, 3}) {
+          check_shape<T>({2, channels, positions, interleaved}, gap, seed++);
+          check_tail_shape<T>({2, channels, positions, interleaved}, gap, seed++);
+        }
       }
 }
 
