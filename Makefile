@@ -5,6 +5,7 @@
 #   make test-slow   the tests that take long: other builds, another torch
 #   make lint        style and types
 #   make bench       time the step against its peers
+#   make bench-tail  time the tail of a block (batch norm and step) against the plain one
 #   make bench-networks  time whole networks, with and without attention
 #   make clean       remove what was built (not .venv)
 # DIA_KERNELS_BUILD and DIA_KERNELS_CUDA_ARCHS (see setup.py) choose what is built; run `make clean`
@@ -16,7 +17,7 @@ pip := $(python) -m pip --disable-pip-version-check --quiet
 native_sources := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 formatted_sources := $(filter csrc/%,$(native_sources))
 
-.PHONY: demo test test-slow lint bench bench-networks clean
+.PHONY: demo test test-slow lint bench bench-tail bench-networks clean
 .DELETE_ON_ERROR:
 
 demo: build/native.stamp
@@ -36,6 +37,9 @@ lint: .venv/dependencies.stamp
 
 bench: build/native.stamp
 	$(python) bench/run.py
+
+bench-tail: build/native.stamp
+	$(python) bench/tail.py
 
 bench-networks: build/native.stamp
 	$(python) bench/networks.py

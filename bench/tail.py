@@ -259,8 +259,8 @@ def target_text(results: Sequence[dict]) -> str:
         if mean:
             value = statistics.geometric_mean(mean)
             verdict = "reached" if value <= MEAN_TARGET else "missed"
-            lines.append(f"* {layout}, geometric mean of {len(mean)} of {len(MEAN_SHAPES)} shapes: {value:.2f}, at most "
-                         f"{MEAN_TARGET} wanted: {verdict}")  # fmt: skip
+            scope = f"{layout}, geometric mean of {len(mean)} of {len(MEAN_SHAPES)} shapes"
+            lines.append(f"* {scope}: {value:.2f}, at most {MEAN_TARGET} wanted: {verdict}")
         for result in here:
             if result["group"] == "limit":
                 value = ratio(result["seconds"], "ours")
@@ -325,8 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     for layout in options.layouts.split(","):
         for shape in shapes:
-            results.append(measure(shape, layout, options.without != "compile", options.budget))
-            print(layout_table(results[-1:]).splitlines()[-1], layout, flush=True)
+            result = measure(shape, layout, options.without != "compile", options.budget)
+            print(layout_table([result]).splitlines()[-1], layout, flush=True)
+            results.append(result)
     document = {"environment": environment.describe(), "results": results}
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / options.name

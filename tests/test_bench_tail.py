@@ -1,0 +1,76 @@
+"""The benchmark of the tail: shapes, ratios, targets, and that what it compares is the same tail."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def tail():
+    """bench/tail.py, which is no package and imports its neighbours by their bare names."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(BENCH))
+    import tail
+
+    yield tail
+    sys.path.remove(str(BENCH))
+    for name in set(sys.modules) - before:
+        if (BENCH / f"{name}.py").exists():
+            del sys.modules[name]
+
+
+def result(shape: str, ours: float, group: str, wrong: str | None = None) -> dict:
+    seconds = {"plain": [0.1, 0.2], "eager": [0.3, 0.6], "ours": [0.1 * ours, 0.2 * ours]}
+    if wrong:
+        del seconds["ours"]
+    return {"shape": shape, "layout": "contiguous", "group": group, "wrong": wrong, "seconds": seconds}
+
+
+def test_shapes(tail):
+    assert tail.Shape.parse("32x256x56x56") == tail.Shape(32, 256, 56, 56, 4)
+    assert tail.Shape.parse("32x2048x7x7r20").name == "32x2048x7², r = 20"
+    for text in ("32x256", "32x0x5x5", "axbxcxd", "1x2x3x4rx"):
+        with pytest.raises(ValueError, match=r"^shape: expected four positive numbers"):
+            tail.Shape.parse(text)
+
+
+def test_targets_and_tables(tail, tmp_path):
+    results = [result("a", 0.8, "mean"), result("b", 0.9, "mean"), result("c", 1.3, "limit")]
+    text = tail.target_text(results)
+    assert "geometric mean of 2 of 5 shapes: 0.85, at most 0.85 wanted: reached" in text
+    assert "c: 1.30, at most 1.2 wanted: missed" in text
+    document = {"environment": tail.environment.describe(), "results": [*results, result("d", 1, "", wrong="y: off")]}
+    text = tail.markdown(document, "picture.png")
+    assert "| a | 150 ms | 3.00 | 0.80 |" in text
+    assert "| d | 150 ms | 3.00 | wrong |" in text
+    assert "* d, contiguous: y: off" in text
+    tail.draw(document, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_small_tail_is_right_and_timed(tail, layout):
+    found = tail.measure(tail.Shape(4, 16, 6, 6), layout, compiled=False, budget=0.01)
+    assert found["wrong"] is None
+    assert set(found["seconds"]) == {"plain", "eager", "step", "ours"}
+
+
+def test_a_wrong_tail_is_found(tail, monkeypatch):
+    forward = tail.OurTail.forward
+
+    def wrong(self, *inputs):
+        y, h, c = forward(self, *inputs)
+        return y + 1e-3, h, c
+
+    monkeypatch.setattr(tail.OurTail, "forward", wrong)
+    found = tail.measure(tail.Shape(4, 16, 6, 6), "contiguous", compiled=False, budget=0.01)
+    assert found["wrong"].startswith("y: error")
+    assert set(found["seconds"]) == {"plain", "eager"}
