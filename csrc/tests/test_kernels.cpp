@@ -159,8 +159,8 @@ void check_shape(const MapShape& shape, int64_t gap, uint32_t seed) {
       CHECK(std::memcmp(&out.data[e], &untouched.data[e], sizeof(T)) == 0);
 }
 
-// The sweeps of the tail. Shifts, scales and values are eighths, so sums and products are exact in float; the moments are
-// held to the rounding of a division.
+// The sweeps of the tail. Shifts, scales and values are eighths, so sums and products are exact in float; the moments
+// are held to the rounding of a division.
 template <class T>
 void check_tail_shape(const MapShape& shape, int64_t gap, uint32_t seed) {
   using A = Compute<T>;
