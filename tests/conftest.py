@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -43,6 +47,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture(scope="module")
+def bench_module(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The module of bench/ that the test file names in ``BENCH_MODULE``.
+
+    bench/ is no package, and its modules import each other by their bare names: they are forgotten afterwards.
+    """
+    before = set(sys.modules)
+    sys.path.insert(0, str(BENCH))
+    yield importlib.import_module(request.module.BENCH_MODULE)
+    sys.path.remove(str(BENCH))
+    for name in set(sys.modules) - before:
+        if (BENCH / f"{name}.py").exists():
+            del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

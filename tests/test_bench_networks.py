@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def networks():
-    """bench/networks.py, which is no package and imports its neighbours by their bare names."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(BENCH))
-    import networks
+BENCH_MODULE = "networks"
 
-    yield networks
-    sys.path.remove(str(BENCH))
-    for name in set(sys.modules) - before:
-        if (BENCH / f"{name}.py").exists():
-            del sys.modules[name]
+
+@pytest.fixture(scope="module")
+def networks(bench_module):
+    return bench_module
 
 
 def result(name: str, **changes) -> dict:

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def tail():
-    """bench/tail.py, which is no package and imports its neighbours by their bare names."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(BENCH))
-    import tail
+BENCH_MODULE = "tail"
 
-    yield tail
-    sys.path.remove(str(BENCH))
-    for name in set(sys.modules) - before:
-        if (BENCH / f"{name}.py").exists():
-            del sys.modules[name]
+
+@pytest.fixture(scope="module")
+def tail(bench_module):
+    return bench_module
 
 
 def result(shape: str, ours: float, group: str, wrong: str | None = None) -> dict:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dia_kernels import SharedAttention, __main__, backends, models, params
 from dia_kernels.models.parts import Options
 from dia_kernels.models.preresnet import PreActivationBottleneck
-from dia_kernels.models.resnext import GroupedBottleneck
+from dia_kernels.models.resnet import Bottleneck
 from dia_kernels.models.wide_resnet import WideBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -347,8 +347,8 @@ def test_wide_block(channels, stride):
 
 @pytest.mark.parametrize(("channels", "stride"), [(8, 1), (6, 2)])
 def test_grouped_bottleneck(channels, stride):
-    b = randomise(GroupedBottleneck(channels, 8, stride, 2, 4, Options("dia")))
-    assert b.conv1.out_channels == 2 * 8 // 4
+    b = randomise(Bottleneck(channels, 4, stride, Options("dia"), out_channels=8, groups=2))
+    assert [m.groups for m in models.create("resnext101_8x32").modules() if hasattr(m, "groups")].count(8) == 33
 
     def formula(x):
         y = batch_norm(F.conv2d(x, b.conv1.weight), b.bn1).relu()

@@ -38,16 +38,6 @@ StepResult run_step(const Tensor& x, const MapInfo& info, const Map<const T>& x_
   return result;
 }
 
-void check_step(const Tensor& x, const MapInfo& info, const OptionalTensor& shortcut, const OptionalTensor& h,
-                const OptionalTensor& c, const Parameters& w) {
-  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  if (shortcut) check_map("shortcut", *shortcut, x);
-  check(h.has_value() == c.has_value(), "state: expected both of h and c, or neither");
-  if (h) check_table("h", *h, {info.shape.samples, info.shape.channels}, dtype, x);
-  if (c) check_table("c", *c, {info.shape.samples, info.shape.channels}, dtype, x);
-  check_parameters(w, info.shape.channels, dtype, x);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> step(Tensor x, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
                                                 Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1,
                                                 Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output,
@@ -165,26 +155,11 @@ StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
                             Tensor v1, Tensor v2, int64_t channel_dim, bool relu, bool tanh_output, bool need_x,
                             bool need_shortcut, bool need_state, bool need_parameters) {
   const MapInfo info = map_info(x, channel_dim);
-  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const int64_t n = info.shape.samples, width = info.shape.channels;
-  check(w1.dim() == 2 && width >= 1 && w1.size(0) >= 1, "input_reduce_weight: expected 2 dimensions");
-  const int64_t m = w1.size(0);
-  check_table("input_reduce_weight", w1, {m, width}, dtype, x);
-  check_table("input_expand_weight", w2, {4 * width, m}, dtype, x);
-  check_table("hidden_reduce_weight", v1, {m, width}, dtype, x);
-  check_table("hidden_expand_weight", v2, {4 * width, m}, dtype, x);
-  if (dy) check_map("dy", *dy, x);
-  if (y) check_map("y", *y, x);
-  check(!relu || !dy || y, "y: expected the result of the step, which ended in a ReLU");
-  check(h.has_value() == c.has_value(), "state: expected both of h and c, or neither");
-  const auto check_state = [&](const char* name, const OptionalTensor& t) {
-    if (t) check_table(name, *t, {n, width}, dtype, x);
-  };
-  check_state("dh", dh), check_state("dc", dc), check_state("h", h), check_state("c", c), check_state("new_c", new_c);
-  check_table("tables", tables, {n * (5 * width + 2 * m)}, dtype, x);
+  const Weights w{w1, w2, v1, v2};
+  check_step_gradient(dy, dh, dc, x, info, y, h, c, new_c, tables, 0, w, relu);
   return with_map_type(x, [&]<class T>() {
     return run_step_backward<T>(dy, dense(dh), dense(dc), x, relu ? y : std::nullopt, dense(h), dense(c), dense(new_c),
-                                dense(tables), {w1, w2, v1, v2}, info, tanh_output,
+                                dense(tables), w, info, tanh_output,
                                 {need_x, need_shortcut, need_state, need_parameters});
   });
 }
@@ -202,8 +177,7 @@ Tensor pool(Tensor x, int64_t channel_dim) {
 }
 
 void check_scale(const Tensor& scale, const MapInfo& info, const Tensor& x) {
-  check_table("scale", scale, {info.shape.samples, info.shape.channels},
-              x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, x);
+  check_table("scale", scale, {info.shape.samples, info.shape.channels}, compute_scalar_type(x), x);
 }
 
 Tensor rescale(Tensor x, Tensor scale, OptionalTensor shortcut, int64_t channel_dim, bool relu) {

@@ -88,7 +88,7 @@ void batch_statistics(const double* d1, const double* m2, const A* shift, const 
 
 void check_norm(const Tensor& z, const MapInfo& info, const OptionalTensor& gamma, const OptionalTensor& beta,
                 const OptionalTensor& mean, const OptionalTensor& var) {
-  const ScalarType dtype = z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = compute_scalar_type(z);
   const auto check_channels = [&](const char* name, const OptionalTensor& t) {
     if (t) check_table(name, *t, {info.shape.channels}, dtype, z);
   };
@@ -181,12 +181,7 @@ TailResult tail(Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTen
                 bool tanh_output) {
   const Parameters w{w1, b1, w2, b2, v1, a1, v2, a2};
   const MapInfo info = map_info(z, channel_dim);
-  const ScalarType dtype = z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  if (shortcut) check_map("shortcut", *shortcut, z);
-  check(h.has_value() == c.has_value(), "state: expected both of h and c, or neither");
-  if (h) check_table("h", *h, {info.shape.samples, info.shape.channels}, dtype, z);
-  if (c) check_table("c", *c, {info.shape.samples, info.shape.channels}, dtype, z);
-  check_parameters(w, info.shape.channels, dtype, z);
+  check_step(z, info, shortcut, h, c, w);
   check_norm(z, info, gamma, beta, mean, var);
   return with_map_type(z, [&]<class T>() {
     return run_tail<T>(z, info, shortcut, dense(h), dense(c), gamma, beta, mean, var, eps, w, relu, tanh_output);
@@ -329,27 +324,13 @@ TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
                             bool relu, bool tanh_output, bool batch, bool need_z, bool need_shortcut, bool need_state,
                             bool need_parameters, bool need_affine) {
   const MapInfo info = map_info(z, channel_dim);
-  const ScalarType dtype = z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const int64_t n = info.shape.samples, width = info.shape.channels;
-  check(w1.dim() == 2 && width >= 1 && w1.size(0) >= 1, "input_reduce_weight: expected 2 dimensions");
-  const int64_t m = w1.size(0);
-  check_table("input_reduce_weight", w1, {m, width}, dtype, z);
-  check_table("input_expand_weight", w2, {4 * width, m}, dtype, z);
-  check_table("hidden_reduce_weight", v1, {m, width}, dtype, z);
-  check_table("hidden_expand_weight", v2, {4 * width, m}, dtype, z);
-  if (dy) check_map("dy", *dy, z);
-  if (y) check_map("y", *y, z);
-  check(!relu || !dy || y, "y: expected the result of the tail, which ended in a ReLU");
-  check(h.has_value() == c.has_value(), "state: expected both of h and c, or neither");
-  const auto check_state = [&](const char* name, const OptionalTensor& t) {
-    if (t) check_table(name, *t, {n, width}, dtype, z);
-  };
-  check_state("dh", dh), check_state("dc", dc), check_state("h", h), check_state("c", c), check_state("new_c", new_c);
+  const Weights w{w1, w2, v1, v2};
+  check_step_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables,
+                      NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu);
   check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
-  check_table("tables", tables, {n * (6 * width + 2 * m) + 3 * width}, dtype, z);
   return with_map_type(z, [&]<class T>() {
     return run_tail_backward<T>(dy, dense(dh), dense(dc), z, relu ? y : std::nullopt, dense(h), dense(c), dense(new_c),
-                                dense(tables), gamma, beta, {w1, w2, v1, v2}, info, tanh_output, batch,
+                                dense(tables), gamma, beta, w, info, tanh_output, batch,
                                 {need_z, need_shortcut, need_state, need_parameters, need_affine});
   });
 }

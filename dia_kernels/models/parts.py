@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..attention import SharedAttention
 from ..functional import Activation, State
-from .squeeze import SqueezeExcitation
+from .squeeze import SqueezeExcitation, close
 
 Attention = Literal["se", "dia"] | None
 
@@ -104,9 +103,7 @@ class Block(nn.Module):
         attention = self.attention if shared is None else shared
         if attention is not None:
             return attention(x, state, shortcut=shortcut, activation=activation)
-        if shortcut is not None:
-            x = x + shortcut
-        return torch.relu(x) if activation == "relu" else x, None
+        return close(x, shortcut, activation), None
 
 
 class Stage(nn.Module):

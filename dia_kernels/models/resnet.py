@@ -43,19 +43,32 @@ class BasicBlock(Block):
 
 
 class Bottleneck(Block):
-    """1x1, 3x3 and 1x1 convolutions; the 3x3 carries the stride."""
+    """1x1, 3x3 and 1x1 convolutions; the 3x3 carries the stride, in ``groups`` in a ResNeXt.
+
+    ``width`` is that of the 3x3; four times that come out, or ``out_channels``.
+    """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, options: Options) -> None:
-        super().__init__(4 * width, options)
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        options: Options,
+        *,
+        out_channels: int | None = None,
+        groups: int = 1,
+    ) -> None:
+        out_channels = out_channels or 4 * width
+        super().__init__(out_channels, options)
         self.conv1 = options.conv(in_channels, width, 1)
         self.bn1 = options.batch_norm(width)
-        self.conv2 = options.conv(width, width, 3, stride)
+        self.conv2 = options.conv(width, width, 3, stride, groups)
         self.bn2 = options.batch_norm(width)
-        self.conv3 = options.conv(width, 4 * width, 1)
-        self.bn3 = options.batch_norm(4 * width)
-        self.projection = options.projection(in_channels, 4 * width, stride)
+        self.conv3 = options.conv(width, out_channels, 1)
+        self.bn3 = options.batch_norm(out_channels)
+        self.projection = options.projection(in_channels, out_channels, stride)
 
     def forward(
         self, x: Tensor, shared: SharedAttention | None = None, state: State | None = None

@@ -7,40 +7,12 @@ The stage's attention follows the last batch norm; scaling, shortcut and ReLU ar
 
 from __future__ import annotations
 
-from functools import partial
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-
-from ..attention import SharedAttention
-from ..functional import State
-from .parts import Block, Network, Options, blocks_per_stage, make_stages
+from .parts import Network, Options, blocks_per_stage, make_stages
+from .resnet import Bottleneck
 
 _STEM_WIDTH = 32
-
-
-class GroupedBottleneck(Block):
-    """1x1, grouped 3x3 and 1x1 convolutions; the 3x3 carries the stride."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int, widen: int, options: Options):
-        super().__init__(out_channels, options)
-        inner = groups * out_channels // widen
-        self.conv1 = options.conv(in_channels, inner, 1)
-        self.bn1 = options.batch_norm(inner)
-        self.conv2 = options.conv(inner, inner, 3, stride, groups)
-        self.bn2 = options.batch_norm(inner)
-        self.conv3 = options.conv(inner, out_channels, 1)
-        self.bn3 = options.batch_norm(out_channels)
-        self.projection = options.projection(in_channels, out_channels, stride)
-
-    def forward(
-        self, x: Tensor, shared: SharedAttention | None = None, state: State | None = None
-    ) -> tuple[Tensor, State | None]:
-        """The block's output, and the attention's state for the next block."""
-        shortcut = self.projection(x) if self.skip else None
-        x = torch.relu(self.bn1(self.conv1(x)))
-        x = torch.relu(self.bn2(self.conv2(x)))
-        return self.tail(self.conv3(x), self.bn3, shortcut, "relu", shared, state)
 
 
 class ResNeXt(Network):
@@ -62,13 +34,12 @@ class ResNeXt(Network):
     ) -> None:
         blocks = blocks_per_stage(depth, 3, other_layers=2)
         widths = (32 * widen, 64 * widen, 128 * widen)
-        stages = make_stages(
-            _STEM_WIDTH,
-            widths,
-            blocks,
-            partial(GroupedBottleneck, groups=groups, widen=widen, options=options),
-            options,
-        )
+
+        def make_block(in_channels: int, out_channels: int, stride: int) -> Bottleneck:
+            width = groups * out_channels // widen
+            return Bottleneck(in_channels, width, stride, options, out_channels=out_channels, groups=groups)
+
+        stages = make_stages(_STEM_WIDTH, widths, blocks, make_block, options)
         stem = nn.Sequential(
             options.conv(options.in_channels, _STEM_WIDTH, 3), options.batch_norm(_STEM_WIDTH), nn.ReLU()
         )

@@ -9,6 +9,13 @@ from torch.nn import functional as F
 from ..functional import Activation
 
 
+def close(x: Tensor, shortcut: Tensor | None, activation: Activation) -> Tensor:
+    """``activation(x + shortcut)``: how a block without shared attention ends."""
+    if shortcut is not None:
+        x = x + shortcut
+    return torch.relu(x) if activation == "relu" else x
+
+
 class SqueezeExcitation(nn.Module):
     """``x * sigmoid(W2 relu(W1 p + b1) + b2)`` with p the mean of x over its positions.
 
@@ -41,7 +48,4 @@ class SqueezeExcitation(nn.Module):
             activation: None or ``"relu"``.
         """
         scale = torch.sigmoid(self.expand(F.relu(self.reduce(x.mean((2, 3))))))
-        x = x * scale[:, :, None, None]
-        if shortcut is not None:
-            x = x + shortcut
-        return torch.relu(x) if activation == "relu" else x, None
+        return close(x * scale[:, :, None, None], shortcut, activation), None
