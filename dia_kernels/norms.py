@@ -82,8 +82,8 @@ def _fold_batch_norm(norm: _BatchNorm, z: Tensor) -> Folded:
 
 @torch.no_grad()
 def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
-    """What the norm does to its buffers in training, from a batch's mean and biased variance over ``count`` values."""
-    if not norm.training or not norm.track_running_stats:
+    """What the norm does to its buffers, if it has any, from a batch's mean and biased variance over ``count`` values."""
+    if not norm.track_running_stats:
         return
     factor = 0.0 if norm.momentum is None else norm.momentum
     if norm.num_batches_tracked is not None:

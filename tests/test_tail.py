@@ -194,7 +194,7 @@ def test_a_channel_far_from_zero_loses_no_digits(view, backend, request):
     found = solve(folded, tensors, incoming, norm, relu=False, backend=backend)
     native = request.node.callspec.params["backend"] == "cpu"
     # The deviation has 7 bits in float32 there, but they are exact: what is lost is ours.
-    for name in ("y", "h", "c", "dgamma", "dbeta"):
+    for name in ("y", "h", "c", "dz", "dgamma", "dbeta"):
         error = (found[name].double() - truth[name]).abs().max() / truth[name].abs().max()
         assert error < (2e-5 if native else 0.2), name
 
@@ -427,6 +427,22 @@ def test_networks_agree_and_share_their_checkpoints(name, one_thread):
         assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
     for key, value in fused.state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[key], rtol=1e-8, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_networks_hand_their_last_norm_over_or_call_it(fold):
+    model = models.create("resnet20", attention="dia", fold_norm=fold)
+    handed, called = [], []
+    for stage in model.stages:
+        stage.attention.register_forward_hook(
+            lambda _, args, options, result: handed.append(options.get("norm")), with_kwargs=True
+        )
+        for block in stage.blocks:
+            block.bn1.register_forward_hook(lambda *_: called.append(1))
+    model(torch.randn(2, 3, 8, 8))
+    last = [block.bn2 for stage in model.stages for block in stage.blocks]
+    assert len(called) == 9
+    assert all(norm is (expected if fold else None) for norm, expected in zip(handed, last, strict=True))
 
 
 def test_fifty_steps_of_training_agree(one_thread):
