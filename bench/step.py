@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import contract
 import torch
-from peers import EagerAttention, plain_tail
 from timing import Call, Samples, interleaved, rounded, undisturbed
 from torch import Tensor
+from unfused import EagerAttention, plain_tail
 
 from dia_kernels import SharedAttention
 

@@ -26,9 +26,9 @@ import environment
 import matplotlib
 import report
 import torch
-from peers import EagerAttention
 from timing import Samples, interleaved, rounded, undisturbed
 from torch import Tensor, nn
+from unfused import EagerAttention
 
 from dia_kernels import SharedAttention
 

@@ -82,7 +82,7 @@ def _fold_batch_norm(norm: _BatchNorm, z: Tensor) -> Folded:
 
 @torch.no_grad()
 def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
-    """What the norm does to its buffers, if it has any, from a batch's mean and biased variance over ``count`` values."""
+    """What the norm does to its buffers, from a batch's mean and biased variance over ``count`` values."""
     if not norm.track_running_stats:
         return
     factor = 0.0 if norm.momentum is None else norm.momentum

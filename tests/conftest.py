@@ -56,9 +56,12 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 def bench_module(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """The module of bench/ that the test file names in ``BENCH_MODULE``.
 
-    bench/ is no package, and its modules import each other by their bare names: they are forgotten afterwards.
+    bench/ is no package, and its modules import each other by their bare names: no module of the tests may have such a
+    name, and they are forgotten afterwards.
     """
     before = set(sys.modules)
+    taken = {path.stem for path in BENCH.glob("*.py")} & before - {"conftest"}
+    assert not taken, f"other modules have the names of bench's: {taken}"
     sys.path.insert(0, str(BENCH))
     yield importlib.import_module(request.module.BENCH_MODULE)
     sys.path.remove(str(BENCH))

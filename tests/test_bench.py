@@ -34,7 +34,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-report, contract, peers = load("report"), load("contract"), load("peers")
+report, contract, unfused = load("report"), load("contract"), load("unfused")
 
 
 def result(shape: tuple[int, ...], seconds: dict[str, list[float]], **changes) -> dict:
@@ -177,7 +177,7 @@ def test_plot_is_written(tmp_path):
 
 def test_eager_peer_is_the_same_step_as_the_reference():
     torch.manual_seed(0)
-    eager = peers.EagerAttention(12, 4).double()
+    eager = unfused.EagerAttention(12, 4).double()
     ours = SharedAttention(12, 4, dtype=torch.float64)
     ours.load_state_dict({name.replace(".", "_"): value for name, value in eager.state_dict().items()})
     x, shortcut = torch.randn(2, 3, 12, 5, 5, dtype=torch.float64)
