@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -55,13 +55,13 @@ FULL = Settings(epochs=10, timed_rounds=25, judge_accuracy=True)
 QUICK = Settings(epochs=1, timed_rounds=2, judge_accuracy=False)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trained:
     """A network after training, its loss at each step, and its accuracy on the test digits, in [0, 1]."""
 
     network: Network
-    losses: list[float] = field(default_factory=list)
-    accuracy: float = 0.0
+    losses: list[float]
+    accuracy: float
 
 
 class LossHistory(Callback):

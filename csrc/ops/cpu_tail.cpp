@@ -210,18 +210,16 @@ TailGradients run_tail_backward(const OptionalTensor& dy, const OptionalTensor& 
   const NormTables<A> norm(data_of<A>(all) + Tables<A>::count(n, width, m), n, width);
   const Affine<A> affine(gamma, beta);
 
-  const Tensor none = empty_strided({0}, {1}, z, dtype_code(z));
-  const Tensor dz = wanted.z ? empty_map(z, info) : none;
+  const Tensor dz = wanted.z ? empty_map(z, info) : empty_strided({0}, {1}, z, dtype_code(z));
   const Tensor dshortcut = wanted.shortcut ? empty_map(z, info) : empty_strided({0}, {1}, z, dtype_code(z));
   const Tensor dgamma = empty_table<A>(z, {wanted.affine ? width : 0});
   const Tensor dbeta = empty_table<A>(z, {wanted.affine ? width : 0});
   const bool need_p = wanted.z || wanted.affine;
   CellGradientPass<A> cell({dh, dc, h, c, new_c, tables, w, n, width, tanh_output}, z, dy.has_value(), need_p,
                            wanted.state, wanted.parameters);
-  // s0, then scale; s1, then offset; per channel dbeta, dgamma, slope.
-  const Tensor scratch = empty_table<A>(z, {2 * n * width + 3 * width});
-  A *s0 = data_of<A>(scratch), *s1 = s0 + n * width, *sum_beta = s1 + n * width, *sum_gamma = sum_beta + width,
-    *slope = sum_gamma + width;
+  const Tensor scratch = empty_table<A>(z, {4 * n * width + 3 * width});
+  A *s0 = data_of<A>(scratch), *s1 = s0 + n * width, *scale = s1 + n * width, *offset = scale + n * width,
+    *sum_beta = offset + n * width, *sum_gamma = sum_beta + width, *slope = sum_gamma + width;
   if (!dy) std::fill(s0, s0 + 2 * n * width, A(0));
 
   const Map<T> g = wanted.shortcut ? map_writer<T>(dshortcut, info) : Map<T>{};
@@ -273,8 +271,8 @@ TailGradients run_tail_backward(const OptionalTensor& dy, const OptionalTensor& 
           const A factor = affine.gamma(ch) * norm.rstd[ch];
           A pooled = cell.dp[at] / static_cast<A>(positions);
           if (batch) pooled += (norm.d[ch] * norm.rstd[ch] * sum_gamma[ch] - sum_beta[ch]) / static_cast<A>(count);
-          s0[at] = factor * cell.new_h[at];
-          s1[at] = factor * pooled;
+          scale[at] = factor * cell.new_h[at];
+          offset[at] = factor * pooled;
         }
     });
   };
@@ -285,33 +283,23 @@ TailGradients run_tail_backward(const OptionalTensor& dy, const OptionalTensor& 
     if (wanted.z) {
       for (int64_t ch = 0; ch < width; ++ch)
         slope[ch] = -affine.gamma(ch) * norm.rstd[ch] * norm.rstd[ch] * sum_gamma[ch] / static_cast<A>(count);
-      const SpreadNormGradient<T> spread{info.shape, source, mask, z_reader.map, to, norm.shift, s0, slope, s1};
+      const SpreadNormGradient<T> spread{info.shape, source, mask, z_reader.map, to, norm.shift, scale, slope, offset};
       for_chunks(n, 0, 0, [&](Chunk chunk) {
         scales(chunk);
         run_spread(spread, chunk);
       });
     }
   } else {
-    // The scales replace the sums, which dgamma and dbeta still want: those come first, or each has its own table.
     const int64_t sample_bytes =
         width * info.shape.positions * static_cast<int64_t>(sizeof(T)) * (reread || !y_reader.map.data ? 1 : 2);
-    const SpreadGradient<T> spread{info.shape, source, mask, to, s0, s1};
-    if (wanted.affine) {
-      for_chunks(n, 0, 0, first);
-      channel_sums();
-      if (wanted.z)
-        for_chunks(n, 0, 0, [&](Chunk chunk) {
-          scales(chunk);
-          run_spread_gradient(spread, chunk);
-        });
-    } else {
-      for_chunks(n, sample_bytes, weight_bytes<A>(width, m), [&](Chunk chunk) {
-        first(chunk);
-        if (!wanted.z) return;
-        scales(chunk);
-        run_spread_gradient(spread, chunk);
-      });
-    }
+    const SpreadGradient<T> spread{info.shape, source, mask, to, scale, offset};
+    for_chunks(n, sample_bytes, weight_bytes<A>(width, m), [&](Chunk chunk) {
+      first(chunk);
+      if (!wanted.z) return;
+      scales(chunk);
+      run_spread_gradient(spread, chunk);
+    });
+    if (wanted.affine) channel_sums();
   }
   if (wanted.shortcut && !dy) torch::stable::fill_(dshortcut, 0.0);
   const ParameterGradients<A> d = cell.parameters(z);
