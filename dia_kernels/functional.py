@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import autograd, autograd_tail, backends, norms, operators, reference
+from . import autograd, autograd_sync, autograd_tail, backends, norms, operators, reference
 from .cells import OUTPUTS, LSTMParameters, StackedLayer, stacked_lstm
 from .layout import channels, compute_dtype, shares_memory
 
@@ -57,10 +57,11 @@ def step(
         channel_dim: 1 or -1.
         dropout: probability of zeroing an h between stacked layers (0 in evaluation).
         inplace: write y over x and return it. Inference only.
-        norm: a norm of x that comes first: an ``nn.BatchNorm1d/2d/3d``, torchvision's ``FrozenBatchNorm2d`` or a
-            pair (scale, bias) of a value for each channel is folded into the step, at no pass of its own over x and
-            nothing saved for it; its parameters and buffers are used and updated exactly as it would itself. Any
-            other module or function is called, and the step follows. (arXiv:1502.03167, algorithm 1.)
+        norm: a norm of x that comes first: an ``nn.BatchNorm1d/2d/3d``, an ``nn.SyncBatchNorm`` (on any
+            device), torchvision's ``FrozenBatchNorm2d`` or a pair (scale, bias)
+            of a value for each channel is folded into the step, at no pass of its own over x and nothing saved for
+            it; its parameters and buffers are used and updated exactly as it would itself. Any other module or
+            function is called, and the step follows. (arXiv:1502.03167, algorithm 1.)
         backend: None for the best one here, or a name out of ``dia_kernels.backends.NAMES``.
 
     Returns:
@@ -137,13 +138,16 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
         None if t is None else _cast(f"norm {name}", t, shape, x)
         for name, t in zip(("weight", "bias", "running_mean", "running_var"), folded[:4], strict=True)
     )
-    args = (x, shortcut, h, c, gamma, beta, mean, var, folded.eps, parameters, channel_dim, relu)
-    if backend == "reference":
-        y, h, c, mean, var = reference.tail(*args, output)
+    first, last = (x, shortcut, h, c, gamma, beta), (folded.eps, parameters, channel_dim, relu)
+    count: int | Tensor = x.numel() // max(shape[0], 1)
+    if folded.group is not None:
+        y, h, c, mean, var, count = autograd_sync.tail(*first, *last, output, folded.group, backend == "reference")
+    elif backend == "reference":
+        y, h, c, mean, var = reference.tail(*first, mean, var, *last, output)
     else:
-        y, h, c, mean, var = autograd_tail.tail(*args, output == "tanh")
+        y, h, c, mean, var = autograd_tail.tail(*first, mean, var, *last, output == "tanh")
     if folded.module is not None:
-        norms.update_buffers(folded.module, mean.detach(), var.detach(), x.numel() // max(shape[0], 1))
+        norms.update_buffers(folded.module, mean.detach(), var.detach(), count)
     return y, (h, c)
 
 

@@ -1,14 +1,14 @@
 """The norm before the step: which ones are folded into the tail, with which statistics, and their buffers.
 
-Folded are ``nn.BatchNorm1d/2d/3d`` and, on given statistics, ``nn.SyncBatchNorm``, torchvision's
-``FrozenBatchNorm2d`` and a bare ``(scale, bias)``. Their semantics are those of the modules themselves: batch
-statistics in training or where there are no running ones, running ones otherwise, buffers updated in training.
+Folded are ``nn.BatchNorm1d/2d/3d``, ``nn.SyncBatchNorm``, torchvision's ``FrozenBatchNorm2d`` and a bare
+``(scale, bias)``. Their semantics are those of the modules themselves: batch statistics (of all processes, for a
+SyncBatchNorm) in training or where there are no running ones, running ones otherwise, buffers updated in training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 #: A norm: a module or function of the map, or a scale and a bias for each channel.
 Norm = nn.Module | Callable[[Tensor], Tensor] | tuple[Tensor, Tensor]
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Folded(NamedTuple):
-    """What the tail needs of a norm. ``mean`` and ``var`` None: the batch's own, which ``module`` wants to know."""
+    """What the tail needs of a norm.
+
+    ``mean`` and ``var`` None: the batch's own, which ``module`` wants to know. The batch is that of all processes of
+    ``group``, if there is one.
+    """
 
     gamma: Tensor | None
     beta: Tensor | None
@@ -29,6 +33,7 @@ class Folded(NamedTuple):
     var: Tensor | None
     eps: float
     module: _BatchNorm | None = None
+    group: Any = None
 
 
 def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
@@ -47,7 +52,7 @@ def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
         return None
     if type(norm).__name__ == "FrozenBatchNorm2d" and type(norm).__module__.startswith("torchvision."):
         return Folded(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)  # type: ignore[arg-type]
-    if type(norm) in _BATCH_NORMS or (type(norm) is nn.SyncBatchNorm and not _exchanges(norm)):
+    if type(norm) in _BATCH_NORMS:
         return _fold_batch_norm(norm, z)  # type: ignore[arg-type]
     return None
 
@@ -63,10 +68,15 @@ def _uses_batch(norm: _BatchNorm) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
-def _exchanges(norm: _BatchNorm) -> bool:
-    """Whether a SyncBatchNorm would talk to other processes."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return _uses_batch(norm) and distributed
+def _group(norm: _BatchNorm) -> Any:
+    """The processes whose samples make up the batch of ``norm``; None if it is this one's alone."""
+    distributed = torch.distributed
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training):
+        return None
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = norm.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
 
 
 def _fold_batch_norm(norm: _BatchNorm, z: Tensor) -> Folded:
@@ -75,13 +85,14 @@ def _fold_batch_norm(norm: _BatchNorm, z: Tensor) -> Folded:
         raise ValueError(f"norm: expected {z.shape[1]} features, the channels of x, got {norm.num_features}")
     if not _uses_batch(norm):
         return Folded(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
-    if z.numel() // max(z.shape[1], 1) <= 1 and z.numel() > 0:
+    group = _group(norm)
+    if group is None and z.numel() // max(z.shape[1], 1) <= 1 and z.numel() > 0:
         raise ValueError(f"norm: expected more than 1 value per channel when training, got x of shape {tuple(z.shape)}")
-    return Folded(norm.weight, norm.bias, None, None, norm.eps, norm)
+    return Folded(norm.weight, norm.bias, None, None, norm.eps, norm, group)
 
 
 @torch.no_grad()
-def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
+def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
     """What the norm does to its buffers, from a batch's mean and biased variance over ``count`` values."""
     if not norm.track_running_stats:
         return
@@ -93,5 +104,6 @@ def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> N
     if norm.running_mean is not None:
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
     if norm.running_var is not None:
-        unbiased = var * (count / max(count - 1, 1))
+        rest = count - 1
+        unbiased = var * (count / (rest.clamp(min=1) if isinstance(rest, Tensor) else max(rest, 1)))
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor)

@@ -13,10 +13,19 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 ``step_backward``       gradients of x, shortcut, h, c and the eight parameters; those that the
                         four ``need_*`` flags do not ask for come back empty.
 ``tail``                ``(y, h', c', tables, mean, var)``: the step on the batch norm of z.
-                        ``mean`` and ``var`` (C,) are the statistics to use; None for those of
-                        this batch, which come back (else empty tensors do).
+                        ``mean`` and ``var`` (C,) are the statistics to use, in the compute
+                        dtype or float64; None for those of this batch, which come back (else
+                        empty tensors do).
 ``tail_backward``       gradients of z, shortcut, h, c, the norm's weight and bias and the eight
                         parameters, by the five ``need_*`` flags
+``statistics``          ``(mean, var)`` of each channel of z over samples and positions, (C,),
+                        the variance biased, in float64
+``tail_reduce``         the first half of ``tail_backward`` on batch statistics: ``(sums,
+                        dshortcut, dp)`` and the gradients of h, c and the parameters. ``sums``
+                        (2, C): the gradients of the norm's bias and weight.
+``tail_spread``         the second half: dz, from dy, y and z (or from the shortcut's gradient and
+                        z), ``dp`` and ``shares``: sums over all processes, divided by the
+                        number of values of a channel
 ``pool``                mean over positions, (N, C), in the compute dtype
 ``rescale``             ``act(x * scale + shortcut)``
 ``rescale_backward``    gradients of x, scale and shortcut
@@ -38,7 +47,7 @@ from torch import Tensor
 
 from . import reference
 from .cells import LSTMParameters, LSTMTrace, squash
-from .layout import channels, compute_dtype, empty_map, output_format, shares_memory
+from .layout import broadcast, channels, compute_dtype, empty_map, output_format, shares_memory, spatial_size
 
 NAMESPACE = "dia_kernels"
 
@@ -59,6 +68,12 @@ SCHEMAS = {
     "tail_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor z, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
     f" Tensor tables, Tensor? gamma, Tensor? beta, {_WEIGHTS}, {_FLAGS}, bool batch, bool need_z, bool need_shortcut,"
     f" bool need_state, bool need_parameters, bool need_affine) -> ({_GRADIENTS}, Tensor, Tensor)",
+    "statistics": "(Tensor z, int channel_dim) -> (Tensor, Tensor)",
+    "tail_reduce": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor z, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
+    f" Tensor tables, Tensor? gamma, Tensor? beta, {_WEIGHTS}, {_FLAGS}, bool need_shortcut, bool need_state,"
+    f" bool need_parameters) -> ({_GRADIENTS}, Tensor)",
+    "tail_spread": "(Tensor? dy, Tensor? y, Tensor z, Tensor new_h, Tensor dp, Tensor tables, Tensor? gamma,"
+    " Tensor shares, int channel_dim) -> Tensor",
     "pool": "(Tensor x, int channel_dim) -> Tensor",
     "rescale": "(Tensor x, Tensor scale, Tensor? shortcut, int channel_dim, bool relu) -> Tensor",
     "rescale_backward": "(Tensor dy, Tensor x, Tensor scale, Tensor? y, int channel_dim, bool need_x,"
@@ -67,7 +82,8 @@ SCHEMAS = {
 
 library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
-    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # Any strides are right: without flexible_layout the inductor copies channels_last maps to and fro around each call.
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
 
 def table_sizes(n: int, c: int, m: int) -> list[int]:
@@ -120,7 +136,7 @@ def _reference_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
     n, m = x.shape[0], parameters.input_reduce_weight.shape[0]
     p, trace = _unpack(tables, n, channels(x, channel_dim), m, new_c, tanh_output)
     with torch.autocast(x.device.type, enabled=False):
-        dx, dshortcut, dh, dc, dparameters = reference.step_backward(
+        dx, dshortcut, _, dh, dc, dparameters = reference.step_backward(
             dy, dh, dc, x, y if relu else None, h, c, new_c, p, trace, parameters, channel_dim, _output(tanh_output)
         )
     return (
@@ -146,6 +162,7 @@ def _reference_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
     with torch.autocast(z.device.type, enabled=False):
         if batch:
             mean, var = reference.statistics(z, channel_dim)
+        mean, var = (t.to(compute_dtype(z.dtype)) for t in (mean, var))
         rstd = (var + eps).rsqrt()
         _, x = reference.normalise(z, mean, rstd, gamma, beta, channel_dim)
         wide = None if shortcut is None else shortcut.to(x.dtype)
@@ -158,28 +175,81 @@ def _reference_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
     return _in_format(y.to(z.dtype), z, channel_dim), trace.h, trace.c, tables, *statistics
 
 
-def _reference_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
-    *weights, channel_dim, relu, tanh_output, batch, need_z, need_shortcut, need_state, need_parameters, need_affine = (
-        rest
-    )
+def _norm_tables(z, tables, channel_dim):
+    """The cell's part of ``tables``, and the norm's mean and rstd."""
+    n, width = z.shape[0], channels(z, channel_dim)
+    norm = n * width + 3 * width
+    cell, _, shift, d, rstd = tables.split([tables.numel() - norm, n * width, width, width, width])
+    return cell, shift + d, rstd
+
+
+def _reference_tail_sums(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
+    """All of the tail's gradient but dz: ``(sums, dx, dshortcut, dp, dh, dc, dparameters)``, x the norm's result."""
+    *weights, channel_dim, relu, tanh_output = rest
     parameters = _with_weights(weights)
     n, width, m = z.shape[0], channels(z, channel_dim), parameters.input_reduce_weight.shape[0]
-    cell, _, shift, d, rstd = tables.split([sum(table_sizes(n, width, m)), n * width, width, width, width])
+    cell, mean, rstd = _norm_tables(z, tables, channel_dim)
     p, trace = _unpack(cell, n, width, m, new_c, tanh_output)
     with torch.autocast(z.device.type, enabled=False):
-        zn, x = reference.normalise(z, shift + d, rstd, gamma, beta, channel_dim)
-        dx, dshortcut, dh, dc, dparameters = reference.step_backward(
+        zn, x = reference.normalise(z, mean, rstd, gamma, beta, channel_dim)
+        dx, *others = reference.step_backward(
             None if dy is None else dy.to(x.dtype), dh, dc, x, y if relu else None, h, c, new_c, p, trace, parameters,
             channel_dim, _output(tanh_output),
         )  # fmt: skip
-        dz, dgamma, dbeta = reference.normalise_backward(dx, zn, rstd, gamma, channel_dim, batch)
-    return (
-        _in_format(dz.to(z.dtype), z, channel_dim) if need_z else z.new_empty(0),
-        _in_format(dshortcut.to(z.dtype), z, channel_dim) if need_shortcut else z.new_empty(0),
-        *((dh, dc) if need_state else (p.new_empty(0), p.new_empty(0))),
-        *((dgamma, dbeta) if need_affine else (p.new_empty(0), p.new_empty(0))),
-        *(dparameters if need_parameters else (p.new_empty(0) for _ in dparameters)),
+        return reference.norm_sums(dx, zn, channel_dim), dx, *others
+
+
+def _reference_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
+    *cell, batch, need_z, need_shortcut, need_state, need_parameters, need_affine = rest
+    channel_dim = cell[-3]
+    sums, dx, dshortcut, _, dh, dc, dparameters = _reference_tail_sums(
+        dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *cell
     )
+    dz = z.new_empty(0)
+    if need_z:
+        _, mean, rstd = _norm_tables(z, tables, channel_dim)
+        zn, _ = reference.normalise(z, mean, rstd, None, None, channel_dim)
+        shares = sums / max(z.shape[0] * spatial_size(z, channel_dim), 1) if batch else None
+        dz = reference.normalise_backward(dx, zn, rstd, gamma, channel_dim, shares)
+        dz = _in_format(dz.to(z.dtype), z, channel_dim)
+    nothing = new_c.new_empty
+    return (
+        dz,
+        _in_format(dshortcut.to(z.dtype), z, channel_dim) if need_shortcut else z.new_empty(0),
+        *((dh, dc) if need_state else (nothing(0), nothing(0))),
+        *((sums[1].clone(), sums[0].clone()) if need_affine else (nothing(0), nothing(0))),
+        *(dparameters if need_parameters else (nothing(0) for _ in dparameters)),
+    )
+
+
+def _reference_statistics(z, channel_dim):
+    return reference.statistics(z.double(), channel_dim)
+
+
+def _reference_tail_reduce(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
+    *cell, need_shortcut, need_state, need_parameters = rest
+    sums, _, dshortcut, dp, dh, dc, dparameters = _reference_tail_sums(
+        dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *cell
+    )
+    nothing = new_c.new_empty
+    return (
+        sums,
+        _in_format(dshortcut.to(z.dtype), z, cell[-3]) if need_shortcut else z.new_empty(0),
+        dp,
+        *((dh, dc) if need_state else (nothing(0), nothing(0))),
+        *(dparameters if need_parameters else (nothing(0) for _ in dparameters)),
+    )
+
+
+def _reference_tail_spread(dy, y, z, new_h, dp, tables, gamma, shares, channel_dim):
+    _, mean, rstd = _norm_tables(z, tables, channel_dim)
+    zn, _ = reference.normalise(z, mean, rstd, None, None, channel_dim)
+    dx = reference.spread(dp, zn, channel_dim)
+    if dy is not None:
+        g = dy if y is None else reference.unrelu(dy, y)
+        dx = dx + g.to(zn.dtype) * broadcast(new_h, z, channel_dim)
+    dz = reference.normalise_backward(dx, zn, rstd, gamma, channel_dim, shares)
+    return _in_format(dz.to(z.dtype), z, channel_dim)
 
 
 def _reference_pool(x, channel_dim):
@@ -252,6 +322,28 @@ def _fake_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *res
     )
 
 
+def _fake_statistics(z, channel_dim):
+    mean = z.new_empty(channels(z, channel_dim), dtype=torch.float64)
+    return mean, torch.empty_like(mean)
+
+
+def _fake_tail_reduce(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
+    *weights, channel_dim, _relu, _tanh_output, need_shortcut, need_state, need_parameters = rest
+    nothing = new_c.new_empty
+    shapes = [shape for w in weights for shape in (w.shape, w.shape[:1])]
+    return (
+        nothing((2, channels(z, channel_dim))),
+        empty_map(z, channel_dim) if need_shortcut else z.new_empty(0),
+        nothing(new_c.shape),
+        *(nothing(new_c.shape if need_state else 0) for _ in range(2)),
+        *(nothing(shape if need_parameters else 0) for shape in shapes),
+    )
+
+
+def _fake_tail_spread(dy, y, z, new_h, dp, tables, gamma, shares, channel_dim):
+    return empty_map(z, channel_dim)
+
+
 def _fake_pool(x, channel_dim):
     return x.new_empty((x.shape[0], channels(x, channel_dim)), dtype=compute_dtype(x.dtype))
 
@@ -274,6 +366,9 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "step_backward": (_reference_step_backward, _fake_step_backward),
     "tail": (_reference_tail, _fake_tail),
     "tail_backward": (_reference_tail_backward, _fake_tail_backward),
+    "statistics": (_reference_statistics, _fake_statistics),
+    "tail_reduce": (_reference_tail_reduce, _fake_tail_reduce),
+    "tail_spread": (_reference_tail_spread, _fake_tail_spread),
     "pool": (_reference_pool, _fake_pool),
     "rescale": (_reference_rescale, _fake_rescale),
     "rescale_backward": (_reference_rescale_backward, _fake_rescale_backward),
@@ -330,6 +425,9 @@ step_ = torch.ops.dia_kernels.step_.default
 step_backward = torch.ops.dia_kernels.step_backward.default
 tail = torch.ops.dia_kernels.tail.default
 tail_backward = torch.ops.dia_kernels.tail_backward.default
+statistics = torch.ops.dia_kernels.statistics.default
+tail_reduce = torch.ops.dia_kernels.tail_reduce.default
+tail_spread = torch.ops.dia_kernels.tail_spread.default
 pool = torch.ops.dia_kernels.pool.default
 rescale = torch.ops.dia_kernels.rescale.default
 rescale_backward = torch.ops.dia_kernels.rescale_backward.default

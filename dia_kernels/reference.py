@@ -119,17 +119,30 @@ def tail(
     return y, trace.h, trace.c, mean, var
 
 
-def normalise_backward(
-    dx: Tensor, zn: Tensor, rstd: Tensor, gamma: Tensor | None, channel_dim: int, batch: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients ``(dz, dgamma, dbeta)`` of ``normalise``, whose statistics are the batch's own if ``batch``."""
+def norm_sums(dx: Tensor, zn: Tensor, channel_dim: int) -> Tensor:
+    """Gradients of the norm's bias and weight, stacked: (2, C)."""
     dims = (0, *spatial_dims(zn, channel_dim))
-    dgamma, dbeta = (dx * zn).sum(dims), dx.sum(dims)
-    if batch:
-        count = max(zn.shape[0] * spatial_size(zn, channel_dim), 1)
-        dx = dx - (per_channel(dbeta, zn, channel_dim) + zn * per_channel(dgamma, zn, channel_dim)) / count
+    return torch.stack((dx.sum(dims), (dx * zn).sum(dims)))
+
+
+def normalise_backward(
+    dx: Tensor,
+    zn: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    channel_dim: int,
+    shares: Tensor | None,
+) -> Tensor:
+    """Gradient of z through ``normalise``.
+
+    ``shares``: ``norm_sums`` over all values that the statistics are of, divided by their number; None where the
+    statistics are constants.
+    """
+    if shares is not None:
+        through_mean, through_rstd = (per_channel(part, zn, channel_dim) for part in shares)
+        dx = dx - (through_mean + zn * through_rstd)
     factor = rstd if gamma is None else rstd * gamma
-    return dx * per_channel(factor, zn, channel_dim), dgamma, dbeta
+    return dx * per_channel(factor, zn, channel_dim)
 
 
 def unrelu(dy: Tensor, y: Tensor) -> Tensor:
@@ -185,8 +198,8 @@ def step_backward(
     parameters: LSTMParameters,
     channel_dim: int,
     output: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, LSTMParameters]:
-    """Gradients ``(dx, dshortcut, dh, dc, dparameters)`` of ``step``, written out.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, LSTMParameters]:
+    """Gradients ``(dx, dshortcut, dp, dh, dc, dparameters)`` of ``step``, written out.
 
     ``y`` is the step's result if it had a ReLU, else None; ``dy``, ``dh`` and ``dc`` may be None
     for zero. Of ``parameters`` only the weights are read.
@@ -213,4 +226,4 @@ def step_backward(
         hidden_expand_weight=du.t() @ trace.zh,
         hidden_expand_bias=du.sum(0),
     )
-    return dx.to(x.dtype), dshortcut, dzh @ w.hidden_reduce_weight, dc, gradients
+    return dx.to(x.dtype), dshortcut, dp, dzh @ w.hidden_reduce_weight, dc, gradients

@@ -4,6 +4,7 @@
 // two sweeps forward and two backward (docs/kernels.md, the tail). With batch statistics all samples meet between the
 // sweeps; with given ones each chunk goes through both, as in the step.
 #include <cmath>
+#include <optional>
 #include <tuple>
 
 #include "cpu_cell.h"
@@ -93,8 +94,23 @@ void check_norm(const Tensor& z, const MapInfo& info, const OptionalTensor& gamm
     if (t) check_table(name, *t, {info.shape.channels}, dtype, z);
   };
   check_channels("norm weight", gamma), check_channels("norm bias", beta);
-  check_channels("running_mean", mean), check_channels("running_var", var);
+  const auto check_statistics = [&](const char* name, const OptionalTensor& t) {
+    if (t)
+      check_table(name, *t, {info.shape.channels}, t->scalar_type() == ScalarType::Double ? ScalarType::Double : dtype,
+                  z);
+  };
+  check_statistics("running_mean", mean), check_statistics("running_var", var);
   check(mean.has_value() == var.has_value(), "norm: expected both of a mean and a variance, or neither");
+}
+
+// Given statistics, in float64 or in the compute dtype.
+template <class A>
+void copy_statistics(const Tensor& table, double* to) {
+  const Tensor from = dense(table);
+  if (from.scalar_type() == ScalarType::Double)
+    std::copy_n(data_of<double>(from), from.numel(), to);
+  else
+    std::copy_n(data_of<A>(from), from.numel(), to);
 }
 
 using TailResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -161,9 +177,8 @@ TailResult run_tail(const Tensor& z, const MapInfo& info, const OptionalTensor& 
     std::transform(variances, variances + width, data_of<A>(var), [](double v) { return static_cast<A>(v); });
     for_chunks(n, 0, 0, [&](Chunk chunk) { finish(chunk, first_shift); });
   } else {
-    const Tensor mean_table = dense(*given_mean), var_table = dense(*given_var);
-    std::copy_n(static_cast<const A*>(mean_table.const_data_ptr()), width, means);
-    std::copy_n(static_cast<const A*>(var_table.const_data_ptr()), width, variances);
+    copy_statistics<A>(*given_mean, means);
+    copy_statistics<A>(*given_var, variances);
     use_statistics();
     const Moments<T> moments{info.shape, z_reader.map, norm.shift, d1, m2};
     const int64_t sample_bytes = width * info.shape.positions * static_cast<int64_t>(sizeof(T));
@@ -188,6 +203,195 @@ TailResult tail(Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTen
   });
 }
 
+// What the gradient starts from: what came with the forward pass, and what came in from the layers after it.
+struct GivenGradient {
+  OptionalTensor dy, dh, dc;
+  Tensor z;
+  OptionalTensor y, h, c;  // y: the result, if it ended in a ReLU
+  Tensor new_c, tables;
+  OptionalTensor gamma, beta;
+  Weights weights;
+  MapInfo info;
+  bool tanh_output;
+
+  int64_t samples() const { return info.shape.samples; }
+  int64_t width() const { return info.shape.channels; }
+  int64_t bottleneck() const { return weights.input_reduce.size(0); }
+  template <class A>
+  Tables<A> cell_tables() const {
+    return {data_of<A>(tables), samples(), width(), bottleneck()};
+  }
+};
+
+// The norm's part of the operator's `tables`.
+template <class A>
+NormTables<A> norm_tables(const Tensor& tables, int64_t n, int64_t width) {
+  return {data_of<A>(tables) + (tables.numel() - NormTables<A>::count(n, width)), n, width};
+}
+
+// The map where it is wanted, else an empty tensor.
+Tensor map_if(bool wanted, const Tensor& like, const MapInfo& info) {
+  return wanted ? empty_map(like, info) : empty_strided({0}, {1}, like, dtype_code(like));
+}
+
+// What the second sweep reads: g, or dy with the y that masks it, and z. Absent ones have no data.
+template <class T>
+struct Sources {
+  Map<const T> dy, y, z;
+};
+
+// The first sweep of the gradient: reads dy, y and z, writes g = dy masked (the shortcut's gradient), and goes on from
+// the sums over a sample's positions through the cell to dp.
+template <class T>
+class Reduction {
+  using A = Compute<T>;
+
+ public:
+  Reduction(const GivenGradient& given, bool need_p, bool need_shortcut, bool need_state, bool need_parameters)
+      : dshortcut(map_if(need_shortcut, given.z, given.info)),
+        cell({given.dh, given.dc, given.h, given.c, given.new_c, given.cell_tables<A>(), given.weights, given.samples(),
+              given.width(), given.tanh_output},
+             given.z, given.dy.has_value(), need_p, need_state, need_parameters),
+        has_dy_(given.dy.has_value()),
+        samples_(given.samples()),
+        width_(given.width()),
+        norm_(norm_tables<A>(given.tables, samples_, width_)),
+        affine_(given.gamma, given.beta),
+        dy_(given.dy, given.info),
+        y_(has_dy_ ? given.y : std::nullopt, given.info),
+        z_(given.z, given.info),
+        sums_(empty_table<A>(given.z, {2 * samples_ * width_})),
+        reduce_{given.info.shape,
+                dy_.map,
+                y_.map,
+                z_.map,
+                need_shortcut ? map_writer<T>(dshortcut, given.info) : Map<T>{},
+                norm_.shift,
+                data_of<A>(sums_),
+                data_of<A>(sums_) + samples_ * width_} {
+    if (has_dy_) return;
+    std::fill(reduce_.s0, reduce_.s0 + 2 * samples_ * width_, A(0));
+    if (need_shortcut) torch::stable::fill_(dshortcut, 0.0);
+  }
+
+  void run(Chunk chunk) {
+    if (has_dy_) {
+      run_reduce(reduce_, chunk);
+      for_samples(chunk, width_, [&](int64_t a, int64_t b) {
+        for (int64_t k = a; k < b; ++k)
+          for (int64_t ch = 0; ch < width_; ++ch) {
+            const int64_t at = k * width_ + ch;
+            A &s0 = reduce_.s0[at], &s1 = reduce_.s1[at];
+            s1 = norm_.rstd[ch] * (s1 - norm_.d[ch] * s0);
+            cell.dscale[at] = affine_.gamma(ch) * s1 + affine_.beta(ch) * s0;
+          }
+      });
+    }
+    if (cell.needed()) cell.run(chunk, 1.0);
+  }
+
+  // Sums over the samples: the gradients of the norm's bias and weight.
+  void channel_sums(A* dbeta, A* dgamma) const {
+    for_table_columns(samples_, width_, [&](int64_t begin, int64_t end) {
+      for (int64_t ch = begin; ch < end; ++ch) {
+        double b = 0, a = 0;
+        for (int64_t k = 0; k < samples_; ++k) {
+          const int64_t at = k * width_ + ch;
+          const double hh = static_cast<double>(cell.new_h[at]), dp = static_cast<double>(cell.dp[at]);
+          b += hh * static_cast<double>(reduce_.s0[at]) + dp;
+          a += hh * static_cast<double>(reduce_.s1[at]) + dp * static_cast<double>(norm_.off[at] * norm_.rstd[ch]);
+        }
+        dbeta[ch] = static_cast<A>(b);
+        dgamma[ch] = static_cast<A>(a);
+      }
+    });
+  }
+
+  // Of the second sweep: what was written as g need not be made again from dy and y.
+  Sources<T> sources() const {
+    if (has_dy_ && reduce_.g.data != nullptr) return {{reduce_.g.data, reduce_.g.strides}, {}, z_.map};
+    return {dy_.map, y_.map, z_.map};
+  }
+
+  Tensor dshortcut;
+  CellGradientPass<A> cell;
+
+ private:
+  bool has_dy_;
+  int64_t samples_, width_;
+  NormTables<A> norm_;
+  Affine<A> affine_;
+  OptionalMapReader<T> dy_, y_;
+  MapReader<T> z_;
+  Tensor sums_;
+  ReduceNormGradient<T> reduce_;
+};
+
+// The second sweep: reads g and, with batch statistics, z; writes dz.
+template <class T>
+class Spreading {
+  using A = Compute<T>;
+
+ public:
+  // `shares`: dbeta and dgamma divided by the number of a channel's values; null where the statistics were given.
+  Spreading(const Sources<T>& sources, const Tensor& z, const MapInfo& info, const Tensor& tables,
+            const OptionalTensor& gamma, const A* new_h, const A* dp, const A* shares)
+      : dz(empty_map(z, info)),
+        sources_(sources),
+        shape_(info.shape),
+        new_h_(new_h),
+        dp_(dp),
+        shares_(shares),
+        norm_(norm_tables<A>(tables, shape_.samples, shape_.channels)),
+        affine_(gamma, std::nullopt),
+        scratch_(empty_table<A>(z, {2 * shape_.samples * shape_.channels + shape_.channels})),
+        scale_(data_of<A>(scratch_)),
+        offset_(scale_ + shape_.samples * shape_.channels),
+        slope_(offset_ + shape_.samples * shape_.channels),
+        to_(map_writer<T>(dz, info)) {}
+
+  // With batch statistics, once the shares are there.
+  void start() {
+    for (int64_t ch = 0; ch < shape_.channels; ++ch)
+      slope_[ch] = -affine_.gamma(ch) * norm_.rstd[ch] * norm_.rstd[ch] * dgamma(ch);
+  }
+
+  void run(Chunk chunk) {
+    const int64_t width = shape_.channels;
+    const A positions = static_cast<A>(shape_.positions);
+    for_samples(chunk, width, [&](int64_t a, int64_t b) {
+      for (int64_t k = a; k < b; ++k)
+        for (int64_t ch = 0; ch < width; ++ch) {
+          const int64_t at = k * width + ch;
+          const A factor = affine_.gamma(ch) * norm_.rstd[ch];
+          A pooled = dp_[at] / positions;
+          if (shares_ != nullptr) pooled += norm_.d[ch] * norm_.rstd[ch] * dgamma(ch) - shares_[ch];
+          scale_[at] = factor * new_h_[at];
+          offset_[at] = factor * pooled;
+        }
+    });
+    const auto& [dy, y, z] = sources_;
+    if (shares_ != nullptr)
+      run_spread(SpreadNormGradient<T>{shape_, dy, y, z, to_, norm_.shift, scale_, slope_, offset_}, chunk);
+    else
+      run_spread_gradient(SpreadGradient<T>{shape_, dy, y, to_, scale_, offset_}, chunk);
+  }
+
+  Tensor dz;
+
+ private:
+  A dgamma(int64_t ch) const { return shares_[shape_.channels + ch]; }
+
+  Sources<T> sources_;
+  MapShape shape_;
+  const A *new_h_, *dp_, *shares_;
+  NormTables<A> norm_;
+  Affine<A> affine_;
+  Tensor scratch_;
+  A *scale_, *offset_, *slope_;
+  Map<T> to_;
+};
+
 struct Wanted {
   bool z, shortcut, state, parameters, affine;
 };
@@ -196,114 +400,83 @@ using TailGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                  Tensor, Tensor, Tensor>;
 
 template <class T>
-TailGradients run_tail_backward(const OptionalTensor& dy, const OptionalTensor& dh, const OptionalTensor& dc,
-                                const Tensor& z, const OptionalTensor& y, const OptionalTensor& h,
-                                const OptionalTensor& c, const Tensor& new_c, const Tensor& all,
-                                const OptionalTensor& gamma, const OptionalTensor& beta, const Weights& w,
-                                const MapInfo& info, bool tanh_output, bool batch, Wanted wanted) {
+TailGradients run_tail_backward(const GivenGradient& given, bool batch, Wanted wanted) {
   using A = Compute<T>;
-  const int64_t n = info.shape.samples, width = info.shape.channels, m = w.input_reduce.size(0);
-  const double positions = static_cast<double>(info.shape.positions), count = positions * static_cast<double>(n);
-  const OptionalMapReader<T> dy_reader(dy, info), y_reader(dy ? y : std::nullopt, info);
-  const MapReader<T> z_reader(z, info);
-  const Tables<A> tables(data_of<A>(all), n, width, m);
-  const NormTables<A> norm(data_of<A>(all) + Tables<A>::count(n, width, m), n, width);
-  const Affine<A> affine(gamma, beta);
+  const Tensor& z = given.z;
+  const MapInfo& info = given.info;
+  const int64_t n = given.samples(), width = given.width();
+  const double count = static_cast<double>(info.shape.positions) * static_cast<double>(n);
+  Reduction<T> reduction(given, wanted.z || wanted.affine, wanted.shortcut, wanted.state, wanted.parameters);
+  const auto& cell = reduction.cell;
+  const Tensor sums = empty_table<A>(z, {2 * width}), shares = empty_table<A>(z, {2 * width});
+  A *sum = data_of<A>(sums), *share = data_of<A>(shares);
 
-  const Tensor dz = wanted.z ? empty_map(z, info) : empty_strided({0}, {1}, z, dtype_code(z));
-  const Tensor dshortcut = wanted.shortcut ? empty_map(z, info) : empty_strided({0}, {1}, z, dtype_code(z));
-  const Tensor dgamma = empty_table<A>(z, {wanted.affine ? width : 0});
-  const Tensor dbeta = empty_table<A>(z, {wanted.affine ? width : 0});
-  const bool need_p = wanted.z || wanted.affine;
-  CellGradientPass<A> cell({dh, dc, h, c, new_c, tables, w, n, width, tanh_output}, z, dy.has_value(), need_p,
-                           wanted.state, wanted.parameters);
-  const Tensor scratch = empty_table<A>(z, {4 * n * width + 3 * width});
-  A *s0 = data_of<A>(scratch), *s1 = s0 + n * width, *scale = s1 + n * width, *offset = scale + n * width,
-    *sum_beta = offset + n * width, *sum_gamma = sum_beta + width, *slope = sum_gamma + width;
-  if (!dy) std::fill(s0, s0 + 2 * n * width, A(0));
-
-  const Map<T> g = wanted.shortcut ? map_writer<T>(dshortcut, info) : Map<T>{};
-  const ReduceNormGradient<T> reduce{info.shape, dy_reader.map, y_reader.map, z_reader.map, g, norm.shift, s0, s1};
-  const bool reread = dy && wanted.shortcut;
-  const Map<const T> source = reread ? Map<const T>{g.data, g.strides} : dy_reader.map;
-  const Map<const T> mask = reread ? Map<const T>{} : y_reader.map;
-  const Map<T> to = wanted.z ? map_writer<T>(dz, info) : Map<T>{};
-
-  // From the sums over a sample's positions to the gradients of the cell.
-  const auto first = [&](Chunk chunk) {
-    if (dy) {
-      run_reduce(reduce, chunk);
-      for_samples(chunk, width, [&](int64_t a, int64_t b) {
-        for (int64_t k = a; k < b; ++k)
-          for (int64_t ch = 0; ch < width; ++ch) {
-            const int64_t at = k * width + ch;
-            s1[at] = norm.rstd[ch] * (s1[at] - norm.d[ch] * s0[at]);
-            cell.dscale[at] = affine.gamma(ch) * s1[at] + affine.beta(ch) * s0[at];
-          }
-      });
-    }
-    if (cell.needed()) cell.run(chunk, 1.0);
-  };
-  // Sums over the samples; then what the second sweep adds to each channel of a sample.
-  const auto channel_sums = [&] {
-    for_table_columns(n, width, [&](int64_t begin, int64_t end) {
-      for (int64_t ch = begin; ch < end; ++ch) {
-        double b = 0, a = 0;
-        for (int64_t k = 0; k < n; ++k) {
-          const int64_t at = k * width + ch;
-          const double hh = static_cast<double>(cell.new_h[at]), dp = static_cast<double>(cell.dp[at]);
-          b += hh * static_cast<double>(s0[at]) + dp;
-          a += hh * static_cast<double>(s1[at]) + dp * static_cast<double>(norm.off[at] * norm.rstd[ch]);
-        }
-        sum_beta[ch] = static_cast<A>(b);
-        sum_gamma[ch] = static_cast<A>(a);
-      }
-    });
-    if (!wanted.affine) return;
-    std::copy(sum_beta, sum_beta + width, data_of<A>(dbeta));
-    std::copy(sum_gamma, sum_gamma + width, data_of<A>(dgamma));
-  };
-  const auto scales = [&](Chunk chunk) {
-    for_samples(chunk, width, [&](int64_t a, int64_t b) {
-      for (int64_t k = a; k < b; ++k)
-        for (int64_t ch = 0; ch < width; ++ch) {
-          const int64_t at = k * width + ch;
-          const A factor = affine.gamma(ch) * norm.rstd[ch];
-          A pooled = cell.dp[at] / static_cast<A>(positions);
-          if (batch) pooled += (norm.d[ch] * norm.rstd[ch] * sum_gamma[ch] - sum_beta[ch]) / static_cast<A>(count);
-          scale[at] = factor * cell.new_h[at];
-          offset[at] = factor * pooled;
-        }
-    });
-  };
-
+  const Sources<T> sources = reduction.sources();
+  std::optional<Spreading<T>> spreading;
+  if (wanted.z)
+    spreading.emplace(sources, z, info, given.tables, given.gamma, cell.new_h, cell.dp, batch ? share : nullptr);
   if (batch) {
-    for_chunks(n, 0, 0, first);
-    if (need_p) channel_sums();
+    for_chunks(n, 0, 0, [&](Chunk chunk) { reduction.run(chunk); });
+    if (wanted.z || wanted.affine) reduction.channel_sums(sum, sum + width);
     if (wanted.z) {
-      for (int64_t ch = 0; ch < width; ++ch)
-        slope[ch] = -affine.gamma(ch) * norm.rstd[ch] * norm.rstd[ch] * sum_gamma[ch] / static_cast<A>(count);
-      const SpreadNormGradient<T> spread{info.shape, source, mask, z_reader.map, to, norm.shift, scale, slope, offset};
-      for_chunks(n, 0, 0, [&](Chunk chunk) {
-        scales(chunk);
-        run_spread(spread, chunk);
-      });
+      std::transform(sum, sum + 2 * width, share, [count](A v) { return v / static_cast<A>(count); });
+      spreading->start();
+      for_chunks(n, 0, 0, [&](Chunk chunk) { spreading->run(chunk); });
     }
   } else {
     const int64_t sample_bytes =
-        width * info.shape.positions * static_cast<int64_t>(sizeof(T)) * (reread || !y_reader.map.data ? 1 : 2);
-    const SpreadGradient<T> spread{info.shape, source, mask, to, scale, offset};
-    for_chunks(n, sample_bytes, weight_bytes<A>(width, m), [&](Chunk chunk) {
-      first(chunk);
-      if (!wanted.z) return;
-      scales(chunk);
-      run_spread_gradient(spread, chunk);
+        width * info.shape.positions * static_cast<int64_t>(sizeof(T)) * (sources.y.data == nullptr ? 1 : 2);
+    for_chunks(n, sample_bytes, weight_bytes<A>(width, given.bottleneck()), [&](Chunk chunk) {
+      reduction.run(chunk);
+      if (wanted.z) spreading->run(chunk);
     });
-    if (wanted.affine) channel_sums();
+    if (wanted.affine) reduction.channel_sums(sum, sum + width);
   }
-  if (wanted.shortcut && !dy) torch::stable::fill_(dshortcut, 0.0);
+  const Tensor dgamma = empty_table<A>(z, {wanted.affine ? width : 0});
+  const Tensor dbeta = empty_table<A>(z, {wanted.affine ? width : 0});
+  if (wanted.affine) {
+    std::copy(sum, sum + width, data_of<A>(dbeta));
+    std::copy(sum + width, sum + 2 * width, data_of<A>(dgamma));
+  }
   const ParameterGradients<A> d = cell.parameters(z);
-  return {dz, dshortcut, cell.old_dh, cell.old_dc, dgamma, dbeta, d.w1, d.b1, d.w2, d.b2, d.v1, d.a1, d.v2, d.a2};
+  return {wanted.z ? spreading->dz : map_if(false, z, info),
+          reduction.dshortcut,
+          cell.old_dh,
+          cell.old_dc,
+          dgamma,
+          dbeta,
+          d.w1,
+          d.b1,
+          d.w2,
+          d.b2,
+          d.v1,
+          d.a1,
+          d.v2,
+          d.a2};
+}
+
+// The arguments of the gradient, checked.
+GivenGradient given_gradient(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor z, OptionalTensor y,
+                             OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, OptionalTensor gamma,
+                             OptionalTensor beta, const Weights& w, int64_t channel_dim, bool relu, bool tanh_output) {
+  const MapInfo info = map_info(z, channel_dim);
+  check_step_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables,
+                      NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu);
+  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+  return {dy,
+          dense(dh),
+          dense(dc),
+          z,
+          relu ? y : std::nullopt,
+          dense(h),
+          dense(c),
+          dense(new_c),
+          dense(tables),
+          gamma,
+          beta,
+          w,
+          info,
+          tanh_output};
 }
 
 TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor z, OptionalTensor y,
@@ -311,15 +484,82 @@ TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
                             OptionalTensor beta, Tensor w1, Tensor w2, Tensor v1, Tensor v2, int64_t channel_dim,
                             bool relu, bool tanh_output, bool batch, bool need_z, bool need_shortcut, bool need_state,
                             bool need_parameters, bool need_affine) {
-  const MapInfo info = map_info(z, channel_dim);
-  const Weights w{w1, w2, v1, v2};
-  check_step_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables,
-                      NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu);
-  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+  const GivenGradient given = given_gradient(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, {w1, w2, v1, v2},
+                                             channel_dim, relu, tanh_output);
   return with_map_type(z, [&]<class T>() {
-    return run_tail_backward<T>(dy, dense(dh), dense(dc), z, relu ? y : std::nullopt, dense(h), dense(c), dense(new_c),
-                                dense(tables), gamma, beta, w, info, tanh_output, batch,
-                                {need_z, need_shortcut, need_state, need_parameters, need_affine});
+    return run_tail_backward<T>(given, batch, {need_z, need_shortcut, need_state, need_parameters, need_affine});
+  });
+}
+
+// --- the same with statistics over several processes: what goes from one to the other lies between these ---
+
+template <class T>
+std::tuple<Tensor, Tensor> run_statistics(const Tensor& z, const MapInfo& info) {
+  using A = Compute<T>;
+  const int64_t n = info.shape.samples, width = info.shape.channels;
+  const MapReader<T> reader(z, info);
+  const Tensor mean = empty_table<double>(z, {width}), var = empty_table<double>(z, {width});
+  const Tensor shift = empty_table<A>(z, {width}), table = empty_table<double>(z, {2 * n * width});
+  double *d1 = data_of<double>(table), *m2 = d1 + n * width;
+  map_kernels<T>().choose_shift(reader.map, info.shape, data_of<A>(shift));
+  const Moments<T> moments{info.shape, reader.map, data_of<A>(shift), d1, m2};
+  for_chunks(n, 0, 0, [&](Chunk chunk) { run_moments(moments, chunk); });
+  batch_statistics<A>(d1, m2, data_of<A>(shift), info.shape, data_of<double>(mean), data_of<double>(var));
+  return {mean, var};
+}
+
+std::tuple<Tensor, Tensor> statistics(Tensor z, int64_t channel_dim) {
+  const MapInfo info = map_info(z, channel_dim);
+  return with_map_type(z, [&]<class T>() { return run_statistics<T>(z, info); });
+}
+
+using ReducedGradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ReducedGradients tail_reduce(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor z, OptionalTensor y,
+                             OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, OptionalTensor gamma,
+                             OptionalTensor beta, Tensor w1, Tensor w2, Tensor v1, Tensor v2, int64_t channel_dim,
+                             bool relu, bool tanh_output, bool need_shortcut, bool need_state, bool need_parameters) {
+  const GivenGradient given = given_gradient(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, {w1, w2, v1, v2},
+                                             channel_dim, relu, tanh_output);
+  return with_map_type(z, [&]<class T>() -> ReducedGradients {
+    using A = Compute<T>;
+    const int64_t n = given.samples(), width = given.width();
+    Reduction<T> reduction(given, true, need_shortcut, need_state, need_parameters);
+    const auto& cell = reduction.cell;
+    for_chunks(n, 0, 0, [&](Chunk chunk) { reduction.run(chunk); });
+    const Tensor sums = empty_table<A>(z, {2, width}), dp = empty_table<A>(z, {n, width});
+    reduction.channel_sums(data_of<A>(sums), data_of<A>(sums) + width);
+    std::copy_n(cell.dp, n * width, data_of<A>(dp));
+    const ParameterGradients<A> d = cell.parameters(z);
+    return {sums, reduction.dshortcut, dp, cell.old_dh, cell.old_dc, d.w1, d.b1, d.w2, d.b2, d.v1, d.a1, d.v2, d.a2};
+  });
+}
+
+Tensor tail_spread(OptionalTensor dy, OptionalTensor y, Tensor z, Tensor new_h, Tensor dp, Tensor tables,
+                   OptionalTensor gamma, Tensor shares, int64_t channel_dim) {
+  const MapInfo info = map_info(z, channel_dim);
+  const ScalarType dtype = compute_scalar_type(z);
+  const int64_t n = info.shape.samples, width = info.shape.channels;
+  if (dy) check_map("dy", *dy, z);
+  if (y) check_map("y", *y, z);
+  check_table("new_h", new_h, {n, width}, dtype, z);
+  check_table("dp", dp, {n, width}, dtype, z);
+  check_table("shares", shares, {2, width}, dtype, z);
+  check(tables.dim() == 1 && tables.size(0) >= NormTables<float>::count(n, width),
+        "tables: expected those of the tail");
+  check_table("tables", tables, {tables.size(0)}, dtype, z);
+  check_norm(z, info, gamma, std::nullopt, std::nullopt, std::nullopt);
+  return with_map_type(z, [&]<class T>() {
+    using A = Compute<T>;
+    const Tensor h = dense(new_h), p = dense(dp), all = dense(tables), share = dense(shares);
+    const OptionalMapReader<T> dy_reader(dy, info), y_reader(dy ? y : std::nullopt, info);
+    const MapReader<T> z_reader(z, info);
+    Spreading<T> spreading({dy_reader.map, y_reader.map, z_reader.map}, z, info, all, gamma, data_of<A>(h),
+                           data_of<A>(p), data_of<A>(share));
+    spreading.start();
+    for_chunks(n, 0, 0, [&](Chunk chunk) { spreading.run(chunk); });
+    return spreading.dz;
   });
 }
 
@@ -328,6 +568,9 @@ TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
 STABLE_TORCH_LIBRARY_IMPL(dia_kernels, CPU, m) {
   m.impl("tail", TORCH_BOX(&tail));
   m.impl("tail_backward", TORCH_BOX(&tail_backward));
+  m.impl("statistics", TORCH_BOX(&statistics));
+  m.impl("tail_reduce", TORCH_BOX(&tail_reduce));
+  m.impl("tail_spread", TORCH_BOX(&tail_spread));
 }
 
 }  // namespace dia::ops
