@@ -8,20 +8,11 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../core/elements.h"
 #include "../core/gates.h"
 #include "../core/layout.h"
 
 namespace dia::cpu {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-template <class T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // A map in memory; `data` is null where a map is optional and absent.
 template <class T>

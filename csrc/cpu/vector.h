@@ -44,66 +44,6 @@ inline Vector<A> splat(A value) {
 
 // --- loads and stores, converting between the map's type and the compute type ---------------------
 
-inline float widen(float value) { return value; }
-inline double widen(double value) { return value; }
-
-inline float widen(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  __builtin_memcpy(&result, &bits, 4);
-  return result;
-}
-
-// float16 to float: move exponent and mantissa into place, then multiply by 2^112 to correct the
-// exponent (which also makes subnormals right); infinities and NaN get the largest exponent.
-inline float widen(Float16 value) {
-  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  const uint32_t rest = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
-  float magnitude;
-  __builtin_memcpy(&magnitude, &rest, 4);
-  magnitude *= 0x1p112f;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &magnitude, 4);
-  if ((value.bits & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;
-  bits |= sign;
-  float result;
-  __builtin_memcpy(&result, &bits, 4);
-  return result;
-}
-
-inline void narrow(float value, float* to) { *to = value; }
-inline void narrow(double value, double* to) { *to = value; }
-
-// Round to nearest, ties to even; NaN becomes the quiet NaN that torch writes.
-inline void narrow(float value, BFloat16* to) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  to->bits = value != value ? 0x7fc0u : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-// Round to nearest, ties to even, by adding a power of two that leaves just the kept bits.
-inline void narrow(float value, Float16* to) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  bits &= 0x7fffffffu;
-  uint32_t half;
-  if (bits > 0x7f800000u) {
-    half = 0x7e00u;
-  } else if (bits >= 0x477ff000u) {
-    half = 0x7c00u;
-  } else if (bits < 0x38800000u) {
-    float magnitude;
-    __builtin_memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    __builtin_memcpy(&half, &magnitude, 4);
-    half -= 0x3f000000u;
-  } else {
-    half = (bits - 0x38000000u + 0x0fffu + ((bits >> 13) & 1u)) >> 13;
-  }
-  to->bits = static_cast<uint16_t>(half | sign);
-}
-
 template <class A>
 inline Vector<A> load(const A* from) {
   Vector<A> result;

@@ -1,0 +1,224 @@
+// How the GPU step is laid out for a problem: teams of blocks, or split into kernels around matrix products. A pure
+// function of the problem and of a GPU's limits. Plain C++, no torch, no CUDA headers.
+//
+// Every layout that fits is priced by a model of its time, and the cheapest is taken. The model is coarse (bytes over
+// bandwidth, floating-point operations over rate, barriers, launches); docs/kernels.md says what it has been held to.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+
+#include "gates.h"
+
+namespace dia {
+
+// What a GPU offers. Rates are what kernels reach, in bytes, operations and seconds.
+struct GpuLimits {
+  const char* name;
+  int architecture;              // 90 for compute capability 9.0
+  int multiprocessors, threads;  // of a multiprocessor
+  int64_t shared_per_block, shared_per_multiprocessor;
+  int cluster;  // the most blocks of a cluster; 1: none
+  double memory, l2, flops, tf32;
+  double barrier, cluster_barrier, launch;
+};
+
+// One GPU of each supported architecture, by NVIDIA's data sheets; memory and tf32 at 0.87 and 0.6 of the peak.
+inline constexpr GpuLimits kGpus[] = {
+    {"t4", 75, 40, 1024, 64 << 10, 64 << 10, 1, 0.28e12, 1.0e12, 8.1e12, 8.1e12, 1.5e-6, 0, 3e-6},
+    {"a100", 80, 108, 2048, 163 << 10, 164 << 10, 1, 1.35e12, 4.0e12, 19.5e12, 94e12, 1.5e-6, 0, 3e-6},
+    {"a10", 86, 72, 1536, 99 << 10, 100 << 10, 1, 0.52e12, 2.0e12, 31e12, 37e12, 1.5e-6, 0, 3e-6},
+    {"l4", 89, 58, 1536, 99 << 10, 100 << 10, 1, 0.26e12, 2.0e12, 30e12, 36e12, 1.5e-6, 0, 3e-6},
+    {"h100", 90, 132, 2048, 227 << 10, 228 << 10, 8, 2.9e12, 5.5e12, 67e12, 297e12, 1.5e-6, 0.5e-6, 3e-6},
+    {"b200", 100, 148, 2048, 227 << 10, 228 << 10, 8, 6.9e12, 10e12, 75e12, 660e12, 1.5e-6, 0.5e-6, 3e-6},
+    {"rtx5090", 120, 170, 1536, 99 << 10, 100 << 10, 8, 1.55e12, 6.0e12, 105e12, 125e12, 1.5e-6, 0.5e-6, 3e-6},
+};
+
+struct GpuProblem {
+  int64_t samples, channels, positions, bottleneck;
+  int element_bytes;
+  bool interleaved;
+  bool aligned;   // every run of the maps begins at sixteen bytes
+  bool combined;  // with shortcut and activation
+  bool backward;
+  bool tf32;  // whether products may be in tf32
+};
+
+enum class GpuTeam { block, cluster, grid, split };
+
+struct GpuPlan {
+  GpuTeam team = GpuTeam::split;
+  int ranks = 1, teams = 1;    // blocks of a team, and teams
+  int group = 1, quantum = 1;  // samples at a time; an owner's channels begin at multiples of it
+  int resident = 1;            // blocks of a multiprocessor
+  int64_t shared_bytes = 0;    // of a block
+  int launches = 0;
+  double passes = 0;  // over the map, and its bytes in all
+  double bytes = 0;
+  double seconds = 0, ideal = 0;  // modelled; and of the passes that nobody can avoid
+};
+
+constexpr int kGpuThreads = 512;
+// Shared memory that the system keeps of each resident block.
+constexpr int64_t kReservedShared = 1 << 10;
+
+// --- shared memory of the kernels in csrc/kernels ------------------------------------------------------
+
+// Samples whose sums a warp makes at once, for each weight that it reads.
+constexpr int kChunk = 4;
+
+DIA_HOST_DEVICE constexpr int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Floats of scratch for `values` sums over positions, and down columns.
+DIA_HOST_DEVICE constexpr int position_scratch(int warps, int values) {
+  return values > 32 * warps ? values : 32 * warps;
+}
+DIA_HOST_DEVICE constexpr int column_scratch(int warps, int values) {
+  return values > 32 * kChunk * warps ? values : 32 * kChunk * warps;
+}
+
+// Elements of the image of one sample's owned channels.
+DIA_HOST_DEVICE constexpr int64_t image_elements(int64_t owned, int64_t positions, bool interleaved, bool aligned,
+                                                 int pack) {
+  const int64_t length = interleaved ? owned : owned * positions;
+  return (interleaved ? positions : 1) * rounded_up(aligned ? length : length + pack - 1, pack);
+}
+
+constexpr int64_t floats(int64_t count) { return rounded_up(4 * count, 16); }
+
+constexpr int64_t forward_shared_bytes(int64_t image, int element_bytes, int64_t owned, int64_t group, int warps) {
+  return rounded_up(group * image * element_bytes, 16) +
+         floats(position_scratch(warps, static_cast<int>(group * owned))) + floats(group * owned);
+}
+
+constexpr int64_t backward_shared_bytes(int64_t image, int element_bytes, int64_t owned, int64_t bottleneck,
+                                        int64_t group, int warps) {
+  const int64_t most = group * std::max(owned, 2 * bottleneck);
+  return rounded_up(group * image * element_bytes, 16) + rounded_up(image * element_bytes, 16) +
+         floats(column_scratch(warps, static_cast<int>(most))) + 2 * floats(group * owned) + floats(4 * group * owned) +
+         floats(2 * group * bottleneck);
+}
+
+// --- the plan -----------------------------------------------------------------------------------------------
+
+namespace detail {
+
+inline int64_t parts(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+
+// Times of what does not depend on the layout.
+struct Work {
+  double sample_bytes;  // of one map
+  double passes;
+  double weight_bytes;  // of the cell
+  double sample_flops;  // of its products, for one sample
+  double rest;          // backward: the weights' gradients
+};
+
+inline Work work_of(const GpuProblem& p, const GpuLimits& gpu) {
+  const double c = static_cast<double>(p.channels), m = static_cast<double>(p.bottleneck);
+  const double n = static_cast<double>(p.samples);
+  Work work{};
+  work.sample_bytes = c * static_cast<double>(p.positions) * p.element_bytes;
+  work.passes = p.backward ? (p.combined ? 5 : 3) : (p.combined ? 3 : 2);
+  work.weight_bytes = 40 * c * m;
+  work.sample_flops = 20 * c * m;
+  if (p.backward) {
+    const double flops = n * work.sample_flops, rate = p.tf32 ? gpu.tf32 : gpu.flops;
+    work.rest = std::max(flops / (0.5 * rate), (n * (5 * c + 4 * m) * 8 + work.weight_bytes) / gpu.l2) + gpu.launch;
+  }
+  return work;
+}
+
+// Products in the kernels' own loops reach this part of the peak.
+constexpr double kLoopRate = 0.3;
+
+inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu, const Work& work) {
+  const double blocks = static_cast<double>(plan.ranks) * plan.teams;
+  const double share = std::min(1.0, blocks / gpu.multiprocessors);
+  const double group = static_cast<double>(std::min<int64_t>(plan.group, p.samples)), teams = plan.teams;
+  const double groups = static_cast<double>(parts(parts(p.samples, plan.group), plan.teams));
+  // A multiprocessor alone draws half as much again as its share of the bandwidth.
+  const double map = teams * group * work.sample_bytes * work.passes / (gpu.memory * std::min(1.0, 1.5 * share));
+  const double partial = p.backward ? 2 * blocks * group * static_cast<double>(p.bottleneck) * 8 : 0;
+  const double weights =
+      (teams * work.weight_bytes * static_cast<double>(parts(plan.group, kChunk)) + partial) / (gpu.l2 * share);
+  const double flops = teams * group * work.sample_flops / (kLoopRate * gpu.flops * share);
+  const double barrier = plan.team == GpuTeam::grid      ? gpu.barrier
+                         : plan.team == GpuTeam::cluster ? gpu.cluster_barrier
+                                                         : 0.1e-6;
+  const double other = std::max(weights, flops) + 2 * barrier;
+  // Two resident blocks hide each other's waiting.
+  const double one = plan.resident > 1 ? std::max(map, other) + 0.25 * std::min(map, other) : map + other;
+  return groups * one + gpu.launch + work.rest;
+}
+
+inline GpuPlan split_plan(const GpuProblem& p, const GpuLimits& gpu, const Work& work) {
+  GpuPlan plan;
+  // The second read of x (or dy and y) is from the second-level cache, a chunk of samples at a time.
+  const double n = static_cast<double>(p.samples), again = p.backward && p.combined ? 2 : 1;
+  plan.passes = work.passes + again;
+  plan.launches = p.backward ? 9 : 7;
+  const double rate = p.tf32 ? gpu.tf32 : gpu.flops;
+  plan.seconds = n * work.sample_bytes * (work.passes / gpu.memory + again / gpu.l2) +
+                 std::max(n * work.sample_flops / (0.6 * rate), work.weight_bytes / gpu.l2) +
+                 plan.launches * gpu.launch + work.rest;
+  return plan;
+}
+
+}  // namespace detail
+
+// The plan for a problem on a GPU. A problem with no elements is split: its kernels know what to do.
+inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu) {
+  const detail::Work work = detail::work_of(p, gpu);
+  const double map_bytes = static_cast<double>(p.samples) * work.sample_bytes;
+  GpuPlan best = detail::split_plan(p, gpu, work);
+  best.bytes = best.passes * map_bytes;
+  const auto with_ideal = [&](GpuPlan plan) {
+    plan.ideal = work.passes * map_bytes / gpu.memory;
+    return plan;
+  };
+  if (p.samples == 0 || p.positions == 0 || p.channels > INT32_MAX / 8 || p.samples > INT32_MAX ||
+      p.channels * p.positions > INT32_MAX / 8 || p.bottleneck > INT32_MAX / 8)
+    return with_ideal(best);
+
+  const int pack = 16 / p.element_bytes, warps = kGpuThreads / 32;
+  // Owners begin at whole packs: of positions in a planar map, of channels in an interleaved one.
+  const int64_t quantum = p.interleaved ? pack : pack / std::gcd(p.positions, static_cast<int64_t>(pack));
+  const int64_t quanta = detail::parts(p.channels, quantum);
+  const auto consider = [&](GpuTeam team, int64_t ranks, int64_t teams, int resident) {
+    if (ranks < 1 || teams < 1 || ranks > quanta) return;
+    const int64_t owned = std::min(detail::parts(quanta, ranks) * quantum, p.channels);
+    const int64_t image = image_elements(owned, p.positions, p.interleaved, p.aligned, pack);
+    const int64_t room = std::min(gpu.shared_per_block, gpu.shared_per_multiprocessor / resident - kReservedShared);
+    for (int64_t group = 1; group <= std::min<int64_t>(p.samples, 64); group *= 2) {
+      if (group * image > INT32_MAX / 4) return;
+      const int64_t shared = p.backward
+                                 ? backward_shared_bytes(image, p.element_bytes, owned, p.bottleneck, group, warps)
+                                 : forward_shared_bytes(image, p.element_bytes, owned, group, warps);
+      if (shared > room) return;
+      GpuPlan plan;
+      plan.team = team;
+      plan.ranks = static_cast<int>(ranks);
+      plan.teams = static_cast<int>(std::min(teams, detail::parts(p.samples, group)));
+      plan.group = static_cast<int>(group), plan.quantum = static_cast<int>(quantum);
+      plan.resident = resident;
+      plan.shared_bytes = shared;
+      plan.launches = p.backward ? 2 : 1;
+      plan.passes = work.passes;
+      plan.bytes = plan.passes * map_bytes;
+      plan.seconds = detail::team_seconds(plan, p, gpu, work);
+      if (plan.seconds < best.seconds) best = plan;
+    }
+  };
+  for (int resident = 1; resident <= 2 && resident * kGpuThreads <= gpu.threads; ++resident) {
+    const int64_t blocks = static_cast<int64_t>(gpu.multiprocessors) * resident;
+    consider(GpuTeam::block, 1, blocks, resident);
+    for (int ranks = 2; ranks <= gpu.cluster; ranks *= 2) consider(GpuTeam::cluster, ranks, blocks / ranks, resident);
+    for (int64_t teams = 1; teams <= blocks / 2; teams = teams < 4 ? teams + 1 : teams * 2)
+      consider(GpuTeam::grid, std::min(blocks / teams, quanta), teams, resident);
+  }
+  return with_ideal(best);
+}
+
+}  // namespace dia

@@ -1,0 +1,55 @@
+// What a kernel may ask of its Machine. machines/cuda.cuh is a GPU, machines/simt.h one simulated on the CPU.
+//
+//   thread() threads() lane() warp() warps()      of this block; 32 lanes a warp
+//   rank() ranks() team() teams()                 of this block in its team, and of the team in the grid
+//   sync_warp() sync_block() sync_team()          barriers; what was written before is seen by all who were there
+//   sync_grid()
+//   warp_sum(value, stride = 1)                   sum over the lanes that lie a multiple of `stride` apart
+//   shared<T>(count)                              the next array in shared memory: [i], pack(i), set_pack(i, pack)
+//   load(p) store(p, v) load_pack(p) store_pack   global memory; a pack is sixteen aligned bytes
+//   load_fresh(p)                                 of what another block has written in this launch
+//   widen(element) narrow<T>(float)               conversions
+//   exp(x) tanh(x)
+//
+// All threads of a block ask for the same arrays in the same order, and all that a barrier or sum covers come to it.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/elements.h"
+#include "../core/gates.h"
+
+#if defined(__CUDACC__)
+#define DIA_DEVICE __device__ __forceinline__
+#define DIA_UNROLL _Pragma("unroll")
+#else
+#define DIA_DEVICE inline
+#define DIA_UNROLL
+#endif
+
+namespace dia::kernels {
+
+// The gates' functions on a Machine.
+template <class M>
+struct MachineMaths {
+  using Value = float;
+  DIA_DEVICE static float sigmoid(float x) { return 1.0f / (1.0f + M::exp(-x)); }
+  DIA_DEVICE static float tanh(float x) { return M::tanh(x); }
+};
+
+// Entries [begin, end) of a range that several share.
+struct Part {
+  int begin, end;
+  DIA_DEVICE int size() const { return end - begin; }
+};
+
+// Part `rank` of `count` entries among `ranks`; all but the last begin at multiples of `quantum`.
+DIA_DEVICE Part part_of(int count, int rank, int ranks, int quantum = 1) {
+  const int64_t quanta = (count + quantum - 1) / quantum;
+  const int64_t begin = quanta * rank / ranks * quantum, end = quanta * (rank + 1) / ranks * quantum;
+  return {static_cast<int>(begin < count ? begin : count), static_cast<int>(end < count ? end : count)};
+}
+
+DIA_DEVICE int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
+
+}  // namespace dia::kernels

@@ -1,0 +1,66 @@
+// What the kernels of the step share: arguments, and how teams take the samples.
+//
+// A team of `ranks` blocks takes a group of samples at a time. Each block owns some channels of all of them, keeps
+// that part of the map on chip, and meets the others twice a group (docs/kernels.md, the GPU step).
+#pragma once
+
+#include "sums.h"
+
+namespace dia::kernels {
+
+// The parameters of the LSTM cell, dense: weights (m, C) and (4 C, m), as in dia_kernels/cells.py.
+struct CellWeights {
+  const float *input_reduce, *input_reduce_bias, *input_expand, *input_expand_bias;
+  const float *hidden_reduce, *hidden_reduce_bias, *hidden_expand, *hidden_expand_bias;
+};
+
+// How a launch takes the samples: `group` at a time; an owner's channels begin at multiples of `quantum`.
+struct Teams {
+  int group, quantum;
+};
+
+// What the gradient needs of the forward pass, (N, ...) each: the pooled p (C), both bottlenecks (m), the gates (4 C).
+struct CellTables {
+  float *p, *zx, *zh, *gates;
+};
+
+template <class T>
+struct StepForward {
+  MapSize size;
+  int bottleneck;
+  bool relu, tanh_output;
+  Teams teams;
+  Samples<const T> x, shortcut;  // no shortcut: no data
+  Samples<T> y;
+  const float *h, *c;  // no state: null
+  CellWeights weights;
+  CellTables tables;
+  float *new_h, *new_c;
+};
+
+template <class T>
+struct StepBackward {
+  MapSize size;
+  int bottleneck;
+  bool relu, tanh_output;
+  Teams teams;
+  Samples<const T> dy, y, x;  // no dy: the map had no gradient. y where the step ended in a ReLU.
+  Samples<T> dshortcut, dx;   // no data: not wanted
+  const float *dh, *dc;       // null: zero
+  const float *c, *new_c;     // c null: no state
+  CellWeights weights;
+  CellTables tables;
+  float* du;               // (N, 4 C), of the pre-activations
+  float *dzx, *dzh;        // (N, m), of both bottlenecks
+  float* partial;          // (teams, ranks, group, 2 m)
+  float *old_dh, *old_dc;  // null: not wanted
+};
+
+// The state h' from the gates and c'.
+template <class M>
+DIA_DEVICE float hidden_of(float o, float new_c, bool tanh_output) {
+  return o * (tanh_output ? Cell<MachineMaths<M>, Output::tanh>::squash(new_c)
+                          : Cell<MachineMaths<M>, Output::sigmoid>::squash(new_c));
+}
+
+}  // namespace dia::kernels

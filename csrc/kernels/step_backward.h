@@ -1,0 +1,192 @@
+// The gradient of the step, but for its weights' (weight_gradients.h), in one launch:
+// dx = g h' + dp / HW, with g = dy masked by the activation, and dp from the cell's gradient at dh' = sum(x g) + dh.
+//
+// A team's block makes g of its own channels of a group of samples, keeps it on chip and writes it as dshortcut; x
+// streams through a stage of one sample. So dy, y, x are read once, dshortcut and dx written once: 5 passes, 3 without
+// shortcut and activation. Two barriers of the team a group: each owner makes its channels' part of both bottlenecks'
+// gradients; behind the first barrier every block adds up some columns of these, in the owners' order; behind the
+// second all have them whole.
+#pragma once
+
+#include "step.h"
+
+namespace dia::kernels {
+
+// g of the owned channels into the image, and as dshortcut. The image's phases are those of dx.
+template <class M, class T, class Array>
+DIA_DEVICE void mask_gradient(M& m, const StepBackward<T>& args, const Image<T>& image, int64_t sample, int count,
+                              const T* like, int64_t like_stride, const Array& memory) {
+  const int slots = image.slots();
+  for (int number = m.thread(); number < count * slots; number += m.threads()) {
+    const int index = number / slots;
+    const T* at = like + (sample + index) * like_stride;
+    const Slot slot = slot_of(image, at, number - index * slots);
+    const Pack<T> pack = masked_slot(m, image, at, args.dy.data + (sample + index) * args.dy.stride,
+                                     args.relu ? args.y.data + (sample + index) * args.y.stride : nullptr, slot);
+    set_image_slot(memory, index * image.elements(), slot, pack);
+    if (args.dshortcut.data != nullptr)
+      store_slot(m, image, at, args.dshortcut.data + (sample + index) * args.dshortcut.stride, slot, pack);
+  }
+}
+
+// Gradients of the owned channels' pre-activations and old c; h' and du also on chip, by index and owned channel.
+template <class M, class T, class Array>
+DIA_DEVICE void gate_gradients(M& m, const StepBackward<T>& args, Part owned, int64_t sample, int count,
+                               const Array& sums, const Array& hidden, const Array& du) {
+  const int channels = args.size.channels, width = owned.size();
+  for (int k = m.thread(); k < count * width; k += m.threads()) {
+    const int channel = owned.begin + k % width;
+    const int64_t row = sample + k / width, at = row * channels + channel;
+    const float* from = args.tables.gates + row * 4 * channels + channel;
+    const Gates<float> gates{m.load(from), m.load(from + channels), m.load(from + 2 * channels),
+                             m.load(from + 3 * channels)};
+    const float new_c = m.load(args.new_c + at), old_c = args.c != nullptr ? m.load(args.c + at) : 0.0f;
+    const float dc = args.dc != nullptr ? m.load(args.dc + at) : 0.0f;
+    float dh = args.dh != nullptr ? m.load(args.dh + at) : 0.0f;
+    if (args.dy.data != nullptr) dh += sums[k];
+    const auto with = [&](auto cell) {
+      using Function = decltype(cell);
+      const float s = Function::squash(new_c);
+      hidden[k] = gates.o * s;
+      return Function::backward(gates, old_c, s, dh, dc);
+    };
+    float of[5];
+    const auto keep = [&](const auto& gradient) {
+      of[0] = gradient.u.i, of[1] = gradient.u.f, of[2] = gradient.u.g, of[3] = gradient.u.o, of[4] = gradient.c;
+    };
+    if (args.tanh_output)
+      keep(with(Cell<MachineMaths<M>, Output::tanh>{}));
+    else
+      keep(with(Cell<MachineMaths<M>, Output::sigmoid>{}));
+    DIA_UNROLL
+    for (int gate = 0; gate < 4; ++gate) {
+      du[(k / width * 4 + gate) * width + k % width] = of[gate];
+      m.store(args.du + (row * 4 + gate) * channels + channel, of[gate]);
+    }
+    if (args.old_dc != nullptr) m.store(args.old_dc + at, of[4]);
+  }
+}
+
+// dx of the owned channels, from the image of g, h' and dp / HW.
+template <class M, class T, class Array, class Floats>
+DIA_DEVICE void spread_gradient(M& m, const StepBackward<T>& args, const Image<T>& image, int64_t sample, int count,
+                                const Array& memory, const Floats& hidden, const Floats& pooled) {
+  const int slots = image.slots(), owned = image.channels.size();
+  for (int number = m.thread(); number < count * slots; number += m.threads()) {
+    const int index = number / slots;
+    T* to = args.dx.data + (sample + index) * args.dx.stride;
+    const Slot slot = slot_of(image, static_cast<const T*>(to), number - index * slots);
+    Pack<T> pack;
+    if (args.dy.data != nullptr) pack = image_slot(memory, index * image.elements(), slot, image);
+    DIA_UNROLL
+    for (int k = 0; k < Pack<T>::size; ++k) {
+      if (slot.begin + k >= slot.end) continue;
+      const int channel = index * owned + image.channel_at(slot.begin + k);
+      float value = pooled[channel];
+      if (args.dy.data != nullptr) value += M::widen(pack.values[k]) * hidden[channel];
+      pack.values[k] = M::template narrow<T>(value);
+    }
+    store_slot(m, image, static_cast<const T*>(to), to, slot, pack);
+  }
+}
+
+template <class M, class T>
+DIA_DEVICE void step_backward(M& m, const StepBackward<T>& args) {
+  const MapSize& size = args.size;
+  const Part owned = part_of(size.channels, m.rank(), m.ranks(), args.teams.quantum);
+  // The image of g has the phases of dx, or where that is not wanted of dy.
+  const T* like = args.dx.data != nullptr ? args.dx.data : args.dy.data;
+  const int64_t like_stride = args.dx.data != nullptr ? args.dx.stride : args.dy.stride;
+  const Image<T> image(
+      size, owned,
+      aligned_runs(size, owned, like, like_stride) && aligned_runs(size, owned, args.x.data, args.x.stride));
+  const int group = args.teams.group, channels = size.channels, bottleneck = args.bottleneck, width = owned.size();
+  const Part columns = part_of(2 * bottleneck, m.rank(), m.ranks());
+  const int most = group * (width > 2 * bottleneck ? width : 2 * bottleneck);
+  const auto memory = m.template shared<T>(static_cast<int64_t>(group) * image.elements());
+  const auto stage = m.template shared<T>(image.elements());
+  const auto scratch = m.template shared<float>(column_scratch(m.warps(), most));
+  const auto sums = m.template shared<float>(group * width);    // of x g, then dp / HW
+  const auto hidden = m.template shared<float>(group * width);  // h'
+  const auto du = m.template shared<float>(group * 4 * width);
+  const auto dz = m.template shared<float>(group * 2 * bottleneck);  // of the input's, then the hidden bottleneck
+
+  for (int64_t sample = static_cast<int64_t>(m.team()) * group; sample < size.samples;
+       sample += static_cast<int64_t>(m.teams()) * group) {
+    const int count = size.samples - sample < group ? static_cast<int>(size.samples - sample) : group;
+    if (args.dy.data != nullptr) {
+      mask_gradient(m, args, image, sample, count, like, like_stride, memory);
+      for (int index = 0; index < count; ++index) {
+        copy_in(m, image, args.x, sample + index, 1, stage);
+        const T *g_at = like + (sample + index) * like_stride, *x_at = args.x.data + (sample + index) * args.x.stride;
+        sum_positions(m, image, 1, scratch, sums, index, [&](int, int channel, int position) {
+          const T g = memory[index * image.elements() + image.place_of(g_at, owned.begin + channel, position)];
+          const T x = stage[image.place_of(x_at, owned.begin + channel, position)];
+          return M::widen(g) * M::widen(x);
+        });
+      }
+      m.sync_block();
+    }
+    gate_gradients(m, args, owned, sample, count, sums, hidden, du);
+
+    // This owner's part of both bottlenecks' gradients: du W2 over its own rows of W2.
+    float* partial = args.partial + (static_cast<int64_t>(m.team()) * m.ranks()) * group * 2 * bottleneck;
+    const auto own_row = [&](const float* weight) {
+      return [&, weight](int row) {
+        return weight + (static_cast<int64_t>(row / width) * channels + owned.begin + row % width) * bottleneck;
+      };
+    };
+    const auto own_du = [&](int index, int row) { return static_cast<float>(du[index * 4 * width + row]); };
+    DIA_UNROLL
+    for (int path = 0; path < 2; ++path)
+      sum_columns(m, bottleneck, 4 * width, count, scratch, own_du,
+                  own_row(path == 0 ? args.weights.input_expand : args.weights.hidden_expand),
+                  [&](int index, int column, float sum) {
+                    m.store(partial + (static_cast<int64_t>(m.rank()) * group + index) * 2 * bottleneck +
+                                path * bottleneck + column,
+                            sum);
+                  });
+    m.sync_team();
+
+    // Some columns of them, over all owners, masked by the bottleneck's ReLU.
+    for (int k = m.thread(); k < count * columns.size(); k += m.threads()) {
+      const int index = k / columns.size(), column = columns.begin + k % columns.size();
+      float sum = 0;
+      for (int rank = 0; rank < m.ranks(); ++rank)
+        sum += m.load_fresh(partial + (static_cast<int64_t>(rank) * group + index) * 2 * bottleneck + column);
+      const bool input = column < bottleneck;
+      const int64_t at = (sample + index) * bottleneck + (input ? column : column - bottleneck);
+      if (m.load((input ? args.tables.zx : args.tables.zh) + at) <= 0.0f) sum = 0;
+      m.store((input ? args.dzx : args.dzh) + at, sum);
+    }
+    m.sync_team();
+
+    for (int k = m.thread(); k < count * 2 * bottleneck; k += m.threads()) {
+      const int index = k / (2 * bottleneck), column = k % (2 * bottleneck);
+      const bool input = column < bottleneck;
+      const int64_t at = (sample + index) * bottleneck + (input ? column : column - bottleneck);
+      dz[k] = m.load_fresh((input ? args.dzx : args.dzh) + at);
+    }
+    const auto down = [&](const float* weight, int first, auto done) {
+      sum_columns(
+          m, width, bottleneck, count, scratch,
+          [&](int index, int row) { return static_cast<float>(dz[index * 2 * bottleneck + first + row]); },
+          [&](int row) { return weight + static_cast<int64_t>(row) * channels + owned.begin; }, done);
+    };
+    if (args.old_dh != nullptr)
+      down(args.weights.hidden_reduce, bottleneck, [&](int index, int column, float sum) {
+        m.store(args.old_dh + (sample + index) * channels + owned.begin + column, sum);
+      });
+    if (args.dx.data != nullptr) {
+      down(args.weights.input_reduce, 0, [&](int index, int column, float sum) {
+        sums[index * width + column] = sum / static_cast<float>(size.positions);
+      });
+      m.sync_block();
+      // The next group needs no barrier: a thread writes the slots that it has just read, and between this group's h'
+      // and the next one's lie the barriers of its sums.
+      spread_gradient(m, args, image, sample, count, memory, hidden, sums);
+    }
+  }
+}
+
+}  // namespace dia::kernels

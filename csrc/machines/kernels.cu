@@ -1,0 +1,63 @@
+// The kernels on the machine that is a GPU: every one of them for every element type and kind of team.
+#include "../kernels/step_backward.h"
+#include "../kernels/step_forward.h"
+#include "../kernels/sweeps.h"
+#include "../kernels/weight_gradients.h"
+#include "cuda.cuh"
+
+namespace dia::cuda {
+
+// Two blocks of 512 threads a multiprocessor: one streams while the other waits for its team.
+constexpr int kThreads = 512, kResident = 2;
+
+extern __shared__ __align__(16) char shared_memory[];
+
+template <class T, Team kTeam>
+__global__ void __launch_bounds__(kThreads, kResident)
+    step_forward_kernel(__grid_constant__ const kernels::StepForward<T> args, int ranks, unsigned* counters) {
+  Machine<kTeam> machine(ranks, shared_memory, counters);
+  kernels::step_forward(machine, args);
+}
+
+template <class T, Team kTeam>
+__global__ void __launch_bounds__(kThreads, kResident)
+    step_backward_kernel(__grid_constant__ const kernels::StepBackward<T> args, int ranks, unsigned* counters) {
+  Machine<kTeam> machine(ranks, shared_memory, counters);
+  kernels::step_backward(machine, args);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident) reduce_kernel(__grid_constant__ const kernels::Reduce<T> args) {
+  Machine<Team::block> machine(1, shared_memory, nullptr);
+  kernels::reduce(machine, args);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident) spread_kernel(__grid_constant__ const kernels::Spread<T> args) {
+  Machine<Team::block> machine(1, shared_memory, nullptr);
+  kernels::spread(machine, args);
+}
+
+__global__ void __launch_bounds__(256, 4)
+    weight_gradients_kernel(__grid_constant__ const kernels::WeightGradients args) {
+  Machine<Team::block> machine(1, shared_memory, nullptr);
+  kernels::weight_gradients(machine, args);
+}
+
+#define DIA_STEP_KERNELS(T, kTeam)                                                                               \
+  template __global__ void step_forward_kernel<T, kTeam>(__grid_constant__ const kernels::StepForward<T>, int,   \
+                                                         unsigned*);                                             \
+  template __global__ void step_backward_kernel<T, kTeam>(__grid_constant__ const kernels::StepBackward<T>, int, \
+                                                          unsigned*);
+#define DIA_KERNELS_OF(T)                                                             \
+  DIA_STEP_KERNELS(T, Team::block)                                                    \
+  DIA_STEP_KERNELS(T, Team::cluster)                                                  \
+  DIA_STEP_KERNELS(T, Team::grid)                                                     \
+  template __global__ void reduce_kernel(__grid_constant__ const kernels::Reduce<T>); \
+  template __global__ void spread_kernel(__grid_constant__ const kernels::Spread<T>);
+
+DIA_KERNELS_OF(float)
+DIA_KERNELS_OF(BFloat16)
+DIA_KERNELS_OF(Float16)
+
+}  // namespace dia::cuda

@@ -1,0 +1,608 @@
+// A GPU simulated on the CPU, as a Machine for the kernels of csrc/kernels: every thread of every block is a fiber, and
+// every access to memory goes through the machine, which therefore knows what no profiler tells:
+//
+//   * bytes and 32-byte sectors read and written, of each tensor; barriers passed
+//   * races: two accesses to a place, one of them a write, with no barrier between them that covers both threads
+//   * accesses out of bounds, misaligned vectors, reads of memory that nothing wrote
+//   * threads that wait at different barriers, and barriers that not all threads come to
+//
+// Threads run in an order shuffled by a seed, each until it waits. What it cannot see (docs/simulated-gpu.md): memory
+// fences, stale caches, whether blocks are resident together, contraction of multiply-adds, time.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <source_location>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "../core/elements.h"
+#include "fiber.h"
+
+namespace dia::simt {
+
+constexpr int kWarp = 32;
+constexpr int64_t kSectorBytes = 32;
+
+// What a barrier covers, from the smallest to the largest.
+enum Scope { kWarpScope, kBlockScope, kTeamScope, kGridScope, kScopes };
+inline const char* scope_name(int scope) {
+  static const char* names[] = {"warp", "block", "team", "grid"};
+  return names[scope];
+}
+
+struct LaunchError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A place in the kernels' source: which access or barrier this is.
+struct Site {
+  std::string_view file;
+  uint32_t line = 0, column = 0;
+  friend auto operator<=>(const Site&, const Site&) = default;
+};
+
+inline std::string text_of(const Site& site) {
+  const std::string file(site.file);
+  return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(site.line);
+}
+
+// The shape of a launch: blocks `ranks` at a time form a team.
+struct Grid {
+  int teams = 1, ranks = 1, threads = kWarp;
+  size_t shared_bytes = 0;
+  bool cooperative = false;  // whether there are barriers of the whole grid
+  uint64_t seed = 0;         // of the order in which threads run
+  // A barrier to leave out: none of its threads waits there. Tests show with it that the barrier is needed.
+  const Site* without = nullptr;
+
+  int blocks() const { return teams * ranks; }
+};
+
+// --- memory and what is known about each place of it ------------------------------------------------
+
+// Who did something, and how many barriers of each scope that thread had passed.
+struct Moment {
+  int32_t thread = -1, warp = -1, block = -1, team = -1;  // -1: several of them (or nobody, where thread and all are)
+  std::array<uint32_t, kScopes> epochs{};
+
+  bool nobody() const { return thread == -1 && team == -1 && epochs[kGridScope] == UINT32_MAX; }
+  static Moment none() {
+    Moment moment;
+    moment.epochs[kGridScope] = UINT32_MAX;
+    return moment;
+  }
+
+  // Whether all of this came before `now`: same thread, or a barrier in between that covers both.
+  bool before(const Moment& now) const {
+    if (nobody() || (thread >= 0 && thread == now.thread)) return true;
+    return (warp >= 0 && warp == now.warp && now.epochs[kWarpScope] > epochs[kWarpScope]) ||
+           (block >= 0 && block == now.block && now.epochs[kBlockScope] > epochs[kBlockScope]) ||
+           (team >= 0 && team == now.team && now.epochs[kTeamScope] > epochs[kTeamScope]) ||
+           now.epochs[kGridScope] > epochs[kGridScope];
+  }
+
+  // This and another, neither before the other: what is after both is after the result.
+  void join(const Moment& other) {
+    if (thread != other.thread) thread = -1;
+    if (warp != other.warp) warp = -1;
+    if (block != other.block) block = -1;
+    if (team != other.team) team = -1;
+    for (int k = 0; k < kScopes; ++k) epochs[k] = std::max(epochs[k], other.epochs[k]);
+  }
+};
+
+struct Cell {
+  Moment writer = Moment::none(), readers = Moment::none();
+  bool defined = false, allowed = true;
+};
+
+struct Counts {
+  int64_t bytes_read = 0, bytes_written = 0, sectors_read = 0, sectors_written = 0;
+};
+
+// A tensor in global memory. Places that no element of it has (the gaps of a slice) are not allowed.
+struct TensorMemory {
+  std::string name;
+  char* begin = nullptr;
+  int64_t element_bytes = 0;
+  std::vector<Cell> cells;
+  Counts counts;
+
+  char* end() const { return begin + static_cast<int64_t>(cells.size()) * element_bytes; }
+};
+
+// What a launch did.
+struct Report {
+  std::map<std::string, Counts> tensors;
+  std::map<Site, int64_t> barriers;       // threads' passes, by place in the source
+  std::array<int64_t, kScopes> passed{};  // the most barriers of a scope that a thread passed
+  size_t shared_bytes = 0;                // the most that a block took
+};
+
+class Thread;
+
+// Global memory, and launches. Not for several threads at once.
+class Device {
+ public:
+  // Makes `count` elements at `data` known. `defined`: whether they hold values.
+  template <class T>
+  T* tensor(const std::string& name, T* data, int64_t count, bool defined) {
+    using Plain = std::remove_const_t<T>;
+    TensorMemory memory;
+    memory.name = name;
+    memory.begin = reinterpret_cast<char*>(const_cast<Plain*>(data));
+    memory.element_bytes = sizeof(T);
+    memory.cells.resize(count);
+    for (Cell& cell : memory.cells) cell.defined = defined;
+    tensors_.push_back(std::move(memory));
+    return data;
+  }
+  TensorMemory& last() { return tensors_.back(); }
+  // Forgets who touched what: between two launches everything is ordered.
+  void settle() {
+    for (TensorMemory& memory : tensors_)
+      for (Cell& cell : memory.cells) cell.writer = cell.readers = Moment::none();
+  }
+
+  template <class Kernel>
+  Report launch(const Grid& grid, Kernel kernel);
+
+  TensorMemory* find(const void* address) {
+    const char* at = static_cast<const char*>(address);
+    for (TensorMemory& memory : tensors_)
+      if (at >= memory.begin && at < memory.end()) return &memory;
+    return nullptr;
+  }
+
+ private:
+  std::vector<TensorMemory> tensors_;
+};
+
+// --- a launch ------------------------------------------------------------------------------------------
+
+// Those who wait at a barrier of one scope.
+struct Meeting {
+  int arrived = 0;
+  Site site{};
+};
+
+// A block: its shared memory, and its barriers.
+struct Block {
+  int index = 0, team = 0;
+  std::vector<char> shared;  // bytes, sixteen-aligned
+  std::vector<Cell> cells;   // one for two bytes
+  std::vector<Meeting> warps;
+  Meeting meeting;
+
+  char* base() { return shared.data() + (16 - reinterpret_cast<uintptr_t>(shared.data()) % 16) % 16; }
+};
+
+class Run;
+
+// An array in the block's shared memory.
+template <class T>
+class Shared;
+
+// One thread of the simulated GPU: the Machine that the kernels see.
+class Thread {
+ public:
+  int thread() const { return thread_; }
+  int threads() const { return threads_; }
+  int lane() const { return thread_ % kWarp; }
+  int warp() const { return thread_ / kWarp; }
+  int warps() const { return threads_ / kWarp; }
+  int rank() const { return rank_; }
+  int ranks() const { return ranks_; }
+  int team() const { return team_; }
+  int teams() const { return teams_; }
+
+  void sync_warp(std::source_location where = std::source_location::current()) { wait(kWarpScope, where); }
+  void sync_block(std::source_location where = std::source_location::current()) { wait(kBlockScope, where); }
+  void sync_team(std::source_location where = std::source_location::current()) { wait(kTeamScope, where); }
+  void sync_grid(std::source_location where = std::source_location::current()) { wait(kGridScope, where); }
+
+  // The sum over the lanes that lie a multiple of `stride` (a power of two) apart, in each of them: lane l adds that of
+  // lane l ^ 16, then l ^ 8, ... The whole warp comes here together.
+  float warp_sum(float value, int stride = 1, std::source_location where = std::source_location::current());
+
+  // An array in shared memory, the same for all threads of the block that ask in the same order.
+  template <class T>
+  Shared<T> shared(int64_t count);
+
+  template <class T>
+  std::remove_const_t<T> load(T* from, std::source_location where = std::source_location::current()) {
+    std::remove_const_t<T> value;
+    touch_global(from, 1, sizeof(T), false, where);
+    std::memcpy(&value, from, sizeof(T));
+    return value;
+  }
+  // The same of what another block of this launch has written: past the multiprocessor's own cache, which may hold what
+  // was there before.
+  template <class T>
+  std::remove_const_t<T> load_fresh(T* from, std::source_location where = std::source_location::current()) {
+    fresh_ = true;
+    return load(from, where);
+  }
+  template <class T>
+  void store(T* to, T value, std::source_location where = std::source_location::current()) {
+    touch_global(to, 1, sizeof(T), true, where);
+    std::memcpy(to, &value, sizeof(T));
+  }
+  template <class T>
+  Pack<std::remove_const_t<T>> load_pack(T* from, std::source_location where = std::source_location::current()) {
+    Pack<std::remove_const_t<T>> pack;
+    touch_global(from, decltype(pack)::size, sizeof(T), false, where);
+    std::memcpy(&pack, from, sizeof(pack));
+    return pack;
+  }
+  template <class T>
+  void store_pack(T* to, const Pack<T>& pack, std::source_location where = std::source_location::current()) {
+    touch_global(to, Pack<T>::size, sizeof(T), true, where);
+    std::memcpy(to, &pack, sizeof(pack));
+  }
+
+  template <class T>
+  static float widen(T value) {
+    return dia::widen(value);
+  }
+  template <class T>
+  static T narrow(float value) {
+    T result;
+    dia::narrow(value, &result);
+    return result;
+  }
+  static float exp(float value) { return std::exp(value); }
+  static float tanh(float value) { return std::tanh(value); }
+
+  [[noreturn]] void fail(const std::string& what) const;
+
+ private:
+  friend class Device;
+  friend class Run;
+  template <class T>
+  friend class Shared;
+
+  static Site site_of(const std::source_location& where) { return {where.file_name(), where.line(), where.column()}; }
+  Moment now() const {
+    Moment moment;
+    moment.thread = global_;
+    moment.warp = global_ / kWarp;
+    moment.block = block_->index;
+    moment.team = team_;
+    moment.epochs = epochs_;
+    return moment;
+  }
+  void wait(Scope scope, const std::source_location& where);
+  void touch_global(const void* at, int count, size_t element_bytes, bool write, const std::source_location& where);
+  // `first` and `count` in cells; `what` makes the name for a message.
+  template <class Name>
+  void touch(Cell* cells, int64_t first, int64_t count, bool write, const Moment& moment, bool fresh, Name what);
+
+  Run* run_ = nullptr;
+  Block* block_ = nullptr;
+  int thread_ = 0, threads_ = 0, rank_ = 0, ranks_ = 0, team_ = 0, teams_ = 0, global_ = 0;
+  std::array<uint32_t, kScopes> epochs_{};
+  std::array<int64_t, kScopes> passed_{};
+  size_t shared_taken_ = 0;
+  bool waiting_ = false, fresh_ = false;
+  int waits_for_ = 0;
+  Site waits_at_{};
+  float value_ = 0;
+  TensorMemory* recent_ = nullptr;
+  Fiber* fiber_ = nullptr;
+};
+
+template <class T>
+class Shared {
+ public:
+  // A place of the array: reads and writes through it are checked.
+  class Place {
+   public:
+    Place(const Shared& array, int64_t index) : array_(array), index_(index) {}
+    operator T() const {
+      T value;
+      std::memcpy(&value, array_.touch(index_, 1, false), sizeof(T));
+      return value;
+    }
+    const Place& operator=(T value) const {
+      std::memcpy(array_.touch(index_, 1, true), &value, sizeof(T));
+      return *this;
+    }
+    const Place& operator=(const Place& other) const { return *this = static_cast<T>(other); }
+
+   private:
+    Shared array_;
+    int64_t index_;
+  };
+
+  Shared() = default;
+  Shared(Thread* thread, size_t offset, int64_t count) : thread_(thread), offset_(offset), count_(count) {}
+
+  Place operator[](int64_t index) const { return {*this, index}; }
+  Pack<T> pack(int64_t index) const {
+    Pack<T> pack;
+    std::memcpy(&pack, touch(index, Pack<T>::size, false), sizeof(pack));
+    return pack;
+  }
+  void set_pack(int64_t index, const Pack<T>& pack) const {
+    std::memcpy(touch(index, Pack<T>::size, true), &pack, sizeof(pack));
+  }
+
+ private:
+  char* touch(int64_t index, int count, bool write) const {
+    const auto name = [&](int64_t) { return "shared memory at element " + std::to_string(index); };
+    if (index < 0 || index + count > count_)
+      thread_->fail(name(0) + " of " + std::to_string(count_) + ": out of bounds");
+    const size_t byte = offset_ + index * sizeof(T);
+    if (count > 1 && byte % 16 != 0) thread_->fail(name(0) + ": misaligned vector");
+    thread_->touch(thread_->block_->cells.data(), byte / 2, count * sizeof(T) / 2, write, thread_->now(), true, name);
+    return thread_->block_->base() + byte;
+  }
+
+  Thread* thread_ = nullptr;
+  size_t offset_ = 0;
+  int64_t count_ = 0;
+};
+
+// The sectors that a warp touches by one access in the source: the k-th time that each lane comes to it counts as one
+// instruction.
+struct WarpAccesses {
+  std::array<uint32_t, kWarp> times{};
+  std::vector<std::vector<int64_t>> sectors;
+};
+
+// A launch under way.
+class Run {
+ public:
+  Run(Device& device, const Grid& grid, void (*body)(void*, Thread&), void* kernel)
+      : device(device), grid(grid), body_(body), kernel_(kernel), random_(grid.seed) {}
+
+  void all() {
+    if (grid.threads % kWarp != 0) throw LaunchError("threads: expected a multiple of 32");
+    std::vector<int> order(grid.teams);
+    for (int k = 0; k < grid.teams; ++k) order[k] = k;
+    std::shuffle(order.begin(), order.end(), random_);
+    if (grid.cooperative)
+      together(order);
+    else
+      for (int team : order) together({team});
+    for (auto& [key, accesses] : accesses_) {
+      Counts& counts = std::get<0>(key)->counts;
+      for (const auto& sectors : accesses.sectors)
+        (std::get<3>(key) ? counts.sectors_written : counts.sectors_read) += static_cast<int64_t>(sectors.size());
+    }
+  }
+
+  void count_sectors(TensorMemory* memory, int warp, int lane, const Site& site, bool write, int64_t first,
+                     int64_t last) {
+    WarpAccesses& accesses = accesses_[{memory, warp, site, write}];
+    const uint32_t time = accesses.times[lane]++;
+    if (accesses.sectors.size() <= time) accesses.sectors.resize(time + 1);
+    auto& sectors = accesses.sectors[time];
+    for (int64_t sector = first; sector <= last; ++sector)
+      if (std::find(sectors.begin(), sectors.end(), sector) == sectors.end()) sectors.push_back(sector);
+  }
+
+  Meeting& meeting(Thread& thread, int scope) {
+    if (scope == kWarpScope) return thread.block_->warps[thread.warp()];
+    if (scope == kBlockScope) return thread.block_->meeting;
+    return scope == kTeamScope ? teams_[thread.team_] : whole_;
+  }
+  int members(int scope) const {
+    const int sizes[] = {kWarp, grid.threads, grid.threads * grid.ranks, grid.threads * grid.blocks()};
+    return sizes[scope];
+  }
+  bool covers(int scope, const Thread& one, const Thread& other) const {
+    if (scope == kWarpScope) return one.global_ / kWarp == other.global_ / kWarp;
+    if (scope == kBlockScope) return one.block_ == other.block_;
+    return scope == kGridScope || one.team_ == other.team_;
+  }
+  // Lets everybody at the barrier of `thread` go on.
+  void release(Thread& thread, int scope) {
+    for (Thread& other : threads_) {
+      if (!covers(scope, thread, other)) continue;
+      other.waiting_ = false;
+      for (int k = 0; k <= scope; ++k) ++other.epochs_[k];
+      ++other.passed_[scope];
+    }
+    meeting(thread, scope) = Meeting();
+  }
+  Thread& lane_of(const Thread& thread, int lane) { return threads_[&thread - threads_.data() - thread.lane() + lane]; }
+
+  Device& device;
+  const Grid& grid;
+  Report report;
+
+ private:
+  // Runs the blocks of some teams to their ends.
+  void together(const std::vector<int>& teams) {
+    const int blocks = static_cast<int>(teams.size()) * grid.ranks;
+    blocks_.assign(blocks, Block());
+    threads_.assign(static_cast<size_t>(blocks) * grid.threads, Thread());
+    while (fibers_.size() < threads_.size()) fibers_.push_back(std::make_unique<Fiber>());
+    teams_.clear();
+    for (int k = 0; k < blocks; ++k) {
+      Block& block = blocks_[k];
+      block.team = teams[k / grid.ranks];
+      block.index = block.team * grid.ranks + k % grid.ranks;
+      block.shared.resize(grid.shared_bytes + 16);
+      block.cells.resize((grid.shared_bytes + 1) / 2);
+      block.warps.resize(grid.threads / kWarp);
+      for (int t = 0; t < grid.threads; ++t) {
+        Thread& thread = threads_[static_cast<size_t>(k) * grid.threads + t];
+        thread.run_ = this;
+        thread.block_ = &block;
+        thread.thread_ = t, thread.threads_ = grid.threads;
+        thread.rank_ = k % grid.ranks, thread.ranks_ = grid.ranks;
+        thread.team_ = block.team, thread.teams_ = grid.teams;
+        thread.global_ = block.index * grid.threads + t;
+        thread.fiber_ = fibers_[static_cast<size_t>(k) * grid.threads + t].get();
+        thread.fiber_->reset(&Run::start, &thread);
+      }
+    }
+    std::vector<Thread*> ready;
+    while (true) {
+      ready.clear();
+      for (Thread& thread : threads_)
+        if (!thread.waiting_ && !thread.fiber_->finished()) ready.push_back(&thread);
+      if (ready.empty()) break;
+      std::shuffle(ready.begin(), ready.end(), random_);
+      for (Thread* thread : ready) {
+        thread->fiber_->resume();
+        if (!error_.empty()) throw LaunchError(error_);
+      }
+    }
+    for (const Thread& thread : threads_) {
+      if (!thread.fiber_->finished()) throw LaunchError(stuck());
+      for (int k = 0; k < kScopes; ++k) report.passed[k] = std::max(report.passed[k], thread.passed_[k]);
+      report.shared_bytes = std::max(report.shared_bytes, thread.shared_taken_);
+    }
+  }
+
+  std::string stuck() const {
+    std::map<std::pair<int, Site>, int> waiting;
+    int finished = 0;
+    for (const Thread& thread : threads_)
+      thread.fiber_->finished() ? void(++finished) : void(++waiting[{thread.waits_for_, thread.waits_at_}]);
+    std::ostringstream text;
+    text << "deadlock: " << finished << " threads have finished";
+    for (const auto& [key, count] : waiting)
+      text << ", " << count << " wait at the " << scope_name(key.first) << " barrier " << text_of(key.second);
+    return text.str();
+  }
+
+  static void start(void* argument) {
+    // An error ends the launch; it must not leave the fiber's own stack.
+    Thread& thread = *static_cast<Thread*>(argument);
+    try {
+      thread.run_->body_(thread.run_->kernel_, thread);
+    } catch (const LaunchError& error) {
+      thread.run_->error_ = error.what();
+    }
+  }
+
+  void (*body_)(void*, Thread&);
+  void* kernel_;
+  std::mt19937_64 random_;
+  std::vector<Block> blocks_;
+  std::vector<Thread> threads_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::unordered_map<int, Meeting> teams_;
+  Meeting whole_;
+  std::map<std::tuple<TensorMemory*, int, Site, bool>, WarpAccesses> accesses_;
+  std::string error_;
+};
+
+// --- what needs the above ----------------------------------------------------------------------------
+
+inline void Thread::fail(const std::string& what) const {
+  throw LaunchError(what + " (block " + std::to_string(block_->index) + ", thread " + std::to_string(thread_) + ")");
+}
+
+inline void Thread::wait(Scope scope, const std::source_location& where) {
+  const Site site = site_of(where);
+  ++run_->report.barriers[site];
+  if (run_->grid.without != nullptr && *run_->grid.without == site) return;
+  if (scope == kGridScope && !run_->grid.cooperative) fail("barrier of the grid in a launch that is not cooperative");
+  Meeting& meeting = run_->meeting(*this, scope);
+  if (meeting.arrived > 0 && meeting.site != site)
+    fail("divergence: at one " + std::string(scope_name(scope)) + " barrier, threads wait at " + text_of(meeting.site) +
+         " and " + text_of(site));
+  meeting.site = site;
+  if (++meeting.arrived == run_->members(scope)) return run_->release(*this, scope);
+  waiting_ = true, waits_for_ = scope, waits_at_ = site;
+  Fiber::pause();
+}
+
+inline float Thread::warp_sum(float value, int stride, std::source_location where) {
+  value_ = value;
+  wait(kWarpScope, where);
+  std::array<float, kWarp> values;
+  for (int lane = 0; lane < kWarp; ++lane) values[lane] = run_->lane_of(*this, lane).value_;
+  wait(kWarpScope, where);  // nobody's value is replaced before all have read it
+  for (int step = kWarp / 2; step >= stride; step /= 2) {
+    const std::array<float, kWarp> before = values;
+    for (int lane = 0; lane < kWarp; ++lane) values[lane] = before[lane] + before[lane ^ step];
+  }
+  return values[lane()];
+}
+
+template <class T>
+Shared<T> Thread::shared(int64_t count) {
+  const size_t offset = (shared_taken_ + 15) / 16 * 16;
+  shared_taken_ = offset + static_cast<size_t>(count) * sizeof(T);
+  if (shared_taken_ > run_->grid.shared_bytes)
+    fail("shared memory: " + std::to_string(shared_taken_) + " bytes asked for, " +
+         std::to_string(run_->grid.shared_bytes) + " there");
+  return {this, offset, count};
+}
+
+template <class Name>
+void Thread::touch(Cell* cells, int64_t first, int64_t count, bool write, const Moment& moment, bool fresh, Name what) {
+  for (int64_t k = first; k < first + count; ++k) {
+    Cell& cell = cells[k];
+    if (!cell.allowed) fail(what(k) + ": no element of the tensor");
+    if (!write && !cell.defined) fail(what(k) + ": read, but nothing was written there");
+    if (!cell.writer.before(moment))
+      fail(what(k) + ": race, " + (write ? "written" : "read") + " with no barrier since another thread's write");
+    if (!write && !fresh && !cell.writer.nobody() && cell.writer.block != moment.block)
+      fail(what(k) + ": stale, another block wrote it and the load may come from this one's cache");
+    if (write) {
+      if (!cell.readers.before(moment)) fail(what(k) + ": race, written with no barrier since another thread's read");
+      cell.writer = moment;
+      cell.readers = Moment::none();
+      cell.defined = true;
+    } else if (cell.readers.before(moment)) {
+      cell.readers = moment;
+    } else {
+      cell.readers.join(moment);
+    }
+  }
+}
+
+inline void Thread::touch_global(const void* at, int count, size_t element_bytes, bool write,
+                                 const std::source_location& where) {
+  const char* address = static_cast<const char*>(at);
+  if (recent_ == nullptr || address < recent_->begin || address >= recent_->end()) recent_ = run_->device.find(at);
+  const Site site = site_of(where);
+  if (recent_ == nullptr) fail("global memory at " + text_of(site) + ": out of bounds of every tensor");
+  TensorMemory& memory = *recent_;
+  const int64_t first = (address - memory.begin) / memory.element_bytes;
+  const auto name = [&](int64_t k) {
+    return memory.name + " at element " + std::to_string(k) + " (" + text_of(site) + ")";
+  };
+  if (static_cast<int64_t>(element_bytes) != memory.element_bytes || (address - memory.begin) % memory.element_bytes)
+    fail(name(first) + ": wrong element type");
+  if (first + count > static_cast<int64_t>(memory.cells.size())) fail(name(first) + ": out of bounds");
+  if (count > 1 && reinterpret_cast<uintptr_t>(address) % 16 != 0) fail(name(first) + ": misaligned vector");
+  touch(memory.cells.data(), first, count, write, now(), std::exchange(fresh_, false), name);
+  const int64_t bytes = count * memory.element_bytes;
+  (write ? memory.counts.bytes_written : memory.counts.bytes_read) += bytes;
+  const int64_t start = static_cast<int64_t>(reinterpret_cast<uintptr_t>(address));
+  run_->count_sectors(&memory, global_ / kWarp, lane(), site, write, start / kSectorBytes,
+                      (start + bytes - 1) / kSectorBytes);
+}
+
+template <class Kernel>
+Report Device::launch(const Grid& grid, Kernel kernel) {
+  for (TensorMemory& memory : tensors_) memory.counts = Counts();
+  settle();
+  Run run(*this, grid, [](void* body, Thread& thread) { (*static_cast<Kernel*>(body))(thread); }, &kernel);
+  run.all();
+  for (const TensorMemory& memory : tensors_) run.report.tensors[memory.name] = memory.counts;
+  return run.report;
+}
+
+}  // namespace dia::simt

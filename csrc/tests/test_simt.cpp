@@ -1,0 +1,287 @@
+// machines/simt.h: it counts what kernels move, and each kind of mistake that it promises to see is seen.
+#include <numeric>
+
+#include "check.h"
+#include "machines/simt.h"
+
+namespace {
+
+using namespace dia::simt;
+
+// What the launch says is wrong; empty if nothing is.
+template <class Kernel>
+std::string complaint(Device& device, const Grid& grid, Kernel kernel) {
+  try {
+    device.launch(grid, kernel);
+  } catch (const LaunchError& error) {
+    return error.what();
+  }
+  return "";
+}
+
+bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+// Values of a tensor at a phase of `shift` elements behind a sector's begin.
+template <class T>
+struct Buffer {
+  std::vector<char> memory;
+  T* data;
+  int64_t count;
+
+  explicit Buffer(int64_t count, int64_t shift = 0) : memory((count + shift) * sizeof(T) + 64), count(count) {
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    data = reinterpret_cast<T*>((address + 31) / 32 * 32) + shift;
+    for (int64_t k = 0; k < count; ++k) data[k] = static_cast<T>(k % 7);
+  }
+};
+
+void bytes_and_sectors_are_counted() {
+  for (int64_t shift : {0, 1}) {
+    Device device;
+    Buffer<float> x(256, shift), y(256);
+    device.tensor("x", x.data, 256, true);
+    device.tensor("y", y.data, 256, false);
+    const Report report = device.launch({.threads = 64}, [&](Thread& m) {
+      for (int k = m.thread(); k < 256; k += m.threads()) m.store(y.data + k, m.load(x.data + k));
+    });
+    const Counts read = report.tensors.at("x"), written = report.tensors.at("y");
+    CHECK_EQUAL(read.bytes_read, 1024);
+    CHECK_EQUAL(read.bytes_written, 0);
+    CHECK_EQUAL(written.bytes_written, 1024);
+    CHECK_EQUAL(written.sectors_written, 32);
+    // A warp's 128 bytes lie in four sectors, or in five where they begin inside of one.
+    CHECK_EQUAL(read.sectors_read, shift == 0 ? 32 : 40);
+    for (int64_t k = 0; k < 256; ++k) CHECK_EQUAL(y.data[k], x.data[k]);
+  }
+}
+
+void wide_accesses_move_sixteen_bytes() {
+  Device device;
+  Buffer<float> x(128), y(128);
+  device.tensor("x", x.data, 128, true);
+  device.tensor("y", y.data, 128, false);
+  const Report report = device.launch(
+      {.threads = 32}, [&](Thread& m) { m.store_pack(y.data + 4 * m.lane(), m.load_pack(x.data + 4 * m.lane())); });
+  CHECK_EQUAL(report.tensors.at("x").sectors_read, 16);
+  CHECK(has(complaint(device, {.threads = 32}, [&](Thread& m) { m.load_pack(x.data + 1 + m.lane()); }), "misaligned"));
+}
+
+void strided_accesses_cost_a_sector_each() {
+  Device device;
+  Buffer<float> x(32 * 8);
+  device.tensor("x", x.data, x.count, true);
+  const Report report = device.launch({.threads = 32}, [&](Thread& m) { m.load(x.data + 8 * m.lane()); });
+  CHECK_EQUAL(report.tensors.at("x").sectors_read, 32);
+}
+
+void accesses_out_of_bounds() {
+  Device device;
+  Buffer<float> x(40);
+  device.tensor("x", x.data + 4, 32, true);
+  CHECK(has(complaint(device, {}, [&](Thread& m) { m.load(x.data + 5 + m.lane()); }), "out of bounds"));
+  CHECK(has(complaint(device, {}, [&](Thread& m) { m.store(x.data + 3 + m.lane(), 0.0f); }), "out of bounds"));
+  CHECK(has(complaint(device, {}, [&](Thread& m) { m.load_pack(x.data + 4 * (m.lane() + 2)); }), "out of bounds"));
+  CHECK(has(complaint(device, {.shared_bytes = 128}, [&](Thread& m) { m.shared<float>(32)[m.lane() + 1] = 0; }),
+            "out of bounds"));
+  CHECK(has(complaint(device, {.shared_bytes = 127}, [&](Thread& m) { m.shared<float>(32); }), "shared memory"));
+}
+
+void gaps_of_a_slice_are_not_to_be_touched() {
+  Device device;
+  Buffer<float> x(64);
+  device.tensor("x", x.data, 64, true);
+  for (int64_t k = 32; k < 64; k += 2) device.last().cells[k].allowed = false;
+  CHECK_EQUAL(complaint(device, {}, [&](Thread& m) { m.load(x.data + m.lane()); }), "");
+  CHECK(has(complaint(device, {}, [&](Thread& m) { m.load(x.data + 32 + m.lane()); }), "no element"));
+}
+
+void reads_of_what_nothing_wrote() {
+  Device device;
+  Buffer<float> y(32);
+  device.tensor("y", y.data, 32, false);
+  CHECK(has(complaint(device, {}, [&](Thread& m) { m.load(y.data + m.lane()); }), "nothing was written"));
+  CHECK(has(complaint(device, {.shared_bytes = 128},
+                      [&](Thread& m) { m.store(y.data, static_cast<float>(m.shared<float>(32)[m.lane()])); }),
+            "nothing was written"));
+}
+
+// Each thread writes its place and reads that of another, `distance` threads on, after a barrier.
+template <class Sync>
+std::string exchange(Grid grid, int distance, Sync sync) {
+  Device device;
+  const int count = grid.blocks() * grid.threads;
+  Buffer<float> x(count), y(count);
+  device.tensor("x", x.data, count, false);
+  device.tensor("y", y.data, count, false);
+  return complaint(device, grid, [&](Thread& m) {
+    const int self = (m.team() * m.ranks() + m.rank()) * m.threads() + m.thread();
+    m.store(x.data + self, 1.0f);
+    sync(m);
+    m.store(y.data + self, m.load_fresh(x.data + (self + distance) % count));
+  });
+}
+
+void a_barrier_must_cover_both_threads() {
+  const Grid warp{.threads = 32}, block{.threads = 64}, team{.ranks = 2, .threads = 32},
+      grid{.teams = 2, .ranks = 2, .threads = 32, .cooperative = true};
+  const auto none = [](Thread&) {};
+  const auto by_warp = [](Thread& m) { m.sync_warp(); };
+  const auto by_block = [](Thread& m) { m.sync_block(); };
+  const auto by_team = [](Thread& m) { m.sync_team(); };
+  const auto by_grid = [](Thread& m) { m.sync_grid(); };
+  for (uint64_t seed = 0; seed < 5; ++seed) {
+    const auto at = [seed](Grid shape) {
+      shape.seed = seed;
+      return shape;
+    };
+    CHECK(has(exchange(at(warp), 1, none), "race") || has(exchange(at(warp), 1, none), "nothing was written"));
+    CHECK_EQUAL(exchange(at(warp), 1, by_warp), "");
+    CHECK(exchange(at(block), 32, by_warp) != "");
+    CHECK_EQUAL(exchange(at(block), 32, by_block), "");
+    CHECK(exchange(at(team), 32, by_block) != "");
+    CHECK_EQUAL(exchange(at(team), 32, by_team), "");
+    CHECK(exchange(at(grid), 64, by_team) != "");
+    CHECK_EQUAL(exchange(at(grid), 64, by_grid), "");
+  }
+  CHECK(has(exchange({.teams = 2, .threads = 32}, 1, by_grid), "cooperative"));
+}
+
+void a_place_is_not_written_while_others_may_still_read_it() {
+  // Every thread reads the first place; then one writes it.
+  const auto run = [](bool barrier) {
+    Device device;
+    Buffer<float> x(64);
+    device.tensor("x", x.data, 64, true);
+    return complaint(device, {.ranks = 2, .threads = 64}, [&](Thread& m) {
+      m.load(x.data);
+      if (barrier) m.sync_team();
+      if (m.rank() == 1 && m.thread() == 40) m.store(x.data, 0.0f);
+    });
+  };
+  CHECK(has(run(false), "race, written"));
+  CHECK_EQUAL(run(true), "");
+}
+
+void what_another_block_wrote_is_loaded_afresh() {
+  Device device;
+  Buffer<float> x(2);
+  device.tensor("x", x.data, 2, false);
+  const auto kernel = [&](auto load) {
+    return [&x, load](Thread& m) {
+      if (m.thread() == 0) m.store(x.data + m.rank(), 1.0f);
+      m.sync_team();
+      load(m, x.data + 1 - m.rank());
+    };
+  };
+  const auto plain = [](Thread& m, float* from) { m.load(from); };
+  const auto fresh = [](Thread& m, float* from) { m.load_fresh(from); };
+  CHECK(has(complaint(device, {.ranks = 2}, kernel(plain)), "stale"));
+  CHECK_EQUAL(complaint(device, {.ranks = 2}, kernel(fresh)), "");
+}
+
+void two_writes_are_a_race_too() {
+  Device device;
+  Buffer<float> x(32);
+  device.tensor("x", x.data, 32, false);
+  CHECK(has(complaint(device, {}, [&](Thread& m) { m.store(x.data + m.lane() / 2, 1.0f); }), "race, written"));
+}
+
+void a_barrier_left_out_is_a_race() {
+  Device device;
+  Buffer<float> y(64);
+  device.tensor("y", y.data, 64, false);
+  const auto kernel = [&](Thread& m) {
+    const auto values = m.shared<float>(64);
+    values[m.thread()] = 1;
+    m.sync_block();
+    m.store(y.data + m.thread(), static_cast<float>(values[63 - m.thread()]));
+  };
+  Grid grid{.threads = 64, .shared_bytes = 256};
+  const Report report = device.launch(grid, kernel);
+  CHECK_EQUAL(report.barriers.size(), 1u);
+  CHECK_EQUAL(report.barriers.begin()->second, 64);
+  CHECK_EQUAL(report.passed[kBlockScope], 1);
+  CHECK_EQUAL(report.shared_bytes, 256u);
+  const Site site = report.barriers.begin()->first;
+  grid.without = &site;
+  const std::string text = complaint(device, grid, kernel);
+  CHECK(has(text, "race") || has(text, "nothing was written"));
+}
+
+void threads_must_come_to_the_same_barrier() {
+  Device device;
+  const auto two_places = [](Thread& m) {
+    if (m.warp() == 0)
+      m.sync_block();
+    else
+      m.sync_block();
+  };
+  const auto one_warp_only = [](Thread& m) {
+    if (m.warp() == 0) m.sync_block();
+  };
+  const auto half_a_warp = [](Thread& m) {
+    if (m.lane() < 16) m.warp_sum(1);
+  };
+  CHECK(has(complaint(device, {.threads = 64}, two_places), "divergence"));
+  CHECK(has(complaint(device, {.threads = 64}, one_warp_only),
+            "deadlock: 32 threads have finished, 32 wait at the block barrier test_simt.cpp"));
+  CHECK(has(complaint(device, {}, half_a_warp), "deadlock"));
+}
+
+void sums_of_a_warp() {
+  Device device;
+  Buffer<float> y(64);
+  device.tensor("y", y.data, 64, false);
+  device.launch({.threads = 64}, [&](Thread& m) {
+    const float total = m.warp_sum(static_cast<float>(m.thread()));
+    m.store(y.data + m.thread(), total + m.warp_sum(1));
+  });
+  for (int k = 0; k < 64; ++k) CHECK_EQUAL(y.data[k], k < 32 ? 496.0f + 32 : 496.0f + 1024 + 32);
+}
+
+void the_order_of_threads_depends_on_the_seed_only() {
+  const auto order = [](uint64_t seed) {
+    Device device;
+    std::vector<int> seen;
+    device.launch({.teams = 3, .threads = 32, .seed = seed},
+                  [&](Thread& m) { seen.push_back(m.team() * 32 + m.lane()); });
+    return seen;
+  };
+  CHECK(order(1) == order(1));
+  CHECK(order(1) != order(2));
+}
+
+void many_blocks_at_once() {
+  Device device;
+  Buffer<float> y(132);
+  device.tensor("y", y.data, 132, false);
+  const Report report = device.launch({.teams = 4, .ranks = 33, .threads = 256, .cooperative = true}, [&](Thread& m) {
+    m.sync_team();
+    m.sync_grid();
+    if (m.thread() == 0) m.store(y.data + m.team() * m.ranks() + m.rank(), 1.0f);
+  });
+  CHECK_EQUAL(report.tensors.at("y").bytes_written, 528);
+  CHECK_EQUAL(report.passed[kTeamScope], 1);
+  CHECK_EQUAL(report.passed[kGridScope], 1);
+}
+
+}  // namespace
+
+int main() {
+  bytes_and_sectors_are_counted();
+  wide_accesses_move_sixteen_bytes();
+  strided_accesses_cost_a_sector_each();
+  accesses_out_of_bounds();
+  gaps_of_a_slice_are_not_to_be_touched();
+  reads_of_what_nothing_wrote();
+  a_barrier_must_cover_both_threads();
+  a_place_is_not_written_while_others_may_still_read_it();
+  what_another_block_wrote_is_loaded_afresh();
+  two_writes_are_a_race_too();
+  a_barrier_left_out_is_a_race();
+  threads_must_come_to_the_same_barrier();
+  sums_of_a_warp();
+  the_order_of_threads_depends_on_the_seed_only();
+  many_blocks_at_once();
+  return dia::test::failures == 0 ? 0 : 1;
+}

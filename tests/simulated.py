@@ -1,0 +1,362 @@
+"""The GPU kernels on the simulated machine: builds them, and launches them on torch's CPU tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dia_kernels import LSTMParameters, reference
+from dia_kernels.layout import output_format
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "simulated"
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+SHARED_BYTES = 227 << 10
+
+Tensors = dict[str, Tensor]
+
+
+@cache
+def machine() -> ModuleType:
+    """The built module; a second build is incremental."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler: the simulated GPU cannot be built")
+    import pybind11
+
+    environment = os.environ | {"PATH": os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))}
+    configure = [
+        *("cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD, "-DDIA_KERNELS_SIMULATED=ON"),
+        *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"),
+    ]
+    for command in (configure, ["cmake", "--build", BUILD]):
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = BUILD.glob("dia_simulated*.so")
+    spec = importlib.util.spec_from_file_location("dia_simulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem for the step's kernels, and how they are launched on it.
+
+    ``phase`` is how many elements past a 32-byte boundary each map begins, in the order of the maps of a kernel;
+    ``gap`` how many elements lie between its samples.
+    """
+
+    samples: int = 3
+    channels: int = 12
+    positions: int = 49
+    bottleneck: int = 3
+    dtype: torch.dtype = torch.float32
+    interleaved: bool = False
+    relu: bool = True
+    tanh: bool = False
+    state: bool = True
+    shortcut: bool = True
+    dy: bool = True
+    dstate: bool = True
+    need_x: bool = True
+    need_state: bool = True
+    teams: int = 1
+    ranks: int = 1
+    group: int = 1
+    quantum: int = 1
+    threads: int = 64
+    phase: tuple[int, ...] = (0,)
+    gap: int = 0
+    seed: int = 0
+
+    def numbers(self) -> dict[str, int]:
+        names = ("samples", "channels", "positions", "bottleneck", "interleaved", "relu", "teams", "ranks", "group",
+                 "quantum", "threads", "seed")  # fmt: skip
+        return {name: int(getattr(self, name)) for name in names} | {
+            "tanh_output": int(self.tanh),
+            "shared_bytes": SHARED_BYTES,
+        }
+
+    @property
+    def map_bytes(self) -> int:
+        return self.samples * self.channels * self.positions * torch.empty(0, dtype=self.dtype).element_size()
+
+
+@dataclass
+class Result:
+    """What a kernel found, what is true, and what the machine counted."""
+
+    found: Tensors
+    truth: Tensors
+    scales: dict[str, float]
+    report: dict[str, Any]
+
+
+def array(t: Tensor, defined: bool = True, shrink: tuple[int, int] = (0, 0)) -> Any:
+    """A tensor as the machine takes it: all of it, or without some elements at its begin and end."""
+    before, after = shrink
+    address = t.data_ptr() + before * t.element_size()
+    if t.dim() == 1 or before or after:
+        count = (t.stride(0) * (len(t) - 1) if len(t) else 0) + (t[0].numel() if len(t) else 0)
+        count -= before + after
+        return machine().Array(address, 1, count, count, defined)
+    row = t.shape[1:].numel()
+    return machine().Array(address, len(t), row, t.stride(0) if len(t) > 1 else row, defined)
+
+
+def placed(t: Tensor, phase: int, gap: int) -> Tensor:
+    """The map as rows of samples, its values ``phase`` elements past a sector's begin, ``gap`` elements between."""
+    rows, length, size = len(t), t.shape[1:].numel(), t.element_size()
+    memory = torch.zeros(rows * (length + gap) + phase + 32, dtype=t.dtype)
+    first = -(memory.data_ptr() // size) % (32 // size) + phase
+    view = memory[first : first + rows * (length + gap)].view(rows, length + gap)[:, :length]
+    return view.copy_(t.reshape(rows, length))
+
+
+class Problem:
+    """The tensors of a case, and the float64 truth of everything that its kernels make."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        n, c, m = case.samples, case.channels, case.bottleneck
+        g = torch.Generator().manual_seed(7)
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, generator=g)
+
+        shape = (n, case.positions, c) if case.interleaved else (n, c, case.positions)
+        self.maps = {name: draw(*shape).to(case.dtype) for name in ("x", "shortcut", "dy")}
+        sizes = ((m, c), (m,), (4 * c, m), (4 * c,)) * 2
+        self.parameters = LSTMParameters(*(draw(*size) / size[-1] ** 0.5 for size in sizes))
+        self.state = {"h": draw(n, c).sigmoid(), "c": draw(n, c)} if case.state else {}
+        self.dstate = {"dh": draw(n, c), "dc": draw(n, c)} if case.dstate else {}
+        wide = {k: v.double() for k, v in (self.maps | self.state | self.dstate).items()}
+        parameters = LSTMParameters(*(p.double() for p in self.parameters))
+        dim, output = -1 if case.interleaved else 1, "tanh" if case.tanh else "sigmoid"
+        y, p, trace = reference.traced_step(
+            wide["x"], wide["shortcut"] if case.shortcut else None, wide.get("h"), wide.get("c"), parameters, dim,
+            case.relu, output,
+        )  # fmt: skip
+        self.maps["y"] = y.to(case.dtype)
+        gates = torch.cat((trace.i, trace.f, trace.g, trace.o), 1)
+        self.tables = {"p": p, "zx": trace.zx, "zh": trace.zh, "gates": gates, "new_h": trace.h, "new_c": trace.c}
+        dx, dshortcut, _, dh, dc, dparameters = reference.step_backward(
+            wide["dy"] if case.dy else None, wide.get("dh"), wide.get("dc"), wide["x"],
+            self.maps["y"].double() if case.relu else None, wide.get("h"), wide.get("c"), trace.c, p, trace, parameters,
+            dim, output,
+        )  # fmt: skip
+        self.truth = self.tables | {"y": y, "dx": dx, "dshortcut": dshortcut, "old_dh": dh, "old_dc": dc}
+        self.truth |= {f"d_{name}": value for name, value in dparameters._asdict().items()}
+        self.scales = {name: value.abs().max().item() for name, value in self.truth.items()}
+        self._add_scales_of_what_cancels(parameters, wide.get("h"))
+
+    def _add_scales_of_what_cancels(self, parameters: LSTMParameters, h: Tensor | None) -> None:
+        """The gradients behind W2: sums of many terms of both signs, whose rounding is relative to the terms."""
+        du = self.truth["d_input_expand_bias"].abs().max() / max(self.case.samples, 1) ** 0.5
+        for path, first in (("input", self.tables["p"]), ("hidden", h)):
+            rows = getattr(parameters, f"{path}_expand_weight").abs().sum(0).max() * du
+            reduce = getattr(parameters, f"{path}_reduce_weight").abs().sum(0).max()
+            others = {f"d_{path}_reduce_bias": rows, ("dx" if path == "input" else "old_dh"): rows * reduce}
+            if first is not None:
+                others[f"d_{path}_reduce_weight"] = rows * first.abs().max()
+            for name, scale in others.items():
+                factor = max(self.case.positions, 1) if name == "dx" else 1
+                self.scales[name] = max(self.scales[name], scale.item() / factor)
+
+    def map(self, name: str, number: int) -> Tensor:
+        """A map as the kernels see it: that of the problem, or an empty one for a result."""
+        values = self.maps.get(name, torch.zeros_like(self.maps["x"]))
+        phase = self.case.phase[number % len(self.case.phase)]
+        return placed(values if name in self.maps else values.fill_(0), phase, self.case.gap)
+
+    def launch(self, kernel: str, given: Tensors, results: Tensors, shrink=None, without=None) -> Result:
+        """Runs ``kernel``; ``shrink`` lies about the extent of tensors, ``without`` leaves a barrier out."""
+        shrink = shrink or {}
+        arrays = {name: array(t, name in given, shrink.get(name, (0, 0))) for name, t in (given | results).items()}
+        report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, self.case.numbers(), without)
+        return Result({k: v for k, v in results.items() if k in self.truth}, self.truth, self.scales, report)
+
+    def weights(self) -> Tensors:
+        return dict(self.parameters._asdict())
+
+    def forward(self, **options) -> Result:
+        case = self.case
+        n, c, m = case.samples, case.channels, case.bottleneck
+        given = {"x": self.map("x", 0)} | self.state | self.weights()
+        if case.shortcut:
+            given["shortcut"] = self.map("shortcut", 1)
+        sizes = {"p": c, "zx": m, "zh": m, "gates": 4 * c, "new_h": c, "new_c": c}
+        results = {name: torch.zeros(n, size) for name, size in sizes.items()}
+        results["y"] = placed(torch.zeros_like(self.maps["x"]), case.phase[2 % len(case.phase)], case.gap)
+        return self.launch("step_forward", given, results, **options)
+
+    def backward(self, **options) -> Result:
+        case = self.case
+        n, c, m = case.samples, case.channels, case.bottleneck
+        given = {k: self.tables[k].float() for k in ("p", "zx", "zh", "gates", "new_c")} | self.dstate
+        given |= {k: v for k, v in self.weights().items() if k.endswith("weight")}
+        given["x"] = self.map("x", 0)
+        if case.state:
+            given["c"] = self.state["c"]
+        if case.dy:
+            given["dy"] = self.map("dy", 1)
+        if case.relu:
+            given["y"] = self.map("y", 2)
+        sizes = {"du": 4 * c, "dzx": m, "dzh": m}
+        if case.need_state:
+            sizes |= {"old_dh": c, "old_dc": c}
+        results = {name: torch.zeros(n, size) for name, size in sizes.items()}
+        results["partial"] = torch.zeros(case.teams * case.ranks * case.group * 2 * m)
+        blank = torch.zeros_like(self.maps["x"])
+        if case.need_x:
+            results["dx"] = placed(blank, case.phase[3 % len(case.phase)], case.gap)
+        if case.dy and case.shortcut and case.relu:
+            results["dshortcut"] = placed(blank, case.phase[4 % len(case.phase)], case.gap)
+        result = self.launch("step_backward", given, results, **options)
+        self.workspace = {k: results[k] for k in ("du", "dzx", "dzh")}
+        return result
+
+    def weight_gradients(self, **options) -> Result:
+        """After ``backward``, from what it left."""
+        h = self.state.get("h", torch.zeros(self.case.samples, self.case.channels))
+        given = self.workspace | {k: self.tables[k].float() for k in ("p", "zx", "zh")} | {"h": h}
+        results = {f"d_{k}": torch.zeros_like(v) for k, v in self.weights().items()}
+        return self.launch("weight_gradients", given, results, **options)
+
+
+def assert_right(case: Case, result: Result) -> None:
+    """Results within what float32 sums of so many terms, and one rounding to the map's type, may err."""
+    terms = max(case.positions, case.channels * 4, case.samples)
+    for name, value in result.found.items():
+        true = result.truth[name].reshape(value.shape)
+        bound = 4 * terms**0.5 * torch.finfo(torch.float32).eps
+        if value.dtype != torch.float32:
+            bound += torch.finfo(value.dtype).eps
+        error = (value.double() - true).abs().max().item() if value.numel() else 0.0
+        assert error <= bound * result.scales[name], (name, error, bound * result.scales[name])
+
+
+# --- the operators of the step, on the simulated GPU ---------------------------------------------------------
+
+
+def _flat(x: Tensor, channel_dim: int) -> tuple[Tensor, bool]:
+    """The map as (N, C, positions) or (N, positions, C), dense, and whether it is the latter."""
+    interleaved = channel_dim == -1 or output_format(x, channel_dim) != torch.contiguous_format
+    if not interleaved:
+        return x.contiguous().flatten(2), False
+    last = x if channel_dim == -1 else x.movedim(1, -1)
+    return last.contiguous().flatten(1, -2), True
+
+
+def _unflat(flat: Tensor, like: Tensor, channel_dim: int) -> Tensor:
+    """A result as a map shaped like ``like``, in its output format."""
+    if channel_dim == 1 and output_format(like, channel_dim) != torch.contiguous_format:
+        return flat.view(len(like), *like.shape[2:], like.shape[1]).movedim(-1, 1)
+    return flat.view(like.shape)
+
+
+@dataclass(frozen=True)
+class Teams:
+    """How ``step`` and ``step_backward`` are launched."""
+
+    ranks: int = 2
+    teams: int = 1
+    group: int = 2
+    threads: int = 64
+
+
+def _run(kernel: str, dtype: torch.dtype, given: Tensors, results: Tensors, numbers: dict[str, int]) -> None:
+    arrays = {name: array(t, name in given) for name, t in (given | results).items() if t is not None}
+    machine().launch(kernel, DTYPES[dtype], arrays, {"seed": 0, "shared_bytes": SHARED_BYTES, **numbers})
+
+
+def _numbers(flat: Tensor, interleaved: bool, m: int, relu: bool, tanh: bool, teams: Teams) -> dict[str, int]:
+    n, *others = flat.shape
+    positions, channels = others if interleaved else reversed(others)
+    return {
+        "samples": n, "channels": channels, "positions": positions, "interleaved": interleaved, "bottleneck": m,
+        "relu": relu, "tanh_output": tanh, "quantum": 1, **vars(teams),
+    }  # fmt: skip
+
+
+def step(x, shortcut, h, c, *rest, teams: Teams = Teams()) -> tuple[Tensor, ...]:
+    """``operators.step`` by the GPU kernels."""
+    *parameters, channel_dim, relu, tanh, keep_tables = rest
+    flat, interleaved = _flat(x, channel_dim)
+    m = len(parameters[0])
+    numbers = _numbers(flat, interleaved, m, relu, tanh, teams)
+    n, channels = numbers["samples"], numbers["channels"]
+    given = {"x": flat} | dict(zip(LSTMParameters._fields, (p.contiguous() for p in parameters), strict=True))
+    if shortcut is not None:
+        given["shortcut"] = _as_flat(shortcut, interleaved, channel_dim)
+    if h is not None:
+        given |= {"h": h.contiguous(), "c": c.contiguous()}
+    sizes = {"p": channels, "zx": m, "zh": m, "gates": 4 * channels, "new_h": channels, "new_c": channels}
+    results = {name: torch.zeros(n, size) for name, size in sizes.items()} | {"y": torch.zeros_like(flat)}
+    _run("step_forward", x.dtype, given, results, numbers)
+    tables = torch.cat([results[name].reshape(-1) for name in ("p", "zx", "zh", "gates")]) if keep_tables else None
+    new_h, new_c = results["new_h"], results["new_c"]
+    return _unflat(results["y"], x, channel_dim), new_h, new_c, new_h.new_empty(0) if tables is None else tables
+
+
+def _as_flat(t: Tensor, interleaved: bool, channel_dim: int) -> Tensor:
+    """Another map in the layout that the first was found in."""
+    if not interleaved:
+        return t.contiguous().flatten(2)
+    return (t if channel_dim == -1 else t.movedim(1, -1)).contiguous().flatten(1, -2)
+
+
+def step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest, teams: Teams = Teams()) -> tuple[Tensor, ...]:
+    """``operators.step_backward`` by the GPU kernels."""
+    *weights, channel_dim, relu, tanh, need_x, need_shortcut, need_state, need_parameters = rest
+    flat, interleaved = _flat(x, channel_dim)
+    m = len(weights[0])
+    numbers = _numbers(flat, interleaved, m, relu, tanh, teams)
+    n, channels = numbers["samples"], numbers["channels"]
+    parts = tables.split([n * channels, n * m, n * m, n * channels * 4])
+    names = ("p", "zx", "zh", "gates")
+    given = {name: part.view(n, -1) for name, part in zip(names, parts, strict=True)} | {"new_c": new_c.contiguous()}
+    weight_names = [name for name in LSTMParameters._fields if name.endswith("weight")]
+    given |= dict(zip(weight_names, (w.contiguous() for w in weights), strict=True))
+    given |= {name: t.contiguous() for name, t in (("dh", dh), ("dc", dc), ("c", c)) if t is not None}
+    maps = {"x": x, "dy": dy, "y": y if relu and dy is not None else None}
+    given |= {name: _as_flat(t, interleaved, channel_dim) for name, t in maps.items() if t is not None}
+    numbers["relu"] = relu and dy is not None
+    results = {name: torch.zeros(n, size) for name, size in (("du", 4 * channels), ("dzx", m), ("dzh", m))}
+    results["partial"] = torch.zeros(teams.teams * teams.ranks * teams.group * 2 * m)
+    if need_state:
+        results |= {"old_dh": torch.zeros(n, channels), "old_dc": torch.zeros(n, channels)}
+    if need_x:
+        results["dx"] = torch.zeros_like(flat)
+    if need_shortcut:
+        results["dshortcut"] = torch.zeros_like(flat)
+    _run("step_backward", x.dtype, given, results, numbers)
+    nothing = new_c.new_empty
+    gradients = {f"d_{name}": nothing(0) for name in LSTMParameters._fields}
+    if need_parameters:
+        sizes = ((m, channels), (m,), (4 * channels, m), (4 * channels,)) * 2
+        gradients = {name: torch.zeros(size) for name, size in zip(gradients, sizes, strict=True)}
+        state = torch.zeros(n, channels) if h is None else h.contiguous()
+        left = {k: results[k] for k in ("du", "dzx", "dzh")} | {k: given[k] for k in ("p", "zx", "zh")} | {"h": state}
+        _run("weight_gradients", torch.float32, left, gradients, numbers)
+    return (
+        _unflat(results["dx"], x, channel_dim) if need_x else x.new_empty(0),
+        _unflat(results["dshortcut"], x, channel_dim) if need_shortcut else x.new_empty(0),
+        *((results["old_dh"], results["old_dc"]) if need_state else (nothing(0), nothing(0))),
+        *gradients.values(),
+    )

@@ -1,0 +1,189 @@
+"""The sweeps of the split step and of the folded batch norm, on the simulated GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import simulated
+import torch
+from simulated import DTYPES, array, placed
+from torch import Tensor
+
+SHAPES = [(3, 12, 49), (2, 25, 9), (1, 3, 300), (2, 1, 1), (2, 70, 6)]
+LAYOUTS = [False, True]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the maps of a problem lie, and the tiles that a launch takes."""
+
+    samples: int
+    channels: int
+    positions: int
+    dtype: torch.dtype = torch.float32
+    interleaved: bool = False
+    tile: tuple[int, int] = (4, 10**6)
+    phase: int = 0
+    gap: int = 0
+    blocks: int = 3
+    threads: int = 64
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """A map (N, C, positions) whose values the dtype holds."""
+        t = torch.randn(self.samples, self.channels, self.positions, generator=generator)
+        return t.to(self.dtype).double()
+
+    def rows(self, values: Tensor, number: int) -> Tensor:
+        """The map as the kernels see it, each one at another phase."""
+        values = values.movedim(1, 2) if self.interleaved else values
+        return placed(values.to(self.dtype).contiguous(), (self.phase * number) % 16, self.gap)
+
+    def back(self, rows: Tensor) -> Tensor:
+        shape = (self.samples, self.channels, self.positions)
+        if self.interleaved:
+            return rows.reshape(self.samples, self.positions, self.channels).movedim(2, 1).double()
+        return rows.reshape(shape).double()
+
+    def launch(self, kernel: str, maps: Tensors, tables: Tensors, results: Tensors, relu: bool = False, without=None):
+        channels, positions = self.tile
+        numbers = {
+            "samples": self.samples, "channels": self.channels, "positions": self.positions, "relu": relu,
+            "interleaved": self.interleaved, "teams": self.blocks, "ranks": 1, "threads": self.threads, "seed": 1,
+            "tile_channels": min(channels, self.channels), "tile_positions": min(positions, self.positions),
+            "shared_bytes": simulated.SHARED_BYTES,
+        }  # fmt: skip
+        given = {name: self.rows(t, k) for k, (name, t) in enumerate(maps.items())}
+        given |= {name: t.float() for name, t in tables.items()}
+        arrays = {name: array(t, name in given) for name, t in (given | results).items()}
+        return simulated.machine().launch(kernel, DTYPES[self.dtype], arrays, numbers, without)
+
+
+def layouts(shape) -> list[Layout]:
+    found = []
+    for dtype in DTYPES:
+        for interleaved in LAYOUTS:
+            found.append(Layout(*shape, dtype, interleaved))
+            found.append(Layout(*shape, dtype, interleaved, tile=(5, 7) if interleaved else (1, 33), phase=3, gap=5))
+    return found
+
+
+def assert_near(found: Tensor, true: Tensor, dtype: torch.dtype, terms: int) -> None:
+    scale = max(true.abs().max().item(), 1e-3)
+    bound = 8 * terms**0.5 * torch.finfo(torch.float32).eps + (0 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    assert (found.double() - true).abs().max().item() <= bound * scale
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["pool", "moments", "gradient", "masked gradient with g", "g alone"])
+def test_reduce(shape, kind):
+    for layout in layouts(shape):
+        g = torch.Generator().manual_seed(0)
+        x, dy, y = (layout.draw(g) for _ in range(3))
+        shift = torch.randn(layout.channels, generator=g).double()
+        maps, tables = {"x": x}, {}
+        found = {name: torch.zeros(layout.samples, layout.channels) for name in ("sum", "product")}
+        d, masked = x, dy
+        if kind in ("moments", "masked gradient with g"):
+            tables["shift"] = shift.float().double()
+            d = x - tables["shift"][:, None]
+        if "gradient" in kind or "alone" in kind:
+            maps["dy"] = dy
+        if "masked" in kind or "alone" in kind:
+            maps["y"] = y
+            masked = dy * (y > 0)
+        if kind == "pool":
+            del found["product"]
+        if kind == "gradient":
+            del found["sum"]
+        if kind == "g alone":
+            found, maps = {}, {"dy": dy, "y": y}
+        results = dict(found)
+        if kind in ("masked gradient with g", "g alone"):
+            results["g"] = placed(torch.zeros_like(layout.rows(x, 0)), 0, layout.gap)
+        report = layout.launch("reduce", maps, tables, results)
+        with_g = "dy" in maps
+        true = {"sum": (masked if with_g else d).sum(2), "product": (d * masked if with_g else d * d).sum(2)}
+        scales = {
+            "sum": (masked if with_g else d).abs().sum(2),
+            "product": (d * masked if with_g else d * d).abs().sum(2),
+        }
+        for name, value in found.items():
+            error = (value - true[name]).abs()
+            bound = 4 * layout.positions**0.5 * torch.finfo(torch.float32).eps * scales[name]
+            assert bool((error <= bound + 1e-30).all()), (name, layout)
+        if "g" in results:
+            assert torch.equal(layout.back(results["g"]), masked)
+        bytes_of_map = x.numel() * torch.empty(0, dtype=layout.dtype).element_size()
+        for name in maps:
+            assert report["tensors"][name][0] == bytes_of_map, name
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["rescale", "normalise", "spread", "spread through the norm", "offset alone"])
+def test_spread(shape, kind):
+    for layout in layouts(shape):
+        g = torch.Generator().manual_seed(0)
+        x, dy, y, s = (layout.draw(g) for _ in range(4))
+        n, c = layout.samples, layout.channels
+        scale, offset = (torch.randn(n, c, generator=g).double() for _ in range(2))
+        shift, slope = (torch.randn(c, generator=g).double() for _ in range(2))
+        relu = kind in ("rescale", "normalise")
+        if kind == "rescale":
+            maps, tables = {"x": x, "shortcut": s}, {"scale": scale}
+            true = (x * scale[..., None] + s).relu()
+        elif kind == "normalise":
+            maps, tables = {"x": x, "shortcut": s}, {"scale": scale, "offset": offset, "shift": shift}
+            true = ((x - shift[:, None]) * scale[..., None] + offset[..., None] + s).relu()
+        elif kind == "spread":
+            maps, tables = {"dy": dy, "y": y}, {"scale": scale, "offset": offset}
+            true = dy * (y > 0) * scale[..., None] + offset[..., None]
+        elif kind == "offset alone":
+            maps, tables = {}, {"offset": offset}
+            true = offset[..., None].expand_as(x)
+        else:
+            maps, tables = {"dy": dy, "x": x}, {"scale": scale, "offset": offset, "shift": shift, "slope": slope}
+            true = dy * scale[..., None] + (x - shift[:, None]) * slope[:, None] + offset[..., None]
+        out = placed(torch.zeros_like(layout.rows(x, 0)), 7 * (layout.phase > 0), layout.gap)
+        report = layout.launch("spread", maps, tables, {"out": out}, relu)
+        assert_near(layout.back(out), true, layout.dtype, 4)
+        bytes_of_map = x.numel() * torch.empty(0, dtype=layout.dtype).element_size()
+        for name in maps:
+            assert report["tensors"][name][:2] == (bytes_of_map, 0), name
+        assert report["tensors"]["out"][:2] == (0, bytes_of_map)
+
+
+@pytest.mark.parametrize("interleaved", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sectors(dtype, interleaved):
+    """On aligned maps no sector is read twice; on 7 x 7 positions few are."""
+    for positions, most in ((64, 1.0), (49, 1.06 if dtype == torch.float32 else 1.2)):
+        layout = Layout(2, 64, positions, dtype, interleaved, tile=(32, 10**6))
+        x = layout.draw(torch.Generator().manual_seed(0))
+        bytes_of_map = x.numel() * torch.empty(0, dtype=dtype).element_size()
+        tables = {name: torch.zeros(2, 64) for name in ("sum", "product")}
+        read = layout.launch("reduce", {"x": x}, {}, tables)["tensors"]["x"]
+        out = layout.rows(x * 0, 0)
+        written = layout.launch("spread", {"x": x}, {"scale": torch.ones(2, 64)}, {"out": out})["tensors"]
+        for sectors in (read[2], written["x"][2], written["out"][3]):
+            assert 32 * sectors <= most * bytes_of_map + 31, (positions, 32 * sectors / bytes_of_map)
+
+
+def test_each_barrier_is_needed():
+    layout = Layout(2, 70, 40, interleaved=True, tile=(70, 16), blocks=1)
+    x = layout.draw(torch.Generator().manual_seed(0))
+
+    def run(without=None):
+        found = {name: torch.zeros(2, 70) for name in ("sum", "product")}
+        return layout.launch("reduce", {"x": x}, {}, found, without=without)
+
+    places = [
+        place
+        for place in run()["barriers"]
+        if "sync" in (simulated.ROOT / place[0]).read_text().splitlines()[place[1] - 1]
+    ]
+    assert places
+    for place in places:
+        with pytest.raises(simulated.machine().LaunchError):
+            run(place)
