@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "simulated"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 SHARED_BYTES = 227 << 10
+#: Of a block of ``weight_gradients``, which is compiled for so many.
+WEIGHT_THREADS = 128
 
 Tensors = dict[str, Tensor]
 
@@ -108,15 +110,10 @@ class Result:
 
 
 def array(t: Tensor, defined: bool = True, shrink: tuple[int, int] = (0, 0)) -> Any:
-    """A tensor as the machine takes it: all of it, or without some elements at its begin and end."""
-    before, after = shrink
-    address = t.data_ptr() + before * t.element_size()
-    if t.dim() == 1 or before or after:
-        count = (t.stride(0) * (len(t) - 1) if len(t) else 0) + (t[0].numel() if len(t) else 0)
-        count -= before + after
-        return machine().Array(address, 1, count, count, defined)
-    row = t.shape[1:].numel()
-    return machine().Array(address, len(t), row, t.stride(0) if len(t) > 1 else row, defined)
+    """A tensor as the machine takes it; ``shrink`` hides some elements at its begin and its end."""
+    rows, length = (1, t.numel()) if t.dim() == 1 else (len(t), t.shape[1:].numel())
+    stride = t.stride(0) if rows > 1 else length
+    return machine().Array(t.data_ptr(), rows, length, stride, defined, *shrink)
 
 
 def placed(t: Tensor, phase: int, gap: int) -> Tensor:
@@ -188,7 +185,8 @@ class Problem:
         """Runs ``kernel``; ``shrink`` lies about the extent of tensors, ``without`` leaves a barrier out."""
         shrink = shrink or {}
         arrays = {name: array(t, name in given, shrink.get(name, (0, 0))) for name, t in (given | results).items()}
-        report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, self.case.numbers(), without)
+        numbers = self.case.numbers() | ({"threads": WEIGHT_THREADS} if kernel == "weight_gradients" else {})
+        report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, numbers, without)
         return Result({k: v for k, v in results.items() if k in self.truth}, self.truth, self.scales, report)
 
     def weights(self) -> Tensors:
@@ -353,7 +351,7 @@ def step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest, teams: Teams = T
         gradients = {name: torch.zeros(size) for name, size in zip(gradients, sizes, strict=True)}
         state = torch.zeros(n, channels) if h is None else h.contiguous()
         left = {k: results[k] for k in ("du", "dzx", "dzh")} | {k: given[k] for k in ("p", "zx", "zh")} | {"h": state}
-        _run("weight_gradients", torch.float32, left, gradients, numbers)
+        _run("weight_gradients", torch.float32, left, gradients, numbers | {"threads": WEIGHT_THREADS})
     return (
         _unflat(results["dx"], x, channel_dim) if need_x else x.new_empty(0),
         _unflat(results["dshortcut"], x, channel_dim) if need_shortcut else x.new_empty(0),

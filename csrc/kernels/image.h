@@ -87,104 +87,108 @@ DIA_DEVICE bool aligned_runs(const MapSize& size, Part channels, const T* data, 
   return aligned_runs(size, channels, {0, size.positions}, data, stride);
 }
 
-// A slot of a sample's image: elements [begin, end) of run `number`, of which the pack at `place` begins with `begin`
-// unless it is incomplete.
+// Whether packs of both maps lie at the same places of every run.
+template <class A, class B>
+DIA_DEVICE bool alike(const Samples<A>& a, const Samples<B>& b) {
+  constexpr int kPack = Pack<A>::size;
+  return Image<std::remove_const_t<A>>::phase(a.data) == Image<std::remove_const_t<A>>::phase(b.data) &&
+         (a.stride - b.stride) % kPack == 0;
+}
+
+// Where an element, or the first one of a pack, is: sample `index` of those at hand, `offset` elements into the sample,
+// element `element` of its run, `place` in the image.
+struct Place {
+  int index;
+  int64_t offset;
+  int element, place;
+
+  DIA_DEVICE Place next(int k) const { return {index, offset + k, element + k, place + k}; }
+  template <class E>
+  DIA_DEVICE E* in(const Samples<E>& map, int64_t sample) const {
+    return map.data + (sample + index) * map.stride + offset;
+  }
+};
+
+// A slot: its elements [begin, end) from `place` on, which is where the pack begins if it is whole.
 struct Slot {
-  int run, begin, end, place;
+  Place place;
+  int begin, end;
   bool whole;
 };
 
-template <class T>
-DIA_DEVICE Slot slot_of(const Image<T>& image, const T* sample, int number) {
-  const int packs = image.pitch / Image<T>::kPack;
-  const int run = number / packs, pack = number - run * packs;
-  const int phase = Image<T>::phase(image.run(sample, run));
-  const int from = pack * Image<T>::kPack - phase, to = from + Image<T>::kPack;
-  const int begin = from > 0 ? from : 0, end = to < image.length ? to : image.length;
-  return {run, begin, end, run * image.pitch + phase + begin, from >= 0 && to <= image.length};
+// Slot `number` of the samples from `sample` on. Phases are those of `like`.
+template <class T, class Like>
+DIA_DEVICE Slot slot_of(const Image<T>& image, const Samples<Like>& like, int64_t sample, int number) {
+  const int per_run = image.pitch / Image<T>::kPack, slots = image.slots();
+  const int index = number / slots, rest = number - index * slots;
+  const int run = rest / per_run, pack = rest - run * per_run;
+  const int64_t offset = image.first + run * image.step;
+  const int phase = Image<T>::phase(like.data + (sample + index) * like.stride + offset);
+  const int from = pack * Image<T>::kPack - phase, left = image.length - from;
+  return {{index, offset + from, from, index * image.elements() + run * image.pitch + phase + from},
+          from < 0 ? -from : 0,
+          left < Image<T>::kPack ? left : Image<T>::kPack,
+          from >= 0 && left >= Image<T>::kPack};
 }
 
-// Whether packs of `other` lie where those of `sample` do.
-template <class T>
-DIA_DEVICE bool same_phase(const Image<T>& image, const T* sample, const T* other, int run) {
-  return Image<T>::phase(image.run(sample, run)) == Image<T>::phase(image.run(other, run));
+// Shares the slots of `count` samples among the block's threads, always in the same way. `whole(place)` gets those that
+// are a pack in memory, if `packs`; `single(place)` each element of the others.
+template <class M, class T, class Like, class Whole, class Single>
+DIA_DEVICE void for_slots(M& m, const Image<T>& image, const Samples<Like>& like, int64_t sample, int count, bool packs,
+                          Whole whole, Single single) {
+  const int total = count * image.slots();
+  for (int number = m.thread(); number < total; number += m.threads()) {
+    const Slot slot = slot_of(image, like, sample, number);
+    if (packs && slot.whole)
+      whole(slot.place);
+    else
+      for (int k = slot.begin; k < slot.end; ++k) single(slot.place.next(k));
+  }
 }
 
-// Elements of `from` in a slot of the image of `like`, the first ones of the result.
-template <class M, class T>
-DIA_DEVICE Pack<T> load_slot(M& m, const Image<T>& image, const T* like, const T* from, const Slot& slot) {
-  const T* at = image.run(from, slot.run) + slot.begin;
-  if (slot.whole && same_phase(image, like, from, slot.run)) return m.load_pack(at);
-  Pack<T> pack;
-  DIA_UNROLL
-  for (int k = 0; k < Image<T>::kPack; ++k)
-    if (slot.begin + k < slot.end) pack.values[k] = m.load(at + k);
-  return pack;
-}
+// The owned channel of an element, and then of its successors: a division once, not for each.
+struct ChannelWalk {
+  int channel, left, period;
 
-// The same of g = dy, where y > 0 if there is a y: the gradient before the ReLU that made y. NaN in y passes it.
-template <class M, class T>
-DIA_DEVICE Pack<T> masked_slot(M& m, const Image<T>& image, const T* like, const T* dy, const T* y, const Slot& slot) {
-  Pack<T> pack = load_slot(m, image, like, dy, slot);
-  if (y == nullptr) return pack;
-  const Pack<T> mask = load_slot(m, image, like, y, slot);
-  DIA_UNROLL
-  for (int k = 0; k < Image<T>::kPack; ++k)
-    if (slot.begin + k < slot.end && M::widen(mask.values[k]) <= 0.0f) pack.values[k] = M::template narrow<T>(0.0f);
-  return pack;
-}
+  template <class T>
+  DIA_DEVICE ChannelWalk(const Image<T>& image, int element)
+      : channel(image.channel_at(element)),
+        left(image.interleaved ? 1 : (channel + 1) * image.positions - element),
+        period(image.interleaved ? 1 : image.positions) {}
+  DIA_DEVICE void next() {
+    if (--left > 0) return;
+    ++channel;
+    left = period;
+  }
+};
 
-template <class M, class T>
-DIA_DEVICE void store_slot(M& m, const Image<T>& image, const T* like, T* to, const Slot& slot, const Pack<T>& pack) {
-  T* at = image.run(to, slot.run) + slot.begin;
-  if (slot.whole && same_phase(image, like, static_cast<const T*>(to), slot.run)) return m.store_pack(at, pack);
-  DIA_UNROLL
-  for (int k = 0; k < Image<T>::kPack; ++k)
-    if (slot.begin + k < slot.end) m.store(at + k, pack.values[k]);
-}
-
-template <class Array, class T>
-DIA_DEVICE Pack<T> image_slot(const Array& memory, int base, const Slot& slot, const Image<T>&) {
-  if (slot.whole) return memory.pack(base + slot.place);
-  Pack<T> pack;
-  DIA_UNROLL
-  for (int k = 0; k < Image<T>::kPack; ++k)
-    if (slot.begin + k < slot.end) pack.values[k] = memory[base + slot.place + k];
-  return pack;
-}
-
-template <class Array, class T>
-DIA_DEVICE void set_image_slot(const Array& memory, int base, const Slot& slot, const Pack<T>& pack) {
-  if (slot.whole) return memory.set_pack(base + slot.place, pack);
-  DIA_UNROLL
-  for (int k = 0; k < Pack<T>::size; ++k)
-    if (slot.begin + k < slot.end) memory[base + slot.place + k] = pack.values[k];
-}
-
-// Copies the owned part of `count` samples of `map`, from `sample` on, into `memory`, an image after the other.
-// Loads come in batches before the first of them is used.
+// Copies the owned part of `count` samples of `map`, from `sample` on, into `memory`, an image after the other. Loads
+// come in batches before the first of them is used.
 template <class M, class T, class Array>
 DIA_DEVICE void copy_in(M& m, const Image<T>& image, const Samples<const T>& map, int64_t sample, int count,
                         const Array& memory) {
-  constexpr int kBatch = 4;
-  const int slots = image.slots(), total = count * slots;
+  constexpr int kBatch = 2;
+  const int total = count * image.slots();
   for (int first = m.thread(); first < total; first += kBatch * m.threads()) {
     Pack<T> packs[kBatch];
+    int places[kBatch];
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
+      places[b] = -1;
       const int number = first + b * m.threads();
       if (number >= total) continue;
-      const T* at = map.data + (sample + number / slots) * map.stride;
-      packs[b] = load_slot(m, image, at, at, slot_of(image, at, number % slots));
+      const Slot slot = slot_of(image, map, sample, number);
+      if (slot.whole) {
+        packs[b] = m.load_pack(slot.place.in(map, sample));
+        places[b] = slot.place.place;
+      } else {
+        for (int k = slot.begin; k < slot.end; ++k)
+          memory[slot.place.place + k] = m.load(slot.place.next(k).in(map, sample));
+      }
     }
     DIA_UNROLL
-    for (int b = 0; b < kBatch; ++b) {
-      const int number = first + b * m.threads();
-      if (number >= total) continue;
-      const int index = number / slots;
-      const T* at = map.data + (sample + index) * map.stride;
-      set_image_slot(memory, index * image.elements(), slot_of(image, at, number % slots), packs[b]);
-    }
+    for (int b = 0; b < kBatch; ++b)
+      if (places[b] >= 0) memory.set_pack(places[b], packs[b]);
   }
 }
 

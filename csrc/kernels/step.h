@@ -56,6 +56,17 @@ struct StepBackward {
   float *old_dh, *old_dc;  // null: not wanted
 };
 
+// Zero where the ReLU that made y let nothing through: where y <= 0, so that NaN passes.
+template <class M, class T>
+DIA_DEVICE void mask(T& g, T y) {
+  if (M::widen(y) <= 0.0f) g = M::template narrow<T>(0.0f);
+}
+template <class M, class T>
+DIA_DEVICE void mask_pack(Pack<T>& g, const Pack<T>& y) {
+  DIA_UNROLL
+  for (int k = 0; k < Pack<T>::size; ++k) mask<M>(g.values[k], y.values[k]);
+}
+
 // The state h' from the gates and c'.
 template <class M>
 DIA_DEVICE float hidden_of(float o, float new_c, bool tanh_output) {

@@ -12,21 +12,27 @@
 
 namespace dia::kernels {
 
-// g of the owned channels into the image, and as dshortcut. The image's phases are those of dx.
+// g of the owned channels into the image, with the phases of `like`, and as dshortcut.
 template <class M, class T, class Array>
-DIA_DEVICE void mask_gradient(M& m, const StepBackward<T>& args, const Image<T>& image, int64_t sample, int count,
-                              const T* like, int64_t like_stride, const Array& memory) {
-  const int slots = image.slots();
-  for (int number = m.thread(); number < count * slots; number += m.threads()) {
-    const int index = number / slots;
-    const T* at = like + (sample + index) * like_stride;
-    const Slot slot = slot_of(image, at, number - index * slots);
-    const Pack<T> pack = masked_slot(m, image, at, args.dy.data + (sample + index) * args.dy.stride,
-                                     args.relu ? args.y.data + (sample + index) * args.y.stride : nullptr, slot);
-    set_image_slot(memory, index * image.elements(), slot, pack);
-    if (args.dshortcut.data != nullptr)
-      store_slot(m, image, at, args.dshortcut.data + (sample + index) * args.dshortcut.stride, slot, pack);
-  }
+DIA_DEVICE void mask_gradient(M& m, const StepBackward<T>& args, const Image<T>& image, const Samples<const T>& like,
+                              int64_t sample, int count, const Array& memory) {
+  const bool written = args.dshortcut.data != nullptr;
+  const bool packs =
+      alike(like, args.dy) && (!args.relu || alike(like, args.y)) && (!written || alike(like, args.dshortcut));
+  for_slots(
+      m, image, like, sample, count, packs,
+      [&](const Place& at) {
+        Pack<T> g = m.load_pack(at.in(args.dy, sample));
+        if (args.relu) mask_pack<M>(g, m.load_pack(at.in(args.y, sample)));
+        memory.set_pack(at.place, g);
+        if (written) m.store_pack(at.in(args.dshortcut, sample), g);
+      },
+      [&](const Place& at) {
+        T g = m.load(at.in(args.dy, sample));
+        if (args.relu) mask<M>(g, m.load(at.in(args.y, sample)));
+        memory[at.place] = g;
+        if (written) m.store(at.in(args.dshortcut, sample), g);
+      });
 }
 
 // Gradients of the owned channels' pre-activations and old c; h' and du also on chip, by index and owned channel.
@@ -67,27 +73,32 @@ DIA_DEVICE void gate_gradients(M& m, const StepBackward<T>& args, Part owned, in
   }
 }
 
-// dx of the owned channels, from the image of g, h' and dp / HW.
+// dx of the owned channels, from the image of g (which has the phases of dx), h' and dp / HW.
 template <class M, class T, class Array, class Floats>
 DIA_DEVICE void spread_gradient(M& m, const StepBackward<T>& args, const Image<T>& image, int64_t sample, int count,
                                 const Array& memory, const Floats& hidden, const Floats& pooled) {
-  const int slots = image.slots(), owned = image.channels.size();
-  for (int number = m.thread(); number < count * slots; number += m.threads()) {
-    const int index = number / slots;
-    T* to = args.dx.data + (sample + index) * args.dx.stride;
-    const Slot slot = slot_of(image, static_cast<const T*>(to), number - index * slots);
-    Pack<T> pack;
-    if (args.dy.data != nullptr) pack = image_slot(memory, index * image.elements(), slot, image);
-    DIA_UNROLL
-    for (int k = 0; k < Pack<T>::size; ++k) {
-      if (slot.begin + k >= slot.end) continue;
-      const int channel = index * owned + image.channel_at(slot.begin + k);
-      float value = pooled[channel];
-      if (args.dy.data != nullptr) value += M::widen(pack.values[k]) * hidden[channel];
-      pack.values[k] = M::template narrow<T>(value);
-    }
-    store_slot(m, image, static_cast<const T*>(to), to, slot, pack);
-  }
+  const int owned = image.channels.size();
+  const bool has_g = args.dy.data != nullptr;
+  const auto value = [&](T g, int channel) {
+    const float shared = pooled[channel];
+    return M::template narrow<T>(has_g ? M::widen(g) * hidden[channel] + shared : shared);
+  };
+  for_slots(
+      m, image, args.dx, sample, count, true,
+      [&](const Place& at) {
+        Pack<T> pack{};
+        if (has_g) pack = memory.pack(at.place);
+        ChannelWalk walk(image, at.element);
+        DIA_UNROLL
+        for (int k = 0; k < Pack<T>::size; ++k, walk.next())
+          pack.values[k] = value(pack.values[k], at.index * owned + walk.channel);
+        m.store_pack(at.in(args.dx, sample), pack);
+      },
+      [&](const Place& at) {
+        T g{};
+        if (has_g) g = memory[at.place];
+        m.store(at.in(args.dx, sample), value(g, at.index * owned + image.channel_at(at.element)));
+      });
 }
 
 template <class M, class T>
@@ -95,11 +106,10 @@ DIA_DEVICE void step_backward(M& m, const StepBackward<T>& args) {
   const MapSize& size = args.size;
   const Part owned = part_of(size.channels, m.rank(), m.ranks(), args.teams.quantum);
   // The image of g has the phases of dx, or where that is not wanted of dy.
-  const T* like = args.dx.data != nullptr ? args.dx.data : args.dy.data;
-  const int64_t like_stride = args.dx.data != nullptr ? args.dx.stride : args.dy.stride;
+  const Samples<const T> like = args.dx.data != nullptr ? Samples<const T>{args.dx.data, args.dx.stride} : args.dy;
   const Image<T> image(
       size, owned,
-      aligned_runs(size, owned, like, like_stride) && aligned_runs(size, owned, args.x.data, args.x.stride));
+      aligned_runs(size, owned, like.data, like.stride) && aligned_runs(size, owned, args.x.data, args.x.stride));
   const int group = args.teams.group, channels = size.channels, bottleneck = args.bottleneck, width = owned.size();
   const Part columns = part_of(2 * bottleneck, m.rank(), m.ranks());
   const int most = group * (width > 2 * bottleneck ? width : 2 * bottleneck);
@@ -115,10 +125,11 @@ DIA_DEVICE void step_backward(M& m, const StepBackward<T>& args) {
        sample += static_cast<int64_t>(m.teams()) * group) {
     const int count = size.samples - sample < group ? static_cast<int>(size.samples - sample) : group;
     if (args.dy.data != nullptr) {
-      mask_gradient(m, args, image, sample, count, like, like_stride, memory);
+      mask_gradient(m, args, image, like, sample, count, memory);
       for (int index = 0; index < count; ++index) {
         copy_in(m, image, args.x, sample + index, 1, stage);
-        const T *g_at = like + (sample + index) * like_stride, *x_at = args.x.data + (sample + index) * args.x.stride;
+        const T *g_at = like.data + (sample + index) * like.stride,
+                *x_at = args.x.data + (sample + index) * args.x.stride;
         sum_positions(m, image, 1, scratch, sums, index, [&](int, int channel, int position) {
           const T g = memory[index * image.elements() + image.place_of(g_at, owned.begin + channel, position)];
           const T x = stage[image.place_of(x_at, owned.begin + channel, position)];
@@ -137,7 +148,6 @@ DIA_DEVICE void step_backward(M& m, const StepBackward<T>& args) {
       };
     };
     const auto own_du = [&](int index, int row) { return static_cast<float>(du[index * 4 * width + row]); };
-    DIA_UNROLL
     for (int path = 0; path < 2; ++path)
       sum_columns(m, bottleneck, 4 * width, count, scratch, own_du,
                   own_row(path == 0 ? args.weights.input_expand : args.weights.hidden_expand),

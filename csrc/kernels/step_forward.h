@@ -81,25 +81,32 @@ DIA_DEVICE void make_gates(M& m, const StepForward<T>& args, Part owned, int64_t
 template <class M, class T, class Array, class Floats>
 DIA_DEVICE void rescale(M& m, const StepForward<T>& args, const Image<T>& image, int64_t sample, int count,
                         const Array& memory, const Floats& hidden) {
-  const int slots = image.slots(), owned = image.channels.size();
-  for (int number = m.thread(); number < count * slots; number += m.threads()) {
-    const int index = number / slots;
-    const T* like = args.x.data + (sample + index) * args.x.stride;
-    const Slot slot = slot_of(image, like, number - index * slots);
-    Pack<T> added;
-    if (args.shortcut.data != nullptr)
-      added = load_slot(m, image, like, args.shortcut.data + (sample + index) * args.shortcut.stride, slot);
-    Pack<T> pack = image_slot(memory, index * image.elements(), slot, image);
-    DIA_UNROLL
-    for (int k = 0; k < Pack<T>::size; ++k) {
-      if (slot.begin + k >= slot.end) continue;
-      float value = M::widen(pack.values[k]) * hidden[index * owned + image.channel_at(slot.begin + k)];
-      if (args.shortcut.data != nullptr) value += M::widen(added.values[k]);
-      if (args.relu && value <= 0.0f) value = 0.0f;  // not a maximum: NaN passes
-      pack.values[k] = M::template narrow<T>(value);
-    }
-    store_slot(m, image, like, args.y.data + (sample + index) * args.y.stride, slot, pack);
-  }
+  const int owned = image.channels.size();
+  const bool added = args.shortcut.data != nullptr;
+  const bool packs = alike(args.x, args.y) && (!added || alike(args.x, args.shortcut));
+  const auto value = [&](T x, T shortcut, float scale) {
+    float y = M::widen(x) * scale;
+    if (added) y += M::widen(shortcut);
+    return M::template narrow<T>(args.relu && y <= 0.0f ? 0.0f : y);  // not a maximum: NaN passes
+  };
+  for_slots(
+      m, image, args.x, sample, count, packs,
+      [&](const Place& at) {
+        Pack<T> shortcut{};
+        if (added) shortcut = m.load_pack(at.in(args.shortcut, sample));
+        Pack<T> pack = memory.pack(at.place);
+        ChannelWalk walk(image, at.element);
+        DIA_UNROLL
+        for (int k = 0; k < Pack<T>::size; ++k, walk.next())
+          pack.values[k] = value(pack.values[k], shortcut.values[k], hidden[at.index * owned + walk.channel]);
+        m.store_pack(at.in(args.y, sample), pack);
+      },
+      [&](const Place& at) {
+        T shortcut{};
+        if (added) shortcut = m.load(at.in(args.shortcut, sample));
+        m.store(at.in(args.y, sample),
+                value(memory[at.place], shortcut, hidden[at.index * owned + image.channel_at(at.element)]));
+      });
 }
 
 template <class M, class T>

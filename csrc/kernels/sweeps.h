@@ -9,7 +9,7 @@
 // written once; a planar tile is one run, so that odd channels cost no sector twice but at its ends.
 #pragma once
 
-#include "sums.h"
+#include "step.h"
 
 namespace dia::kernels {
 
@@ -59,6 +59,26 @@ DIA_DEVICE Part range_of(const MapSize& size, const Tile& tile, int begin) {
   return {begin, size.positions - begin > tile.positions ? begin + tile.positions : size.positions};
 }
 
+// g of a tile into the stage, with the phases of dy, and into memory.
+template <class M, class T, class Array>
+DIA_DEVICE void stage_gradient(M& m, const Reduce<T>& args, const Image<T>& image, int64_t sample, const Array& stage) {
+  const bool masked = args.y.data != nullptr, written = args.g.data != nullptr;
+  for_slots(
+      m, image, args.dy, sample, 1, (!masked || alike(args.dy, args.y)) && (!written || alike(args.dy, args.g)),
+      [&](const Place& at) {
+        Pack<T> g = m.load_pack(at.in(args.dy, sample));
+        if (masked) mask_pack<M>(g, m.load_pack(at.in(args.y, sample)));
+        stage.set_pack(at.place, g);
+        if (written) m.store_pack(at.in(args.g, sample), g);
+      },
+      [&](const Place& at) {
+        T g = m.load(at.in(args.dy, sample));
+        if (masked) mask<M>(g, m.load(at.in(args.y, sample)));
+        stage[at.place] = g;
+        if (written) m.store(at.in(args.g, sample), g);
+      });
+}
+
 template <class M, class T>
 DIA_DEVICE void reduce(M& m, const Reduce<T>& args) {
   constexpr int kPack = Pack<T>::size;
@@ -82,16 +102,7 @@ DIA_DEVICE void reduce(M& m, const Reduce<T>& args) {
                            (!with_g || aligned_runs(size, channels, range, args.dy.data, args.dy.stride));
       const Image<T> image(size, channels, range, aligned);
       if (with_x) copy_in(m, image, args.x, sample, 1, x_stage);
-      if (with_g) {
-        const T* y = args.y.data != nullptr ? args.y.data + sample * args.y.stride : nullptr;
-        T* g = args.g.data != nullptr ? args.g.data + sample * args.g.stride : nullptr;
-        for (int number = m.thread(); number < image.slots(); number += m.threads()) {
-          const Slot slot = slot_of(image, dy, number);
-          const Pack<T> pack = masked_slot(m, image, dy, dy, y, slot);
-          set_image_slot(g_stage, 0, slot, pack);
-          if (g != nullptr) store_slot(m, image, dy, g, slot, pack);
-        }
-      }
+      if (with_g) stage_gradient(m, args, image, sample, g_stage);
       const auto value = [&](int channel, int position, bool second) {
         const int at = channels.begin + channel;
         float d = 0;
@@ -122,38 +133,49 @@ DIA_DEVICE void reduce(M& m, const Reduce<T>& args) {
 template <class M, class T>
 DIA_DEVICE void spread(M& m, const Spread<T>& args) {
   const MapSize& size = args.size;
+  const bool has_g = args.dy.data != nullptr, masked = has_g && args.y.data != nullptr;
+  const bool has_x = args.x.data != nullptr, added = args.shortcut.data != nullptr;
+  const bool packs = (!has_g || alike(args.out, args.dy)) && (!masked || alike(args.out, args.y)) &&
+                     (!has_x || alike(args.out, args.x)) && (!added || alike(args.out, args.shortcut));
   for_tiles(m, size, args.tile, [&](int64_t sample, Part channels) {
-    const T* like = args.out.data + sample * args.out.stride;
+    const auto value = [&](int own, T g, T x, T shortcut) {
+      const int channel = channels.begin + own;
+      const int64_t at = sample * size.channels + channel;
+      float sum = args.offset != nullptr ? m.load(args.offset + at) : 0.0f;
+      if (has_g) sum += M::widen(g) * m.load(args.scale + at);
+      if (has_x) {
+        const float d = M::widen(x) - (args.shift != nullptr ? m.load(args.shift + channel) : 0.0f);
+        sum += d * (args.slope != nullptr ? m.load(args.slope + channel) : m.load(args.scale + at));
+      }
+      if (added) sum += M::widen(shortcut);
+      return M::template narrow<T>(args.relu && sum <= 0.0f ? 0.0f : sum);  // not a maximum: NaN passes
+    };
     for (int begin = 0; begin < size.positions; begin += args.tile.positions) {
       const Part range = range_of(size, args.tile, begin);
       const Image<T> image(size, channels, range,
                            aligned_runs(size, channels, range, static_cast<const T*>(args.out.data), args.out.stride));
-      for (int number = m.thread(); number < image.slots(); number += m.threads()) {
-        const Slot slot = slot_of(image, like, number);
-        Pack<T> x, g, added;
-        if (args.x.data != nullptr) x = load_slot(m, image, like, args.x.data + sample * args.x.stride, slot);
-        if (args.dy.data != nullptr)
-          g = masked_slot(m, image, like, args.dy.data + sample * args.dy.stride,
-                          args.y.data != nullptr ? args.y.data + sample * args.y.stride : nullptr, slot);
-        if (args.shortcut.data != nullptr)
-          added = load_slot(m, image, like, args.shortcut.data + sample * args.shortcut.stride, slot);
-        DIA_UNROLL
-        for (int k = 0; k < Pack<T>::size; ++k) {
-          if (slot.begin + k >= slot.end) continue;
-          const int channel = channels.begin + image.channel_at(slot.begin + k);
-          const int64_t at = sample * size.channels + channel;
-          float value = args.offset != nullptr ? m.load(args.offset + at) : 0.0f;
-          if (args.dy.data != nullptr) value += M::widen(g.values[k]) * m.load(args.scale + at);
-          if (args.x.data != nullptr) {
-            const float d = M::widen(x.values[k]) - (args.shift != nullptr ? m.load(args.shift + channel) : 0.0f);
-            value += d * (args.slope != nullptr ? m.load(args.slope + channel) : m.load(args.scale + at));
-          }
-          if (args.shortcut.data != nullptr) value += M::widen(added.values[k]);
-          if (args.relu && value <= 0.0f) value = 0.0f;  // not a maximum: NaN passes
-          x.values[k] = M::template narrow<T>(value);
-        }
-        store_slot(m, image, like, args.out.data + sample * args.out.stride, slot, x);
-      }
+      for_slots(
+          m, image, args.out, sample, 1, packs,
+          [&](const Place& at) {
+            Pack<T> g{}, x{}, shortcut{};
+            if (has_g) g = m.load_pack(at.in(args.dy, sample));
+            if (has_x) x = m.load_pack(at.in(args.x, sample));
+            if (added) shortcut = m.load_pack(at.in(args.shortcut, sample));
+            if (masked) mask_pack<M>(g, m.load_pack(at.in(args.y, sample)));
+            ChannelWalk walk(image, at.element);
+            DIA_UNROLL
+            for (int k = 0; k < Pack<T>::size; ++k, walk.next())
+              x.values[k] = value(walk.channel, g.values[k], x.values[k], shortcut.values[k]);
+            m.store_pack(at.in(args.out, sample), x);
+          },
+          [&](const Place& at) {
+            T g{}, x{}, shortcut{};
+            if (has_g) g = m.load(at.in(args.dy, sample));
+            if (has_x) x = m.load(at.in(args.x, sample));
+            if (added) shortcut = m.load(at.in(args.shortcut, sample));
+            if (masked) mask<M>(g, m.load(at.in(args.y, sample)));
+            m.store(at.in(args.out, sample), value(image.channel_at(at.element), g, x, shortcut));
+          });
     }
   });
 }

@@ -32,7 +32,8 @@ DIA_DEVICE int tiles_of(const WeightGradient& product) {
 // Shared memory of a block.
 constexpr int64_t kWeightGradientBytes = 2 * kTile * kTile * static_cast<int64_t>(sizeof(float));
 
-template <class M>
+// By blocks of kThreads.
+template <int kThreads, class M>
 DIA_DEVICE void weight_gradients(M& m, const WeightGradients& args) {
   const auto left = m.template shared<float>(kTile * kTile), right = m.template shared<float>(kTile * kTile);
   const int block = m.team() * m.ranks() + m.rank(), blocks = m.teams() * m.ranks();
@@ -45,11 +46,11 @@ DIA_DEVICE void weight_gradients(M& m, const WeightGradients& args) {
     passed += tiles;
     for (; tile < tiles; tile += blocks) {
       const int row = tile / across * kTile, column = tile % across * kTile;
-      constexpr int kMost = kTile * kTile / 32;  // elements of a thread, in a block of one warp
-      float sums[kMost] = {};
+      constexpr int kElements = kTile * kTile / kThreads;  // of a thread
+      float sums[kElements] = {};
       for (int sample = 0; sample < args.samples; sample += kTile) {
         m.sync_block();
-        for (int k = m.thread(); k < kTile * kTile; k += m.threads()) {
+        for (int k = m.thread(); k < kTile * kTile; k += kThreads) {
           const int64_t n = sample + k / kTile;
           const int i = row + k % kTile, j = column + k % kTile;
           const bool there = n < args.samples;
@@ -61,18 +62,16 @@ DIA_DEVICE void weight_gradients(M& m, const WeightGradients& args) {
         }
         m.sync_block();
         DIA_UNROLL
-        for (int e = 0; e < kMost; ++e) {
-          const int k = m.thread() + e * m.threads();
-          if (k >= kTile * kTile) continue;
+        for (int e = 0; e < kElements; ++e) {
+          const int k = m.thread() + e * kThreads;
           for (int n = 0; n < kTile; ++n)
             sums[e] +=
                 static_cast<float>(left[n * kTile + k / kTile]) * static_cast<float>(right[n * kTile + k % kTile]);
         }
       }
       DIA_UNROLL
-      for (int e = 0; e < kMost; ++e) {
-        const int k = m.thread() + e * m.threads();
-        if (k >= kTile * kTile) continue;
+      for (int e = 0; e < kElements; ++e) {
+        const int k = m.thread() + e * kThreads;
         const int i = row + k / kTile, j = column + k % kTile;
         if (i < product.rows && j < product.columns)
           m.store(product.out + static_cast<int64_t>(i) * product.columns + j, sums[e]);

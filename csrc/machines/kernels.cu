@@ -38,10 +38,12 @@ __global__ void __launch_bounds__(kThreads, kResident) spread_kernel(__grid_cons
   kernels::spread(machine, args);
 }
 
-__global__ void __launch_bounds__(256, 4)
+constexpr int kWeightThreads = 256;
+
+__global__ void __launch_bounds__(kWeightThreads, 4)
     weight_gradients_kernel(__grid_constant__ const kernels::WeightGradients args) {
   Machine<Team::block> machine(1, shared_memory, nullptr);
-  kernels::weight_gradients(machine, args);
+  kernels::weight_gradients<kWeightThreads>(machine, args);
 }
 
 #define DIA_STEP_KERNELS(T, kTeam)                                                                               \

@@ -18,11 +18,13 @@ namespace py = pybind11;
 namespace dia::simt {
 namespace {
 
-// A tensor of the caller's: `rows` of `length` elements, `stride` apart.
+// A tensor of the caller's: `rows` of `length` elements, `stride` apart. Of `before` elements at its begin and `after`
+// at its end the machine is not told: a kernel that touches them is out of bounds.
 struct Array {
   uintptr_t address = 0;
   int64_t rows = 0, length = 0, stride = 0;
   bool defined = true;
+  int64_t before = 0, after = 0;
 };
 
 using Arrays = std::map<std::string, Array>;
@@ -45,8 +47,8 @@ class Arguments {
     const Array& array = found->second;
     T* data = reinterpret_cast<T*>(array.address);
     const int64_t count = array.rows > 0 ? (array.rows - 1) * array.stride + array.length : 0;
-    device.tensor(name, data, count, array.defined);
-    if (array.stride > array.length)
+    device.tensor(name, data + array.before, count - array.before - array.after, array.defined);
+    if (array.stride > array.length && array.before == 0 && array.after == 0)
       for (int64_t row = 0; row + 1 < array.rows; ++row)
         for (int64_t k = array.length; k < array.stride; ++k)
           device.last().cells[row * array.stride + k].allowed = false;
@@ -163,7 +165,7 @@ auto weights_kernel(Arguments& of) {
   add(dzh, bottleneck, nullptr, 1, "d_hidden_reduce_bias");
   add(du, 4 * channels, of.pointer<const float>("zh"), bottleneck, "d_hidden_expand_weight");
   add(du, 4 * channels, nullptr, 1, "d_hidden_expand_bias");
-  return [args](Thread& m) { kernels::weight_gradients(m, args); };
+  return [args](Thread& m) { kernels::weight_gradients<128>(m, args); };
 }
 
 // A barrier by its place in the source, as in a report.
@@ -216,9 +218,8 @@ py::dict launch(const std::string& kernel, const std::string& dtype, const Array
 PYBIND11_MODULE(dia_simulated, module) {
   using dia::simt::Array;
   py::class_<Array>(module, "Array")
-      .def(py::init([](uintptr_t address, int64_t rows, int64_t length, int64_t stride, bool defined) {
-        return Array{address, rows, length, stride, defined};
-      }));
+      .def(py::init([](uintptr_t address, int64_t rows, int64_t length, int64_t stride, bool defined, int64_t before,
+                       int64_t after) { return Array{address, rows, length, stride, defined, before, after}; }));
   py::register_exception<dia::simt::LaunchError>(module, "LaunchError", PyExc_RuntimeError);
   module.def("launch", &dia::simt::launch, py::arg("kernel"), py::arg("dtype"), py::arg("arrays"), py::arg("numbers"),
              py::arg("without") = std::nullopt);
