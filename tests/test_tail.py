@@ -199,6 +199,40 @@ def test_a_channel_far_from_zero_loses_no_digits(view, backend, request):
         assert error < (2e-5 if native else 0.2), name
 
 
+@pytest.mark.parametrize("view", [lambda t: t, last], ids=["contiguous", "channels_last"])
+def test_large_maps(view, backend):
+    """Sums over 60 thousand positions, in float32, err no more than twice what torch's do."""
+    tensors, incoming = make((2, 12, 301, 200), dtype=torch.float32, mean=3.0, view=view)
+
+    def norm(t):
+        return norm_of(t, True)
+
+    found = solve(folded, tensors, incoming, norm, relu=False, backend=backend)
+    eager = solve(separate, tensors, incoming, norm, relu=False)
+    truth = solve(separate, tensors, incoming, norm, relu=False, dtype=torch.float64)
+    for name in truth:
+        scale = truth[name].abs().max().clamp(min=1e-30)
+        error, theirs = ((t[name].double() - truth[name]).abs().max() / scale for t in (found, eager))
+        # One draw: where eager happens to be near, what float32 sums of so many terms may err.
+        assert error <= 2 * theirs + 301**0.5 * torch.finfo(torch.float32).eps, name
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_whose_weight_is_zero(training, backend):
+    """As residual branches begin: the branch is its bias, z gets no gradient, the norm's weight does."""
+    tensors, incoming = make((3, 6, 4, 5))
+    tensors["gamma"] = torch.zeros_like(tensors["gamma"])
+
+    def norm(t):
+        return norm_of(t, training)
+
+    found = solve(folded, tensors, incoming, norm, backend=backend)
+    expected = solve(separate, tensors, incoming, norm)
+    assert_close(found, expected, 300)
+    assert not found["dz"].any()
+    assert found["dgamma"].any()
+
+
 def norms() -> list[nn.Module]:
     return [
         nn.BatchNorm2d(6),
