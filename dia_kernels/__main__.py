@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,13 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="say which backends are here, why others are not, and the versions")
     info.add_argument("--json", action="store_true", help="print JSON")
+    info.add_argument(
+        "--plan", nargs="+", type=int, metavar="SIZE", help="print the GPU plan for a map N C H W (or N C L, N C D H W)"
+    )
+    info.add_argument("--device", default="h100", help="with --plan: the GPU (default: h100)")
+    info.add_argument("--dtype", default="bfloat16", help="with --plan: of the map (default: bfloat16)")
+    info.add_argument("--reduction", type=int, default=4, help="with --plan: r of the attention (default: 4)")
+    info.add_argument("--channels-last", action="store_true", help="with --plan: the map is channels_last")
     info.set_defaults(run=_info)
 
     params = commands.add_parser("params", help="count the parameters of every network, beside the published figures")
@@ -57,9 +65,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(arguments: argparse.Namespace) -> int:
+    if arguments.plan is not None:
+        return _plan(arguments)
     from . import info
 
     print((info.as_json if arguments.json else info.as_text)(info.gather()))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from . import plan
+
+    options = {"dtype": arguments.dtype, "reduction": arguments.reduction, "channels_last": arguments.channels_last}
+    try:
+        both = [plan.plan(arguments.plan, arguments.device, backward=b, **options) for b in (False, True)]
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"info: {error}")
+    if arguments.json:
+        print(json.dumps({name: vars(p) for name, p in zip(("forward", "backward"), both, strict=True)}, indent=2))
+    else:
+        print(plan.as_text(*both))
     return 0
 
 

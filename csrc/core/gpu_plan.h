@@ -178,7 +178,7 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu) {
     plan.ideal = work.passes * map_bytes / gpu.memory;
     return plan;
   };
-  if (p.samples == 0 || p.positions == 0 || p.channels > INT32_MAX / 8 || p.samples > INT32_MAX ||
+  if (p.samples == 0 || p.positions == 0 || p.channels > INT32_MAX / 8 || p.samples > INT32_MAX / 8 ||
       p.channels * p.positions > INT32_MAX / 8 || p.bottleneck > INT32_MAX / 8)
     return with_ideal(best);
 

@@ -50,6 +50,9 @@ DIA_DEVICE Part part_of(int count, int rank, int ranks, int quantum = 1) {
   return {static_cast<int>(begin < count ? begin : count), static_cast<int>(end < count ? end : count)};
 }
 
+// Where row `row` of a table begins: 64 bits, as tables may be larger than 32 bits can count.
+DIA_DEVICE int64_t row_at(int64_t row, int width) { return row * width; }
+
 DIA_DEVICE int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
 }  // namespace dia::kernels

@@ -42,7 +42,7 @@ DIA_DEVICE void gate_gradients(M& m, const StepBackward<T>& args, Part owned, in
   const int channels = args.size.channels, width = owned.size();
   for (int k = m.thread(); k < count * width; k += m.threads()) {
     const int channel = owned.begin + k % width;
-    const int64_t row = sample + k / width, at = row * channels + channel;
+    const int64_t row = sample + k / width, at = row_at(row, channels) + channel;
     const float* from = args.tables.gates + row * 4 * channels + channel;
     const Gates<float> gates{m.load(from), m.load(from + channels), m.load(from + 2 * channels),
                              m.load(from + 3 * channels)};
@@ -121,9 +121,8 @@ DIA_DEVICE void step_backward(M& m, const StepBackward<T>& args) {
   const auto du = m.template shared<float>(group * 4 * width);
   const auto dz = m.template shared<float>(group * 2 * bottleneck);  // of the input's, then the hidden bottleneck
 
-  for (int64_t sample = static_cast<int64_t>(m.team()) * group; sample < size.samples;
-       sample += static_cast<int64_t>(m.teams()) * group) {
-    const int count = size.samples - sample < group ? static_cast<int>(size.samples - sample) : group;
+  for (int sample = m.team() * group; sample < size.samples; sample += m.teams() * group) {
+    const int count = size.samples - sample < group ? size.samples - sample : group;
     if (args.dy.data != nullptr) {
       mask_gradient(m, args, image, like, sample, count, memory);
       for (int index = 0; index < count; ++index) {
@@ -165,7 +164,7 @@ DIA_DEVICE void step_backward(M& m, const StepBackward<T>& args) {
       for (int rank = 0; rank < m.ranks(); ++rank)
         sum += m.load_fresh(partial + (static_cast<int64_t>(rank) * group + index) * 2 * bottleneck + column);
       const bool input = column < bottleneck;
-      const int64_t at = (sample + index) * bottleneck + (input ? column : column - bottleneck);
+      const int64_t at = row_at(sample + index, bottleneck) + (input ? column : column - bottleneck);
       if (m.load((input ? args.tables.zx : args.tables.zh) + at) <= 0.0f) sum = 0;
       m.store((input ? args.dzx : args.dzh) + at, sum);
     }
@@ -174,7 +173,7 @@ DIA_DEVICE void step_backward(M& m, const StepBackward<T>& args) {
     for (int k = m.thread(); k < count * 2 * bottleneck; k += m.threads()) {
       const int index = k / (2 * bottleneck), column = k % (2 * bottleneck);
       const bool input = column < bottleneck;
-      const int64_t at = (sample + index) * bottleneck + (input ? column : column - bottleneck);
+      const int64_t at = row_at(sample + index, bottleneck) + (input ? column : column - bottleneck);
       dz[k] = m.load_fresh((input ? args.dzx : args.dzh) + at);
     }
     const auto down = [&](const float* weight, int first, auto done) {
@@ -185,7 +184,7 @@ DIA_DEVICE void step_backward(M& m, const StepBackward<T>& args) {
     };
     if (args.old_dh != nullptr)
       down(args.weights.hidden_reduce, bottleneck, [&](int index, int column, float sum) {
-        m.store(args.old_dh + (sample + index) * channels + owned.begin + column, sum);
+        m.store(args.old_dh + row_at(sample + index, channels) + owned.begin + column, sum);
       });
     if (args.dx.data != nullptr) {
       down(args.weights.input_reduce, 0, [&](int index, int column, float sum) {

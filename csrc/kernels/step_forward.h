@@ -16,17 +16,14 @@ struct Fresh {
   M& m;
   const float* rows;
   int width;
-  DIA_DEVICE float operator()(int index, int k) const {
-    return m.load_fresh(rows + static_cast<int64_t>(index) * width + k);
-  }
+  DIA_DEVICE float operator()(int index, int k) const { return m.load_fresh(rows + row_at(index, width) + k); }
 };
 
 // Gates of the owned channels of `count` samples from `sample` on; h' also into `hidden`, by index and owned channel.
 template <class M, class T, class Array>
-DIA_DEVICE void make_gates(M& m, const StepForward<T>& args, Part owned, int64_t sample, int count,
-                           const Array& hidden) {
+DIA_DEVICE void make_gates(M& m, const StepForward<T>& args, Part owned, int sample, int count, const Array& hidden) {
   const int channels = args.size.channels, bottleneck = args.bottleneck, chunks = (count + kChunk - 1) / kChunk;
-  const float *zx = args.tables.zx + sample * bottleneck, *zh = args.tables.zh + sample * bottleneck;
+  const float *zx = args.tables.zx + row_at(sample, bottleneck), *zh = args.tables.zh + row_at(sample, bottleneck);
   for (int task = m.warp(); task < owned.size() * chunks; task += m.warps()) {
     const int channel = owned.begin + task / chunks, first = task % chunks * kChunk;
     float sums[4][kChunk] = {};
@@ -62,7 +59,7 @@ DIA_DEVICE void make_gates(M& m, const StepForward<T>& args, Part owned, int64_t
     };
     using Maths = Cell<MachineMaths<M>, Output::sigmoid>;  // the gates do not depend on the output's function
     const Gates<float> gates = Maths::activate({u.i + bias(0), u.f + bias(1), u.g + bias(2), u.o + bias(3)});
-    const int64_t row = sample + first + m.lane(), at = row * channels + channel;
+    const int64_t row = sample + first + m.lane(), at = row_at(row, channels) + channel;
     const float new_c = Maths::next_c(gates, args.c != nullptr ? m.load(args.c + at) : 0.0f);
     const float new_h = hidden_of<M>(gates.o, new_c, args.tanh_output);
     m.store(args.new_c + at, new_c);
@@ -120,9 +117,8 @@ DIA_DEVICE void step_forward(M& m, const StepForward<T>& args) {
   const auto scratch = m.template shared<float>(position_scratch(m.warps(), group * owned.size()));
   const auto values = m.template shared<float>(group * owned.size());  // the means' sums, then h'
 
-  for (int64_t sample = static_cast<int64_t>(m.team()) * group; sample < size.samples;
-       sample += static_cast<int64_t>(m.teams()) * group) {
-    const int count = size.samples - sample < group ? static_cast<int>(size.samples - sample) : group;
+  for (int sample = m.team() * group; sample < size.samples; sample += m.teams() * group) {
+    const int count = size.samples - sample < group ? size.samples - sample : group;
     copy_in(m, image, args.x, sample, count, memory);
     sum_positions(m, image, count, scratch, values, 0, [&](int index, int channel, int position) {
       const T* at = args.x.data + (sample + index) * args.x.stride;
@@ -130,26 +126,26 @@ DIA_DEVICE void step_forward(M& m, const StepForward<T>& args) {
           static_cast<T>(memory[index * image.elements() + image.place_of(at, owned.begin + channel, position)]));
     });
     for (int k = m.thread(); k < count * owned.size(); k += m.threads())
-      m.store(args.tables.p + (sample + k / owned.size()) * channels + owned.begin + k % owned.size(),
+      m.store(args.tables.p + row_at(sample + k / owned.size(), channels) + owned.begin + k % owned.size(),
               static_cast<float>(values[k]) / static_cast<float>(size.positions));
     const auto bottleneck_rows = [&](const float* weight, const float* bias, float* to, auto value) {
       sum_rows(m, rows, channels, weight, count, value, [&](int index, int row, float sum) {
         const float z = sum + m.load(bias + row);
-        m.store(to + (sample + index) * bottleneck + row, z <= 0.0f ? 0.0f : z);
+        m.store(to + row_at(sample + index, bottleneck) + row, z <= 0.0f ? 0.0f : z);
       });
     };
     if (args.h != nullptr)
       bottleneck_rows(args.weights.hidden_reduce, args.weights.hidden_reduce_bias, args.tables.zh,
-                      [&](int index, int k) { return m.load(args.h + (sample + index) * channels + k); });
+                      [&](int index, int k) { return m.load(args.h + row_at(sample + index, channels) + k); });
     else
       for (int k = m.thread(); k < count * rows.size(); k += m.threads()) {
         const int row = rows.begin + k % rows.size();
         const float z = m.load(args.weights.hidden_reduce_bias + row);
-        m.store(args.tables.zh + (sample + k / rows.size()) * bottleneck + row, z <= 0.0f ? 0.0f : z);
+        m.store(args.tables.zh + row_at(sample + k / rows.size(), bottleneck) + row, z <= 0.0f ? 0.0f : z);
       }
     m.sync_team();
     bottleneck_rows(args.weights.input_reduce, args.weights.input_reduce_bias, args.tables.zx,
-                    Fresh<M>{m, args.tables.p + sample * channels, channels});
+                    Fresh<M>{m, args.tables.p + row_at(sample, channels), channels});
     m.sync_team();
     make_gates(m, args, owned, sample, count, values);
     m.sync_block();

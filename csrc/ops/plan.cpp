@@ -1,0 +1,58 @@
+// The plans of the GPU step, as JSON, for `python -m dia_kernels info --plan`. Needs neither a GPU nor torch.
+#include <cstring>
+#include <sstream>
+#include <string>
+
+#include "../core/gpu_plan.h"
+
+namespace {
+
+const char* name_of(dia::GpuTeam team) {
+  switch (team) {
+    case dia::GpuTeam::block:
+      return "block";
+    case dia::GpuTeam::cluster:
+      return "cluster";
+    case dia::GpuTeam::grid:
+      return "grid";
+    default:
+      return "split";
+  }
+}
+
+}  // namespace
+
+// The names of the GPUs that plans are known for, one a line.
+extern "C" __attribute__((visibility("default"))) const char* dia_kernels_gpus() {
+  static const std::string text = [] {
+    std::string names;
+    for (const dia::GpuLimits& gpu : dia::kGpus) names += std::string(names.empty() ? "" : "\n") + gpu.name;
+    return names;
+  }();
+  return text.c_str();
+}
+
+// The plan for a problem, see core/gpu_plan.h. Null where no GPU has that name. The text is the calling thread's until
+// its next call.
+extern "C" __attribute__((visibility("default"))) const char* dia_kernels_plan(const char* gpu_name, int64_t samples,
+                                                                               int64_t channels, int64_t positions,
+                                                                               int64_t bottleneck, int element_bytes,
+                                                                               int interleaved, int aligned,
+                                                                               int combined, int backward, int tf32) {
+  for (const dia::GpuLimits& gpu : dia::kGpus) {
+    if (std::strcmp(gpu.name, gpu_name) != 0) continue;
+    const dia::GpuPlan plan = dia::plan_step({samples, channels, positions, bottleneck, element_bytes, interleaved != 0,
+                                              aligned != 0, combined != 0, backward != 0, tf32 != 0},
+                                             gpu);
+    std::ostringstream json;
+    json << "{\"team\": \"" << name_of(plan.team) << "\", \"ranks\": " << plan.ranks << ", \"teams\": " << plan.teams
+         << ", \"group\": " << plan.group << ", \"quantum\": " << plan.quantum << ", \"resident\": " << plan.resident
+         << ", \"shared_bytes\": " << plan.shared_bytes << ", \"launches\": " << plan.launches
+         << ", \"passes\": " << plan.passes << ", \"bytes\": " << plan.bytes << ", \"seconds\": " << plan.seconds
+         << ", \"ideal_seconds\": " << plan.ideal << "}";
+    static thread_local std::string text;
+    text = json.str();
+    return text.c_str();
+  }
+  return nullptr;
+}

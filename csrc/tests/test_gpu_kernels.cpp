@@ -1,0 +1,226 @@
+// The step's GPU kernels on the simulated machine, under sanitizers: results by the formula in double precision,
+// gradients by its differences. tests/test_gpu_kernels.py holds them to more shapes and types, and counts what they
+// move.
+#include <cmath>
+#include <functional>
+#include <random>
+
+#include "check.h"
+#include "kernels/step_backward.h"
+#include "kernels/step_forward.h"
+#include "kernels/sweeps.h"
+#include "kernels/weight_gradients.h"
+#include "machines/simt.h"
+
+namespace {
+
+using namespace dia;
+using simt::Thread;
+using Values = std::vector<double>;
+
+constexpr int kSamples = 3, kChannels = 5, kPositions = 7, kBottleneck = 2;
+constexpr int kTable = kSamples * kChannels, kMap = kTable * kPositions;
+enum Input { kX, kShortcut, kH, kC, kW1, kB1, kW2, kB2, kV1, kA1, kV2, kA2, kInputs };
+constexpr int kSizes[] = {kMap,
+                          kMap,
+                          kTable,
+                          kTable,
+                          kBottleneck * kChannels,
+                          kBottleneck,
+                          4 * kChannels * kBottleneck,
+                          4 * kChannels,
+                          kBottleneck * kChannels,
+                          kBottleneck,
+                          4 * kChannels * kBottleneck,
+                          4 * kChannels};
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+struct Results {
+  Values y, h, c;
+};
+
+// The step by its formula (arXiv:1905.10671, section 3), planar.
+Results step(const std::vector<Values>& in) {
+  Results out{Values(kMap), Values(kTable), Values(kTable)};
+  for (int n = 0; n < kSamples; ++n) {
+    Values u(4 * kChannels);
+    const auto path = [&](const std::function<double(int)>& value, Input w, Input b, Input expand, Input bias) {
+      for (int row = 0; row < kBottleneck; ++row) {
+        double z = in[b][row];
+        for (int c = 0; c < kChannels; ++c) z += in[w][row * kChannels + c] * value(c);
+        for (int k = 0; k < 4 * kChannels; ++k) u[k] += in[expand][k * kBottleneck + row] * std::max(z, 0.0);
+      }
+      for (int k = 0; k < 4 * kChannels; ++k) u[k] += in[bias][k];
+    };
+    const auto mean = [&](int c) {
+      double sum = 0;
+      for (int k = 0; k < kPositions; ++k) sum += in[kX][(n * kChannels + c) * kPositions + k];
+      return sum / kPositions;
+    };
+    path(mean, kW1, kB1, kW2, kB2);
+    path([&](int c) { return in[kH][n * kChannels + c]; }, kV1, kA1, kV2, kA2);
+    for (int c = 0; c < kChannels; ++c) {
+      const int at = n * kChannels + c;
+      out.c[at] = sigmoid(u[kChannels + c]) * in[kC][at] + sigmoid(u[c]) * std::tanh(u[2 * kChannels + c]);
+      out.h[at] = sigmoid(u[3 * kChannels + c]) * sigmoid(out.c[at]);
+      for (int k = 0; k < kPositions; ++k) {
+        const int element = at * kPositions + k;
+        out.y[element] = std::max(in[kX][element] * out.h[at] + in[kShortcut][element], 0.0);
+      }
+    }
+  }
+  return out;
+}
+
+// Random inputs; shortcuts of +-4, so that no y is near the ReLU's kink.
+std::vector<Values> draw(uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<double> normal;
+  std::vector<Values> in(kInputs);
+  for (int k = 0; k < kInputs; ++k) {
+    in[k].resize(kSizes[k]);
+    for (double& value : in[k]) value = static_cast<float>(normal(random));
+  }
+  for (double& value : in[kShortcut]) value = value > 0 ? 4 : -4;
+  return in;
+}
+
+// Float copies of tensors, known to a device.
+struct Memory {
+  simt::Device device;
+  std::vector<std::unique_ptr<std::vector<float>>> kept;
+
+  float* add(const std::string& name, const Values& values, bool defined = true) {
+    kept.push_back(std::make_unique<std::vector<float>>(values.begin(), values.end()));
+    return device.tensor(name, kept.back()->data(), static_cast<int64_t>(values.size()), defined);
+  }
+  float* result(const std::string& name, int size) { return add(name, Values(size), false); }
+};
+
+void check_near(const float* found, const Values& expected, const char* what) {
+  for (size_t k = 0; k < expected.size(); ++k) {
+    if (std::abs(found[k] - expected[k]) <= 1e-5 * (1 + std::abs(expected[k]))) continue;
+    CHECK(false);
+    std::cerr << "  " << what << "[" << k << "] is " << found[k] << ", expected " << expected[k] << "\n";
+    return;
+  }
+}
+
+void step_and_its_gradients(int ranks, int teams, int group) {
+  const std::vector<Values> in = draw(ranks);
+  const Results true_results = step(in);
+  const simt::Grid grid{.teams = teams, .ranks = ranks, .threads = 64, .shared_bytes = 64 << 10};
+  const kernels::MapSize size{kSamples, kChannels, kPositions, false};
+  const int64_t stride = kChannels * kPositions;
+
+  Memory memory;
+  std::vector<float*> at(kInputs);
+  for (int k = 0; k < kInputs; ++k) at[k] = memory.add("input " + std::to_string(k), in[k]);
+  kernels::StepForward<float> forward{};
+  forward.size = size, forward.bottleneck = kBottleneck, forward.relu = true, forward.teams = {group, 1};
+  forward.x = {at[kX], stride}, forward.shortcut = {at[kShortcut], stride};
+  forward.y = {memory.result("y", kMap), stride};
+  forward.h = at[kH], forward.c = at[kC];
+  forward.weights = {at[kW1], at[kB1], at[kW2], at[kB2], at[kV1], at[kA1], at[kV2], at[kA2]};
+  forward.tables = {memory.result("p", kTable), memory.result("zx", kSamples * kBottleneck),
+                    memory.result("zh", kSamples * kBottleneck), memory.result("gates", 4 * kTable)};
+  forward.new_h = memory.result("new_h", kTable), forward.new_c = memory.result("new_c", kTable);
+  memory.device.launch(grid, [&](Thread& m) { kernels::step_forward(m, forward); });
+  check_near(forward.y.data, true_results.y, "y");
+  check_near(forward.new_h, true_results.h, "h");
+  check_near(forward.new_c, true_results.c, "c");
+
+  const std::vector<Values> other = draw(100);
+  const Values &dy = other[kX], &dh = other[kH], &dc = other[kC];
+  kernels::StepBackward<float> backward{};
+  backward.size = size, backward.bottleneck = kBottleneck, backward.relu = true, backward.teams = {group, 1};
+  backward.dy = {memory.add("dy", dy), stride}, backward.y = {forward.y.data, stride}, backward.x = forward.x;
+  backward.dshortcut = {memory.result("dshortcut", kMap), stride};
+  backward.dx = {memory.result("dx", kMap), stride};
+  backward.dh = memory.add("dh", dh), backward.dc = memory.add("dc", dc);
+  backward.c = at[kC], backward.new_c = forward.new_c;
+  backward.weights = forward.weights, backward.tables = forward.tables;
+  backward.du = memory.result("du", 4 * kTable);
+  backward.dzx = memory.result("dzx", kSamples * kBottleneck);
+  backward.dzh = memory.result("dzh", kSamples * kBottleneck);
+  backward.partial = memory.result("partial", teams * ranks * group * 2 * kBottleneck);
+  backward.old_dh = memory.result("old_dh", kTable), backward.old_dc = memory.result("old_dc", kTable);
+  memory.device.launch(grid, [&](Thread& m) { kernels::step_backward(m, backward); });
+
+  kernels::WeightGradients weights{};
+  weights.samples = kSamples;
+  std::vector<float*> gradients(kInputs);
+  gradients[kX] = backward.dx.data, gradients[kShortcut] = backward.dshortcut.data;
+  gradients[kH] = backward.old_dh, gradients[kC] = backward.old_dc;
+  for (int k = kW1; k < kInputs; ++k) gradients[k] = memory.result("gradient " + std::to_string(k), kSizes[k]);
+  const auto add = [&](const float* left, int rows, const float* right, int columns, Input out) {
+    weights.products[weights.count++] = {left, right, gradients[out], rows, columns};
+  };
+  add(backward.dzx, kBottleneck, forward.tables.p, kChannels, kW1);
+  add(backward.dzx, kBottleneck, nullptr, 1, kB1);
+  add(backward.du, 4 * kChannels, forward.tables.zx, kBottleneck, kW2);
+  add(backward.du, 4 * kChannels, nullptr, 1, kB2);
+  add(backward.dzh, kBottleneck, at[kH], kChannels, kV1);
+  add(backward.dzh, kBottleneck, nullptr, 1, kA1);
+  add(backward.du, 4 * kChannels, forward.tables.zh, kBottleneck, kV2);
+  add(backward.du, 4 * kChannels, nullptr, 1, kA2);
+  memory.device.launch({.teams = 2, .threads = 64, .shared_bytes = kernels::kWeightGradientBytes},
+                       [&](Thread& m) { kernels::weight_gradients<64>(m, weights); });
+
+  const auto loss = [&](const std::vector<Values>& inputs) {
+    const Results results = step(inputs);
+    double sum = 0;
+    for (int k = 0; k < kMap; ++k) sum += results.y[k] * dy[k];
+    for (int k = 0; k < kTable; ++k) sum += results.h[k] * dh[k] + results.c[k] * dc[k];
+    return sum;
+  };
+  for (int which = 0; which < kInputs; ++which) {
+    Values expected(kSizes[which]);
+    for (int k = 0; k < kSizes[which]; ++k) {
+      std::vector<Values> moved = in;
+      moved[which][k] = in[which][k] + 1e-5;
+      const double above = loss(moved);
+      moved[which][k] = in[which][k] - 1e-5;
+      expected[k] = (above - loss(moved)) / 2e-5;
+    }
+    check_near(gradients[which], expected, ("gradient of input " + std::to_string(which)).c_str());
+  }
+}
+
+void sweeps_of_a_tiled_map() {
+  const std::vector<Values> in = draw(7);
+  const kernels::MapSize size{kSamples, kChannels, kPositions, false};
+  const int64_t stride = kChannels * kPositions;
+  Memory memory;
+  const float* x = memory.add("x", in[kX]);
+  kernels::Reduce<float> reduce{};
+  reduce.size = size, reduce.tile = {1, 4};
+  reduce.x = {x, stride};
+  reduce.sum = memory.result("sum", kTable), reduce.product = memory.result("product", kTable);
+  const simt::Grid grid{.teams = 2, .threads = 64, .shared_bytes = 16 << 10};
+  memory.device.launch(grid, [&](Thread& m) { kernels::reduce(m, reduce); });
+  Values sum(kTable), product(kTable), scaled(kMap);
+  for (int k = 0; k < kMap; ++k) {
+    sum[k / kPositions] += in[kX][k], product[k / kPositions] += in[kX][k] * in[kX][k];
+    scaled[k] = in[kX][k] * in[kH][k / kPositions] + in[kC][k / kPositions];
+  }
+  check_near(reduce.sum, sum, "sum");
+  check_near(reduce.product, product, "product");
+  kernels::Spread<float> spread{};
+  spread.size = size, spread.tile = {1, 4};
+  spread.x = {x, stride}, spread.out = {memory.result("out", kMap), stride};
+  spread.scale = memory.add("scale", in[kH]), spread.offset = memory.add("offset", in[kC]);
+  memory.device.launch(grid, [&](Thread& m) { kernels::spread(m, spread); });
+  check_near(spread.out.data, scaled, "out");
+}
+
+}  // namespace
+
+int main() {
+  step_and_its_gradients(1, 1, 1);
+  step_and_its_gradients(2, 1, 2);
+  step_and_its_gradients(3, 2, 1);
+  sweeps_of_a_tiled_map();
+  return dia::test::failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,121 @@
+"""The plans of the GPU step: how it is laid out for a problem on a GPU, and what that should take.
+
+``python -m dia_kernels info --plan N C H W`` prints them. They are made by ``csrc/core/gpu_plan.h``, a pure function of
+the problem and of a GPU's limits, so no GPU is needed; times are those of its model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from . import operators
+
+#: Bytes of an element, by the names that the command line knows.
+ELEMENT_BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan of one direction of the step.
+
+    ``team`` is ``block``, ``cluster``, ``grid`` or ``split``. A team has ``ranks`` blocks, ``resident`` of which share
+    a multiprocessor, and takes ``group`` samples at a time. ``passes`` over the map move ``bytes``; ``ideal_seconds``
+    is the time of those passes that nobody can avoid.
+    """
+
+    team: str
+    ranks: int
+    teams: int
+    group: int
+    quantum: int
+    resident: int
+    shared_bytes: int
+    launches: int
+    passes: float
+    bytes: float
+    seconds: float
+    ideal_seconds: float
+
+
+def _library() -> ctypes.CDLL:
+    if operators.library_error is not None:
+        raise RuntimeError(f"plan: {operators.library_error}")
+    library = ctypes.CDLL(str(operators.LIBRARY_PATH))
+    for function in (library.dia_kernels_gpus, library.dia_kernels_plan):
+        function.restype = ctypes.c_char_p
+    library.dia_kernels_plan.argtypes = [ctypes.c_char_p, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 6]
+    return library
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs that plans are known for, one of each architecture.
+
+    Raises:
+        RuntimeError: the native library is not there.
+    """
+    return _library().dia_kernels_gpus().decode().split("\n")
+
+
+def plan(
+    shape: Sequence[int],
+    device: str = "h100",
+    *,
+    dtype: str = "bfloat16",
+    reduction: int = 4,
+    channels_last: bool = False,
+    combined: bool = True,
+    backward: bool = False,
+    tf32: bool = True,
+) -> Plan:
+    """The plan for a map (N, C, \\*spatial).
+
+    Args:
+        shape: of the map, dense and aligned to sixteen bytes.
+        device: a name out of ``gpus()``.
+        dtype: of the map, a key of ``ELEMENT_BYTES``.
+        reduction: r; the bottleneck has C // r values.
+        combined: whether shortcut and activation are part of the step.
+        tf32: whether products may be in tf32 (16-bit maps: always; float32: as torch allows).
+
+    Raises:
+        ValueError: an argument is wrong; the message names it.
+        RuntimeError: the native library is not there.
+    """
+    if len(shape) < 3 or any(size < 0 for size in shape):
+        raise ValueError(f"shape: expected (N, C, *spatial) of sizes not below 0, got {tuple(shape)}")
+    if dtype not in ELEMENT_BYTES:
+        raise ValueError(f"dtype: expected one of {', '.join(ELEMENT_BYTES)}, got {dtype!r}")
+    samples, channels, *spatial = shape
+    if not 1 <= reduction <= channels:
+        raise ValueError(f"reduction: expected 1 to {channels}, the channels, got {reduction}")
+    size, positions = ELEMENT_BYTES[dtype], math.prod(spatial)
+    pack = 16 // size
+    aligned = channels % pack == 0 if channels_last else channels * positions % pack == 0
+    numbers = (samples, channels, positions, channels // reduction)
+    text = _library().dia_kernels_plan(
+        device.encode(), *numbers, size, channels_last, aligned, combined, backward, tf32 or size == 2
+    )
+    if text is None:
+        raise ValueError(f"device: expected one of {', '.join(gpus())}, got {device!r}")
+    return Plan(**json.loads(text))
+
+
+def as_text(forward: Plan, backward: Plan) -> str:
+    """Both directions for a reader."""
+    lines = []
+    for name, p in (("forward", forward), ("backward", backward)):
+        layout = "split: sweeps around matrix products"
+        if p.team != "split":
+            blocks = {"block": "one block", "cluster": f"a cluster of {p.ranks}", "grid": f"{p.ranks} blocks"}[p.team]
+            layout = f"{p.teams} teams of {blocks}, {p.resident} a multiprocessor, {p.group} samples at a time"
+        lines += [
+            f"{name:<9} {layout}",
+            f"          {p.launches} launches, {p.passes:g} passes, {p.bytes / 1e6:.1f} MB, "
+            f"{p.shared_bytes / 1024:.0f} KB of shared memory, owners at multiples of {p.quantum} channels",
+            f"          modelled {p.seconds * 1e6:.0f} us, of which {p.ideal_seconds * 1e6:.0f} us are the least bytes",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,49 @@
+"""The plans of the GPU step, from Python and from the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dia_kernels import __main__, operators, plan
+
+pytestmark = pytest.mark.skipif(operators.library_error is not None, reason=f"{operators.library_error}")
+
+
+def test_a_plan_for_every_gpu():
+    names = plan.gpus()
+    assert {"t4", "a100", "h100", "b200", "rtx5090"} <= set(names)
+    for name in names:
+        for backward in (False, True):
+            p = plan.plan((32, 256, 56, 56), name, backward=backward)
+            assert p.team in ("block", "cluster", "grid", "split")
+            assert p.seconds >= p.ideal_seconds > 0
+            assert p.bytes == p.passes * 32 * 256 * 56 * 56 * 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "name"),
+    [
+        ((32, 256), {}, "shape"),
+        ((32, -1, 4), {}, "shape"),
+        ((2, 8, 4), {"dtype": "int8"}, "dtype"),
+        ((2, 8, 4), {"reduction": 9}, "reduction"),
+        ((2, 8, 4), {"device": "abacus"}, "device"),
+    ],
+)
+def test_a_wrong_argument_is_named(shape, options, name):
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        plan.plan(shape, **options)
+
+
+def test_the_command_prints_both_directions(capsys):
+    assert __main__.main(["info", "--plan", "128", "64", "32", "32", "--dtype", "bf16", "--device", "h100"]) == 0
+    text = capsys.readouterr().out
+    assert "forward" in text
+    assert "backward" in text
+    assert "modelled" in text
+    assert __main__.main(["info", "--plan", "128", "64", "32", "32", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"forward", "backward"}
+    with pytest.raises(SystemExit, match="device: expected one of"):
+        __main__.main(["info", "--plan", "128", "64", "32", "32", "--device", "abacus"])
