@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import autograd, autograd_sync, autograd_tail, backends, norms, operators, reference
+from . import autograd, autograd_tail, backends, norms, operators, reference
 from .cells import OUTPUTS, LSTMParameters, StackedLayer, stacked_lstm
 from .layout import channels, compute_dtype, shares_memory
 
@@ -141,6 +141,8 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
     first, last = (x, shortcut, h, c, gamma, beta), (folded.eps, parameters, channel_dim, relu)
     count: int | Tensor = x.numel() // max(shape[0], 1)
     if folded.group is not None:
+        from . import autograd_sync  # it imports the compiler, to break its graphs: slow, and rarely needed
+
         y, h, c, mean, var, count = autograd_sync.tail(*first, *last, output, folded.group, backend == "reference")
     elif backend == "reference":
         y, h, c, mean, var = reference.tail(*first, mean, var, *last, output)

@@ -45,6 +45,7 @@ extern "C" __attribute__((visibility("default"))) const char* dia_kernels_plan(c
                                               aligned != 0, combined != 0, backward != 0, tf32 != 0},
                                              gpu);
     std::ostringstream json;
+    json.precision(17);
     json << "{\"team\": \"" << name_of(plan.team) << "\", \"ranks\": " << plan.ranks << ", \"teams\": " << plan.teams
          << ", \"group\": " << plan.group << ", \"quantum\": " << plan.quantum << ", \"resident\": " << plan.resident
          << ", \"shared_bytes\": " << plan.shared_bytes << ", \"launches\": " << plan.launches
