@@ -32,10 +32,8 @@ Tensors = dict[str, Tensor]
 
 
 @cache
-def machine() -> ModuleType:
-    """The built module; a second build is incremental."""
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler: the simulated GPU cannot be built")
+def build() -> str:
+    """Builds the module, once; the second time of all is incremental. Returns what went wrong, or nothing."""
     import pybind11
 
     environment = os.environ | {"PATH": os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))}
@@ -45,7 +43,13 @@ def machine() -> ModuleType:
     ]
     for command in (configure, ["cmake", "--build", BUILD]):
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert result.returncode == 0, result.stdout + result.stderr
+        if result.returncode != 0:
+            return result.stdout + result.stderr
+    return ""
+
+
+@cache
+def load() -> ModuleType:
     (path,) = BUILD.glob("dia_simulated*.so")
     spec = importlib.util.spec_from_file_location("dia_simulated", path)
     assert spec is not None
@@ -53,6 +57,17 @@ def machine() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def machine() -> ModuleType:
+    """The simulated GPU with its kernels."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler: the simulated GPU cannot be built")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("no Python.h (Debian: python3-dev): the simulated GPU cannot be bound")
+    error = build()
+    assert not error, error
+    return load()
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ class Case:
     dstate: bool = True
     need_x: bool = True
     need_state: bool = True
+    affine: bool = False
     teams: int = 1
     ranks: int = 1
     group: int = 1
@@ -144,21 +160,28 @@ class Problem:
         self.dstate = {"dh": draw(n, c), "dc": draw(n, c)} if case.dstate else {}
         wide = {k: v.double() for k, v in (self.maps | self.state | self.dstate).items()}
         parameters = LSTMParameters(*(p.double() for p in self.parameters))
+        self.affine = {name: draw(c) for name in ("shift", "d", "scale", "bias")} if case.affine else {}
+        normed = self._normed(wide["x"])
         dim, output = -1 if case.interleaved else 1, "tanh" if case.tanh else "sigmoid"
         y, p, trace = reference.traced_step(
-            wide["x"], wide["shortcut"] if case.shortcut else None, wide.get("h"), wide.get("c"), parameters, dim,
+            normed, wide["shortcut"] if case.shortcut else None, wide.get("h"), wide.get("c"), parameters, dim,
             case.relu, output,
         )  # fmt: skip
         self.maps["y"] = y.to(case.dtype)
         gates = torch.cat((trace.i, trace.f, trace.g, trace.o), 1)
         self.tables = {"p": p, "zx": trace.zx, "zh": trace.zh, "gates": gates, "new_h": trace.h, "new_c": trace.c}
         dx, dshortcut, _, dh, dc, dparameters = reference.step_backward(
-            wide["dy"] if case.dy else None, wide.get("dh"), wide.get("dc"), wide["x"],
+            wide["dy"] if case.dy else None, wide.get("dh"), wide.get("dc"), normed,
             self.maps["y"].double() if case.relu else None, wide.get("h"), wide.get("c"), trace.c, p, trace, parameters,
             dim, output,
         )  # fmt: skip
         self.truth = self.tables | {"y": y, "dx": dx, "dshortcut": dshortcut, "old_dh": dh, "old_dc": dc}
         self.truth |= {f"d_{name}": value for name, value in dparameters._asdict().items()}
+        if case.affine:
+            dims = (0, 1) if case.interleaved else (0, 2)
+            plain = (normed - self._channels("bias")) / self._channels("scale")
+            self.truth |= {"d_scale": (dx * plain).sum(dims), "d_bias": dx.sum(dims)}
+            self.truth["dx"] = dx * self._channels("scale")
         self.scales = {name: value.abs().max().item() for name, value in self.truth.items()}
         self._add_scales_of_what_cancels(parameters, wide.get("h"))
 
@@ -174,6 +197,18 @@ class Problem:
             for name, scale in others.items():
                 factor = max(self.case.positions, 1) if name == "dx" else 1
                 self.scales[name] = max(self.scales[name], scale.item() / factor)
+
+    def _channels(self, name: str) -> Tensor:
+        """A value of each channel, to be applied to a map."""
+        value = self.affine[name].double()
+        return value if self.case.interleaved else value[:, None]
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """The map behind the norm, if there is one."""
+        if not self.case.affine:
+            return x
+        x = x - self._channels("shift") - self._channels("d")
+        return x * self._channels("scale") + self._channels("bias")
 
     def map(self, name: str, number: int) -> Tensor:
         """A map as the kernels see it: that of the problem, or an empty one for a result."""
@@ -195,19 +230,21 @@ class Problem:
     def forward(self, **options) -> Result:
         case = self.case
         n, c, m = case.samples, case.channels, case.bottleneck
-        given = {"x": self.map("x", 0)} | self.state | self.weights()
+        given = {"x": self.map("x", 0)} | self.state | self.weights() | self.affine
         if case.shortcut:
             given["shortcut"] = self.map("shortcut", 1)
         sizes = {"p": c, "zx": m, "zh": m, "gates": 4 * c, "new_h": c, "new_c": c}
         results = {name: torch.zeros(n, size) for name, size in sizes.items()}
         results["y"] = placed(torch.zeros_like(self.maps["x"]), case.phase[2 % len(case.phase)], case.gap)
-        return self.launch("step_forward", given, results, **options)
+        if case.affine:
+            results["off"] = self.off = torch.zeros(n, c)
+        return self.launch("affine_step_forward" if case.affine else "step_forward", given, results, **options)
 
     def backward(self, **options) -> Result:
         case = self.case
         n, c, m = case.samples, case.channels, case.bottleneck
         given = {k: self.tables[k].float() for k in ("p", "zx", "zh", "gates", "new_c")} | self.dstate
-        given |= {k: v for k, v in self.weights().items() if k.endswith("weight")}
+        given |= {k: v for k, v in self.weights().items() if k.endswith("weight")} | self.affine
         given["x"] = self.map("x", 0)
         if case.state:
             given["c"] = self.state["c"]
@@ -225,16 +262,31 @@ class Problem:
             results["dx"] = placed(blank, case.phase[3 % len(case.phase)], case.gap)
         if case.dy and case.shortcut and case.relu:
             results["dshortcut"] = placed(blank, case.phase[4 % len(case.phase)], case.gap)
-        result = self.launch("step_backward", given, results, **options)
-        self.workspace = {k: results[k] for k in ("du", "dzx", "dzh")}
+        names = ["du", "dzx", "dzh"]
+        if case.affine:
+            names += ["sum", "product", "dp"]
+            results |= {name: torch.zeros(n, c) for name in names[3:]}
+        result = self.launch("affine_step_backward" if case.affine else "step_backward", given, results, **options)
+        self.workspace = {k: results[k] for k in names}
         return result
 
     def weight_gradients(self, **options) -> Result:
         """After ``backward``, from what it left."""
         h = self.state.get("h", torch.zeros(self.case.samples, self.case.channels))
-        given = self.workspace | {k: self.tables[k].float() for k in ("p", "zx", "zh")} | {"h": h}
+        given = (
+            {k: self.workspace[k] for k in ("du", "dzx", "dzh")}
+            | {k: self.tables[k].float() for k in ("p", "zx", "zh")}
+            | {"h": h}
+        )
         results = {f"d_{k}": torch.zeros_like(v) for k, v in self.weights().items()}
         return self.launch("weight_gradients", given, results, **options)
+
+    def affine_gradients(self, **options) -> Result:
+        """After ``forward`` and ``backward``, from what they left."""
+        given = {k: self.workspace[k] for k in ("sum", "product", "dp")}
+        given |= {"off": self.off, "new_h": self.tables["new_h"].float()}
+        results = {name: torch.zeros(self.case.channels) for name in ("d_scale", "d_bias")}
+        return self.launch("affine_gradients", given, results, **options)
 
 
 def assert_right(case: Case, result: Result) -> None:

@@ -18,13 +18,21 @@ def programs() -> Path:
     """The folder of the built tests; a second build is incremental."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler: the C++ tests cannot be built")
+    configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD, "-DDIA_KERNELS_TESTS=ON"]
+    succeed(configure)
+    build()
+    return BUILD
+
+
+def build(*options: str) -> None:
+    succeed(["cmake", "--build", BUILD, *options])
+
+
+def succeed(command: list) -> None:
     # pip installs cmake and ninja beside the running Python, which need not be on PATH.
     environment = os.environ | {"PATH": os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))}
-    configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD, "-DDIA_KERNELS_TESTS=ON"]
-    for command in (configure, ["cmake", "--build", BUILD]):
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert result.returncode == 0, result.stdout + result.stderr
-    return BUILD
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def run(program: Path, **environment: str) -> None:
@@ -47,5 +55,7 @@ def test_kernels(programs, instruction_set):
     run(programs / "test_kernels", DIA_KERNELS_ISA=instruction_set)
 
 
+@pytest.mark.slow
 def test_kernels_with_vectors_of_64_bytes(programs):
+    build("--target", "test_kernels_wide")
     run(programs / "test_kernels_wide")

@@ -42,7 +42,8 @@ struct GpuProblem {
   bool aligned;   // every run of the maps begins at sixteen bytes
   bool combined;  // with shortcut and activation
   bool backward;
-  bool tf32;  // whether products may be in tf32
+  bool tf32;            // whether products may be in tf32
+  bool affine = false;  // with a norm of given statistics in front
 };
 
 enum class GpuTeam { block, cluster, grid, split };
@@ -87,17 +88,20 @@ DIA_HOST_DEVICE constexpr int64_t image_elements(int64_t owned, int64_t position
 
 constexpr int64_t floats(int64_t count) { return rounded_up(4 * count, 16); }
 
-constexpr int64_t forward_shared_bytes(int64_t image, int element_bytes, int64_t owned, int64_t group, int warps) {
+// `affine`: with a norm of given statistics in front.
+constexpr int64_t forward_shared_bytes(int64_t image, int element_bytes, int64_t owned, int64_t group, int warps,
+                                       bool affine) {
   return rounded_up(group * image * element_bytes, 16) +
-         floats(position_scratch(warps, static_cast<int>(group * owned))) + floats(group * owned);
+         floats(position_scratch(warps, static_cast<int>(group * owned))) + floats(group * owned) +
+         (affine ? floats(group * owned) + floats(owned) : 0);
 }
 
 constexpr int64_t backward_shared_bytes(int64_t image, int element_bytes, int64_t owned, int64_t bottleneck,
-                                        int64_t group, int warps) {
+                                        int64_t group, int warps, bool affine) {
   const int64_t most = group * std::max(owned, 2 * bottleneck);
   return rounded_up(group * image * element_bytes, 16) + rounded_up(image * element_bytes, 16) +
          floats(column_scratch(warps, static_cast<int>(most))) + 2 * floats(group * owned) + floats(4 * group * owned) +
-         floats(2 * group * bottleneck);
+         floats(2 * group * bottleneck) + (affine ? floats(group * owned) : 0);
 }
 
 // --- the plan -----------------------------------------------------------------------------------------------
@@ -148,8 +152,9 @@ inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLi
                          : plan.team == GpuTeam::cluster ? gpu.cluster_barrier
                                                          : 0.1e-6;
   const double other = std::max(weights, flops) + 2 * barrier;
-  // Two resident blocks hide each other's waiting.
-  const double one = plan.resident > 1 ? std::max(map, other) + 0.25 * std::min(map, other) : map + other;
+  // Two resident blocks of different teams hide each other's waiting.
+  const double one =
+      plan.resident > 1 && plan.teams > 1 ? std::max(map, other) + 0.25 * std::min(map, other) : map + other;
   return groups * one + gpu.launch + work.rest;
 }
 
@@ -193,9 +198,9 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu) {
     const int64_t room = std::min(gpu.shared_per_block, gpu.shared_per_multiprocessor / resident - kReservedShared);
     for (int64_t group = 1; group <= std::min<int64_t>(p.samples, 64); group *= 2) {
       if (group * image > INT32_MAX / 4) return;
-      const int64_t shared = p.backward
-                                 ? backward_shared_bytes(image, p.element_bytes, owned, p.bottleneck, group, warps)
-                                 : forward_shared_bytes(image, p.element_bytes, owned, group, warps);
+      const int64_t shared =
+          p.backward ? backward_shared_bytes(image, p.element_bytes, owned, p.bottleneck, group, warps, p.affine)
+                     : forward_shared_bytes(image, p.element_bytes, owned, group, warps, p.affine);
       if (shared > room) return;
       GpuPlan plan;
       plan.team = team;

@@ -14,6 +14,12 @@ struct CellWeights {
   const float *hidden_reduce, *hidden_reduce_bias, *hidden_expand, *hidden_expand_bias;
 };
 
+// A norm with given statistics before the step: x to ((x - shift) - d) scale + bias, a value of each channel. `shift`
+// is one that the map's type holds, near the mean, and `d` the rest of the mean: see docs/kernels.md, digits.
+struct ChannelAffine {
+  const float *shift, *d, *scale, *bias;
+};
+
 // How a launch takes the samples: `group` at a time; an owner's channels begin at multiples of `quantum`.
 struct Teams {
   int group, quantum;
@@ -24,7 +30,8 @@ struct CellTables {
   float *p, *zx, *zh, *gates;
 };
 
-template <class T>
+// kAffine: with a norm in front. Its part is known at compile time, so that the step alone does not pay for it.
+template <class T, bool kAffine>
 struct StepForward {
   MapSize size;
   int bottleneck;
@@ -36,9 +43,11 @@ struct StepForward {
   CellWeights weights;
   CellTables tables;
   float *new_h, *new_c;
+  ChannelAffine affine;  // with kAffine; and (N, C), the means of (x - shift) - d:
+  float* off;
 };
 
-template <class T>
+template <class T, bool kAffine>
 struct StepBackward {
   MapSize size;
   int bottleneck;
@@ -54,6 +63,9 @@ struct StepBackward {
   float *dzx, *dzh;        // (N, m), of both bottlenecks
   float* partial;          // (teams, ranks, group, 2 m)
   float *old_dh, *old_dc;  // null: not wanted
+  ChannelAffine affine;    // with kAffine; and what the gradients of scale and bias are made of, (N, C) each:
+  float *sum, *product;    // sums of g and of g ((x - shift) - d)
+  float* dp;
 };
 
 // Zero where the ReLU that made y let nothing through: where y <= 0, so that NaN passes.

@@ -13,9 +13,9 @@
 namespace dia::kernels {
 
 // g of the owned channels into the image, with the phases of `like`, and as dshortcut.
-template <class M, class T, class Array>
-DIA_DEVICE void mask_gradient(M& m, const StepBackward<T>& args, const Image<T>& image, const Samples<const T>& like,
-                              int64_t sample, int count, const Array& memory) {
+template <class M, class T, bool kAffine, class Array>
+DIA_DEVICE void mask_gradient(M& m, const StepBackward<T, kAffine>& args, const Image<T>& image,
+                              const Samples<const T>& like, int64_t sample, int count, const Array& memory) {
   const bool written = args.dshortcut.data != nullptr;
   const bool packs =
       alike(like, args.dy) && (!args.relu || alike(like, args.y)) && (!written || alike(like, args.dshortcut));
@@ -35,10 +35,11 @@ DIA_DEVICE void mask_gradient(M& m, const StepBackward<T>& args, const Image<T>&
       });
 }
 
-// Gradients of the owned channels' pre-activations and old c; h' and du also on chip, by index and owned channel.
-template <class M, class T, class Array>
-DIA_DEVICE void gate_gradients(M& m, const StepBackward<T>& args, Part owned, int64_t sample, int count,
-                               const Array& sums, const Array& hidden, const Array& du) {
+// Gradients of the owned channels' pre-activations and old c; g's factor in dx (h', times the norm's scale if there is
+// one) and du also on chip, by index and owned channel. `sums` of g x, or of g (x - shift) and `plain` of g.
+template <class M, class T, bool kAffine, class Array>
+DIA_DEVICE void gate_gradients(M& m, const StepBackward<T, kAffine>& args, Part owned, int64_t sample, int count,
+                               const Array& sums, const Array& plain, const Array& hidden, const Array& du) {
   const int channels = args.size.channels, width = owned.size();
   for (int k = m.thread(); k < count * width; k += m.threads()) {
     const int channel = owned.begin + k % width;
@@ -49,11 +50,20 @@ DIA_DEVICE void gate_gradients(M& m, const StepBackward<T>& args, Part owned, in
     const float new_c = m.load(args.new_c + at), old_c = args.c != nullptr ? m.load(args.c + at) : 0.0f;
     const float dc = args.dc != nullptr ? m.load(args.dc + at) : 0.0f;
     float dh = args.dh != nullptr ? m.load(args.dh + at) : 0.0f;
-    if (args.dy.data != nullptr) dh += sums[k];
+    if constexpr (kAffine) {
+      const bool has_g = args.dy.data != nullptr;
+      const float sum = has_g ? static_cast<float>(plain[k]) : 0.0f;
+      const float product = has_g ? sums[k] - m.load(args.affine.d + channel) * sum : 0.0f;
+      m.store(args.sum + at, sum);
+      m.store(args.product + at, product);
+      dh += m.load(args.affine.scale + channel) * product + m.load(args.affine.bias + channel) * sum;
+    } else if (args.dy.data != nullptr) {
+      dh += sums[k];
+    }
     const auto with = [&](auto cell) {
       using Function = decltype(cell);
       const float s = Function::squash(new_c);
-      hidden[k] = gates.o * s;
+      hidden[k] = gates.o * s * (kAffine ? m.load(args.affine.scale + channel) : 1.0f);
       return Function::backward(gates, old_c, s, dh, dc);
     };
     float of[5];
@@ -73,10 +83,10 @@ DIA_DEVICE void gate_gradients(M& m, const StepBackward<T>& args, Part owned, in
   }
 }
 
-// dx of the owned channels, from the image of g (which has the phases of dx), h' and dp / HW.
-template <class M, class T, class Array, class Floats>
-DIA_DEVICE void spread_gradient(M& m, const StepBackward<T>& args, const Image<T>& image, int64_t sample, int count,
-                                const Array& memory, const Floats& hidden, const Floats& pooled) {
+// dx of the owned channels, from the image of g (which has the phases of dx), its factor and dp / HW.
+template <class M, class T, bool kAffine, class Array, class Floats>
+DIA_DEVICE void spread_gradient(M& m, const StepBackward<T, kAffine>& args, const Image<T>& image, int64_t sample,
+                                int count, const Array& memory, const Floats& hidden, const Floats& pooled) {
   const int owned = image.channels.size();
   const bool has_g = args.dy.data != nullptr;
   const auto value = [&](T g, int channel) {
@@ -101,8 +111,8 @@ DIA_DEVICE void spread_gradient(M& m, const StepBackward<T>& args, const Image<T
       });
 }
 
-template <class M, class T>
-DIA_DEVICE void step_backward(M& m, const StepBackward<T>& args) {
+template <class M, class T, bool kAffine>
+DIA_DEVICE void step_backward(M& m, const StepBackward<T, kAffine>& args) {
   const MapSize& size = args.size;
   const Part owned = part_of(size.channels, m.rank(), m.ranks(), args.teams.quantum);
   // The image of g has the phases of dx, or where that is not wanted of dy.
@@ -117,9 +127,11 @@ DIA_DEVICE void step_backward(M& m, const StepBackward<T>& args) {
   const auto stage = m.template shared<T>(image.elements());
   const auto scratch = m.template shared<float>(column_scratch(m.warps(), most));
   const auto sums = m.template shared<float>(group * width);    // of x g, then dp / HW
-  const auto hidden = m.template shared<float>(group * width);  // h'
+  const auto hidden = m.template shared<float>(group * width);  // g's factor in dx
   const auto du = m.template shared<float>(group * 4 * width);
   const auto dz = m.template shared<float>(group * 2 * bottleneck);  // of the input's, then the hidden bottleneck
+
+  const auto plain = m.template shared<float>(kAffine ? group * width : 0);  // sums of g
 
   for (int sample = m.team() * group; sample < size.samples; sample += m.teams() * group) {
     const int count = size.samples - sample < group ? size.samples - sample : group;
@@ -131,13 +143,19 @@ DIA_DEVICE void step_backward(M& m, const StepBackward<T>& args) {
                 *x_at = args.x.data + (sample + index) * args.x.stride;
         sum_positions(m, image, 1, scratch, sums, index, [&](int, int channel, int position) {
           const T g = memory[index * image.elements() + image.place_of(g_at, owned.begin + channel, position)];
-          const T x = stage[image.place_of(x_at, owned.begin + channel, position)];
-          return M::widen(g) * M::widen(x);
+          float x = M::widen(static_cast<T>(stage[image.place_of(x_at, owned.begin + channel, position)]));
+          if constexpr (kAffine) x -= m.load(args.affine.shift + owned.begin + channel);
+          return M::widen(g) * x;
         });
+        if constexpr (kAffine)
+          sum_positions(m, image, 1, scratch, plain, index, [&](int, int channel, int position) {
+            return M::widen(static_cast<T>(
+                memory[index * image.elements() + image.place_of(g_at, owned.begin + channel, position)]));
+          });
       }
       m.sync_block();
     }
-    gate_gradients(m, args, owned, sample, count, sums, hidden, du);
+    gate_gradients(m, args, owned, sample, count, sums, plain, hidden, du);
 
     // This owner's part of both bottlenecks' gradients: du W2 over its own rows of W2.
     float* partial = args.partial + (static_cast<int64_t>(m.team()) * m.ranks()) * group * 2 * bottleneck;
@@ -186,10 +204,15 @@ DIA_DEVICE void step_backward(M& m, const StepBackward<T>& args) {
       down(args.weights.hidden_reduce, bottleneck, [&](int index, int column, float sum) {
         m.store(args.old_dh + row_at(sample + index, channels) + owned.begin + column, sum);
       });
-    if (args.dx.data != nullptr) {
+    if (kAffine || args.dx.data != nullptr)
       down(args.weights.input_reduce, 0, [&](int index, int column, float sum) {
+        if constexpr (kAffine) {
+          m.store(args.dp + row_at(sample + index, channels) + owned.begin + column, sum);
+          sum *= m.load(args.affine.scale + owned.begin + column);
+        }
         sums[index * width + column] = sum / static_cast<float>(size.positions);
       });
+    if (args.dx.data != nullptr) {
       m.sync_block();
       // The next group needs no barrier: a thread writes the slots that it has just read, and between this group's h'
       // and the next one's lie the barriers of its sums.

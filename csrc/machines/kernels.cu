@@ -12,16 +12,17 @@ constexpr int kThreads = 512, kResident = 2;
 
 extern __shared__ __align__(16) char shared_memory[];
 
-template <class T, Team kTeam>
+template <class T, bool kAffine, Team kTeam>
 __global__ void __launch_bounds__(kThreads, kResident)
-    step_forward_kernel(__grid_constant__ const kernels::StepForward<T> args, int ranks, unsigned* counters) {
+    step_forward_kernel(__grid_constant__ const kernels::StepForward<T, kAffine> args, int ranks, unsigned* counters) {
   Machine<kTeam> machine(ranks, shared_memory, counters);
   kernels::step_forward(machine, args);
 }
 
-template <class T, Team kTeam>
+template <class T, bool kAffine, Team kTeam>
 __global__ void __launch_bounds__(kThreads, kResident)
-    step_backward_kernel(__grid_constant__ const kernels::StepBackward<T> args, int ranks, unsigned* counters) {
+    step_backward_kernel(__grid_constant__ const kernels::StepBackward<T, kAffine> args, int ranks,
+                         unsigned* counters) {
   Machine<kTeam> machine(ranks, shared_memory, counters);
   kernels::step_backward(machine, args);
 }
@@ -46,15 +47,24 @@ __global__ void __launch_bounds__(kWeightThreads, 4)
   kernels::weight_gradients<kWeightThreads>(machine, args);
 }
 
-#define DIA_STEP_KERNELS(T, kTeam)                                                                               \
-  template __global__ void step_forward_kernel<T, kTeam>(__grid_constant__ const kernels::StepForward<T>, int,   \
-                                                         unsigned*);                                             \
-  template __global__ void step_backward_kernel<T, kTeam>(__grid_constant__ const kernels::StepBackward<T>, int, \
-                                                          unsigned*);
+__global__ void __launch_bounds__(kWeightThreads, 4)
+    affine_gradients_kernel(__grid_constant__ const kernels::AffineGradients args) {
+  Machine<Team::block> machine(1, shared_memory, nullptr);
+  kernels::affine_gradients(machine, args);
+}
+
+#define DIA_STEP_KERNELS(T, kAffine, kTeam)                                      \
+  template __global__ void step_forward_kernel<T, kAffine, kTeam>(               \
+      __grid_constant__ const kernels::StepForward<T, kAffine>, int, unsigned*); \
+  template __global__ void step_backward_kernel<T, kAffine, kTeam>(              \
+      __grid_constant__ const kernels::StepBackward<T, kAffine>, int, unsigned*);
 #define DIA_KERNELS_OF(T)                                                             \
-  DIA_STEP_KERNELS(T, Team::block)                                                    \
-  DIA_STEP_KERNELS(T, Team::cluster)                                                  \
-  DIA_STEP_KERNELS(T, Team::grid)                                                     \
+  DIA_STEP_KERNELS(T, false, Team::block)                                             \
+  DIA_STEP_KERNELS(T, false, Team::cluster)                                           \
+  DIA_STEP_KERNELS(T, false, Team::grid)                                              \
+  DIA_STEP_KERNELS(T, true, Team::block)                                              \
+  DIA_STEP_KERNELS(T, true, Team::cluster)                                            \
+  DIA_STEP_KERNELS(T, true, Team::grid)                                               \
   template __global__ void reduce_kernel(__grid_constant__ const kernels::Reduce<T>); \
   template __global__ void spread_kernel(__grid_constant__ const kernels::Spread<T>);
 

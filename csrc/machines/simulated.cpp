@@ -73,6 +73,10 @@ class Arguments {
             pointer<const float>("hidden_reduce_weight"), pointer<const float>("hidden_reduce_bias"),
             pointer<const float>("hidden_expand_weight"), pointer<const float>("hidden_expand_bias")};
   }
+  kernels::ChannelAffine affine() {
+    return {pointer<const float>("shift"), pointer<const float>("d"), pointer<const float>("scale"),
+            pointer<const float>("bias")};
+  }
   kernels::CellTables tables() {
     return {pointer<float>("p"), pointer<float>("zx"), pointer<float>("zh"), pointer<float>("gates")};
   }
@@ -93,9 +97,9 @@ class Arguments {
   const Numbers& numbers_;
 };
 
-template <class T>
+template <class T, bool kAffine>
 auto forward_kernel(Arguments& of) {
-  kernels::StepForward<T> args{};
+  kernels::StepForward<T, kAffine> args{};
   args.size = of.size();
   args.bottleneck = static_cast<int>(of.number("bottleneck"));
   args.relu = of.number("relu") != 0, args.tanh_output = of.number("tanh_output") != 0;
@@ -104,12 +108,13 @@ auto forward_kernel(Arguments& of) {
   args.h = of.pointer<const float>("h"), args.c = of.pointer<const float>("c");
   args.weights = of.weights(), args.tables = of.tables();
   args.new_h = of.pointer<float>("new_h"), args.new_c = of.pointer<float>("new_c");
+  if (kAffine) args.affine = of.affine(), args.off = of.pointer<float>("off");
   return [args](Thread& m) { kernels::step_forward(m, args); };
 }
 
-template <class T>
+template <class T, bool kAffine>
 auto backward_kernel(Arguments& of) {
-  kernels::StepBackward<T> args{};
+  kernels::StepBackward<T, kAffine> args{};
   args.size = of.size();
   args.bottleneck = static_cast<int>(of.number("bottleneck"));
   args.relu = of.number("relu") != 0, args.tanh_output = of.number("tanh_output") != 0;
@@ -122,6 +127,11 @@ auto backward_kernel(Arguments& of) {
   args.du = of.pointer<float>("du"), args.dzx = of.pointer<float>("dzx"), args.dzh = of.pointer<float>("dzh");
   args.partial = of.pointer<float>("partial");
   args.old_dh = of.pointer<float>("old_dh"), args.old_dc = of.pointer<float>("old_dc");
+  if (kAffine) {
+    args.affine = of.affine();
+    args.sum = of.pointer<float>("sum"), args.product = of.pointer<float>("product");
+    args.dp = of.pointer<float>("dp");
+  }
   return [args](Thread& m) { kernels::step_backward(m, args); };
 }
 
@@ -168,6 +178,19 @@ auto weights_kernel(Arguments& of) {
   return [args](Thread& m) { kernels::weight_gradients<128>(m, args); };
 }
 
+auto affine_kernel(Arguments& of) {
+  const kernels::AffineGradients args{static_cast<int>(of.number("samples")),
+                                      static_cast<int>(of.number("channels")),
+                                      of.pointer<const float>("sum"),
+                                      of.pointer<const float>("product"),
+                                      of.pointer<const float>("dp"),
+                                      of.pointer<const float>("off"),
+                                      of.pointer<const float>("new_h"),
+                                      of.pointer<float>("d_scale"),
+                                      of.pointer<float>("d_bias")};
+  return [args](Thread& m) { kernels::affine_gradients(m, args); };
+}
+
 // A barrier by its place in the source, as in a report.
 using Place = std::tuple<std::string, uint32_t, uint32_t>;
 
@@ -182,8 +205,11 @@ py::dict launch(const std::string& kernel, const std::string& dtype, const Array
   }
   const auto run = [&](auto body) { return arguments.device.launch(grid, body); };
   const auto of_type = [&]<class T>(T) {
-    if (kernel == "step_forward") return run(forward_kernel<T>(arguments));
-    if (kernel == "step_backward") return run(backward_kernel<T>(arguments));
+    if (kernel == "step_forward") return run(forward_kernel<T, false>(arguments));
+    if (kernel == "step_backward") return run(backward_kernel<T, false>(arguments));
+    if (kernel == "affine_step_forward") return run(forward_kernel<T, true>(arguments));
+    if (kernel == "affine_step_backward") return run(backward_kernel<T, true>(arguments));
+    if (kernel == "affine_gradients") return run(affine_kernel(arguments));
     if (kernel == "reduce") return run(reduce_kernel<T>(arguments));
     if (kernel == "spread") return run(spread_kernel<T>(arguments));
     if (kernel == "weight_gradients") return run(weights_kernel(arguments));

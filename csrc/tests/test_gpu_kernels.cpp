@@ -117,7 +117,7 @@ void step_and_its_gradients(int ranks, int teams, int group) {
   Memory memory;
   std::vector<float*> at(kInputs);
   for (int k = 0; k < kInputs; ++k) at[k] = memory.add("input " + std::to_string(k), in[k]);
-  kernels::StepForward<float> forward{};
+  kernels::StepForward<float, false> forward{};
   forward.size = size, forward.bottleneck = kBottleneck, forward.relu = true, forward.teams = {group, 1};
   forward.x = {at[kX], stride}, forward.shortcut = {at[kShortcut], stride};
   forward.y = {memory.result("y", kMap), stride};
@@ -133,7 +133,7 @@ void step_and_its_gradients(int ranks, int teams, int group) {
 
   const std::vector<Values> other = draw(100);
   const Values &dy = other[kX], &dh = other[kH], &dc = other[kC];
-  kernels::StepBackward<float> backward{};
+  kernels::StepBackward<float, false> backward{};
   backward.size = size, backward.bottleneck = kBottleneck, backward.relu = true, backward.teams = {group, 1};
   backward.dy = {memory.add("dy", dy), stride}, backward.y = {forward.y.data, stride}, backward.x = forward.x;
   backward.dshortcut = {memory.result("dshortcut", kMap), stride};

@@ -43,8 +43,9 @@ void check_plan(const GpuProblem& p, const GpuLimits& gpu) {
   // The shared memory is what the kernels ask for.
   const int64_t image = image_elements(most, p.positions, p.interleaved, p.aligned, pack);
   CHECK(plan.shared_bytes >=
-        (p.backward ? backward_shared_bytes(image, p.element_bytes, most, p.bottleneck, plan.group, kGpuThreads / 32)
-                    : forward_shared_bytes(image, p.element_bytes, most, plan.group, kGpuThreads / 32)));
+        (p.backward
+             ? backward_shared_bytes(image, p.element_bytes, most, p.bottleneck, plan.group, kGpuThreads / 32, p.affine)
+             : forward_shared_bytes(image, p.element_bytes, most, plan.group, kGpuThreads / 32, p.affine)));
 }
 
 void thousands_of_problems() {
@@ -55,10 +56,11 @@ void thousands_of_problems() {
         for (int64_t positions : {0, 1, 49, 64, 196, 1024, 3136, 200704})
           for (int element_bytes : {2, 4})
             for (int64_t reduction : {4, 20})
-              for (int flags = 0; flags < 16; ++flags, ++count)
-                check_plan({samples, channels, positions, std::max<int64_t>(channels / reduction, 1), element_bytes,
-                            (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0, (flags & 8) != 0, true},
-                           gpu);
+              for (int flags = 0; flags < 32; ++flags, ++count)
+                check_plan(
+                    {samples, channels, positions, std::max<int64_t>(channels / reduction, 1), element_bytes,
+                     (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0, (flags & 8) != 0, true, (flags & 16) != 0},
+                    gpu);
   CHECK(count > 50000);
 }
 

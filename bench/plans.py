@@ -1,0 +1,76 @@
+"""Writes the plans of the GPU step for the usual shapes: layout, passes, and the model's times.
+
+    python bench/plans.py --device h100 --dtype bfloat16
+
+Nothing is run: the plans come from ``csrc/core/gpu_plan.h``. Writes ``results/plans-<device>.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import report
+
+from dia_kernels.plan import ELEMENT_BYTES, Plan, gpus, plan
+
+#: N, C, H, W and r.
+SHAPES = (
+    (256, 256, 56, 56, 4),
+    (256, 512, 28, 28, 4),
+    (256, 1024, 14, 14, 4),
+    (256, 1024, 14, 14, 20),
+    (256, 2048, 7, 7, 4),
+    (256, 2048, 7, 7, 20),
+    (32, 256, 56, 56, 4),
+    (32, 2048, 7, 7, 4),
+    (128, 64, 32, 32, 4),
+    (128, 128, 16, 16, 4),
+    (128, 256, 8, 8, 4),
+)
+
+
+def layout(p: Plan) -> str:
+    if p.team == "split":
+        return "split"
+    return f"{p.teams} x {p.ranks} {p.team}, {p.group} samples, {p.resident} resident"
+
+
+def row(shape: Sequence[int], device: str, dtype: str, channels_last: bool) -> list[str]:
+    *size, r = shape
+    cells = [f"{size[0]}x{size[1]}x{size[2]}², r = {r}"]
+    for backward in (False, True):
+        p = plan(size, device, dtype=dtype, reduction=r, channels_last=channels_last, backward=backward)
+        cells += [layout(p), f"{p.passes:g}", f"{p.seconds * 1e6:.0f} / {p.ideal_seconds * 1e6:.0f}"]
+    return cells
+
+
+def markdown(device: str, dtype: str) -> str:
+    parts = [
+        f"# Plans of the GPU step: {device}, {dtype}",
+        "With shortcut and ReLU. Teams x blocks of a team; passes over the map (3 forward and 5 backward are ideal); "
+        "microseconds by the plan's model / of the ideal passes. Never measured.",
+    ]
+    columns = ["N x C x HW", "forward", "passes", "us", "backward", "passes", "us"]
+    for name, last in (("contiguous", False), ("channels_last", True)):
+        parts += [f"## {name}", report.table(columns, [row(shape, device, dtype, last) for shape in SHAPES])]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Plans of the GPU step.")
+    parser.add_argument("--device", default="h100", choices=gpus())
+    parser.add_argument("--dtype", default="bfloat16", choices=list(ELEMENT_BYTES))
+    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    text = markdown(options.device, options.dtype)
+    (options.output / f"plans-{options.device}.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
