@@ -18,22 +18,46 @@ namespace dia::cuda {
 
 enum class Team { block, cluster, grid };
 
+// Packs are moved by instructions spelt out: left to the compiler, a pack made or used element by element became as
+// many narrow accesses.
+template <class T>
+__device__ __forceinline__ uint4 words_of(const Pack<T>& pack) {
+  uint4 words;
+  memcpy(&words, &pack, sizeof(words));
+  return words;
+}
+template <class T>
+__device__ __forceinline__ Pack<T> pack_of(const uint4& words) {
+  Pack<T> pack;
+  memcpy(&pack, &words, sizeof(pack));
+  return pack;
+}
+
 template <class T>
 class Shared {
  public:
   __device__ __forceinline__ explicit Shared(T* data) : data_(data) {}
   __device__ __forceinline__ T& operator[](int64_t index) const { return data_[index]; }
-  // As four words: the compiler would move a struct of short elements one by one.
   __device__ __forceinline__ Pack<T> pack(int64_t index) const {
-    Pack<T> pack;
-    reinterpret_cast<uint4&>(pack) = *reinterpret_cast<const uint4*>(data_ + index);
-    return pack;
+    uint4 words;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "r"(address(index))
+                 : "memory");
+    return pack_of<T>(words);
   }
   __device__ __forceinline__ void set_pack(int64_t index, const Pack<T>& pack) const {
-    *reinterpret_cast<uint4*>(data_ + index) = reinterpret_cast<const uint4&>(pack);
+    const uint4 words = words_of(pack);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address(index)), "r"(words.x), "r"(words.y),
+                 "r"(words.z), "r"(words.w)
+                 : "memory");
   }
 
  private:
+  __device__ __forceinline__ unsigned address(int64_t index) const {
+    return static_cast<unsigned>(__cvta_generic_to_shared(data_ + index));
+  }
+
   T* data_;
 };
 
@@ -108,13 +132,18 @@ class Machine {
   }
   template <class T>
   __device__ __forceinline__ static Pack<std::remove_const_t<T>> load_pack(T* from) {
-    Pack<std::remove_const_t<T>> pack;
-    reinterpret_cast<uint4&>(pack) = *reinterpret_cast<const uint4*>(from);
-    return pack;
+    uint4 words;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "l"(from));
+    return pack_of<std::remove_const_t<T>>(words);
   }
   template <class T>
   __device__ __forceinline__ static void store_pack(T* to, const Pack<T>& pack) {
-    *reinterpret_cast<uint4*>(to) = reinterpret_cast<const uint4&>(pack);
+    const uint4 words = words_of(pack);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z),
+                 "r"(words.w)
+                 : "memory");
   }
 
   __device__ __forceinline__ static float widen(float value) { return value; }
