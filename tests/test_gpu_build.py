@@ -21,9 +21,9 @@ MOST_REGISTERS = 64
 #: Bytes that a kernel may spill, by the begin of its name.
 MOST_SPILLED = {
     "step_forward": 64,
-    "step_backward": 256,
-    "reduce": 32,
-    "spread": 0,
+    "step_backward": 96,
+    "reduce": 8,
+    "spread": 32,
     "weight_gradients": 0,
     "affine_gradients": 0,
 }
@@ -113,7 +113,8 @@ def test_maps_are_moved_in_sixteen_bytes(compiled):
     if not accesses:
         pytest.skip("no nvdisasm, neither beside nvcc nor in Triton's wheel")
     for name, counts in accesses.items():
-        if "gradients" in name:
+        # Teams that are clusters exist from 9.0 on: below, the kernel ends at its first barrier.
+        if "gradients" in name or ("TeamE1" in name and compiled["architecture"] < 90):
             continue
         assert counts["LDG"] > 0, name
         if "step" in name or "spread" in name:
