@@ -81,7 +81,7 @@ class Case:
 
     def variants(self) -> tuple[str, ...]:
         if self.batch == 128:  # the memory of two cores' machines does not hold the activations of all six in turn
-            return ("plain", "pytorchcv", "step", "ours")
+            return ("plain", "se", "pytorchcv", "step", "ours")
         return tuple(v for v in VARIANTS if v != "pytorchcv" or self.reduction == 4)
 
 
