@@ -95,14 +95,12 @@ def _differentiable_gradients(ctx, grads, y, inputs) -> tuple:
     )[:3]  # fmt: skip
     pairs = [(out, grad) for out, grad in zip(outputs, (g, dh, dc), strict=True) if grad is not None]
     wanted = [t for t in views if t is not None and t.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=True, allow_unused=True
-        )
-    )
-    dz, dh, dc, dgamma, dbeta, *dparameters = (
-        next(found) if t is not None and t.requires_grad else None for t in views
-    )
+    found: tuple[Tensor | None, ...] = ()
+    if wanted and pairs:  # else the shortcut's gradient is all that is asked for
+        results, cotangents = zip(*pairs, strict=True)
+        found = torch.autograd.grad(results, wanted, cotangents, create_graph=True, allow_unused=True)
+    rest = iter(found)
+    dz, dh, dc, dgamma, dbeta, *dparameters = (next(rest) if t is not None and t.requires_grad else None for t in views)
     return _asked(ctx.needs_input_grad, dz, g, dh, dc, dgamma, dbeta, *dparameters)
 
 

@@ -8,7 +8,7 @@ from problems import lstm_parameters
 from processes import PER_SAMPLE, run, share, solve
 from torch import multiprocessing, nn
 
-from dia_kernels import operators
+from dia_kernels import LSTMParameters, operators
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -60,6 +60,9 @@ CASES = {
     "reference": make((4, 8, 5, 7), 1, backend="reference"),
     "second derivatives": make((4, 6, 3, 5), 1, twice=True),
     "second derivatives without ReLU": make((4, 6, 3, 5), 2, twice=True, relu=False, state=False),
+    "second derivatives of the shortcut's alone": make(
+        (4, 6, 3, 5), 2, twice=True, state=False, outputs=("y",), frozen=("z", "gamma", "beta", *LSTMParameters._fields)
+    ),
     "compiled": make((4, 8, 5, 7), 2, compiled=True),
     "float32": make((6, 12, 7, 7), 2, dtype=torch.float32),
     "bfloat16": make((6, 12, 7, 7), 3, dtype=torch.bfloat16),
