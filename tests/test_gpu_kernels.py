@@ -32,18 +32,21 @@ def case_of(shape, **options) -> Case:
     return Case(samples=samples, channels=channels, positions=positions, bottleneck=bottleneck, **options)
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["planar", "interleaved"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def over_shapes_and_types(test):
+    """Every shape and type, both layouts."""
+    for name, values, ids in (("interleaved", [False, True], None), ("dtype", DTYPES, str), ("shape", SHAPES, str)):
+        test = pytest.mark.parametrize(name, values, ids=ids)(test)
+    return test
+
+
+@over_shapes_and_types
 def test_forward(shape, dtype, interleaved):
     for teams, options in PAIRS:
         case = case_of(shape, dtype=dtype, interleaved=interleaved, **teams, **options)
         assert_right(case, Problem(case).forward())
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["planar", "interleaved"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@over_shapes_and_types
 def test_backward(shape, dtype, interleaved):
     for teams, options in PAIRS:
         case = case_of(shape, dtype=dtype, interleaved=interleaved, **teams, **options)
@@ -52,9 +55,7 @@ def test_backward(shape, dtype, interleaved):
         assert_right(case, problem.weight_gradients())
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["planar", "interleaved"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@over_shapes_and_types
 def test_a_norm_with_given_statistics_in_front(shape, dtype, interleaved):
     for teams, options in zip(TEAMS, OPTIONS, strict=False):
         case = case_of(shape, dtype=dtype, interleaved=interleaved, affine=True, **teams, **options)

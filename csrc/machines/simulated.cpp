@@ -97,16 +97,23 @@ class Arguments {
   const Numbers& numbers_;
 };
 
-template <class T, bool kAffine>
-auto forward_kernel(Arguments& of) {
-  kernels::StepForward<T, kAffine> args{};
+// What both directions of the step take.
+template <class Args>
+Args step_arguments(Arguments& of) {
+  Args args{};
   args.size = of.size();
   args.bottleneck = static_cast<int>(of.number("bottleneck"));
   args.relu = of.number("relu") != 0, args.tanh_output = of.number("tanh_output") != 0;
   args.teams = {static_cast<int>(of.number("group")), static_cast<int>(of.number("quantum"))};
+  args.weights = of.weights(), args.tables = of.tables();
+  return args;
+}
+
+template <class T, bool kAffine>
+auto forward_kernel(Arguments& of) {
+  auto args = step_arguments<kernels::StepForward<T, kAffine>>(of);
   args.x = of.map<const T>("x"), args.shortcut = of.map<const T>("shortcut"), args.y = of.map<T>("y");
   args.h = of.pointer<const float>("h"), args.c = of.pointer<const float>("c");
-  args.weights = of.weights(), args.tables = of.tables();
   args.new_h = of.pointer<float>("new_h"), args.new_c = of.pointer<float>("new_c");
   if (kAffine) args.affine = of.affine(), args.off = of.pointer<float>("off");
   return [args](Thread& m) { kernels::step_forward(m, args); };
@@ -114,16 +121,11 @@ auto forward_kernel(Arguments& of) {
 
 template <class T, bool kAffine>
 auto backward_kernel(Arguments& of) {
-  kernels::StepBackward<T, kAffine> args{};
-  args.size = of.size();
-  args.bottleneck = static_cast<int>(of.number("bottleneck"));
-  args.relu = of.number("relu") != 0, args.tanh_output = of.number("tanh_output") != 0;
-  args.teams = {static_cast<int>(of.number("group")), static_cast<int>(of.number("quantum"))};
+  auto args = step_arguments<kernels::StepBackward<T, kAffine>>(of);
   args.dy = of.map<const T>("dy"), args.y = of.map<const T>("y"), args.x = of.map<const T>("x");
   args.dshortcut = of.map<T>("dshortcut"), args.dx = of.map<T>("dx");
   args.dh = of.pointer<const float>("dh"), args.dc = of.pointer<const float>("dc");
   args.c = of.pointer<const float>("c"), args.new_c = of.pointer<const float>("new_c");
-  args.weights = of.weights(), args.tables = of.tables();
   args.du = of.pointer<float>("du"), args.dzx = of.pointer<float>("dzx"), args.dzh = of.pointer<float>("dzh");
   args.partial = of.pointer<float>("partial");
   args.old_dh = of.pointer<float>("old_dh"), args.old_dc = of.pointer<float>("old_dc");
