@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,23 +241,27 @@ def own_peak(case: Case, variant: str) -> int:
     return resident("VmHWM") - before
 
 
-def measure(case: Case, asked: Sequence[str], compiled: bool, budget: float) -> dict[str, Any]:
-    """Everything of one case, as plain data for JSON."""
+def timed(case: Case, mode: str, variants: Sequence[str], compiled: bool, budget: float) -> Samples:
+    """Seconds of every variant in one mode."""
+    names = [(v, v, False) for v in variants]
+    names += [(f"{v}, compiled", v, True) for v in variants if compiled]
+    with undisturbed():
+        return rounded(interleaved({name: call_of(case, v, mode, c) for name, v, c in names}, budget, MIN_ROUNDS))
+
+
+def measure(case: Case, asked: Sequence[str], timings: Callable[[str, Sequence[str]], Samples]) -> dict[str, Any]:
+    """Everything of one case, as plain data for JSON; ``timings(mode, variants)`` gives the times."""
     wrong = breach(case)
     variants = [v for v in case.variants() if v in asked and (v not in ("ours", "step") or wrong is None)]
-    result: dict[str, Any] = {"case": asdict(case), "name": case.name, "wrong": wrong, "seconds": {}}
-    for mode in MODES:
-        names = [(v, v, False) for v in variants]
-        names += [(f"{v}, compiled", v, True) for v in variants if compiled]
-        seconds: Samples = {}
-        torch._dynamo.reset()
-        with undisturbed():
-            seconds = interleaved({name: call_of(case, v, mode, c) for name, v, c in names}, budget, MIN_ROUNDS)
-        result["seconds"][mode] = rounded(seconds)
     images, _ = batch(case)
-    result["saved_bytes"] = {v: saved_bytes(network(case, v), images) for v in variants}
-    result["peak_bytes"] = {v: peak_bytes(case, v) for v in variants}
-    return result
+    return {
+        "case": asdict(case) | {"network_blocks": case.blocks},
+        "name": case.name,
+        "wrong": wrong,
+        "seconds": {mode: timings(mode, variants) for mode in MODES},
+        "saved_bytes": {v: saved_bytes(network(case, v), images) for v in variants},
+        "peak_bytes": {v: peak_bytes(case, v) for v in variants},
+    }
 
 
 # --- report ----------------------------------------------------------------------------------------------
@@ -368,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", default="networks", help="stem of the three files")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
-    parser.add_argument("--one", metavar="CASE", help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     by_name = {case.name: case for case in CASES}
     if options.threads:
@@ -377,7 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(own_peak(by_name[options.peak[0]], options.peak[1]))
         return 0
     if options.one:
-        print(json.dumps(measure(by_name[options.one], options.variants.split(","), options.compiled, options.budget)))
+        case, mode = by_name[options.one[0]], options.one[1]
+        print(json.dumps(timed(case, mode, options.variants.split(","), options.compiled, options.budget)))
         return 0
     chosen = options.cases.split(",") if options.cases else list(by_name)
     if unknown := set(chosen) - set(by_name):
@@ -385,19 +391,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = options.variants.split(",")
     if "plain" not in asked or (unknown := set(asked) - set(VARIANTS)):
         parser.error(f"--variants: expected plain and some of {', '.join(VARIANTS)}, got {options.variants}")
-    results = []
-    for name in chosen:
-        print(f"{name} ...", flush=True)
-        # A process for each case: what one leaves of the heap is not in the way of the next.
-        command = [sys.executable, __file__, "--one", name, "--variants", options.variants]
+
+    def timings(name: str, mode: str, variants: Sequence[str]) -> Samples:
+        # A process for each case and mode: eight networks leave up to 19 GB of heap, which is in the way of the next.
+        command = [sys.executable, __file__, "--one", name, mode, "--variants", ",".join(variants)]
         command += ["--budget", str(options.budget), *(["--compiled"] if options.compiled else [])]
         command += ["--threads", str(options.threads)] if options.threads else []
         # Compiled anew: torch's cache of graphs does not see a change of our operators.
         fresh = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-        run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=fresh)
-        result = json.loads(run.stdout)
-        result["case"]["network_blocks"] = by_name[name].blocks
-        results.append(result)
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=fresh).stdout)
+
+    results = []
+    for name in chosen:
+        print(f"{name} ...", flush=True)
+        results.append(measure(by_name[name], asked, partial(timings, name)))
     document = {"environment": environment.describe(), "results": results}
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / options.name

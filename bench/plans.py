@@ -33,29 +33,33 @@ SHAPES = (
 
 
 def layout(p: Plan) -> str:
-    if p.team == "split":
-        return "split"
-    return f"{p.teams} x {p.ranks} {p.team}, {p.group} samples, {p.resident} resident"
+    """Where the map is, and who makes the cell."""
+    cell = "products" if p.team == "products" else f"{p.teams} x {p.ranks} {p.team}, {p.group} samples"
+    return f"on chip, {cell}, {p.resident} resident" if p.on_chip else f"sweeps of {p.chunk}, {cell}"
 
 
-def row(shape: Sequence[int], device: str, dtype: str, channels_last: bool) -> list[str]:
+def row(shape: Sequence[int], device: str, dtype: str, channels_last: bool, norm: str) -> list[str]:
     *size, r = shape
     cells = [f"{size[0]}x{size[1]}x{size[2]}², r = {r}"]
     for backward in (False, True):
-        p = plan(size, device, dtype=dtype, reduction=r, channels_last=channels_last, backward=backward)
-        cells += [layout(p), f"{p.passes:g}", f"{p.seconds * 1e6:.0f} / {p.ideal_seconds * 1e6:.0f}"]
+        p = plan(size, device, dtype=dtype, reduction=r, channels_last=channels_last, backward=backward, norm=norm)
+        times = f"{p.seconds * 1e6:.0f} / {p.ideal_seconds * 1e6:.0f}"
+        cells += [layout(p), str(p.launches), f"{p.passes:g}", times]
     return cells
 
 
 def markdown(device: str, dtype: str) -> str:
     parts = [
         f"# Plans of the GPU step: {device}, {dtype}",
-        "With shortcut and ReLU. Teams x blocks of a team; passes over the map (3 forward and 5 backward are ideal); "
-        "microseconds by the plan's model / of the ideal passes. Never measured.",
+        "With shortcut and ReLU. The map on chip or sweeps over so many samples, teams x blocks of a team that make the "
+        "cell; launches; passes over the map (3 forward and 5 backward are the least); microseconds by the plan's model "
+        "/ of the least passes. Never measured.",
     ]
-    columns = ["N x C x HW", "forward", "passes", "us", "backward", "passes", "us"]
-    for name, last in (("contiguous", False), ("channels_last", True)):
-        parts += [f"## {name}", report.table(columns, [row(shape, device, dtype, last) for shape in SHAPES])]
+    columns = ["N x C x HW", *["forward", "launches", "passes", "us", "backward", "launches", "passes", "us"]]
+    for what, norm in (("The step", "none"), ("The tail, with its batch norm", "batch")):
+        for name, last in (("contiguous", False), ("channels_last", True)):
+            rows = [row(shape, device, dtype, last, norm) for shape in SHAPES]
+            parts += [f"## {what}, {name}", report.table(columns, rows)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -77,14 +77,19 @@ def _plan(arguments: argparse.Namespace) -> int:
     from . import plan
 
     options = {"dtype": arguments.dtype, "reduction": arguments.reduction, "channels_last": arguments.channels_last}
+    kinds = {
+        f"{what} {'backward' if backward else 'forward'}": {"norm": norm, "backward": backward}
+        for what, norm in (("step", "none"), ("tail", "batch"))
+        for backward in (False, True)
+    }
     try:
-        both = [plan.plan(arguments.plan, arguments.device, backward=b, **options) for b in (False, True)]
+        plans = {name: plan.plan(arguments.plan, arguments.device, **kind, **options) for name, kind in kinds.items()}
     except (ValueError, RuntimeError) as error:
         sys.exit(f"info: {error}")
     if arguments.json:
-        print(json.dumps({name: vars(p) for name, p in zip(("forward", "backward"), both, strict=True)}, indent=2))
+        print(json.dumps({name: vars(p) for name, p in plans.items()}, indent=2))
     else:
-        print(plan.as_text(*both))
+        print("\n".join(plan.as_text(name, p) for name, p in plans.items()))
     return 0
 
 

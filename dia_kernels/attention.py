@@ -28,7 +28,7 @@ class SharedAttention(nn.Module):
         num_layers: stacked LSTM layers; every published model has one.
         dropout: probability of zeroing an h between stacked layers in training.
         channel_dim: 1 for (N, C, \\*spatial), -1 for token layout (N, L, C) or (N, \\*spatial, C).
-        backend: None for the best one here, or a name out of ``dia_kernels.backends.NAMES``.
+        backend: None for the best one here, or a name out of ``dia_kernels.backends.names()``.
         device, dtype: of the parameters.
 
     Attributes:
@@ -67,8 +67,8 @@ class SharedAttention(nn.Module):
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         if channel_dim not in (1, -1):
             raise ValueError(f"channel_dim: expected 1 or -1, got {channel_dim!r}")
-        if backend is not None and backend not in backends.NAMES:
-            raise ValueError(f"backend: expected None or one of {', '.join(backends.NAMES)}, got {backend!r}")
+        if backend is not None and backend not in backends.names():
+            raise ValueError(f"backend: expected None or one of {', '.join(backends.names())}, got {backend!r}")
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
         self.channels = channels

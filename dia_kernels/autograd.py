@@ -9,6 +9,9 @@ The rule (``route``), first match wins:
 5. something requires grad, or a functorch transform is active: the autograd Function
 6. otherwise: the raw operator
 
+Each Function's first argument is the set of operators that it calls (``operators.Operators``), of the native library or
+of another implementer; the rule and the formulas are the same for all.
+
 Double backward, vmap and forward mode are right through the reference: the backward is itself a
 Function, differentiated by ``torch.func.vjp`` of the reference, and each Function has a vmap rule
 that maps the reference.
@@ -26,6 +29,7 @@ from torch.autograd.function import Function
 
 from . import operators, reference
 from .cells import LSTMParameters
+from .operators import Operators
 
 _STALE_STATE = (
     "the graph that made this step's state, or the step itself, has been freed by an earlier backward(). "
@@ -44,17 +48,17 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def route(function: type[Function], operator: Callable, reference_of: Callable, args: tuple) -> Any:
-    """Calls ``function``, ``operator`` or ``reference_of`` on ``args`` by the rule above."""
+def route(function: type[Function], operator: Callable, reference_of: Callable, args: tuple, *first: Operators) -> Any:
+    """Calls ``function``, ``operator`` or ``reference_of`` on ``args`` by the rule above; ``function`` on ``first`` too."""
     if torch.onnx.is_in_onnx_export() or torch.autograd.forward_ad._current_level >= 0:
         return reference_of(*args)
     transformed = transforms_active()
     if torch.compiler.is_compiling():
         return reference_of(*args) if transformed else operator(*args)
     if transformed:
-        return function.apply(*args)
+        return function.apply(*first, *args)
     if wants_gradient(*(a for a in args if isinstance(a, Tensor))):
-        return apply(function, *args)
+        return apply(function, *first, *args)
     with _below_autograd():
         return operator(*args)
 
@@ -153,7 +157,7 @@ def _reference_step_backward(dy, dh, dc, x, y, h, c, parameters, channel_dim, ta
 
 
 def _step_context(ctx, inputs, output) -> None:
-    x, _, h, c, *rest = inputs
+    ctx.ops, x, _, h, c, *rest = inputs
     *parameters, channel_dim, relu, tanh_output, _ = rest
     y, _, new_c, tables = output
     ctx.save_for_backward(x, y if relu else None, h, c, new_c, tables, *parameters)
@@ -161,16 +165,16 @@ def _step_context(ctx, inputs, output) -> None:
 
 
 def _step_gradients(ctx, grads, backward: Callable, saved: tuple) -> tuple:
-    """Gradients of the sixteen inputs of ``step``; ``backward`` is what computes those asked for."""
+    """Gradients of the inputs of ``step``; ``backward`` is what computes those asked for."""
     dy, dh, dc, _ = grads
     x, y, h, c, new_c, tables, *parameters = saved
     _, relu, _ = ctx.flags
-    need = ctx.needs_input_grad
+    need = ctx.needs_input_grad[-16:]
     need_shortcut, need_state, need_parameters = need[1], need[2] or need[3], any(need[4:12])
     asked = (need[0], need_shortcut and relu and dy is not None, need_state, need_parameters)
     if any(asked):
         dx, dshortcut, dh, dc, *dparameters = backward(
-            dy, dh, dc, x, y, h, c, new_c, tables, *parameters, *ctx.flags, *asked
+            ctx.ops, dy, dh, dc, x, y, h, c, new_c, tables, *parameters, *ctx.flags, *asked
         )
     else:
         dx = dshortcut = None
@@ -185,10 +189,10 @@ def _step_gradients(ctx, grads, backward: Callable, saved: tuple) -> tuple:
     )
 
 
-def _raw_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
+def _raw_step_backward(ops, dy, dh, dc, x, y, h, c, new_c, tables, *rest):
     """The operator: it reads only the weights of the eight parameters."""
     parameters, flags = rest[:8], rest[8:]
-    return operators.step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *parameters[::2], *flags)
+    return ops.step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *parameters[::2], *flags)
 
 
 class StepBackward(Function):
@@ -200,7 +204,7 @@ class StepBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        tensors, ctx.flags, ctx.asked = inputs[:17], inputs[17:20], inputs[20:]
+        tensors, ctx.flags, ctx.asked = inputs[1:18], inputs[18:21], inputs[21:]
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
@@ -214,7 +218,7 @@ class StepBackward(Function):
 
         grads = StepBackward.asked_only(grads, ctx.asked)
         ddy, ddh, ddc, dx, dhp, dcp, *dparameters = derivative(function, (dy, dh, dc, x, h, c, *parameters), grads)
-        return ddy, ddh, ddc, dx, None, dhp, dcp, None, None, *dparameters, *(None,) * 7
+        return None, ddy, ddh, ddc, dx, None, dhp, dcp, None, None, *dparameters, *(None,) * 7
 
     @staticmethod
     def asked_only(grads: tuple, asked: tuple) -> tuple:
@@ -224,22 +228,22 @@ class StepBackward(Function):
         return tuple(grad if keep else None for grad, keep in zip(grads, kept, strict=True))
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info, in_dims, _ops, *args):
         flags = args[17:20]
 
         def function(dy, dh, dc, x, y, h, c, new_c, tables, *parameters):
             outputs = _reference_step_backward(dy, dh, dc, x, y, h, c, parameters, flags[0], flags[2])
             return tuple(new_c.new_zeros(()) if out is None else out for out in outputs)
 
-        return torch.func.vmap(function, in_dims[:17])(*args[:17]), (0,) * 12
+        return torch.func.vmap(function, in_dims[1:18])(*args[:17]), (0,) * 12
 
 
 class Step(Function):
     """``operators.step``, differentiable any number of times."""
 
     @staticmethod
-    def forward(*args):
-        return operators.step(*args)
+    def forward(ops, *args):
+        return ops.step(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -249,31 +253,20 @@ class Step(Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return _step_gradients(ctx, grads, differentiable(StepBackward, _raw_step_backward), saved_tensors(ctx))
+        backward = differentiable(StepBackward, _raw_step_backward)
+        return None, *_step_gradients(ctx, grads, backward, saved_tensors(ctx))
 
     @staticmethod
-    def vmap(info, in_dims, *args):
-        y, h, c = torch.func.vmap(lambda *a: _reference_step(*a)[:3], in_dims)(*args)
+    def vmap(info, in_dims, _ops, *args):
+        y, h, c = torch.func.vmap(lambda *a: _reference_step(*a)[:3], in_dims[1:])(*args)
         return (y, h, c, h.new_empty(0)), (0, 0, 0, None)
 
 
-def _compiled_step_backward(ctx, *grads):
-    return _step_gradients(ctx, grads, _raw_step_backward, ctx.saved_tensors)
-
-
-torch.library.register_autograd(
-    "dia_kernels::step",
-    _compiled_step_backward,
-    setup_context=lambda ctx, inputs, output: _step_context(ctx, inputs, output),
-    lib=operators.library,
-)
-
-
-def step(x, shortcut, h, c, parameters: LSTMParameters, channel_dim: int, relu: bool, tanh_output: bool):
+def step(ops, x, shortcut, h, c, parameters: LSTMParameters, channel_dim: int, relu: bool, tanh_output: bool):
     """``(y, h', c')`` of one step, by the rule at the top of this file."""
     keep_tables = wants_gradient(x, shortcut, h, c, *parameters) or transforms_active()
     args = (x, shortcut, h, c, *parameters, channel_dim, relu, tanh_output, keep_tables)
-    return route(Step, operators.step, _reference_step, args)[:3]
+    return route(Step, ops.step, _reference_step, args, ops)[:3]
 
 
 # --- pool ------------------------------------------------------------------------------------------
@@ -281,7 +274,7 @@ def step(x, shortcut, h, c, parameters: LSTMParameters, channel_dim: int, relu: 
 
 
 def _pool_context(ctx, inputs, output) -> None:
-    x, ctx.channel_dim = inputs
+    _, x, ctx.channel_dim = inputs
     ctx.like = x.new_empty(0).expand(x.shape) if x.numel() == 0 else x.new_empty(1).expand(x.shape)
 
 
@@ -292,26 +285,24 @@ def _pool_gradients(ctx, dp):
 class Pool(Function):
     """``operators.pool``; its gradient is linear and plain ATen, so every derivative is right."""
 
-    forward = staticmethod(operators.pool)
     setup_context = staticmethod(_pool_context)
-    backward = staticmethod(_pool_gradients)
 
     @staticmethod
-    def vmap(info, in_dims, x, channel_dim):
-        return torch.func.vmap(reference.pool, in_dims)(x, channel_dim), 0
+    def forward(ops, x, channel_dim):
+        return ops.pool(x, channel_dim)
+
+    @staticmethod
+    def backward(ctx, dp):
+        return None, *_pool_gradients(ctx, dp)
+
+    @staticmethod
+    def vmap(info, in_dims, _ops, x, channel_dim):
+        return torch.func.vmap(reference.pool, in_dims[1:])(x, channel_dim), 0
 
 
-torch.library.register_autograd(
-    "dia_kernels::pool",
-    _pool_gradients,
-    setup_context=lambda ctx, inputs, output: _pool_context(ctx, inputs, output),
-    lib=operators.library,
-)
-
-
-def pool(x: Tensor, channel_dim: int) -> Tensor:
+def pool(ops: Operators, x: Tensor, channel_dim: int) -> Tensor:
     """Mean of each channel over its positions, (N, C), by the rule at the top of this file."""
-    return route(Pool, operators.pool, reference.pool, (x, channel_dim))
+    return route(Pool, ops.pool, reference.pool, (x, channel_dim), ops)
 
 
 # --- rescale ---------------------------------------------------------------------------------------
@@ -319,17 +310,17 @@ def pool(x: Tensor, channel_dim: int) -> Tensor:
 
 
 def _rescale_context(ctx, inputs, output) -> None:
-    x, scale, _, ctx.channel_dim, ctx.relu = inputs
+    ctx.ops, x, scale, _, ctx.channel_dim, ctx.relu = inputs
     ctx.save_for_backward(x, scale, output if ctx.relu else None)
 
 
 def _rescale_gradients(ctx, dy, backward: Callable, saved: tuple) -> tuple:
     x, scale, y = saved
-    need_x, need_scale, need_shortcut, *_ = ctx.needs_input_grad
+    need_x, need_scale, need_shortcut, *_ = ctx.needs_input_grad[-5:]
     asked = (need_x, need_scale, need_shortcut and ctx.relu)
     dx = dscale = dshortcut = None
     if any(asked):
-        dx, dscale, dshortcut = backward(dy, x, scale, y, ctx.channel_dim, *asked)
+        dx, dscale, dshortcut = backward(ctx.ops, dy, x, scale, y, ctx.channel_dim, *asked)
     return (
         dx if need_x else None,
         dscale if need_scale else None,
@@ -345,14 +336,18 @@ def _reference_rescale_backward(dy, x, scale, y, channel_dim):
     return dx.to(x.dtype), dscale, scale.new_zeros(()) if y is None else g
 
 
+def _raw_rescale_backward(ops, *args):
+    return ops.rescale_backward(*args)
+
+
 class RescaleBackward(Function):
     """``operators.rescale_backward``, differentiable through the reference."""
 
-    forward = staticmethod(operators.rescale_backward)
+    forward = staticmethod(_raw_rescale_backward)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        dy, x, scale, y, ctx.channel_dim, *ctx.asked = inputs
+        _, dy, x, scale, y, ctx.channel_dim, *ctx.asked = inputs
         ctx.save_for_backward(dy, x, scale, y)
         ctx.set_materialize_grads(False)
 
@@ -363,40 +358,61 @@ class RescaleBackward(Function):
         ddy, dx, dscale = derivative(
             lambda dy, x, scale: _reference_rescale_backward(dy, x, scale, y, ctx.channel_dim), (dy, x, scale), grads
         )
-        return ddy, dx, dscale, *(None,) * 5
+        return None, ddy, dx, dscale, *(None,) * 5
 
     @staticmethod
-    def vmap(info, in_dims, *args):
-        return torch.func.vmap(_reference_rescale_backward, in_dims[:5])(*args[:5]), (0, 0, 0)
+    def vmap(info, in_dims, _ops, *args):
+        return torch.func.vmap(_reference_rescale_backward, in_dims[1:6])(*args[:5]), (0, 0, 0)
 
 
 class Rescale(Function):
     """``operators.rescale``, differentiable any number of times."""
 
-    forward = staticmethod(operators.rescale)
     setup_context = staticmethod(_rescale_context)
 
     @staticmethod
-    def backward(ctx, dy):
-        backward = differentiable(RescaleBackward, operators.rescale_backward)
-        return _rescale_gradients(ctx, dy, backward, saved_tensors(ctx))
+    def forward(ops, *args):
+        return ops.rescale(*args)
 
     @staticmethod
-    def vmap(info, in_dims, *args):
-        return torch.func.vmap(reference.rescale, in_dims)(*args), 0
+    def backward(ctx, dy):
+        backward = differentiable(RescaleBackward, _raw_rescale_backward)
+        return None, *_rescale_gradients(ctx, dy, backward, saved_tensors(ctx))
+
+    @staticmethod
+    def vmap(info, in_dims, _ops, *args):
+        return torch.func.vmap(reference.rescale, in_dims[1:])(*args), 0
 
 
-torch.library.register_autograd(
-    "dia_kernels::rescale",
-    lambda ctx, dy: _rescale_gradients(ctx, dy, operators.rescale_backward, ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: _rescale_context(ctx, inputs, output),
-    lib=operators.library,
-)
-
-
-def rescale(x: Tensor, scale: Tensor, shortcut: Tensor | None, channel_dim: int, relu: bool) -> Tensor:
+def rescale(
+    ops: Operators, x: Tensor, scale: Tensor, shortcut: Tensor | None, channel_dim: int, relu: bool
+) -> Tensor:
     """``act(x * scale + shortcut)``, by the rule at the top of this file."""
-    return route(Rescale, operators.rescale, reference.rescale, (x, scale, shortcut, channel_dim, relu))
+    return route(Rescale, ops.rescale, reference.rescale, (x, scale, shortcut, channel_dim, relu), ops)
+
+
+# --- compiled --------------------------------------------------------------------------------------
+
+
+def register(ops: Operators) -> None:
+    """Gives the raw operators their gradients, for ``torch.compile``."""
+
+    def formula(name: str, context: Callable, gradients: Callable) -> None:
+        torch.library.register_autograd(
+            f"{operators.NAMESPACE}::{name}{ops.suffix}",
+            gradients,
+            setup_context=lambda ctx, inputs, output: context(ctx, (ops, *inputs), output),
+            lib=operators.library,
+        )
+
+    formula("step", _step_context, lambda ctx, *g: _step_gradients(ctx, g, _raw_step_backward, ctx.saved_tensors))
+    formula("pool", _pool_context, _pool_gradients)
+    formula(
+        "rescale", _rescale_context, lambda ctx, dy: _rescale_gradients(ctx, dy, _raw_rescale_backward, ctx.saved_tensors)
+    )
+
+
+register(operators.native)
 
 
 # --- state -----------------------------------------------------------------------------------------

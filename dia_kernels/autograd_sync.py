@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import Function
 
-from . import operators, reference
+from . import reference
 from .autograd import saved_tensors
 from .cells import LSTMParameters
 from .layout import broadcast, channels, compute_dtype, spatial_dims
+from .operators import Operators
 
 
 def _over_processes(mean: Tensor, var: Tensor, count: int, group) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,13 +40,13 @@ class SyncTail(Function):
     """``tail`` on the statistics of all processes of a group; differentiable again through the reference."""
 
     @staticmethod
-    def forward(ctx, z, shortcut, h, c, gamma, beta, eps, *rest):
+    def forward(ctx, ops, z, shortcut, h, c, gamma, beta, eps, *rest):
         *parameters, channel_dim, relu, tanh_output, group = rest
         count = z.numel() // max(channels(z, channel_dim), 1)
-        mean, var = operators.statistics(z, channel_dim)
+        mean, var = ops.statistics(z, channel_dim)
         mean, var, total = _over_processes(mean, var, count, group)
-        ctx.flags, ctx.eps, ctx.group = (channel_dim, relu, tanh_output), eps, group
-        y, new_h, new_c, tables, _, _ = operators.tail(
+        ctx.ops, ctx.flags, ctx.eps, ctx.group = ops, (channel_dim, relu, tanh_output), eps, group
+        y, new_h, new_c, tables, _, _ = ops.tail(
             z, shortcut, h, c, gamma, beta, mean, var, eps, *parameters, *ctx.flags
         )
         ctx.save_for_backward(z, y if relu else None, h, c, new_h, new_c, tables, gamma, beta, total, *parameters)
@@ -58,9 +59,9 @@ class SyncTail(Function):
         z, y, h, c, new_h, new_c, tables, gamma, beta, total, *parameters = saved_tensors(ctx)
         if torch.is_grad_enabled():
             return _differentiable_gradients(ctx, (dy, dh, dc), y, (z, h, c, gamma, beta, *parameters))
-        need, (channel_dim, relu, _) = ctx.needs_input_grad, ctx.flags
+        need, (channel_dim, relu, _) = ctx.needs_input_grad[1:], ctx.flags
         need_shortcut, need_state, need_parameters = need[1] and dy is not None, need[2] or need[3], any(need[7:15])
-        sums, g, dp, dh, dc, *dparameters = operators.tail_reduce(
+        sums, g, dp, dh, dc, *dparameters = ctx.ops.tail_reduce(
             dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *parameters[::2], *ctx.flags,
             need_shortcut and relu, need_state, need_parameters,
         )  # fmt: skip
@@ -70,9 +71,9 @@ class SyncTail(Function):
             distributed.all_reduce(shares, group=ctx.group)
             shares /= total.to(shares.dtype)
             source, mask = (g, None) if need_shortcut and relu else (dy, y)
-            dz = operators.tail_spread(source, mask, z, new_h, dp, tables, gamma, shares, channel_dim)
+            dz = ctx.ops.tail_spread(source, mask, z, new_h, dp, tables, gamma, shares, channel_dim)
         dshortcut = g if relu else dy
-        return _asked(need, dz, dshortcut if need_shortcut else None, dh, dc, sums[1], sums[0], *dparameters)
+        return None, *_asked(need, dz, dshortcut if need_shortcut else None, dh, dc, sums[1], sums[0], *dparameters)
 
 
 def _asked(need: tuple, dz, dshortcut, dh, dc, dgamma, dbeta, *dparameters) -> tuple:
@@ -101,7 +102,7 @@ def _differentiable_gradients(ctx, grads, y, inputs) -> tuple:
         found = torch.autograd.grad(results, wanted, cotangents, create_graph=True, allow_unused=True)
     rest = iter(found)
     dz, dh, dc, dgamma, dbeta, *dparameters = (next(rest) if t is not None and t.requires_grad else None for t in views)
-    return _asked(ctx.needs_input_grad, dz, g, dh, dc, dgamma, dbeta, *dparameters)
+    return None, *_asked(ctx.needs_input_grad[1:], dz, g, dh, dc, dgamma, dbeta, *dparameters)
 
 
 def _reference_statistics(z: Tensor, channel_dim: int, group) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,6 +125,7 @@ def _reference_tail(z, shortcut, h, c, gamma, beta, eps, parameters, channel_dim
 
 @torch.compiler.disable
 def tail(
+    ops: Operators | None,
     z: Tensor,
     shortcut: Tensor | None,
     h: Tensor | None,
@@ -136,13 +138,12 @@ def tail(
     relu: bool,
     output: str,
     group,
-    use_reference: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(y, h', c', mean, var, count)``, the last three over all processes of ``group``.
+    """``(y, h', c', mean, var, count)``, the last three over all processes of ``group``. By the reference without ``ops``.
 
     ``torch.compile`` breaks the graph here: an exchange in the middle of a backward has no form in it.
     """
     first = (z, shortcut, h, c, gamma, beta, eps)
-    if use_reference:
+    if ops is None:
         return _reference_tail(*first, parameters, channel_dim, relu, output, group)
-    return SyncTail.apply(*first, *parameters, channel_dim, relu, output == "tanh", group)
+    return SyncTail.apply(ops, *first, *parameters, channel_dim, relu, output == "tanh", group)

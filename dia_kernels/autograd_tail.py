@@ -1,6 +1,6 @@
 """The autograd Functions of the tail with its batch norm folded in, under the rule of ``autograd``.
 
-Arguments: z, shortcut, h, c, gamma, beta, mean, var, eps, the eight parameters, channel_dim, relu, tanh_output.
+Arguments: the operators, z, shortcut, h, c, gamma, beta, mean, var, eps, the eight parameters, channel_dim, relu, tanh_output.
 Statistics that are given are constants; the batch's own are functions of z, and the gradient knows it.
 """
 
@@ -13,6 +13,7 @@ from torch.autograd.function import Function
 from . import operators, reference
 from .autograd import derivative, differentiable, route, saved_tensors
 from .cells import LSTMParameters
+from .operators import Operators
 
 
 def _reference_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
@@ -41,7 +42,7 @@ def _reference_tail_backward(dy, dh, dc, z, y, h, c, gamma, beta, mean, var, par
 
 
 def _context(ctx, inputs, output) -> None:
-    z, _, h, c, gamma, beta, mean, var, eps, *rest = inputs
+    ctx.ops, z, _, h, c, gamma, beta, mean, var, eps, *rest = inputs
     *parameters, channel_dim, relu, tanh_output = rest
     y, _, new_c, tables, *_ = output
     ctx.save_for_backward(z, y if relu else None, h, c, new_c, tables, gamma, beta, mean, var, *parameters)
@@ -50,18 +51,18 @@ def _context(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grads, backward, saved: tuple) -> tuple:
-    """Gradients of the twenty inputs of ``tail``; ``backward`` is what computes those asked for."""
+    """Gradients of the twenty inputs of the operator; ``backward`` is what computes those asked for."""
     dy, dh, dc, *_ = grads
     z, y, h, c, new_c, tables, gamma, beta, mean, var, *parameters = saved
     _, relu, *_ = ctx.flags
-    need = ctx.needs_input_grad
+    need = ctx.needs_input_grad[-20:]
     need_state, need_affine, need_parameters = need[2] or need[3], need[4] or need[5], any(need[9:17])
     asked = (need[0], need[1] and relu and dy is not None, need_state, need_parameters, need_affine)
     dz = dshortcut = dgamma = dbeta = None
     dparameters: list[Tensor | None] = [None] * len(parameters)
     if any(asked):
         dz, dshortcut, dh, dc, dgamma, dbeta, *dparameters = backward(
-            dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, mean, var, *parameters, ctx.eps, *ctx.flags, *asked
+            ctx.ops, dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, mean, var, *parameters, ctx.eps, *ctx.flags, *asked
         )
     return (
         dz if need[0] else None,
@@ -78,10 +79,10 @@ def _gradients(ctx, grads, backward, saved: tuple) -> tuple:
     )
 
 
-def _raw_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, mean, var, *rest):
+def _raw_backward(ops, dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, mean, var, *rest):
     """The operator: it reads only the weights of the eight parameters, and the statistics from the tables."""
     parameters, flags = rest[:8], rest[9:]
-    return operators.tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *parameters[::2], *flags)
+    return ops.tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *parameters[::2], *flags)
 
 
 class TailBackward(Function):
@@ -93,8 +94,8 @@ class TailBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:21])
-        ctx.eps, ctx.flags, ctx.asked = inputs[21], inputs[22:26], inputs[26:]
+        ctx.save_for_backward(*inputs[1:22])
+        ctx.eps, ctx.flags, ctx.asked = inputs[22], inputs[23:27], inputs[27:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -112,28 +113,28 @@ class TailBackward(Function):
         inputs = (dy, dh, dc, z, h, c, gamma, beta, *parameters)
         ddy, ddh, ddc, dz, dhp, dcp, dgamma, dbeta, *dparameters = derivative(function, inputs, grads)
         return (
-            *(ddy, ddh, ddc, dz, None, dhp, dcp, None, None, dgamma, dbeta, None, None),
+            *(None, ddy, ddh, ddc, dz, None, dhp, dcp, None, None, dgamma, dbeta, None, None),
             *dparameters,
             *(None,) * 10,
         )
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info, in_dims, _ops, *args):
         eps, flags = args[21], args[22:26]
 
         def function(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, mean, var, *parameters):
             outputs = _reference_tail_backward(dy, dh, dc, z, y, h, c, gamma, beta, mean, var, parameters, eps, flags)
             return tuple(new_c.new_zeros(()) if out is None else out for out in outputs)
 
-        return torch.func.vmap(function, in_dims[:21])(*args[:21]), (0,) * 14
+        return torch.func.vmap(function, in_dims[1:22])(*args[:21]), (0,) * 14
 
 
 class Tail(Function):
     """``operators.tail``, differentiable any number of times."""
 
     @staticmethod
-    def forward(*args):
-        return operators.tail(*args)
+    def forward(ops, *args):
+        return ops.tail(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -143,27 +144,33 @@ class Tail(Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return _gradients(ctx, grads, differentiable(TailBackward, _raw_backward), saved_tensors(ctx))
+        return None, *_gradients(ctx, grads, differentiable(TailBackward, _raw_backward), saved_tensors(ctx))
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info, in_dims, _ops, *args):
         def function(*args):
             y, h, c, _, mean, var = _reference_tail(*args)
             return y, h, c, mean, var
 
-        y, h, c, mean, var = torch.func.vmap(function, in_dims)(*args)
+        y, h, c, mean, var = torch.func.vmap(function, in_dims[1:])(*args)
         return (y, h, c, h.new_empty(0), mean, var), (0, 0, 0, None, 0, 0)
 
 
-torch.library.register_autograd(
-    "dia_kernels::tail",
-    lambda ctx, *grads: _gradients(ctx, grads, _raw_backward, ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: _context(ctx, inputs, output),
-    lib=operators.library,
-)
+def register(ops: Operators) -> None:
+    """Gives the raw operator its gradient, for ``torch.compile``."""
+    torch.library.register_autograd(
+        f"{operators.NAMESPACE}::tail{ops.suffix}",
+        lambda ctx, *grads: _gradients(ctx, grads, _raw_backward, ctx.saved_tensors),
+        setup_context=lambda ctx, inputs, output: _context(ctx, (ops, *inputs), output),
+        lib=operators.library,
+    )
+
+
+register(operators.native)
 
 
 def tail(
+    ops: Operators,
     z: Tensor,
     shortcut: Tensor | None,
     h: Tensor | None,
@@ -180,5 +187,5 @@ def tail(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(y, h', c', mean, var)``, the last two empty where statistics were given."""
     args = (z, shortcut, h, c, gamma, beta, mean, var, eps, *parameters, channel_dim, relu, tanh_output)
-    y, h, c, _, mean, var = route(Tail, operators.tail, _reference_tail, args)
+    y, h, c, _, mean, var = route(Tail, ops.tail, _reference_tail, args, ops)
     return y, h, c, mean, var

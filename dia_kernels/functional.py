@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import autograd, autograd_tail, backends, norms, operators, reference
+from . import autograd, autograd_tail, backends, norms, reference
 from .cells import OUTPUTS, LSTMParameters, StackedLayer, stacked_lstm
 from .layout import channels, compute_dtype, shares_memory
 
@@ -62,7 +63,7 @@ def step(
             of a value for each channel is folded into the step, at no pass of its own over x and nothing saved for
             it; its parameters and buffers are used and updated exactly as it would itself. Any other module or
             function is called, and the step follows. (arXiv:1502.03167, algorithm 1.)
-        backend: None for the best one here, or a name out of ``dia_kernels.backends.NAMES``.
+        backend: None for the best one here, or a name out of ``dia_kernels.backends.names()``.
 
     Returns:
         ``(y, (h, c))``: y in the dtype of x (channels_last if x is and is not contiguous, else
@@ -106,14 +107,15 @@ def step(
             y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
             x.copy_(y)
         else:
-            h, c = operators.step_(x, shortcut, h, c, *parameters, channel_dim, relu, output == "tanh")
+            h, c = backends.operators_of(backend).step_(x, shortcut, h, c, *parameters, channel_dim, relu, output == "tanh")
         return x, (h, c)
     if stacked:
         y, h, c = _stacked_step(x, shortcut, h, c, parameters, stacked, channel_dim, relu, output, dropout, backend)
     elif backend == "reference":
         y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
     else:
-        y, h, c = autograd.step(x, shortcut, h, c, parameters, channel_dim, relu, output == "tanh")
+        ops = backends.operators_of(backend)
+        y, h, c = autograd.step(ops, x, shortcut, h, c, parameters, channel_dim, relu, output == "tanh")
     if later is not None:
         y = y + later
         y = torch.relu(y) if activation == "relu" else y
@@ -140,14 +142,15 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
     )
     first, last = (x, shortcut, h, c, gamma, beta), (folded.eps, parameters, channel_dim, relu)
     count: int | Tensor = x.numel() // max(shape[0], 1)
+    ops = None if backend == "reference" else backends.operators_of(backend)
     if folded.group is not None:
         from . import autograd_sync  # it imports the compiler, to break its graphs: slow, and rarely needed
 
-        y, h, c, mean, var, count = autograd_sync.tail(*first, *last, output, folded.group, backend == "reference")
-    elif backend == "reference":
+        y, h, c, mean, var, count = autograd_sync.tail(ops, *first, *last, output, folded.group)
+    elif ops is None:
         y, h, c, mean, var = reference.tail(*first, mean, var, *last, output)
     else:
-        y, h, c, mean, var = autograd_tail.tail(*first, mean, var, *last, output == "tanh")
+        y, h, c, mean, var = autograd_tail.tail(ops, *first, mean, var, *last, output == "tanh")
     if folded.module is not None:
         norms.update_buffers(folded.module, mean.detach(), var.detach(), count)
     return y, (h, c)
@@ -155,7 +158,9 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
 
 def _stacked_step(x, shortcut, h, c, first, rest, channel_dim, relu, output, dropout, backend):
     """The split path: pool and rescale by their operators, the small cell between them by PyTorch."""
-    pool, rescale = (reference.pool, reference.rescale) if backend == "reference" else (autograd.pool, autograd.rescale)
+    pool, rescale = reference.pool, reference.rescale
+    if backend != "reference":
+        pool, rescale = (partial(f, backends.operators_of(backend)) for f in (autograd.pool, autograd.rescale))
     with torch.autocast(x.device.type, enabled=False):
         p = pool(x, channel_dim)
         if h is None:

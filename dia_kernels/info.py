@@ -24,7 +24,7 @@ def gather() -> Info:
     return {
         "versions": _versions(),
         "processor": _processor(),
-        "backends": {name: _availability(name) for name in backends.NAMES},
+        "backends": {name: _availability(name) for name in backends.names()},
         "native_library": _native_library(),
     }
 

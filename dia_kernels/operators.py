@@ -1,7 +1,8 @@
 """The operators: schemas, fakes, the reference kernels behind every device, and the native library.
 
 Schemas and fakes stand here, in Python, so that a pure-Python install has the same operators;
-the native library only adds kernels for its devices. In all of them ``x`` is the map,
+the native library only adds kernels for its devices. Another implementer for the same devices has a
+set of its own (``define``), under the same schemas, fakes and gradients. In all of them ``x`` is the map,
 ``channel_dim`` is 1 or -1, ``relu`` says whether the step ends in a ReLU, and ``tanh_output``
 whether the cell's output function is tanh (False: the paper's sigmoid).
 
@@ -39,8 +40,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,6 +52,7 @@ from .cells import LSTMParameters, LSTMTrace, squash
 from .layout import broadcast, channels, compute_dtype, empty_map, output_format, shares_memory, spatial_size
 
 NAMESPACE = "dia_kernels"
+Operator: TypeAlias = Any  # torch._ops.OpOverload, which knows no types
 
 _PARAMETERS = ", ".join(f"Tensor {name}" for name in LSTMParameters._fields)
 _WEIGHTS = ", ".join(f"Tensor {name}" for name in LSTMParameters._fields if name.endswith("weight"))
@@ -81,9 +84,6 @@ SCHEMAS = {
 }
 
 library = torch.library.Library(NAMESPACE, "DEF")
-for _name, _schema in SCHEMAS.items():
-    # Any strides are right: without flexible_layout the inductor copies channels_last maps to and fro around each call.
-    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
 
 def table_sizes(n: int, c: int, m: int) -> list[int]:
@@ -373,12 +373,43 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rescale": (_reference_rescale, _fake_rescale),
     "rescale_backward": (_reference_rescale_backward, _fake_rescale_backward),
 }
-for _name, (_kernel, _fake) in _KERNELS.items():
-    library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=library)
+
+class Operators:
+    """The operators of one implementer: an attribute for each name in ``SCHEMAS``, called ``dia_kernels::name + suffix``.
+
+    Each has a fake, and behind every device without a kernel of its own the reference.
+    """
+
+    step: Operator
+    step_: Operator
+    step_backward: Operator
+    tail: Operator
+    tail_backward: Operator
+    statistics: Operator
+    tail_reduce: Operator
+    tail_spread: Operator
+    pool: Operator
+    rescale: Operator
+    rescale_backward: Operator
+
+    def __init__(self, suffix: str) -> None:
+        """Defines the operators; once for each suffix."""
+        self.suffix = suffix
+        for name, schema in SCHEMAS.items():
+            # Any strides are right: without flexible_layout the inductor copies channels_last maps to and fro around
+            # each call.
+            library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+            kernel, fake = _KERNELS[name]
+            library.impl(name + suffix, kernel, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{NAMESPACE}::{name}{suffix}", fake, lib=library)
+            setattr(self, name, getattr(torch.ops.dia_kernels, name + suffix).default)
+        library.impl("step_" + suffix, partial(_step_in_place_version, self.step_), "ADInplaceOrView", with_keyset=True)
+
+    def __repr__(self) -> str:
+        return f"Operators({self.suffix!r})"
 
 
-def _step_in_place_version(keyset, x, *args):
+def _step_in_place_version(step_: Operator, keyset, x, *args):
     """Refuses what may not be written over; tells autograd that the rest was written into.
 
     Raises:
@@ -389,14 +420,13 @@ def _step_in_place_version(keyset, x, *args):
     if shares_memory(x):
         raise RuntimeError("dia_kernels: x: an expanded tensor, several of its elements share memory")
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        result = torch.ops.dia_kernels.step_.default.redispatch(
-            keyset & torch._C._after_ADInplaceOrView_keyset, x, *args
-        )
+        result = step_.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, x, *args)
     torch.autograd.graph.increment_version(x)
     return result
 
 
-library.impl("step_", _step_in_place_version, "ADInplaceOrView", with_keyset=True)
+#: Those that the native library implements.
+native = Operators("")
 
 
 # --- the native library ----------------------------------------------------------------------------
@@ -419,15 +449,3 @@ def _load_library() -> str | None:
 
 #: None when the native library is loaded, else why it is not.
 library_error: str | None = _load_library()
-
-step = torch.ops.dia_kernels.step.default
-step_ = torch.ops.dia_kernels.step_.default
-step_backward = torch.ops.dia_kernels.step_backward.default
-tail = torch.ops.dia_kernels.tail.default
-tail_backward = torch.ops.dia_kernels.tail_backward.default
-statistics = torch.ops.dia_kernels.statistics.default
-tail_reduce = torch.ops.dia_kernels.tail_reduce.default
-tail_spread = torch.ops.dia_kernels.tail_spread.default
-pool = torch.ops.dia_kernels.pool.default
-rescale = torch.ops.dia_kernels.rescale.default
-rescale_backward = torch.ops.dia_kernels.rescale_backward.default

@@ -18,15 +18,23 @@ from . import operators
 ELEMENT_BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2}
 
 
+#: What may lie before the step: nothing, a norm of given statistics, or one of the batch's own.
+NORMS = ("none", "given", "batch")
+
+
 @dataclass(frozen=True)
 class Plan:
     """A plan of one direction of the step.
 
-    ``team`` is ``block``, ``cluster``, ``grid`` or ``split``. A team has ``ranks`` blocks, ``resident`` of which share
-    a multiprocessor, and takes ``group`` samples at a time. ``passes`` over the map move ``bytes``; ``ideal_seconds``
-    is the time of those passes that nobody can avoid.
+    With ``on_chip`` it is one kernel that keeps the map in shared memory. Else there are sweeps over the map, ``chunk``
+    samples at a time in tiles of ``tile_channels`` and ``tile_positions``, and the cell between them.
+
+    ``team`` is what makes the cell: ``block``, ``cluster`` or ``grid``, teams of ``ranks`` blocks, ``resident`` of which
+    share a multiprocessor, that take ``group`` samples at a time; or ``products``, a BLAS. ``passes`` over the map move
+    ``bytes``; ``ideal_seconds`` is the time of those passes that nobody can avoid.
     """
 
+    on_chip: bool
     team: str
     ranks: int
     teams: int
@@ -34,6 +42,9 @@ class Plan:
     quantum: int
     resident: int
     shared_bytes: int
+    chunk: int
+    tile_channels: int
+    tile_positions: int
     launches: int
     passes: float
     bytes: float
@@ -47,7 +58,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(operators.LIBRARY_PATH))
     for function in (library.dia_kernels_gpus, library.dia_kernels_plan):
         function.restype = ctypes.c_char_p
-    library.dia_kernels_plan.argtypes = [ctypes.c_char_p, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 6]
+    library.dia_kernels_plan.argtypes = [ctypes.c_char_p, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 7]
     return library
 
 
@@ -70,6 +81,7 @@ def plan(
     combined: bool = True,
     backward: bool = False,
     tf32: bool = True,
+    norm: str = "none",
 ) -> Plan:
     """The plan for a map (N, C, \\*spatial).
 
@@ -80,6 +92,7 @@ def plan(
         reduction: r; the bottleneck has C // r values.
         combined: whether shortcut and activation are part of the step.
         tf32: whether products may be in tf32 (16-bit maps: always; float32: as torch allows).
+        norm: what lies before the step, out of ``NORMS``.
 
     Raises:
         ValueError: an argument is wrong; the message names it.
@@ -89,6 +102,8 @@ def plan(
         raise ValueError(f"shape: expected (N, C, *spatial) of sizes not below 0, got {tuple(shape)}")
     if dtype not in ELEMENT_BYTES:
         raise ValueError(f"dtype: expected one of {', '.join(ELEMENT_BYTES)}, got {dtype!r}")
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
     samples, channels, *spatial = shape
     if not 1 <= reduction <= channels:
         raise ValueError(f"reduction: expected 1 to {channels}, the channels, got {reduction}")
@@ -97,25 +112,32 @@ def plan(
     aligned = channels % pack == 0 if channels_last else channels * positions % pack == 0
     numbers = (samples, channels, positions, channels // reduction)
     text = _library().dia_kernels_plan(
-        device.encode(), *numbers, size, channels_last, aligned, combined, backward, tf32 or size == 2
+        device.encode(), *numbers, size, channels_last, aligned, combined, backward, tf32 or size == 2, NORMS.index(norm)
     )
     if text is None:
         raise ValueError(f"device: expected one of {', '.join(gpus())}, got {device!r}")
     return Plan(**json.loads(text))
 
 
-def as_text(forward: Plan, backward: Plan) -> str:
-    """Both directions for a reader."""
-    lines = []
-    for name, p in (("forward", forward), ("backward", backward)):
-        layout = "split: sweeps around matrix products"
-        if p.team != "split":
-            blocks = {"block": "one block", "cluster": f"a cluster of {p.ranks}", "grid": f"{p.ranks} blocks"}[p.team]
-            layout = f"{p.teams} teams of {blocks}, {p.resident} a multiprocessor, {p.group} samples at a time"
-        lines += [
-            f"{name:<9} {layout}",
-            f"          {p.launches} launches, {p.passes:g} passes, {p.bytes / 1e6:.1f} MB, "
-            f"{p.shared_bytes / 1024:.0f} KB of shared memory, owners at multiples of {p.quantum} channels",
-            f"          modelled {p.seconds * 1e6:.0f} us, of which {p.ideal_seconds * 1e6:.0f} us are the least bytes",
-        ]
-    return "\n".join(lines)
+def _who_makes_the_cell(p: Plan) -> str:
+    if p.team == "products":
+        return "matrix products"
+    blocks = {"block": "one block", "cluster": f"a cluster of {p.ranks}", "grid": f"{p.ranks} blocks"}[p.team]
+    return (
+        f"{p.teams} teams of {blocks}, {p.resident} a multiprocessor, {p.group} samples at a time, owners at multiples of "
+        f"{p.quantum} channels, {p.shared_bytes / 1024:.0f} KB of shared memory"
+    )
+
+
+def as_text(name: str, p: Plan) -> str:
+    """A plan for a reader."""
+    cell = _who_makes_the_cell(p)
+    layout = f"the map on chip: {cell}"
+    if not p.on_chip:
+        tile = f"tiles of {p.tile_channels} channels, {p.tile_positions} positions"
+        layout = f"sweeps, {p.chunk} samples at a time in {tile}; the cell between them: {cell}"
+    return (
+        f"{name}\n    {layout}\n"
+        f"    {p.launches} launches, {p.passes:g} passes, {p.bytes / 1e6:.1f} MB; modelled {p.seconds * 1e6:.0f} us, "
+        f"of which {p.ideal_seconds * 1e6:.0f} us are the least bytes"
+    )

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from dia_kernels import autograd, operators
+from dia_kernels import operators
 
 BACKENDS = ("reference", "fallback", "cpu")
 
@@ -30,13 +30,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one
             pytest.skip(f"no native kernels here: {operators.library_error}")
         return "cpu"
     for name, (kernel, _fake) in operators._KERNELS.items():
-        monkeypatch.setattr(operators, name, kernel)
-    for function, name in (
-        (autograd.Pool, "pool"),
-        (autograd.Rescale, "rescale"),
-        (autograd.RescaleBackward, "rescale_backward"),
-    ):
-        monkeypatch.setattr(function, "forward", staticmethod(operators._KERNELS[name][0]))
+        monkeypatch.setattr(operators.native, name, kernel)
     return None
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from dia_kernels import LSTMParameters, reference
-from dia_kernels.layout import output_format
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "simulated"
@@ -107,6 +106,7 @@ class Case:
                  "quantum", "threads", "seed")  # fmt: skip
         return {name: int(getattr(self, name)) for name in names} | {
             "tanh_output": int(self.tanh),
+            "affine": int(self.affine),
             "shared_bytes": SHARED_BYTES,
         }
 
@@ -220,7 +220,9 @@ class Problem:
         """Runs ``kernel``; ``shrink`` lies about the extent of tensors, ``without`` leaves a barrier out."""
         shrink = shrink or {}
         arrays = {name: array(t, name in given, shrink.get(name, (0, 0))) for name, t in (given | results).items()}
-        numbers = self.case.numbers() | ({"threads": WEIGHT_THREADS} if kernel == "weight_gradients" else {})
+        numbers = self.case.numbers() | {"batch": 0}
+        if kernel == "weight_gradients":
+            numbers["threads"] = WEIGHT_THREADS
         report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, numbers, without)
         return Result({k: v for k, v in results.items() if k in self.truth}, self.truth, self.scales, report)
 
@@ -238,7 +240,7 @@ class Problem:
         results["y"] = placed(torch.zeros_like(self.maps["x"]), case.phase[2 % len(case.phase)], case.gap)
         if case.affine:
             results["off"] = self.off = torch.zeros(n, c)
-        return self.launch("affine_step_forward" if case.affine else "step_forward", given, results, **options)
+        return self.launch("step_forward", given, results, **options)
 
     def backward(self, **options) -> Result:
         case = self.case
@@ -266,7 +268,7 @@ class Problem:
         if case.affine:
             names += ["sum", "product", "dp"]
             results |= {name: torch.zeros(n, c) for name in names[3:]}
-        result = self.launch("affine_step_backward" if case.affine else "step_backward", given, results, **options)
+        result = self.launch("step_backward", given, results, **options)
         self.workspace = {k: results[k] for k in names}
         return result
 
@@ -281,12 +283,13 @@ class Problem:
         results = {f"d_{k}": torch.zeros_like(v) for k, v in self.weights().items()}
         return self.launch("weight_gradients", given, results, **options)
 
-    def affine_gradients(self, **options) -> Result:
+    def norm_gradients(self, **options) -> Result:
         """After ``forward`` and ``backward``, from what they left."""
         given = {k: self.workspace[k] for k in ("sum", "product", "dp")}
-        given |= {"off": self.off, "new_h": self.tables["new_h"].float()}
+        given |= {"off": self.off, "new_h": self.tables["new_h"].float(), "d": self.affine["d"]}
+        given["scale"] = self.affine["scale"]
         results = {name: torch.zeros(self.case.channels) for name in ("d_scale", "d_bias")}
-        return self.launch("affine_gradients", given, results, **options)
+        return self.launch("norm_gradients", given, results, **options)
 
 
 def assert_right(case: Case, result: Result) -> None:
@@ -299,114 +302,3 @@ def assert_right(case: Case, result: Result) -> None:
             bound += torch.finfo(value.dtype).eps
         error = (value.double() - true).abs().max().item() if value.numel() else 0.0
         assert error <= bound * result.scales[name], (name, error, bound * result.scales[name])
-
-
-# --- the operators of the step, on the simulated GPU ---------------------------------------------------------
-
-
-def _flat(x: Tensor, channel_dim: int) -> tuple[Tensor, bool]:
-    """The map as (N, C, positions) or (N, positions, C), dense, and whether it is the latter."""
-    interleaved = channel_dim == -1 or output_format(x, channel_dim) != torch.contiguous_format
-    if not interleaved:
-        return x.contiguous().flatten(2), False
-    last = x if channel_dim == -1 else x.movedim(1, -1)
-    return last.contiguous().flatten(1, -2), True
-
-
-def _unflat(flat: Tensor, like: Tensor, channel_dim: int) -> Tensor:
-    """A result as a map shaped like ``like``, in its output format."""
-    if channel_dim == 1 and output_format(like, channel_dim) != torch.contiguous_format:
-        return flat.view(len(like), *like.shape[2:], like.shape[1]).movedim(-1, 1)
-    return flat.view(like.shape)
-
-
-@dataclass(frozen=True)
-class Teams:
-    """How ``step`` and ``step_backward`` are launched."""
-
-    ranks: int = 2
-    teams: int = 1
-    group: int = 2
-    threads: int = 64
-
-
-def _run(kernel: str, dtype: torch.dtype, given: Tensors, results: Tensors, numbers: dict[str, int]) -> None:
-    arrays = {name: array(t, name in given) for name, t in (given | results).items() if t is not None}
-    machine().launch(kernel, DTYPES[dtype], arrays, {"seed": 0, "shared_bytes": SHARED_BYTES, **numbers})
-
-
-def _numbers(flat: Tensor, interleaved: bool, m: int, relu: bool, tanh: bool, teams: Teams) -> dict[str, int]:
-    n, *others = flat.shape
-    positions, channels = others if interleaved else reversed(others)
-    return {
-        "samples": n, "channels": channels, "positions": positions, "interleaved": interleaved, "bottleneck": m,
-        "relu": relu, "tanh_output": tanh, "quantum": 1, **vars(teams),
-    }  # fmt: skip
-
-
-def step(x, shortcut, h, c, *rest, teams: Teams = Teams()) -> tuple[Tensor, ...]:
-    """``operators.step`` by the GPU kernels."""
-    *parameters, channel_dim, relu, tanh, keep_tables = rest
-    flat, interleaved = _flat(x, channel_dim)
-    m = len(parameters[0])
-    numbers = _numbers(flat, interleaved, m, relu, tanh, teams)
-    n, channels = numbers["samples"], numbers["channels"]
-    given = {"x": flat} | dict(zip(LSTMParameters._fields, (p.contiguous() for p in parameters), strict=True))
-    if shortcut is not None:
-        given["shortcut"] = _as_flat(shortcut, interleaved, channel_dim)
-    if h is not None:
-        given |= {"h": h.contiguous(), "c": c.contiguous()}
-    sizes = {"p": channels, "zx": m, "zh": m, "gates": 4 * channels, "new_h": channels, "new_c": channels}
-    results = {name: torch.zeros(n, size) for name, size in sizes.items()} | {"y": torch.zeros_like(flat)}
-    _run("step_forward", x.dtype, given, results, numbers)
-    tables = torch.cat([results[name].reshape(-1) for name in ("p", "zx", "zh", "gates")]) if keep_tables else None
-    new_h, new_c = results["new_h"], results["new_c"]
-    return _unflat(results["y"], x, channel_dim), new_h, new_c, new_h.new_empty(0) if tables is None else tables
-
-
-def _as_flat(t: Tensor, interleaved: bool, channel_dim: int) -> Tensor:
-    """Another map in the layout that the first was found in."""
-    if not interleaved:
-        return t.contiguous().flatten(2)
-    return (t if channel_dim == -1 else t.movedim(1, -1)).contiguous().flatten(1, -2)
-
-
-def step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest, teams: Teams = Teams()) -> tuple[Tensor, ...]:
-    """``operators.step_backward`` by the GPU kernels."""
-    *weights, channel_dim, relu, tanh, need_x, need_shortcut, need_state, need_parameters = rest
-    flat, interleaved = _flat(x, channel_dim)
-    m = len(weights[0])
-    numbers = _numbers(flat, interleaved, m, relu, tanh, teams)
-    n, channels = numbers["samples"], numbers["channels"]
-    parts = tables.split([n * channels, n * m, n * m, n * channels * 4])
-    names = ("p", "zx", "zh", "gates")
-    given = {name: part.view(n, -1) for name, part in zip(names, parts, strict=True)} | {"new_c": new_c.contiguous()}
-    weight_names = [name for name in LSTMParameters._fields if name.endswith("weight")]
-    given |= dict(zip(weight_names, (w.contiguous() for w in weights), strict=True))
-    given |= {name: t.contiguous() for name, t in (("dh", dh), ("dc", dc), ("c", c)) if t is not None}
-    maps = {"x": x, "dy": dy, "y": y if relu and dy is not None else None}
-    given |= {name: _as_flat(t, interleaved, channel_dim) for name, t in maps.items() if t is not None}
-    numbers["relu"] = relu and dy is not None
-    results = {name: torch.zeros(n, size) for name, size in (("du", 4 * channels), ("dzx", m), ("dzh", m))}
-    results["partial"] = torch.zeros(teams.teams * teams.ranks * teams.group * 2 * m)
-    if need_state:
-        results |= {"old_dh": torch.zeros(n, channels), "old_dc": torch.zeros(n, channels)}
-    if need_x:
-        results["dx"] = torch.zeros_like(flat)
-    if need_shortcut:
-        results["dshortcut"] = torch.zeros_like(flat)
-    _run("step_backward", x.dtype, given, results, numbers)
-    nothing = new_c.new_empty
-    gradients = {f"d_{name}": nothing(0) for name in LSTMParameters._fields}
-    if need_parameters:
-        sizes = ((m, channels), (m,), (4 * channels, m), (4 * channels,)) * 2
-        gradients = {name: torch.zeros(size) for name, size in zip(gradients, sizes, strict=True)}
-        state = torch.zeros(n, channels) if h is None else h.contiguous()
-        left = {k: results[k] for k in ("du", "dzx", "dzh")} | {k: given[k] for k in ("p", "zx", "zh")} | {"h": state}
-        _run("weight_gradients", torch.float32, left, gradients, numbers | {"threads": WEIGHT_THREADS})
-    return (
-        _unflat(results["dx"], x, channel_dim) if need_x else x.new_empty(0),
-        _unflat(results["dshortcut"], x, channel_dim) if need_shortcut else x.new_empty(0),
-        *((results["old_dh"], results["old_dc"]) if need_state else (nothing(0), nothing(0))),
-        *gradients.values(),
-    )

@@ -40,12 +40,13 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    def route(function, operator, reference_of, args):
+    def route(function, operator, reference_of, args, *first):
         return rule(
             SimpleNamespace(apply=recorded("function", function.apply), outside_of_transforms=function),
             recorded("operator", operator),
             recorded("reference", reference_of),
             args,
+            *first,
         )
 
     def shortest_way(function, *args):
@@ -266,8 +267,8 @@ def test_only_the_gradients_asked_for(backend, subset, relu):
 @pytest.mark.parametrize("relu", [False, True])
 def test_the_backward_operator_is_asked_only_for_what_is_needed(monkeypatch, relu):
     asked = []
-    backward = autograd.operators.step_backward
-    monkeypatch.setattr(autograd.operators, "step_backward", lambda *args: asked.append(args[-4:]) or backward(*args))
+    backward = autograd.operators.native.step_backward
+    monkeypatch.setattr(autograd.operators.native, "step_backward", lambda *args: asked.append(args[-4:]) or backward(*args))
     problem = make_problem((3, 6, 4, 4), 3, relu=relu, state=False)
     for needed in ("x", "shortcut", "input_expand_bias"):
         leaves = {name: leaf.requires_grad_(name == needed) for name, leaf in problem.leaves().items()}

@@ -244,12 +244,12 @@ RUN = """
 import sys
 sys.path.insert(0, {bench!r})
 from dia_kernels import operators
-right = operators.step
+right = operators.native.step
 def wrong(*arguments):
     y, *rest = right(*arguments)
     return y * 1.01, *rest
 if {wrong!r}:
-    operators.step = wrong
+    operators.native.step = wrong
 import run
 sys.exit(run.main(sys.argv[1:]))
 """

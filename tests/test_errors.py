@@ -146,7 +146,7 @@ def test_a_state_from_an_earlier_pass_ends_in_an_error_that_says_so():
 def operator_calls() -> dict[str, tuple]:
     """A good call of every operator, with every optional tensor there."""
     weights = [p.detach() for p in attention().lstm_parameters()]
-    y, h, c, tables = operators.step(MAP, MAP, *STATE, *weights, 1, True, False, True)
+    y, h, c, tables = operators.native.step(MAP, MAP, *STATE, *weights, 1, True, False, True)
     return {
         "step": (MAP, MAP, *STATE, *weights, 1, True, False, True),
         "step_": (MAP.clone(), MAP, *STATE, *weights, 1, True, False),

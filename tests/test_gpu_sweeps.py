@@ -59,6 +59,13 @@ class Layout:
         arrays = {name: array(t, name in given) for name, t in (given | results).items()}
         return simulated.machine().launch(kernel, DTYPES[self.dtype], arrays, numbers, without)
 
+    def tables_kernel(self, kernel: str, given: Tensors, results: Tensors, **numbers: float) -> dict:
+        """A kernel of tables alone."""
+        sizes = {"samples": self.samples, "channels": self.channels, "positions": self.positions, "interleaved": 0}
+        grid = {"teams": self.blocks, "ranks": 1, "threads": self.threads, "seed": 1, "shared_bytes": 1 << 16}
+        arrays = {name: array(t, name in given) for name, t in (given | results).items()}
+        return simulated.machine().launch(kernel, "float32", arrays, sizes | grid | numbers)
+
 
 def layouts(shape) -> list[Layout]:
     found = []
@@ -76,7 +83,9 @@ def assert_near(found: Tensor, true: Tensor, dtype: torch.dtype, terms: int) -> 
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", ["pool", "moments", "gradient", "masked gradient with g", "g alone"])
+@pytest.mark.parametrize(
+    "kind", ["pool", "moments", "moments about the first", "gradient", "masked gradient with g", "g alone"]
+)
 def test_reduce(shape, kind):
     for layout in layouts(shape):
         g = torch.Generator().manual_seed(0)
@@ -88,6 +97,8 @@ def test_reduce(shape, kind):
         if kind in ("moments", "masked gradient with g"):
             tables["shift"] = shift.float().double()
             d = x - tables["shift"][:, None]
+        if kind == "moments about the first":
+            d = x - x[:, :, :1]
         if "gradient" in kind or "alone" in kind:
             maps["dy"] = dy
         if "masked" in kind or "alone" in kind:
@@ -102,13 +113,17 @@ def test_reduce(shape, kind):
         results = dict(found)
         if kind in ("masked gradient with g", "g alone"):
             results["g"] = placed(torch.zeros_like(layout.rows(x, 0)), 0, layout.gap)
+        if kind == "moments about the first":
+            results["first"] = torch.zeros(layout.samples, layout.channels)
         report = layout.launch("reduce", maps, tables, results)
         with_g = "dy" in maps
-        true = {"sum": (masked if with_g else d).sum(2), "product": (d * masked if with_g else d * d).sum(2)}
-        scales = {
-            "sum": (masked if with_g else d).abs().sum(2),
-            "product": (d * masked if with_g else d * d).abs().sum(2),
-        }
+        first = masked if with_g else d
+        second = d * masked if with_g else (d - d.mean(2, keepdim=True)).square()
+        true = {"sum": first.sum(2), "product": second.sum(2)}
+        # The mean that squares are about is itself rounded, by a share of |d|.
+        scales = {"sum": first.abs().sum(2), "product": second.abs().sum(2) + (0 if with_g else 1e-6 * d.abs().sum(2))}
+        if "first" in results:
+            assert torch.equal(results["first"].double(), x[:, :, 0])
         for name, value in found.items():
             error = (value - true[name]).abs()
             bound = 4 * layout.positions**0.5 * torch.finfo(torch.float32).eps * scales[name]
@@ -118,6 +133,32 @@ def test_reduce(shape, kind):
         bytes_of_map = x.numel() * torch.empty(0, dtype=layout.dtype).element_size()
         for name in maps:
             assert report["tensors"][name][0] == bytes_of_map, name
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("interleaved", LAYOUTS)
+def test_statistics_of_a_batch_keep_their_digits(mean, interleaved):
+    """A channel of deviation 1e-2 at a mean of 1e4, of which a float holds a tenth of the deviation."""
+    layout = Layout(5, 40, 100, interleaved=interleaved, tile=(40, 33) if interleaved else (1, 33))
+    g = torch.Generator().manual_seed(0)
+    x = (mean + 0.01 * torch.randn(5, 40, 100, generator=g)).float().double()
+    table, vector = (lambda: torch.zeros(5, 40)), (lambda: torch.zeros(40))
+    moments = {"sum": table(), "product": table(), "first": table()}
+    layout.launch("reduce", {"x": x}, {}, moments)
+    gamma, beta = torch.randn(2, 40, generator=g)
+    given = {"first": moments["first"], "squares": moments["product"], "sum": moments["sum"]}
+    found = {name: vector() for name in ("shift", "d", "scale", "bias", "rstd", "mean", "var")}
+    layout.tables_kernel("batch_statistics", given | {"gamma": gamma, "beta": beta}, found, eps=1e-6)
+    true_mean, true_var = x.mean((0, 2)), x.var((0, 2), unbiased=False)
+    close = {"rtol": 1e-4, "atol": 0.0}
+    torch.testing.assert_close(found["var"].double(), true_var, **close)
+    torch.testing.assert_close(found["rstd"].double(), (true_var + 1e-6).rsqrt(), **close)
+    torch.testing.assert_close(found["scale"].double(), gamma.double() * (true_var + 1e-6).rsqrt(), **close)
+    assert torch.equal(found["bias"], beta)
+    assert torch.equal(found["shift"].double(), x[0, :, 0])
+    assert (found["shift"].double() + found["d"].double() - true_mean).abs().max() < 1e-7
+    about_shift = (x - x[:1, :, :1]).sum(2)
+    torch.testing.assert_close(given["sum"].double(), about_shift, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH, SIDE = 4, 32
 # The longest sum is over the samples and positions of the first stage: its batch norms, its gradients.
 TERMS = BATCH * SIDE * SIDE
-BACKENDS = [None, *(name for name in backends.NAMES if backends.missing(name) is None)]
+BACKENDS = [None, *(name for name in backends.names() if backends.missing(name) is None)]
 
 
 def count(model):

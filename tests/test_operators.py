@@ -41,12 +41,12 @@ def test_opcheck(kind, full):
     channel_dim, make = MAPS[kind]
     x, weights = make(), parameters()
     optional = (make(), table(x), table(x)) if full else (None, None, None)
-    opcheck(operators.step, (x, *optional, *weights, channel_dim, full, not full, True))
+    opcheck(operators.native.step, (x, *optional, *weights, channel_dim, full, not full, True))
     frozen = [w.detach() for w in weights]
-    y, _, new_c, tables = operators.step(x, *optional, *frozen, channel_dim, full, not full, True)
+    y, _, new_c, tables = operators.native.step(x, *optional, *frozen, channel_dim, full, not full, True)
     incoming = (make(), table(x), table(x)) if full else (make(), None, None)
     opcheck(
-        operators.step_backward,
+        operators.native.step_backward,
         (
             *incoming,
             x,
@@ -64,11 +64,11 @@ def test_opcheck(kind, full):
             True,
         ),
     )
-    opcheck(operators.pool, (x, channel_dim))
-    opcheck(operators.rescale, (x, table(x), optional[0], channel_dim, full))
-    opcheck(operators.rescale_backward, (make(), x, table(x), y if full else None, channel_dim, True, True, full))
+    opcheck(operators.native.pool, (x, channel_dim))
+    opcheck(operators.native.rescale, (x, table(x), optional[0], channel_dim, full))
+    opcheck(operators.native.rescale_backward, (make(), x, table(x), y if full else None, channel_dim, True, True, full))
     if kind != "expanded":
-        opcheck(operators.step_, (x.clone(), *optional, *frozen, channel_dim, full, not full))
+        opcheck(operators.native.step_, (x.clone(), *optional, *frozen, channel_dim, full, not full))
 
 
 def test_step_in_place_says_that_it_writes():
@@ -84,5 +84,5 @@ def test_step_in_place_refuses_what_it_must_not_write_over(fault):
     x = torch.randn(2, 8, 1, 1).expand(2, 8, 3, 5) if fault == "expanded" else torch.randn(2, 8, 3, 5)
     before, weights = x.clone(), parameters()
     with torch.set_grad_enabled(fault == "gradient"), pytest.raises(RuntimeError, match="dia_kernels: "):
-        operators.step_(x, None, None, None, *weights, 1, True, False)
+        operators.native.step_(x, None, None, None, *weights, 1, True, False)
     assert torch.equal(x, before)

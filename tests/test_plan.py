@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -15,11 +16,17 @@ def test_a_plan_for_every_gpu():
     names = plan.gpus()
     assert {"t4", "a100", "h100", "b200", "rtx5090"} <= set(names)
     for name in names:
-        for backward in (False, True):
-            p = plan.plan((32, 256, 56, 56), name, backward=backward)
-            assert p.team in ("block", "cluster", "grid", "split")
+        for backward, norm in itertools.product((False, True), plan.NORMS):
+            p = plan.plan((32, 256, 56, 56), name, backward=backward, norm=norm)
+            assert p.team in ("block", "cluster", "grid", "products")
             assert p.seconds >= p.ideal_seconds > 0
             assert p.bytes == p.passes * 32 * 256 * 56 * 56 * 2
+            if norm == "batch":
+                assert not p.on_chip
+                assert p.passes == (7 if backward else 4)
+
+
+PLANS = {"step forward", "step backward", "tail forward", "tail backward"}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +37,7 @@ def test_a_plan_for_every_gpu():
         ((2, 8, 4), {"dtype": "int8"}, "dtype"),
         ((2, 8, 4), {"reduction": 9}, "reduction"),
         ((2, 8, 4), {"device": "abacus"}, "device"),
+        ((2, 8, 4), {"norm": "layer"}, "norm"),
     ],
 )
 def test_a_wrong_argument_is_named(shape, options, name):
@@ -37,13 +45,13 @@ def test_a_wrong_argument_is_named(shape, options, name):
         plan.plan(shape, **options)
 
 
-def test_the_command_prints_both_directions(capsys):
+def test_the_command_prints_step_and_tail_in_both_directions(capsys):
     assert __main__.main(["info", "--plan", "128", "64", "32", "32", "--dtype", "bf16", "--device", "h100"]) == 0
     text = capsys.readouterr().out
-    assert "forward" in text
-    assert "backward" in text
+    for name in PLANS:
+        assert name in text
     assert "modelled" in text
     assert __main__.main(["info", "--plan", "128", "64", "32", "32", "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"forward", "backward"}
+    assert set(json.loads(capsys.readouterr().out)) == PLANS
     with pytest.raises(SystemExit, match="device: expected one of"):
         __main__.main(["info", "--plan", "128", "64", "32", "32", "--device", "abacus"])

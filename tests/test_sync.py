@@ -132,11 +132,11 @@ def test_the_halves_of_the_gradient_are_the_whole(relu, need_shortcut, last, bac
     case = make((3, 12, 5, 5), 0, last=last, dtype=torch.float32)
     t, incoming = case["tensors"], case["incoming"]
     parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
-    mean, var = operators.statistics(t["z"], 1)
-    y, h, c, tables, _, _ = operators.tail(
+    mean, var = operators.native.statistics(t["z"], 1)
+    y, h, c, tables, _, _ = operators.native.tail(
         t["z"], t["shortcut"], t["h"], t["c"], t["gamma"], t["beta"], None, None, 1e-5, *parameters, 1, relu, False
     )
-    again = operators.tail(
+    again = operators.native.tail(
         t["z"], t["shortcut"], t["h"], t["c"], t["gamma"], t["beta"], mean, var, 1e-5, *parameters, 1, relu, False
     )
     torch.testing.assert_close(again[0], y)
@@ -144,10 +144,10 @@ def test_the_halves_of_the_gradient_are_the_whole(relu, need_shortcut, last, bac
         incoming["y"], incoming["h"], incoming["c"], t["z"], y, t["h"], t["c"], c, tables, t["gamma"], t["beta"],
         *parameters[::2], 1, relu, False,
     )  # fmt: skip
-    whole = operators.tail_backward(*given, True, True, need_shortcut, True, True, True)
-    sums, g, dp, *others = operators.tail_reduce(*given, need_shortcut, True, True)
+    whole = operators.native.tail_backward(*given, True, True, need_shortcut, True, True, True)
+    sums, g, dp, *others = operators.native.tail_reduce(*given, need_shortcut, True, True)
     source, mask = (g, None) if need_shortcut else (incoming["y"], y if relu else None)
-    dz = operators.tail_spread(source, mask, t["z"], h, dp, tables, t["gamma"], sums / (3 * 5 * 5), 1)
+    dz = operators.native.tail_spread(source, mask, t["z"], h, dp, tables, t["gamma"], sums / (3 * 5 * 5), 1)
     halves = (dz, g, *others[:2], sums[1], sums[0], *others[2:])
     for a, b in zip(whole, halves, strict=True):
         assert torch.equal(a, b)
@@ -157,22 +157,22 @@ def test_operators():
     case = share(CASES["float32"], 0, 2)
     t, incoming = case["tensors"], case["incoming"]
     parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
-    y, h, c, tables, _, _ = operators.tail(
+    y, h, c, tables, _, _ = operators.native.tail(
         t["z"], t["shortcut"], t["h"], t["c"], t["gamma"], t["beta"], None, None, 1e-5, *parameters, 1, True, False
     )
-    torch.library.opcheck(operators.statistics, (t["z"], 1))
+    torch.library.opcheck(operators.native.statistics, (t["z"], 1))
     reduce = (
         incoming["y"], incoming["h"], incoming["c"], t["z"], y, t["h"], t["c"], c, tables, t["gamma"], t["beta"],
         *parameters[::2], 1, True, False, True, True, True,
     )  # fmt: skip
-    torch.library.opcheck(operators.tail_reduce, reduce)
-    sums, g, dp, *_ = operators.tail_reduce(*reduce)
+    torch.library.opcheck(operators.native.tail_reduce, reduce)
+    sums, g, dp, *_ = operators.native.tail_reduce(*reduce)
     spread = [g, None, t["z"], h, dp, tables, t["gamma"], sums, 1]
-    torch.library.opcheck(operators.tail_spread, tuple(spread))
+    torch.library.opcheck(operators.native.tail_spread, tuple(spread))
     names = {0: "dy", 3: "new_h", 4: "dp", 5: "tables", 6: "norm weight", 7: "shares"}
     for place, name in names.items():
         for wrong in (spread[place][..., :1].contiguous(), spread[place].double()):
             bad = [*spread]
             bad[place] = wrong
             with pytest.raises(RuntimeError, match=rf"\b{name}: "):
-                operators.tail_spread(*bad)
+                operators.native.tail_spread(*bad)

@@ -347,7 +347,7 @@ def test_operators(training):
     args = (
         t["z"], t["shortcut"], t["h"], t["c"], t["gamma"], t["beta"], *statistics, 1e-5, *parameters, 1, True, False,
     )  # fmt: skip
-    y, _, c, tables, *_ = operators.tail(*args)
+    y, _, c, tables, *_ = operators.native.tail(*args)
     backward = (
         incoming["y"], incoming["h"], incoming["c"], t["z"], y, t["h"], t["c"], c, tables, t["gamma"], t["beta"],
         *parameters[::2], 1, True, False, training, True, True, True, True, True,
@@ -366,9 +366,9 @@ def test_raw_operators_refuse_wrong_sizes():
         bad = list(good)
         bad[place] = good[place][:, :-1] if good[place].ndim > 1 else good[place][:-1]
         with pytest.raises(RuntimeError, match=name):
-            operators.tail(*bad)
+            operators.native.tail(*bad)
     with pytest.raises(RuntimeError, match="both of a mean and a variance"):
-        operators.tail(*good[:6], torch.zeros(4), *good[7:])
+        operators.native.tail(*good[:6], torch.zeros(4), *good[7:])
 
 
 def test_compiled_exported_and_checkpointed():

@@ -1,5 +1,5 @@
-// How the GPU step is laid out for a problem: teams of blocks, or split into kernels around matrix products. A pure
-// function of the problem and of a GPU's limits. Plain C++, no torch, no CUDA headers.
+// How the GPU step is laid out for a problem: as one kernel of teams that keep the map on chip, or as sweeps over the map
+// with the cell between them. A pure function of the problem and of a GPU's limits. Plain C++, no torch, no CUDA headers.
 //
 // Every layout that fits is priced by a model of its time, and the cheapest is taken. The model is coarse (bytes over
 // bandwidth, floating-point operations over rate, barriers, launches); docs/kernels.md says what it has been held to.
@@ -20,20 +20,24 @@ struct GpuLimits {
   int multiprocessors, threads;  // of a multiprocessor
   int64_t shared_per_block, shared_per_multiprocessor;
   int cluster;  // the most blocks of a cluster; 1: none
+  int64_t l2_bytes;
   double memory, l2, flops, tf32;
   double barrier, cluster_barrier, launch;
 };
 
 // One GPU of each supported architecture, by NVIDIA's data sheets; memory and tf32 at 0.87 and 0.6 of the peak.
 inline constexpr GpuLimits kGpus[] = {
-    {"t4", 75, 40, 1024, 64 << 10, 64 << 10, 1, 0.28e12, 1.0e12, 8.1e12, 8.1e12, 1.5e-6, 0, 3e-6},
-    {"a100", 80, 108, 2048, 163 << 10, 164 << 10, 1, 1.35e12, 4.0e12, 19.5e12, 94e12, 1.5e-6, 0, 3e-6},
-    {"a10", 86, 72, 1536, 99 << 10, 100 << 10, 1, 0.52e12, 2.0e12, 31e12, 37e12, 1.5e-6, 0, 3e-6},
-    {"l4", 89, 58, 1536, 99 << 10, 100 << 10, 1, 0.26e12, 2.0e12, 30e12, 36e12, 1.5e-6, 0, 3e-6},
-    {"h100", 90, 132, 2048, 227 << 10, 228 << 10, 8, 2.9e12, 5.5e12, 67e12, 297e12, 1.5e-6, 0.5e-6, 3e-6},
-    {"b200", 100, 148, 2048, 227 << 10, 228 << 10, 8, 6.9e12, 10e12, 75e12, 660e12, 1.5e-6, 0.5e-6, 3e-6},
-    {"rtx5090", 120, 170, 1536, 99 << 10, 100 << 10, 8, 1.55e12, 6.0e12, 105e12, 125e12, 1.5e-6, 0.5e-6, 3e-6},
+    {"t4", 75, 40, 1024, 64 << 10, 64 << 10, 1, 4 << 20, 0.28e12, 1.0e12, 8.1e12, 8.1e12, 1.5e-6, 0, 3e-6},
+    {"a100", 80, 108, 2048, 163 << 10, 164 << 10, 1, 40 << 20, 1.35e12, 4.0e12, 19.5e12, 94e12, 1.5e-6, 0, 3e-6},
+    {"a10", 86, 72, 1536, 99 << 10, 100 << 10, 1, 6 << 20, 0.52e12, 2.0e12, 31e12, 37e12, 1.5e-6, 0, 3e-6},
+    {"l4", 89, 58, 1536, 99 << 10, 100 << 10, 1, 48 << 20, 0.26e12, 2.0e12, 30e12, 36e12, 1.5e-6, 0, 3e-6},
+    {"h100", 90, 132, 2048, 227 << 10, 228 << 10, 8, 50 << 20, 2.9e12, 5.5e12, 67e12, 297e12, 1.5e-6, 0.5e-6, 3e-6},
+    {"b200", 100, 148, 2048, 227 << 10, 228 << 10, 8, 126 << 20, 6.9e12, 10e12, 75e12, 660e12, 1.5e-6, 0.5e-6, 3e-6},
+    {"rtx5090", 120, 170, 1536, 99 << 10, 100 << 10, 8, 96 << 20, 1.55e12, 6.0e12, 105e12, 125e12, 1.5e-6, 0.5e-6, 3e-6},
 };
+
+// What lies before the step: nothing, a norm of given statistics, or one of the batch's own.
+enum class GpuNorm { none, given, batch };
 
 struct GpuProblem {
   int64_t samples, channels, positions, bottleneck;
@@ -42,19 +46,24 @@ struct GpuProblem {
   bool aligned;   // every run of the maps begins at sixteen bytes
   bool combined;  // with shortcut and activation
   bool backward;
-  bool tf32;            // whether products may be in tf32
-  bool affine = false;  // with a norm of given statistics in front
+  bool tf32;  // whether products may be in tf32
+  GpuNorm norm = GpuNorm::none;
 };
 
-enum class GpuTeam { block, cluster, grid, split };
+// Who makes the cell: teams of blocks of a kernel of ours, or a BLAS.
+enum class GpuTeam { block, cluster, grid, products };
 
 struct GpuPlan {
-  GpuTeam team = GpuTeam::split;
+  // Whether the map stays on chip: one kernel. Else there are sweeps, `chunk` samples at a time, with the cell between.
+  bool on_chip = false;
+  GpuTeam team = GpuTeam::products;
   int ranks = 1, teams = 1;    // blocks of a team, and teams
   int group = 1, quantum = 1;  // samples at a time; an owner's channels begin at multiples of it
   int resident = 1;            // blocks of a multiprocessor
-  int64_t shared_bytes = 0;    // of a block
-  int launches = 0;
+  int64_t shared_bytes = 0;    // of a block of the team
+  int64_t chunk = 0;
+  int tile_channels = 1, tile_positions = 1;  // of the sweeps
+  int64_t launches = 0;
   double passes = 0;  // over the map, and its bytes in all
   double bytes = 0;
   double seconds = 0, ideal = 0;  // modelled; and of the passes that nobody can avoid
@@ -104,6 +113,23 @@ constexpr int64_t backward_shared_bytes(int64_t image, int element_bytes, int64_
          floats(2 * group * bottleneck) + (affine ? floats(group * owned) : 0);
 }
 
+// Of the cell's kernels between two sweeps.
+constexpr int64_t cell_shared_bytes(int64_t owned, int64_t bottleneck, int64_t group, int warps, bool backward) {
+  if (!backward) return floats(position_scratch(warps, 0)) + floats(group * owned);
+  return floats(column_scratch(warps, static_cast<int>(group * std::max(owned, 2 * bottleneck)))) +
+         floats(group * owned) + floats(4 * group * owned) + floats(2 * group * bottleneck);
+}
+
+// Of the sweep that sums, with `stages` of a tile.
+constexpr int64_t reduce_shared_bytes(int64_t channels, int64_t positions, bool interleaved, int element_bytes,
+                                      int stages, int warps) {
+  const int pack = 16 / element_bytes;
+  const int64_t elements = interleaved ? positions * rounded_up(channels + pack - 1, pack)
+                                       : rounded_up(channels * positions + pack - 1, pack);
+  return stages * rounded_up(elements * element_bytes, 16) +
+         floats(position_scratch(warps, static_cast<int>(channels))) + 6 * floats(channels);
+}
+
 // --- the plan -----------------------------------------------------------------------------------------------
 
 namespace detail {
@@ -129,7 +155,7 @@ inline Work work_of(const GpuProblem& p, const GpuLimits& gpu) {
   work.sample_flops = 20 * c * m;
   if (p.backward) {
     const double flops = n * work.sample_flops, rate = p.tf32 ? gpu.tf32 : gpu.flops;
-    work.rest = std::max(flops / (0.5 * rate), (n * (5 * c + 4 * m) * 8 + work.weight_bytes) / gpu.l2) + gpu.launch;
+    work.rest = std::max(flops / (0.5 * rate), (n * (5 * c + 4 * m) * 8 + work.weight_bytes) / gpu.l2);
   }
   return work;
 }
@@ -137,16 +163,19 @@ inline Work work_of(const GpuProblem& p, const GpuLimits& gpu) {
 // Products in the kernels' own loops reach this part of the peak.
 constexpr double kLoopRate = 0.3;
 
+// One group of every team: its map, if that stays on chip, and the cell.
 inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu, const Work& work) {
   const double blocks = static_cast<double>(plan.ranks) * plan.teams;
   const double share = std::min(1.0, blocks / gpu.multiprocessors);
   const double group = static_cast<double>(std::min<int64_t>(plan.group, p.samples)), teams = plan.teams;
   const double groups = static_cast<double>(parts(parts(p.samples, plan.group), plan.teams));
   // A multiprocessor alone draws half as much again as its share of the bandwidth.
-  const double map = teams * group * work.sample_bytes * work.passes / (gpu.memory * std::min(1.0, 1.5 * share));
-  const double partial = p.backward ? 2 * blocks * group * static_cast<double>(p.bottleneck) * 8 : 0;
+  const double map = plan.on_chip ? teams * group * work.sample_bytes * work.passes / (gpu.memory * std::min(1.0, 1.5 * share)) : 0;
+  // What all blocks of a team read of each other: means and bottlenecks, or the owners' parts of the gradient.
+  const double c = static_cast<double>(p.channels), m = static_cast<double>(p.bottleneck);
+  const double shared = blocks * group * (p.backward ? 4 * m : 2 * c + 2 * m) * 4;
   const double weights =
-      (teams * work.weight_bytes * static_cast<double>(parts(plan.group, kChunk)) + partial) / (gpu.l2 * share);
+      (teams * work.weight_bytes * static_cast<double>(parts(plan.group, kChunk)) + shared) / (gpu.l2 * share);
   const double flops = teams * group * work.sample_flops / (kLoopRate * gpu.flops * share);
   const double barrier = plan.team == GpuTeam::grid      ? gpu.barrier
                          : plan.team == GpuTeam::cluster ? gpu.cluster_barrier
@@ -155,30 +184,63 @@ inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLi
   // Two resident blocks of different teams hide each other's waiting.
   const double one =
       plan.resident > 1 && plan.teams > 1 ? std::max(map, other) + 0.25 * std::min(map, other) : map + other;
-  return groups * one + gpu.launch + work.rest;
+  return groups * one;
 }
 
-inline GpuPlan split_plan(const GpuProblem& p, const GpuLimits& gpu, const Work& work) {
-  GpuPlan plan;
-  // The second read of x (or dy and y) is from the second-level cache, a chunk of samples at a time.
-  const double n = static_cast<double>(p.samples), again = p.backward && p.combined ? 2 : 1;
+// The tile of the sweeps: some sixteen kilobytes of each map, fewer where that leaves multiprocessors idle. Several
+// channels with all their positions, or some positions of one channel (planar) or of all channels of the tile.
+inline void choose_tile(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu) {
+  const int64_t pack = 16 / p.element_bytes, most = (16 << 10) / p.element_bytes;
+  const int64_t wanted = 4 * static_cast<int64_t>(gpu.multiprocessors);
+  int64_t channels, positions;
+  if (p.interleaved) {
+    channels = std::min(p.channels, int64_t{256});
+    positions = std::clamp(most / rounded_up(channels + pack - 1, pack), int64_t{1}, p.positions);
+  } else {
+    positions = std::min(p.positions, most);
+    channels = positions < p.positions ? 1 : std::clamp(most / positions, int64_t{1}, p.channels);
+  }
+  // Whole packs and quanta: halves of channels stay multiples of eight.
+  while (channels >= 16 && p.samples * parts(p.channels, channels) < wanted) channels = rounded_up(channels / 2, 8);
+  plan.tile_channels = static_cast<int>(channels), plan.tile_positions = static_cast<int>(positions);
+}
+
+// Sweeps with the cell between them, whose kernel `plan` says, `cell_seconds` for all samples together.
+inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu, const Work& work, double cell_seconds,
+                       int cell_launches) {
+  const double n = static_cast<double>(p.samples), map = n * work.sample_bytes;
+  // Read again: forward x. Backward g, and with the batch's statistics z too.
+  const bool batch = p.norm == GpuNorm::batch;
+  const double again = p.backward && batch ? 2 : 1;
+  // What the second sweep finds in the second-level cache. A batch's statistics need all samples first, and the sweep
+  // goes backwards; else a chunk of samples is taken at a time, small enough to stay.
+  const double sample_kept = std::max(1.0, work.sample_bytes * (work.passes + again - 1)), room = 0.5 * static_cast<double>(gpu.l2_bytes);
+  plan.chunk = batch ? p.samples
+                     : std::clamp<int64_t>(static_cast<int64_t>(std::min(room / sample_kept, n)), 1,
+                                           std::max<int64_t>(p.samples, 1));
+  const double kept = std::min(1.0, room / (sample_kept * static_cast<double>(std::max<int64_t>(plan.chunk, 1))));
+  const int64_t chunks = plan.chunk > 0 ? parts(p.samples, plan.chunk) : 0;
+  plan.on_chip = false;
   plan.passes = work.passes + again;
-  plan.launches = p.backward ? 9 : 7;
-  const double rate = p.tf32 ? gpu.tf32 : gpu.flops;
-  plan.seconds = n * work.sample_bytes * (work.passes / gpu.memory + again / gpu.l2) +
-                 std::max(n * work.sample_flops / (0.6 * rate), work.weight_bytes / gpu.l2) +
-                 plan.launches * gpu.launch + work.rest;
-  return plan;
+  plan.bytes = plan.passes * map;
+  plan.launches = chunks * (2 + cell_launches) + (p.norm == GpuNorm::none ? 0 : 1) + (p.backward ? 1 : 0);
+  plan.seconds = map * ((work.passes + again * (1 - kept)) / gpu.memory + again * kept / gpu.l2) + cell_seconds +
+                 static_cast<double>(plan.launches) * gpu.launch + work.rest;
+  choose_tile(plan, p, gpu);
 }
 
 }  // namespace detail
 
-// The plan for a problem on a GPU. A problem with no elements is split: its kernels know what to do.
+// The plan for a problem on a GPU. One with no elements has sweeps: its kernels know what to do.
 inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu) {
   const detail::Work work = detail::work_of(p, gpu);
   const double map_bytes = static_cast<double>(p.samples) * work.sample_bytes;
-  GpuPlan best = detail::split_plan(p, gpu, work);
-  best.bytes = best.passes * map_bytes;
+  const double rate = p.tf32 ? gpu.tf32 : gpu.flops;
+  GpuPlan best;
+  // Each product reads its weights once.
+  detail::add_sweeps(best, p, gpu, work,
+                     std::max(static_cast<double>(p.samples) * work.sample_flops / (0.6 * rate), work.weight_bytes / gpu.l2),
+                     p.backward ? 7 : 8);
   const auto with_ideal = [&](GpuPlan plan) {
     plan.ideal = work.passes * map_bytes / gpu.memory;
     return plan;
@@ -188,40 +250,57 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu) {
     return with_ideal(best);
 
   const int pack = 16 / p.element_bytes, warps = kGpuThreads / 32;
-  // Owners begin at whole packs: of positions in a planar map, of channels in an interleaved one.
-  const int64_t quantum = p.interleaved ? pack : pack / std::gcd(p.positions, static_cast<int64_t>(pack));
-  const int64_t quanta = detail::parts(p.channels, quantum);
-  const auto consider = [&](GpuTeam team, int64_t ranks, int64_t teams, int resident) {
+  const bool affine = p.norm != GpuNorm::none;
+  // Owners begin at whole packs: of positions in a planar map, of channels in an interleaved one. Of tables at sectors.
+  const auto quantum_of = [&](bool on_chip) -> int64_t {
+    if (!on_chip) return 8;
+    return p.interleaved ? pack : pack / std::gcd(p.positions, static_cast<int64_t>(pack));
+  };
+  const auto consider = [&](bool on_chip, GpuTeam team, int64_t ranks, int64_t teams, int resident) {
+    const int64_t quantum = quantum_of(on_chip), quanta = detail::parts(p.channels, quantum);
     if (ranks < 1 || teams < 1 || ranks > quanta) return;
     const int64_t owned = std::min(detail::parts(quanta, ranks) * quantum, p.channels);
-    const int64_t image = image_elements(owned, p.positions, p.interleaved, p.aligned, pack);
+    const int64_t image = on_chip ? image_elements(owned, p.positions, p.interleaved, p.aligned, pack) : 0;
     const int64_t room = std::min(gpu.shared_per_block, gpu.shared_per_multiprocessor / resident - kReservedShared);
     for (int64_t group = 1; group <= std::min<int64_t>(p.samples, 64); group *= 2) {
       if (group * image > INT32_MAX / 4) return;
       const int64_t shared =
-          p.backward ? backward_shared_bytes(image, p.element_bytes, owned, p.bottleneck, group, warps, p.affine)
-                     : forward_shared_bytes(image, p.element_bytes, owned, group, warps, p.affine);
+          !on_chip     ? cell_shared_bytes(owned, p.bottleneck, group, warps, p.backward)
+          : p.backward ? backward_shared_bytes(image, p.element_bytes, owned, p.bottleneck, group, warps, affine)
+                       : forward_shared_bytes(image, p.element_bytes, owned, group, warps, affine);
       if (shared > room) return;
       GpuPlan plan;
+      plan.on_chip = on_chip;
       plan.team = team;
       plan.ranks = static_cast<int>(ranks);
       plan.teams = static_cast<int>(std::min(teams, detail::parts(p.samples, group)));
       plan.group = static_cast<int>(group), plan.quantum = static_cast<int>(quantum);
       plan.resident = resident;
       plan.shared_bytes = shared;
-      plan.launches = p.backward ? 2 : 1;
-      plan.passes = work.passes;
-      plan.bytes = plan.passes * map_bytes;
-      plan.seconds = detail::team_seconds(plan, p, gpu, work);
+      const double seconds = detail::team_seconds(plan, p, gpu, work);
+      if (on_chip) {
+        plan.launches = (p.backward ? 2 : 1) + (p.backward && affine ? 1 : 0);
+        plan.passes = work.passes;
+        plan.bytes = plan.passes * map_bytes;
+        plan.seconds = seconds + static_cast<double>(plan.launches) * gpu.launch + work.rest;
+      } else {
+        detail::add_sweeps(plan, p, gpu, work, seconds, 1);
+      }
       if (plan.seconds < best.seconds) best = plan;
     }
   };
-  for (int resident = 1; resident <= 2 && resident * kGpuThreads <= gpu.threads; ++resident) {
-    const int64_t blocks = static_cast<int64_t>(gpu.multiprocessors) * resident;
-    consider(GpuTeam::block, 1, blocks, resident);
-    for (int ranks = 2; ranks <= gpu.cluster; ranks *= 2) consider(GpuTeam::cluster, ranks, blocks / ranks, resident);
-    for (int64_t teams = 1; teams <= blocks / 2; teams = teams < 4 ? teams + 1 : teams * 2)
-      consider(GpuTeam::grid, std::min(blocks / teams, quanta), teams, resident);
+  for (bool on_chip : {true, false}) {
+    // The statistics of a batch are known only when all of it has been read.
+    if (on_chip && p.norm == GpuNorm::batch) continue;
+    for (int resident = 1; resident <= 2 && resident * kGpuThreads <= gpu.threads; ++resident) {
+      const int64_t blocks = static_cast<int64_t>(gpu.multiprocessors) * resident;
+      consider(on_chip, GpuTeam::block, 1, blocks, resident);
+      for (int ranks = 2; ranks <= gpu.cluster; ranks *= 2)
+        consider(on_chip, GpuTeam::cluster, ranks, blocks / ranks, resident);
+      for (int64_t teams = 1; teams <= blocks / 2; teams = teams < 4 ? teams + 1 : teams * 2)
+        consider(on_chip, GpuTeam::grid, std::min(blocks / teams, detail::parts(p.channels, quantum_of(on_chip))), teams,
+                 resident);
+    }
   }
   return with_ideal(best);
 }

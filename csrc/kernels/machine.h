@@ -7,9 +7,8 @@
 //   warp_sum(value, stride = 1)                   sum over the lanes that lie a multiple of `stride` apart
 //   shared<T>(count)                              the next array in shared memory: [i], pack(i), set_pack(i, pack)
 //   load(p) store(p, v) load_pack(p) store_pack   global memory; a pack is sixteen aligned bytes
-//   load_fresh(p)                                 of what another block has written in this launch
 //   widen(element) narrow<T>(float)               conversions
-//   exp(x) tanh(x)
+//   exp(x) tanh(x) sqrt(x)
 //
 // All threads of a block ask for the same arrays in the same order, and all that a barrier or sum covers come to it.
 #pragma once

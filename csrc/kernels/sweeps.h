@@ -6,10 +6,13 @@
 //
 // A block takes tiles in turn: some channels of a sample, and of a large map some positions of one channel. `reduce`
 // stages a tile in shared memory, wide accesses on one side and sums by channel on the other. Each map is read or
-// written once; a planar tile is one run, so that odd channels cost no sector twice but at its ends.
+// written once; a planar tile is one run, so that odd channels cost no sector twice but at its ends. `spread` goes from the
+// last tile to the first: what the second-level cache still holds of the first sweep is met first.
 #pragma once
 
-#include "step.h"
+#include "gradient.h"
+#include "image.h"
+#include "sums.h"
 
 namespace dia::kernels {
 
@@ -26,8 +29,10 @@ struct Reduce {
   Samples<const T> dy, y;  // g = dy, where y > 0 if there is y; no dy: no g
   Samples<T> g;            // no data: not wanted
   const float* shift;      // (C), or null for 0
-  float *sum,
-      *product;  // (N, C): sums of g and of g (x - shift); without dy of x - shift and its square. Null: not wanted
+  float* first;            // (N, C): instead, a sample's first value of each channel is its shift, and is written here
+  // (N, C): sums of g and of g (x - shift). Without dy of x - shift, and of squares about each sample's own mean, which
+  // takes the first. Null: not wanted.
+  float *sum, *product;
 };
 
 template <class T>
@@ -42,14 +47,14 @@ struct Spread {
   bool relu;
 };
 
-// Calls `body(sample, channels)` for the tiles of this block.
+// Calls `body(sample, channels)` for the tiles of this block. `backwards`: from the last to the first.
 template <class M, class Body>
-DIA_DEVICE void for_tiles(M& m, const MapSize& size, const Tile& tile, Body body) {
+DIA_DEVICE void for_tiles(M& m, const MapSize& size, const Tile& tile, bool backwards, Body body) {
   const int across = (size.channels + tile.channels - 1) / tile.channels;
   const int64_t tasks = static_cast<int64_t>(size.samples) * across;
   for (int64_t task = m.team(); task < tasks; task += m.teams()) {
-    const int64_t sample = task / across;
-    const int begin = static_cast<int>(task - sample * across) * tile.channels;
+    const int64_t number = backwards ? tasks - 1 - task : task, sample = number / across;
+    const int begin = static_cast<int>(number - sample * across) * tile.channels;
     body(sample, Part{begin, begin + tile.channels < size.channels ? begin + tile.channels : size.channels});
   }
 }
@@ -89,11 +94,18 @@ DIA_DEVICE void reduce(M& m, const Reduce<T>& args) {
   const auto x_stage = m.template shared<T>(with_x ? most : 0);
   const auto g_stage = m.template shared<T>(with_g ? most : 0);
   const auto scratch = m.template shared<float>(position_scratch(m.warps(), args.tile.channels));
+  // Of the positions at hand: a sum, and for squares the means and the squares about them.
+  const bool centred = !with_g && args.product != nullptr;
   const auto part = m.template shared<float>(args.tile.channels);
+  const auto means = m.template shared<float>(centred ? args.tile.channels : 0);
+  const auto squares = m.template shared<float>(centred ? args.tile.channels : 0);
   const auto totals = m.template shared<float>(2 * args.tile.channels);
+  const auto shift = m.template shared<float>(args.tile.channels);
 
-  for_tiles(m, size, args.tile, [&](int64_t sample, Part channels) {
+  for_tiles(m, size, args.tile, false, [&](int64_t sample, Part channels) {
     const int owned = channels.size();
+    for (int k = m.thread(); k < owned && args.first == nullptr; k += m.threads())
+      shift[k] = args.shift != nullptr ? m.load(args.shift + channels.begin + k) : 0.0f;
     for (int begin = 0; begin < size.positions || begin == 0; begin += args.tile.positions) {
       const Part range = range_of(size, args.tile, begin);
       const T* x = with_x ? args.x.data + sample * args.x.stride : nullptr;
@@ -103,29 +115,60 @@ DIA_DEVICE void reduce(M& m, const Reduce<T>& args) {
       const Image<T> image(size, channels, range, aligned);
       if (with_x) copy_in(m, image, args.x, sample, 1, x_stage);
       if (with_g) stage_gradient(m, args, image, sample, g_stage);
-      const auto value = [&](int channel, int position, bool second) {
-        const int at = channels.begin + channel;
-        float d = 0;
-        if (with_x && (second || !with_g))
-          d = M::widen(static_cast<T>(x_stage[image.place_of(x, at, position)])) -
-              (args.shift != nullptr ? m.load(args.shift + at) : 0.0f);
-        if (!with_g) return second ? d * d : d;
-        const float g = M::widen(static_cast<T>(g_stage[image.place_of(dy, at, position)]));
-        return second ? g * d : g;
+      const auto x_at = [&](int channel, int position) {
+        return M::widen(static_cast<T>(x_stage[image.place_of(x, channels.begin + channel, position)])) -
+               shift[channel];
       };
-      DIA_UNROLL
-      for (int which = 0; which < 2; ++which) {
-        float* wanted = which == 0 ? args.sum : args.product;
-        if (wanted == nullptr) continue;
-        sum_positions(m, image, 1, scratch, part, 0,
-                      [&](int, int channel, int position) { return value(channel, position, which == 1); });
+      const auto g_at = [&](int channel, int position) {
+        return M::widen(static_cast<T>(g_stage[image.place_of(dy, channels.begin + channel, position)]));
+      };
+      if (args.first != nullptr && begin == 0) {
+        m.sync_block();
         for (int k = m.thread(); k < owned; k += m.threads()) {
-          const float before = begin == 0 ? 0.0f : static_cast<float>(totals[which * args.tile.channels + k]);
-          const float sum = before + part[k];
+          const float value = M::widen(static_cast<T>(x_stage[image.place_of(x, channels.begin + k, 0)]));
+          shift[k] = value;
+          m.store(args.first + sample * size.channels + channels.begin + k, value);
+        }
+      }
+      // Adds what `part` has to what the positions before had; `joined(before, channel)` is what they have in common.
+      const auto add_up = [&](int which, const auto& part, float* wanted, auto joined) {
+        for (int k = m.thread(); k < owned; k += m.threads()) {
+          float sum = part[k];
+          if (begin > 0) sum += joined(static_cast<float>(totals[which * args.tile.channels + k]), k);
           totals[which * args.tile.channels + k] = sum;
           if (range.end == size.positions) m.store(wanted + sample * size.channels + channels.begin + k, sum);
         }
+      };
+      const auto plain = [](float before, int) { return before; };
+      const float count = static_cast<float>(range.size()), before = static_cast<float>(begin);
+      if (with_g) {
+        if (args.sum != nullptr) {
+          sum_positions(m, image, 1, scratch, part, 0, [&](int, int c, int position) { return g_at(c, position); });
+          add_up(0, part, args.sum, plain);
+        }
+        if (args.product != nullptr) {
+          sum_positions(m, image, 1, scratch, part, 0,
+                        [&](int, int c, int position) { return g_at(c, position) * x_at(c, position); });
+          add_up(1, part, args.product, plain);
+        }
+        continue;
       }
+      sum_positions(m, image, 1, scratch, part, 0, [&](int, int c, int position) { return x_at(c, position); });
+      if (centred) {
+        // About the mean of the positions at hand; two such sums differ by what their means do (Chan, Golub, LeVeque
+        // 1979, formula 2.1).
+        const auto joined = [&](float squares, int k) {
+          const float apart = means[k] - totals[k] / before;
+          return squares + apart * apart * (before * count / (before + count));
+        };
+        for (int k = m.thread(); k < owned; k += m.threads()) means[k] = part[k] / count;
+        sum_positions(m, image, 1, scratch, squares, 0, [&](int, int c, int position) {
+          const float d = x_at(c, position) - means[c];
+          return d * d;
+        });
+        add_up(1, squares, args.product, joined);
+      }
+      add_up(0, part, args.sum, plain);
     }
   });
 }
@@ -137,7 +180,7 @@ DIA_DEVICE void spread(M& m, const Spread<T>& args) {
   const bool has_x = args.x.data != nullptr, added = args.shortcut.data != nullptr;
   const bool packs = (!has_g || alike(args.out, args.dy)) && (!masked || alike(args.out, args.y)) &&
                      (!has_x || alike(args.out, args.x)) && (!added || alike(args.out, args.shortcut));
-  for_tiles(m, size, args.tile, [&](int64_t sample, Part channels) {
+  for_tiles(m, size, args.tile, true, [&](int64_t sample, Part channels) {
     const auto value = [&](int own, T g, T x, T shortcut) {
       const int channel = channels.begin + own;
       const int64_t at = sample * size.channels + channel;

@@ -80,29 +80,4 @@ DIA_DEVICE void weight_gradients(M& m, const WeightGradients& args) {
   }
 }
 
-// Gradients of a norm's scale and bias before a step with given statistics, from what step_backward left.
-struct AffineGradients {
-  int samples, channels;
-  const float *sum, *product, *dp, *off, *new_h;  // (N, C)
-  float *scale, *bias;                            // (C)
-};
-
-// A thread takes a channel, in the samples' order.
-template <class M>
-DIA_DEVICE void affine_gradients(M& m, const AffineGradients& args) {
-  const int step = m.teams() * m.ranks() * m.threads();
-  for (int channel = (m.team() * m.ranks() + m.rank()) * m.threads() + m.thread(); channel < args.channels;
-       channel += step) {
-    float scale = 0, bias = 0;
-    for (int sample = 0; sample < args.samples; ++sample) {
-      const int64_t at = row_at(sample, args.channels) + channel;
-      const float h = m.load(args.new_h + at), dp = m.load(args.dp + at);
-      scale += h * m.load(args.product + at) + dp * m.load(args.off + at);
-      bias += h * m.load(args.sum + at) + dp;
-    }
-    m.store(args.scale + channel, scale);
-    m.store(args.bias + channel, bias);
-  }
-}
-
 }  // namespace dia::kernels

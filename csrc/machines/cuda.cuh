@@ -124,8 +124,6 @@ class Machine {
   __device__ __forceinline__ static std::remove_const_t<T> load(T* from) {
     return *from;
   }
-  // Past this multiprocessor's cache, which other blocks' stores do not reach.
-  __device__ __forceinline__ static float load_fresh(const float* from) { return __ldcg(from); }
   template <class T>
   __device__ __forceinline__ static void store(T* to, T value) {
     *to = value;
@@ -162,6 +160,7 @@ class Machine {
   }
   __device__ __forceinline__ static float exp(float value) { return expf(value); }
   __device__ __forceinline__ static float tanh(float value) { return tanhf(value); }
+  __device__ __forceinline__ static float sqrt(float value) { return sqrtf(value); }
 
  private:
   int ranks_, rank_, team_;

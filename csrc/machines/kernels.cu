@@ -1,4 +1,5 @@
 // The kernels on the machine that is a GPU: every one of them for every element type and kind of team.
+#include "../kernels/split_cell.h"
 #include "../kernels/step_backward.h"
 #include "../kernels/step_forward.h"
 #include "../kernels/sweeps.h"
@@ -27,6 +28,20 @@ __global__ void __launch_bounds__(kThreads, kResident)
   kernels::step_backward(machine, args);
 }
 
+template <bool kAffine, Team kTeam>
+__global__ void __launch_bounds__(kThreads, kResident)
+    cell_forward_kernel(__grid_constant__ const kernels::CellForwardLaunch args, int ranks, unsigned* counters) {
+  Machine<kTeam> machine(ranks, shared_memory, counters);
+  kernels::cell_forward<kAffine>(machine, args);
+}
+
+template <bool kAffine, Team kTeam>
+__global__ void __launch_bounds__(kThreads, kResident)
+    cell_backward_kernel(__grid_constant__ const kernels::CellBackwardLaunch args, int ranks, unsigned* counters) {
+  Machine<kTeam> machine(ranks, shared_memory, counters);
+  kernels::cell_backward<kAffine>(machine, args);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident) reduce_kernel(__grid_constant__ const kernels::Reduce<T> args) {
   Machine<Team::block> machine(1, shared_memory, nullptr);
@@ -39,35 +54,49 @@ __global__ void __launch_bounds__(kThreads, kResident) spread_kernel(__grid_cons
   kernels::spread(machine, args);
 }
 
-constexpr int kWeightThreads = 256;
+// Of tables, which are small: more blocks of fewer threads.
+constexpr int kTableThreads = 256, kTableResident = 4;
 
-__global__ void __launch_bounds__(kWeightThreads, 4)
-    weight_gradients_kernel(__grid_constant__ const kernels::WeightGradients args) {
-  Machine<Team::block> machine(1, shared_memory, nullptr);
-  kernels::weight_gradients<kWeightThreads>(machine, args);
-}
-
-__global__ void __launch_bounds__(kWeightThreads, 4)
-    affine_gradients_kernel(__grid_constant__ const kernels::AffineGradients args) {
-  Machine<Team::block> machine(1, shared_memory, nullptr);
-  kernels::affine_gradients(machine, args);
-}
+// `name`_kernel: a kernel of kernels/ whose blocks have nothing to do with each other.
+#define DIA_TABLE_KERNEL(name, Args, call)                                     \
+  __global__ void __launch_bounds__(kTableThreads, kTableResident)             \
+      name##_kernel(__grid_constant__ const kernels::Args args) {              \
+    Machine<Team::block> machine(1, shared_memory, nullptr);                   \
+    kernels::call(machine, args);                                              \
+  }
+DIA_TABLE_KERNEL(weight_gradients, WeightGradients, weight_gradients<kTableThreads>)
+DIA_TABLE_KERNEL(batch_statistics, BatchStatistics, batch_statistics)
+DIA_TABLE_KERNEL(norm_gradients, NormGradients, norm_gradients)
+DIA_TABLE_KERNEL(rectify, Rectify, rectify)
+DIA_TABLE_KERNEL(split_means, SplitMeans, split_means<false>)
+DIA_TABLE_KERNEL(split_gates, SplitGates, split_gates<false>)
+DIA_TABLE_KERNEL(split_gate_gradients, SplitGateGradients, split_gate_gradients<false>)
+DIA_TABLE_KERNEL(affine_split_means, SplitMeans, split_means<true>)
+DIA_TABLE_KERNEL(affine_split_gates, SplitGates, split_gates<true>)
+DIA_TABLE_KERNEL(affine_split_gate_gradients, SplitGateGradients, split_gate_gradients<true>)
 
 #define DIA_STEP_KERNELS(T, kAffine, kTeam)                                      \
   template __global__ void step_forward_kernel<T, kAffine, kTeam>(               \
       __grid_constant__ const kernels::StepForward<T, kAffine>, int, unsigned*); \
   template __global__ void step_backward_kernel<T, kAffine, kTeam>(              \
       __grid_constant__ const kernels::StepBackward<T, kAffine>, int, unsigned*);
+#define DIA_CELL_KERNELS(kAffine, kTeam)                                                                               \
+  template __global__ void cell_forward_kernel<kAffine, kTeam>(__grid_constant__ const kernels::CellForwardLaunch, int, \
+                                                               unsigned*);                                             \
+  template __global__ void cell_backward_kernel<kAffine, kTeam>(__grid_constant__ const kernels::CellBackwardLaunch,   \
+                                                                int, unsigned*);
+#define DIA_FOR_TEAMS(MACRO, ...)   \
+  MACRO(__VA_ARGS__, Team::block)   \
+  MACRO(__VA_ARGS__, Team::cluster) \
+  MACRO(__VA_ARGS__, Team::grid)
 #define DIA_KERNELS_OF(T)                                                             \
-  DIA_STEP_KERNELS(T, false, Team::block)                                             \
-  DIA_STEP_KERNELS(T, false, Team::cluster)                                           \
-  DIA_STEP_KERNELS(T, false, Team::grid)                                              \
-  DIA_STEP_KERNELS(T, true, Team::block)                                              \
-  DIA_STEP_KERNELS(T, true, Team::cluster)                                            \
-  DIA_STEP_KERNELS(T, true, Team::grid)                                               \
+  DIA_FOR_TEAMS(DIA_STEP_KERNELS, T, false)                                           \
+  DIA_FOR_TEAMS(DIA_STEP_KERNELS, T, true)                                            \
   template __global__ void reduce_kernel(__grid_constant__ const kernels::Reduce<T>); \
   template __global__ void spread_kernel(__grid_constant__ const kernels::Spread<T>);
 
+DIA_FOR_TEAMS(DIA_CELL_KERNELS, false)
+DIA_FOR_TEAMS(DIA_CELL_KERNELS, true)
 DIA_KERNELS_OF(float)
 DIA_KERNELS_OF(BFloat16)
 DIA_KERNELS_OF(Float16)

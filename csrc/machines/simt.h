@@ -228,13 +228,6 @@ class Thread {
     std::memcpy(&value, from, sizeof(T));
     return value;
   }
-  // The same of what another block of this launch has written: past the multiprocessor's own cache, which may hold what
-  // was there before.
-  template <class T>
-  std::remove_const_t<T> load_fresh(T* from, std::source_location where = std::source_location::current()) {
-    fresh_ = true;
-    return load(from, where);
-  }
   template <class T>
   void store(T* to, T value, std::source_location where = std::source_location::current()) {
     touch_global(to, 1, sizeof(T), true, where);
@@ -265,6 +258,7 @@ class Thread {
   }
   static float exp(float value) { return std::exp(value); }
   static float tanh(float value) { return std::tanh(value); }
+  static float sqrt(float value) { return std::sqrt(value); }
 
   [[noreturn]] void fail(const std::string& what) const;
 
@@ -288,7 +282,7 @@ class Thread {
   void touch_global(const void* at, int count, size_t element_bytes, bool write, const std::source_location& where);
   // `first` and `count` in cells; `what` makes the name for a message.
   template <class Name>
-  void touch(Cell* cells, int64_t first, int64_t count, bool write, const Moment& moment, bool fresh, Name what);
+  void touch(Cell* cells, int64_t first, int64_t count, bool write, const Moment& moment, Name what);
 
   Run* run_ = nullptr;
   Block* block_ = nullptr;
@@ -296,7 +290,7 @@ class Thread {
   std::array<uint32_t, kScopes> epochs_{};
   std::array<int64_t, kScopes> passed_{};
   size_t shared_taken_ = 0;
-  bool waiting_ = false, fresh_ = false;
+  bool waiting_ = false;
   int waits_for_ = 0;
   Site waits_at_{};
   float value_ = 0;
@@ -347,7 +341,7 @@ class Shared {
       thread_->fail(name(0) + " of " + std::to_string(count_) + ": out of bounds");
     const size_t byte = offset_ + index * sizeof(T);
     if (count > 1 && byte % 16 != 0) thread_->fail(name(0) + ": misaligned vector");
-    thread_->touch(thread_->block_->cells.data(), byte / 2, count * sizeof(T) / 2, write, thread_->now(), true, name);
+    thread_->touch(thread_->block_->cells.data(), byte / 2, count * sizeof(T) / 2, write, thread_->now(), name);
     return thread_->block_->base() + byte;
   }
 
@@ -550,15 +544,13 @@ Shared<T> Thread::shared(int64_t count) {
 }
 
 template <class Name>
-void Thread::touch(Cell* cells, int64_t first, int64_t count, bool write, const Moment& moment, bool fresh, Name what) {
+void Thread::touch(Cell* cells, int64_t first, int64_t count, bool write, const Moment& moment, Name what) {
   for (int64_t k = first; k < first + count; ++k) {
     Cell& cell = cells[k];
     if (!cell.allowed) fail(what(k) + ": no element of the tensor");
     if (!write && !cell.defined) fail(what(k) + ": read, but nothing was written there");
     if (!cell.writer.before(moment))
       fail(what(k) + ": race, " + (write ? "written" : "read") + " with no barrier since another thread's write");
-    if (!write && !fresh && !cell.writer.nobody() && cell.writer.block != moment.block)
-      fail(what(k) + ": stale, another block wrote it and the load may come from this one's cache");
     if (write) {
       if (!cell.readers.before(moment)) fail(what(k) + ": race, written with no barrier since another thread's read");
       cell.writer = moment;
@@ -587,7 +579,7 @@ inline void Thread::touch_global(const void* at, int count, size_t element_bytes
     fail(name(first) + ": wrong element type");
   if (first + count > static_cast<int64_t>(memory.cells.size())) fail(name(first) + ": out of bounds");
   if (count > 1 && reinterpret_cast<uintptr_t>(address) % 16 != 0) fail(name(first) + ": misaligned vector");
-  touch(memory.cells.data(), first, count, write, now(), std::exchange(fresh_, false), name);
+  touch(memory.cells.data(), first, count, write, now(), name);
   const int64_t bytes = count * memory.element_bytes;
   (write ? memory.counts.bytes_written : memory.counts.bytes_read) += bytes;
   const int64_t start = static_cast<int64_t>(reinterpret_cast<uintptr_t>(address));

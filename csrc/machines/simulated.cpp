@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "../kernels/split_cell.h"
 #include "../kernels/step_backward.h"
 #include "../kernels/step_forward.h"
 #include "../kernels/sweeps.h"
@@ -28,7 +29,7 @@ struct Array {
 };
 
 using Arrays = std::map<std::string, Array>;
-using Numbers = std::map<std::string, int64_t>;
+using Numbers = std::map<std::string, double>;
 
 // What a test gave, and the device that knows it.
 class Arguments {
@@ -38,8 +39,9 @@ class Arguments {
   int64_t number(const std::string& name) const {
     const auto found = numbers_.find(name);
     if (found == numbers_.end()) throw std::invalid_argument(name + ": a number is missing");
-    return found->second;
+    return static_cast<int64_t>(found->second);
   }
+  float real(const std::string& name) const { return static_cast<float>(numbers_.at(name)); }
   template <class T>
   T* pointer(const std::string& name) {
     const auto found = arrays_.find(name);
@@ -67,18 +69,39 @@ class Arguments {
   kernels::Tile tile() const {
     return {static_cast<int>(number("tile_channels")), static_cast<int>(number("tile_positions"))};
   }
-  kernels::CellWeights weights() {
-    return {pointer<const float>("input_reduce_weight"),  pointer<const float>("input_reduce_bias"),
-            pointer<const float>("input_expand_weight"),  pointer<const float>("input_expand_bias"),
-            pointer<const float>("hidden_reduce_weight"), pointer<const float>("hidden_reduce_bias"),
-            pointer<const float>("hidden_expand_weight"), pointer<const float>("hidden_expand_bias")};
-  }
+  kernels::Teams teams() const { return {static_cast<int>(number("group")), static_cast<int>(number("quantum"))}; }
   kernels::ChannelAffine affine() {
     return {pointer<const float>("shift"), pointer<const float>("d"), pointer<const float>("scale"),
             pointer<const float>("bias")};
   }
-  kernels::CellTables tables() {
-    return {pointer<float>("p"), pointer<float>("zx"), pointer<float>("zh"), pointer<float>("gates")};
+  // What both directions of the cell take.
+  template <class Cell>
+  Cell cell() {
+    Cell args{};
+    args.samples = static_cast<int>(number("samples")), args.channels = static_cast<int>(number("channels"));
+    args.bottleneck = static_cast<int>(number("bottleneck")), args.tanh_output = number("tanh_output") != 0;
+    args.c = pointer<const float>("c");
+    args.weights = {pointer<const float>("input_reduce_weight"),  pointer<const float>("input_reduce_bias"),
+                    pointer<const float>("input_expand_weight"),  pointer<const float>("input_expand_bias"),
+                    pointer<const float>("hidden_reduce_weight"), pointer<const float>("hidden_reduce_bias"),
+                    pointer<const float>("hidden_expand_weight"), pointer<const float>("hidden_expand_bias")};
+    args.tables = {pointer<float>("p"), pointer<float>("zx"), pointer<float>("zh"), pointer<float>("gates")};
+    return args;
+  }
+  kernels::CellForward cell_forward() {
+    auto args = cell<kernels::CellForward>();
+    args.h = pointer<const float>("h");
+    args.new_h = pointer<float>("new_h"), args.new_c = pointer<float>("new_c");
+    return args;
+  }
+  kernels::CellBackward cell_backward() {
+    auto args = cell<kernels::CellBackward>();
+    args.dh = pointer<const float>("dh"), args.dc = pointer<const float>("dc");
+    args.new_c = pointer<const float>("new_c");
+    args.du = pointer<float>("du"), args.dzx = pointer<float>("dzx"), args.dzh = pointer<float>("dzh");
+    args.partial = pointer<float>("partial");
+    args.old_dh = pointer<float>("old_dh"), args.old_dc = pointer<float>("old_dc");
+    return args;
   }
   Grid grid() const {
     Grid grid;
@@ -97,38 +120,19 @@ class Arguments {
   const Numbers& numbers_;
 };
 
-// What both directions of the step take.
-template <class Args>
-Args step_arguments(Arguments& of) {
-  Args args{};
-  args.size = of.size();
-  args.bottleneck = static_cast<int>(of.number("bottleneck"));
-  args.relu = of.number("relu") != 0, args.tanh_output = of.number("tanh_output") != 0;
-  args.teams = {static_cast<int>(of.number("group")), static_cast<int>(of.number("quantum"))};
-  args.weights = of.weights(), args.tables = of.tables();
-  return args;
-}
-
 template <class T, bool kAffine>
 auto forward_kernel(Arguments& of) {
-  auto args = step_arguments<kernels::StepForward<T, kAffine>>(of);
+  kernels::StepForward<T, kAffine> args{of.cell_forward(), of.teams(), of.size(), of.number("relu") != 0};
   args.x = of.map<const T>("x"), args.shortcut = of.map<const T>("shortcut"), args.y = of.map<T>("y");
-  args.h = of.pointer<const float>("h"), args.c = of.pointer<const float>("c");
-  args.new_h = of.pointer<float>("new_h"), args.new_c = of.pointer<float>("new_c");
-  if (kAffine) args.affine = of.affine(), args.off = of.pointer<float>("off");
+  if (kAffine) args.norm = {of.affine(), of.pointer<float>("off")};
   return [args](Thread& m) { kernels::step_forward(m, args); };
 }
 
 template <class T, bool kAffine>
 auto backward_kernel(Arguments& of) {
-  auto args = step_arguments<kernels::StepBackward<T, kAffine>>(of);
+  kernels::StepBackward<T, kAffine> args{of.cell_backward(), of.teams(), of.size(), of.number("relu") != 0};
   args.dy = of.map<const T>("dy"), args.y = of.map<const T>("y"), args.x = of.map<const T>("x");
   args.dshortcut = of.map<T>("dshortcut"), args.dx = of.map<T>("dx");
-  args.dh = of.pointer<const float>("dh"), args.dc = of.pointer<const float>("dc");
-  args.c = of.pointer<const float>("c"), args.new_c = of.pointer<const float>("new_c");
-  args.du = of.pointer<float>("du"), args.dzx = of.pointer<float>("dzx"), args.dzh = of.pointer<float>("dzh");
-  args.partial = of.pointer<float>("partial");
-  args.old_dh = of.pointer<float>("old_dh"), args.old_dc = of.pointer<float>("old_dc");
   if (kAffine) {
     args.affine = of.affine();
     args.sum = of.pointer<float>("sum"), args.product = of.pointer<float>("product");
@@ -137,13 +141,66 @@ auto backward_kernel(Arguments& of) {
   return [args](Thread& m) { kernels::step_backward(m, args); };
 }
 
+template <bool kAffine>
+auto cell_forward_kernel(Arguments& of) {
+  kernels::CellForwardLaunch args{of.cell_forward(), of.teams(), static_cast<int>(of.number("positions"))};
+  args.sum = of.pointer<const float>("sum");
+  if (kAffine) {
+    args.norm = {of.affine(), of.pointer<float>("off")};
+    args.factor = of.pointer<float>("factor"), args.added = of.pointer<float>("added");
+  }
+  return [args](Thread& m) { kernels::cell_forward<kAffine>(m, args); };
+}
+
+template <bool kAffine>
+auto cell_backward_kernel(Arguments& of) {
+  kernels::CellBackwardLaunch args{of.cell_backward(), of.teams(), static_cast<int>(of.number("positions"))};
+  args.product = of.pointer<float>("product"), args.factor = of.pointer<float>("factor");
+  if (kAffine)
+    args.sum = of.pointer<const float>("sum"), args.affine = of.affine(), args.dp = of.pointer<float>("dp");
+  else
+    args.offset = of.pointer<float>("offset");
+  return [args](Thread& m) { kernels::cell_backward<kAffine>(m, args); };
+}
+
+template <bool kAffine>
+auto split_means_kernel(Arguments& of) {
+  const kernels::MapSize size = of.size();
+  kernels::SplitMeans args{size.samples, size.channels, size.positions, of.pointer<const float>("sum")};
+  args.p = of.pointer<float>("p");
+  if (kAffine) args.norm = {of.affine(), of.pointer<float>("off")};
+  return [args](Thread& m) { kernels::split_means<kAffine>(m, args); };
+}
+
+template <bool kAffine>
+auto split_gates_kernel(Arguments& of) {
+  kernels::SplitGates args{of.cell_forward(), of.pointer<const float>("products")};
+  if (kAffine)
+    args.affine = of.affine(), args.factor = of.pointer<float>("factor"), args.added = of.pointer<float>("added");
+  return [args](Thread& m) { kernels::split_gates<kAffine>(m, args); };
+}
+
+template <bool kAffine>
+auto split_gate_gradients_kernel(Arguments& of) {
+  kernels::SplitGateGradients args{of.cell_backward()};
+  args.product = of.pointer<float>("product"), args.factor = of.pointer<float>("factor");
+  if (kAffine) args.sum = of.pointer<const float>("sum"), args.affine = of.affine();
+  return [args](Thread& m) { kernels::split_gate_gradients<kAffine>(m, args); };
+}
+
+auto rectify_kernel(Arguments& of) {
+  const kernels::Rectify args{of.number("count"), of.pointer<float>("values"), of.pointer<const float>("row"),
+                              of.pointer<const float>("z"), static_cast<int>(of.number("width"))};
+  return [args](Thread& m) { kernels::rectify(m, args); };
+}
+
 template <class T>
 auto reduce_kernel(Arguments& of) {
   kernels::Reduce<T> args{};
   args.size = of.size(), args.tile = of.tile();
   args.x = of.map<const T>("x"), args.dy = of.map<const T>("dy"), args.y = of.map<const T>("y"),
   args.g = of.map<T>("g");
-  args.shift = of.pointer<const float>("shift");
+  args.shift = of.pointer<const float>("shift"), args.first = of.pointer<float>("first");
   args.sum = of.pointer<float>("sum"), args.product = of.pointer<float>("product");
   return [args](Thread& m) { kernels::reduce(m, args); };
 }
@@ -180,17 +237,46 @@ auto weights_kernel(Arguments& of) {
   return [args](Thread& m) { kernels::weight_gradients<128>(m, args); };
 }
 
-auto affine_kernel(Arguments& of) {
-  const kernels::AffineGradients args{static_cast<int>(of.number("samples")),
-                                      static_cast<int>(of.number("channels")),
-                                      of.pointer<const float>("sum"),
-                                      of.pointer<const float>("product"),
-                                      of.pointer<const float>("dp"),
-                                      of.pointer<const float>("off"),
-                                      of.pointer<const float>("new_h"),
-                                      of.pointer<float>("d_scale"),
-                                      of.pointer<float>("d_bias")};
-  return [args](Thread& m) { kernels::affine_gradients(m, args); };
+auto batch_statistics_kernel(Arguments& of) {
+  const kernels::MapSize size = of.size();
+  const kernels::BatchStatistics args{size.samples,
+                                      size.channels,
+                                      size.positions,
+                                      of.real("eps"),
+                                      of.pointer<const float>("first"),
+                                      of.pointer<const float>("squares"),
+                                      of.pointer<float>("sum"),
+                                      of.pointer<const float>("gamma"),
+                                      of.pointer<const float>("beta"),
+                                      of.pointer<float>("shift"),
+                                      of.pointer<float>("d"),
+                                      of.pointer<float>("scale"),
+                                      of.pointer<float>("bias"),
+                                      of.pointer<float>("rstd"),
+                                      of.pointer<float>("mean"),
+                                      of.pointer<float>("var")};
+  return [args](Thread& m) { kernels::batch_statistics(m, args); };
+}
+
+auto norm_gradients_kernel(Arguments& of) {
+  const kernels::MapSize size = of.size();
+  const kernels::NormGradients args{size.samples,
+                                    size.channels,
+                                    size.positions,
+                                    of.number("batch") != 0,
+                                    of.pointer<const float>("sum"),
+                                    of.pointer<const float>("product"),
+                                    of.pointer<const float>("dp"),
+                                    of.pointer<const float>("off"),
+                                    of.pointer<const float>("new_h"),
+                                    of.pointer<const float>("d"),
+                                    of.pointer<const float>("scale"),
+                                    of.pointer<const float>("rstd"),
+                                    of.pointer<float>("d_scale"),
+                                    of.pointer<float>("d_bias"),
+                                    of.pointer<float>("offset"),
+                                    of.pointer<float>("slope")};
+  return [args](Thread& m) { kernels::norm_gradients(m, args); };
 }
 
 // A barrier by its place in the source, as in a report.
@@ -207,11 +293,19 @@ py::dict launch(const std::string& kernel, const std::string& dtype, const Array
   }
   const auto run = [&](auto body) { return arguments.device.launch(grid, body); };
   const auto of_type = [&]<class T>(T) {
-    if (kernel == "step_forward") return run(forward_kernel<T, false>(arguments));
-    if (kernel == "step_backward") return run(backward_kernel<T, false>(arguments));
-    if (kernel == "affine_step_forward") return run(forward_kernel<T, true>(arguments));
-    if (kernel == "affine_step_backward") return run(backward_kernel<T, true>(arguments));
-    if (kernel == "affine_gradients") return run(affine_kernel(arguments));
+    const bool affine = numbers.count("affine") > 0 && numbers.at("affine") != 0;
+    const auto either = [&](auto with, auto without) { return affine ? run(with(arguments)) : run(without(arguments)); };
+    if (kernel == "step_forward") return either(forward_kernel<T, true>, forward_kernel<T, false>);
+    if (kernel == "step_backward") return either(backward_kernel<T, true>, backward_kernel<T, false>);
+    if (kernel == "cell_forward") return either(cell_forward_kernel<true>, cell_forward_kernel<false>);
+    if (kernel == "cell_backward") return either(cell_backward_kernel<true>, cell_backward_kernel<false>);
+    if (kernel == "split_means") return either(split_means_kernel<true>, split_means_kernel<false>);
+    if (kernel == "split_gates") return either(split_gates_kernel<true>, split_gates_kernel<false>);
+    if (kernel == "split_gate_gradients")
+      return either(split_gate_gradients_kernel<true>, split_gate_gradients_kernel<false>);
+    if (kernel == "rectify") return run(rectify_kernel(arguments));
+    if (kernel == "batch_statistics") return run(batch_statistics_kernel(arguments));
+    if (kernel == "norm_gradients") return run(norm_gradients_kernel(arguments));
     if (kernel == "reduce") return run(reduce_kernel<T>(arguments));
     if (kernel == "spread") return run(spread_kernel<T>(arguments));
     if (kernel == "weight_gradients") return run(weights_kernel(arguments));

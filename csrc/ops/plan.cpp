@@ -16,7 +16,7 @@ const char* name_of(dia::GpuTeam team) {
     case dia::GpuTeam::grid:
       return "grid";
     default:
-      return "split";
+      return "products";
   }
 }
 
@@ -38,17 +38,20 @@ extern "C" __attribute__((visibility("default"))) const char* dia_kernels_plan(c
                                                                                int64_t channels, int64_t positions,
                                                                                int64_t bottleneck, int element_bytes,
                                                                                int interleaved, int aligned,
-                                                                               int combined, int backward, int tf32) {
+                                                                               int combined, int backward, int tf32,
+                                                                               int norm) {
   for (const dia::GpuLimits& gpu : dia::kGpus) {
     if (std::strcmp(gpu.name, gpu_name) != 0) continue;
     const dia::GpuPlan plan = dia::plan_step({samples, channels, positions, bottleneck, element_bytes, interleaved != 0,
-                                              aligned != 0, combined != 0, backward != 0, tf32 != 0},
+                                              aligned != 0, combined != 0, backward != 0, tf32 != 0,
+                                              static_cast<dia::GpuNorm>(norm)},
                                              gpu);
     std::ostringstream json;
     json.precision(17);
-    json << "{\"team\": \"" << name_of(plan.team) << "\", \"ranks\": " << plan.ranks << ", \"teams\": " << plan.teams
+    json << "{\"on_chip\": " << (plan.on_chip ? "true" : "false") << ", \"team\": \"" << name_of(plan.team) << "\", \"ranks\": " << plan.ranks << ", \"teams\": " << plan.teams
          << ", \"group\": " << plan.group << ", \"quantum\": " << plan.quantum << ", \"resident\": " << plan.resident
-         << ", \"shared_bytes\": " << plan.shared_bytes << ", \"launches\": " << plan.launches
+         << ", \"shared_bytes\": " << plan.shared_bytes << ", \"chunk\": " << plan.chunk
+         << ", \"tile_channels\": " << plan.tile_channels << ", \"tile_positions\": " << plan.tile_positions << ", \"launches\": " << plan.launches
          << ", \"passes\": " << plan.passes << ", \"bytes\": " << plan.bytes << ", \"seconds\": " << plan.seconds
          << ", \"ideal_seconds\": " << plan.ideal << "}";
     static thread_local std::string text;

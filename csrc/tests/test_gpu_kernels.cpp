@@ -118,53 +118,57 @@ void step_and_its_gradients(int ranks, int teams, int group) {
   std::vector<float*> at(kInputs);
   for (int k = 0; k < kInputs; ++k) at[k] = memory.add("input " + std::to_string(k), in[k]);
   kernels::StepForward<float, false> forward{};
-  forward.size = size, forward.bottleneck = kBottleneck, forward.relu = true, forward.teams = {group, 1};
+  kernels::CellForward& cell = forward.cell;
+  cell.samples = kSamples, cell.channels = kChannels, cell.bottleneck = kBottleneck;
+  cell.h = at[kH], cell.c = at[kC];
+  cell.weights = {at[kW1], at[kB1], at[kW2], at[kB2], at[kV1], at[kA1], at[kV2], at[kA2]};
+  cell.tables = {memory.result("p", kTable), memory.result("zx", kSamples * kBottleneck),
+                 memory.result("zh", kSamples * kBottleneck), memory.result("gates", 4 * kTable)};
+  cell.new_h = memory.result("new_h", kTable), cell.new_c = memory.result("new_c", kTable);
+  forward.size = size, forward.relu = true, forward.teams = {group, 1};
   forward.x = {at[kX], stride}, forward.shortcut = {at[kShortcut], stride};
   forward.y = {memory.result("y", kMap), stride};
-  forward.h = at[kH], forward.c = at[kC];
-  forward.weights = {at[kW1], at[kB1], at[kW2], at[kB2], at[kV1], at[kA1], at[kV2], at[kA2]};
-  forward.tables = {memory.result("p", kTable), memory.result("zx", kSamples * kBottleneck),
-                    memory.result("zh", kSamples * kBottleneck), memory.result("gates", 4 * kTable)};
-  forward.new_h = memory.result("new_h", kTable), forward.new_c = memory.result("new_c", kTable);
   memory.device.launch(grid, [&](Thread& m) { kernels::step_forward(m, forward); });
   check_near(forward.y.data, true_results.y, "y");
-  check_near(forward.new_h, true_results.h, "h");
-  check_near(forward.new_c, true_results.c, "c");
+  check_near(cell.new_h, true_results.h, "h");
+  check_near(cell.new_c, true_results.c, "c");
 
   const std::vector<Values> other = draw(100);
   const Values &dy = other[kX], &dh = other[kH], &dc = other[kC];
   kernels::StepBackward<float, false> backward{};
-  backward.size = size, backward.bottleneck = kBottleneck, backward.relu = true, backward.teams = {group, 1};
+  backward.size = size, backward.relu = true, backward.teams = {group, 1};
   backward.dy = {memory.add("dy", dy), stride}, backward.y = {forward.y.data, stride}, backward.x = forward.x;
   backward.dshortcut = {memory.result("dshortcut", kMap), stride};
   backward.dx = {memory.result("dx", kMap), stride};
-  backward.dh = memory.add("dh", dh), backward.dc = memory.add("dc", dc);
-  backward.c = at[kC], backward.new_c = forward.new_c;
-  backward.weights = forward.weights, backward.tables = forward.tables;
-  backward.du = memory.result("du", 4 * kTable);
-  backward.dzx = memory.result("dzx", kSamples * kBottleneck);
-  backward.dzh = memory.result("dzh", kSamples * kBottleneck);
-  backward.partial = memory.result("partial", teams * ranks * group * 2 * kBottleneck);
-  backward.old_dh = memory.result("old_dh", kTable), backward.old_dc = memory.result("old_dc", kTable);
+  kernels::CellBackward& back = backward.cell;
+  back.samples = kSamples, back.channels = kChannels, back.bottleneck = kBottleneck;
+  back.dh = memory.add("dh", dh), back.dc = memory.add("dc", dc);
+  back.c = at[kC], back.new_c = cell.new_c;
+  back.weights = cell.weights, back.tables = cell.tables;
+  back.du = memory.result("du", 4 * kTable);
+  back.dzx = memory.result("dzx", kSamples * kBottleneck);
+  back.dzh = memory.result("dzh", kSamples * kBottleneck);
+  back.partial = memory.result("partial", teams * ranks * group * 2 * kBottleneck);
+  back.old_dh = memory.result("old_dh", kTable), back.old_dc = memory.result("old_dc", kTable);
   memory.device.launch(grid, [&](Thread& m) { kernels::step_backward(m, backward); });
 
   kernels::WeightGradients weights{};
   weights.samples = kSamples;
   std::vector<float*> gradients(kInputs);
   gradients[kX] = backward.dx.data, gradients[kShortcut] = backward.dshortcut.data;
-  gradients[kH] = backward.old_dh, gradients[kC] = backward.old_dc;
+  gradients[kH] = back.old_dh, gradients[kC] = back.old_dc;
   for (int k = kW1; k < kInputs; ++k) gradients[k] = memory.result("gradient " + std::to_string(k), kSizes[k]);
   const auto add = [&](const float* left, int rows, const float* right, int columns, Input out) {
     weights.products[weights.count++] = {left, right, gradients[out], rows, columns};
   };
-  add(backward.dzx, kBottleneck, forward.tables.p, kChannels, kW1);
-  add(backward.dzx, kBottleneck, nullptr, 1, kB1);
-  add(backward.du, 4 * kChannels, forward.tables.zx, kBottleneck, kW2);
-  add(backward.du, 4 * kChannels, nullptr, 1, kB2);
-  add(backward.dzh, kBottleneck, at[kH], kChannels, kV1);
-  add(backward.dzh, kBottleneck, nullptr, 1, kA1);
-  add(backward.du, 4 * kChannels, forward.tables.zh, kBottleneck, kV2);
-  add(backward.du, 4 * kChannels, nullptr, 1, kA2);
+  add(back.dzx, kBottleneck, cell.tables.p, kChannels, kW1);
+  add(back.dzx, kBottleneck, nullptr, 1, kB1);
+  add(back.du, 4 * kChannels, cell.tables.zx, kBottleneck, kW2);
+  add(back.du, 4 * kChannels, nullptr, 1, kB2);
+  add(back.dzh, kBottleneck, at[kH], kChannels, kV1);
+  add(back.dzh, kBottleneck, nullptr, 1, kA1);
+  add(back.du, 4 * kChannels, cell.tables.zh, kBottleneck, kV2);
+  add(back.du, 4 * kChannels, nullptr, 1, kA2);
   memory.device.launch({.teams = 2, .threads = 64, .shared_bytes = kernels::kWeightGradientBytes},
                        [&](Thread& m) { kernels::weight_gradients<64>(m, weights); });
 
@@ -202,8 +206,12 @@ void sweeps_of_a_tiled_map() {
   memory.device.launch(grid, [&](Thread& m) { kernels::reduce(m, reduce); });
   Values sum(kTable), product(kTable), scaled(kMap);
   for (int k = 0; k < kMap; ++k) {
-    sum[k / kPositions] += in[kX][k], product[k / kPositions] += in[kX][k] * in[kX][k];
+    sum[k / kPositions] += in[kX][k];
     scaled[k] = in[kX][k] * in[kH][k / kPositions] + in[kC][k / kPositions];
+  }
+  for (int k = 0; k < kMap; ++k) {
+    const double off = in[kX][k] - sum[k / kPositions] / kPositions;
+    product[k / kPositions] += off * off;
   }
   check_near(reduce.sum, sum, "sum");
   check_near(reduce.product, product, "product");

@@ -6,19 +6,29 @@ namespace {
 
 using namespace dia;
 
-// What must hold of any plan. The owners' ranges are those of kernels/machine.h, part_of.
-void check_plan(const GpuProblem& p, const GpuLimits& gpu) {
-  const GpuPlan plan = plan_step(p, gpu);
-  CHECK(plan.seconds >= 0.999 * plan.ideal);
-  const double passes = p.backward ? (p.combined ? 5 : 3) : (p.combined ? 3 : 2);
-  if (plan.team == GpuTeam::split) {
-    CHECK(plan.passes > passes);
-    return;
-  }
-  CHECK_EQUAL(plan.passes, passes);
-  CHECK_EQUAL(plan.launches, p.backward ? 2 : 1);
+double least_passes(const GpuProblem& p) { return p.backward ? (p.combined ? 5 : 3) : (p.combined ? 3 : 2); }
+
+// Sweeps cover every channel, position and sample, in tiles that fit.
+void check_sweeps(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu) {
+  const bool twice = p.backward && p.norm == GpuNorm::batch;
+  CHECK_EQUAL(plan.passes, least_passes(p) + (twice ? 2 : 1));
+  CHECK(plan.chunk >= std::min<int64_t>(p.samples, 1) && plan.chunk <= std::max<int64_t>(p.samples, 1));
+  CHECK(p.norm != GpuNorm::batch || plan.chunk == p.samples);
+  CHECK(plan.tile_channels >= 1 && plan.tile_channels <= p.channels);
+  CHECK(plan.tile_positions >= std::min<int64_t>(p.positions, 1) && plan.tile_positions <= std::max<int64_t>(p.positions, 1));
+  // Part of the positions only of a single planar channel.
+  CHECK(p.interleaved || plan.tile_channels == 1 || plan.tile_positions == p.positions);
+  CHECK(2 * (reduce_shared_bytes(plan.tile_channels, plan.tile_positions, p.interleaved, p.element_bytes, 2,
+                                 kGpuThreads / 32) +
+             kReservedShared) <=
+        gpu.shared_per_multiprocessor);
+}
+
+// A kernel's teams are resident together and own every channel once. The owners' ranges are those of kernels/machine.h,
+// part_of.
+void check_teams(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu) {
   CHECK(plan.ranks >= 1 && plan.teams >= 1 && plan.group >= 1 && plan.resident >= 1);
-  // All teams are resident together, in shared memory and threads.
+  // In shared memory and threads.
   CHECK(static_cast<int64_t>(plan.ranks) * plan.teams <= static_cast<int64_t>(gpu.multiprocessors) * plan.resident);
   CHECK(plan.resident * kGpuThreads <= gpu.threads);
   CHECK(plan.shared_bytes <= gpu.shared_per_block);
@@ -36,16 +46,30 @@ void check_plan(const GpuProblem& p, const GpuLimits& gpu) {
     const int64_t last = std::min(quanta * (rank + 1) / plan.ranks * plan.quantum, p.channels);
     CHECK_EQUAL(first, end);
     CHECK(last > first);
-    CHECK_EQUAL(first * (p.interleaved ? 1 : p.positions) % pack, 0);
+    if (plan.on_chip) CHECK_EQUAL(first * (p.interleaved ? 1 : p.positions) % pack, 0);
     end = last, most = std::max(most, last - first);
   }
   CHECK_EQUAL(end, p.channels);
   // The shared memory is what the kernels ask for.
-  const int64_t image = image_elements(most, p.positions, p.interleaved, p.aligned, pack);
+  const int64_t image = plan.on_chip ? image_elements(most, p.positions, p.interleaved, p.aligned, pack) : 0;
+  const bool affine = p.norm != GpuNorm::none;
+  const int warps = kGpuThreads / 32;
   CHECK(plan.shared_bytes >=
-        (p.backward
-             ? backward_shared_bytes(image, p.element_bytes, most, p.bottleneck, plan.group, kGpuThreads / 32, p.affine)
-             : forward_shared_bytes(image, p.element_bytes, most, plan.group, kGpuThreads / 32, p.affine)));
+        (!plan.on_chip ? cell_shared_bytes(most, p.bottleneck, plan.group, warps, p.backward)
+         : p.backward  ? backward_shared_bytes(image, p.element_bytes, most, p.bottleneck, plan.group, warps, affine)
+                       : forward_shared_bytes(image, p.element_bytes, most, plan.group, warps, affine)));
+}
+
+// What must hold of any plan.
+void check_plan(const GpuProblem& p, const GpuLimits& gpu) {
+  const GpuPlan plan = plan_step(p, gpu);
+  CHECK(plan.seconds >= 0.999 * plan.ideal);
+  CHECK(!plan.on_chip || plan.team != GpuTeam::products);
+  if (plan.team != GpuTeam::products) check_teams(plan, p, gpu);
+  if (!plan.on_chip) return check_sweeps(plan, p, gpu);
+  CHECK(p.norm != GpuNorm::batch);
+  CHECK_EQUAL(plan.passes, least_passes(p));
+  CHECK_EQUAL(plan.launches, p.backward ? (p.norm == GpuNorm::none ? 2 : 3) : 1);
 }
 
 void thousands_of_problems() {
@@ -56,10 +80,10 @@ void thousands_of_problems() {
         for (int64_t positions : {0, 1, 49, 64, 196, 1024, 3136, 200704})
           for (int element_bytes : {2, 4})
             for (int64_t reduction : {4, 20})
-              for (int flags = 0; flags < 32; ++flags, ++count)
+              for (int flags = 0; flags < 48; ++flags, ++count)
                 check_plan(
                     {samples, channels, positions, std::max<int64_t>(channels / reduction, 1), element_bytes,
-                     (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0, (flags & 8) != 0, true, (flags & 16) != 0},
+                     (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0, (flags & 8) != 0, true, static_cast<GpuNorm>(flags / 16)},
                     gpu);
   CHECK(count > 50000);
 }
@@ -75,12 +99,17 @@ void sizes_around_what_32_bits_hold() {
     }
 }
 
-void large_cells_are_split_and_large_maps_are_not() {
+void large_cells_are_left_to_a_blas_and_large_maps_stay_on_chip() {
   for (bool backward : {false, true}) {
     const GpuLimits& h100 = kGpus[4];
-    CHECK(plan_step({256, 2048, 49, 512, 2, false, false, true, backward, true}, h100).team == GpuTeam::split);
-    CHECK(plan_step({256, 256, 3136, 64, 2, false, true, true, backward, true}, h100).team != GpuTeam::split);
-    CHECK(plan_step({128, 64, 1024, 16, 2, false, true, true, backward, true}, h100).team != GpuTeam::split);
+    CHECK(plan_step({256, 2048, 49, 512, 2, false, false, true, backward, true}, h100).team == GpuTeam::products);
+    CHECK(plan_step({256, 256, 3136, 64, 2, false, true, true, backward, true}, h100).on_chip);
+    CHECK(plan_step({128, 64, 1024, 16, 2, false, true, true, backward, true}, h100).on_chip);
+    // Between the sweeps of a batch norm, a small cell is one launch.
+    const GpuPlan tail = plan_step({128, 64, 1024, 16, 2, false, true, true, backward, true, GpuNorm::batch}, h100);
+    CHECK(!tail.on_chip && tail.team != GpuTeam::products);
+    CHECK_EQUAL(tail.launches, backward ? 5 : 4);
+    CHECK_EQUAL(tail.passes, backward ? 7 : 4);
   }
 }
 
@@ -89,6 +118,6 @@ void large_cells_are_split_and_large_maps_are_not() {
 int main() {
   thousands_of_problems();
   sizes_around_what_32_bits_hold();
-  large_cells_are_split_and_large_maps_are_not();
+  large_cells_are_left_to_a_blas_and_large_maps_stay_on_chip();
   return dia::test::failures == 0 ? 0 : 1;
 }

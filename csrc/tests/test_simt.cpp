@@ -117,7 +117,7 @@ std::string exchange(Grid grid, int distance, Sync sync) {
     const int self = (m.team() * m.ranks() + m.rank()) * m.threads() + m.thread();
     m.store(x.data + self, 1.0f);
     sync(m);
-    m.store(y.data + self, m.load_fresh(x.data + (self + distance) % count));
+    m.store(y.data + self, m.load(x.data + (self + distance) % count));
   });
 }
 
@@ -160,23 +160,6 @@ void a_place_is_not_written_while_others_may_still_read_it() {
   };
   CHECK(has(run(false), "race, written"));
   CHECK_EQUAL(run(true), "");
-}
-
-void what_another_block_wrote_is_loaded_afresh() {
-  Device device;
-  Buffer<float> x(2);
-  device.tensor("x", x.data, 2, false);
-  const auto kernel = [&](auto load) {
-    return [&x, load](Thread& m) {
-      if (m.thread() == 0) m.store(x.data + m.rank(), 1.0f);
-      m.sync_team();
-      load(m, x.data + 1 - m.rank());
-    };
-  };
-  const auto plain = [](Thread& m, float* from) { m.load(from); };
-  const auto fresh = [](Thread& m, float* from) { m.load_fresh(from); };
-  CHECK(has(complaint(device, {.ranks = 2}, kernel(plain)), "stale"));
-  CHECK_EQUAL(complaint(device, {.ranks = 2}, kernel(fresh)), "");
 }
 
 void two_writes_are_a_race_too() {
@@ -276,7 +259,6 @@ int main() {
   reads_of_what_nothing_wrote();
   a_barrier_must_cover_both_threads();
   a_place_is_not_written_while_others_may_still_read_it();
-  what_another_block_wrote_is_loaded_afresh();
   two_writes_are_a_race_too();
   a_barrier_left_out_is_a_race();
   threads_must_come_to_the_same_barrier();

@@ -63,7 +63,7 @@ def create(
         skip: False leaves out the shortcuts.
         norm: False leaves out the batch norms; the convolutions then have biases.
         in_channels: channels of the images.
-        backend: of the attention; None for the best one here, or a name out of ``dia_kernels.backends.NAMES``.
+        backend: of the attention; None for the best one here, or a name out of ``dia_kernels.backends.names()``.
         fold_norm: with DIA, the last batch norm of each block goes into the attention's step, at no pass of its own
             over the map; False calls it by itself. The weights and their names are the same.
 

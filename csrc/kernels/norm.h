@@ -1,0 +1,163 @@
+// A norm in front of the step: what it does to means and gradients, and the kernels of its tables.
+//
+// x = ((z - shift) - d) scale + bias, a value of each channel. `shift` is near the mean and `d` the rest of the mean, so
+// that nothing cancels (docs/kernels.md, digits; arXiv:1502.03167, algorithm 1). Of a batch, from each sample's sum about
+// its own first value f_n and its squares m2_n about its own mean, with the shift f_0:
+//
+//     d_n = (f_n - f_0) + sum_n / HW,  d = mean over n of d_n,  var = mean over n of (m2_n / HW + (d_n - d)^2)
+//
+// The kernels give a warp's lanes neighbouring channels and its block's warps a part of the samples each; parts are
+// added in order, so the same bits come out every time. Tables of (N, C) are read twice.
+#pragma once
+
+#include "machine.h"
+
+namespace dia::kernels {
+
+struct ChannelAffine {
+  const float *shift, *d, *scale, *bias;  // (C)
+};
+
+// The affine, and where each sample's means of (z - shift) - d go, (N, C): the gradient of the scale needs them.
+struct NormedMeans {
+  ChannelAffine affine;
+  float* off;
+};
+
+// The mean of x from that of z - shift.
+template <class M>
+DIA_DEVICE float normed_mean(M& m, const NormedMeans& norm, int channel, int64_t at, float mean) {
+  const float off = mean - m.load(norm.affine.d + channel);
+  m.store(norm.off + at, off);
+  return off * m.load(norm.affine.scale + channel) + m.load(norm.affine.bias + channel);
+}
+
+// x h = (z - shift) (scale h) + this.
+template <class M>
+DIA_DEVICE float added_of(M& m, const ChannelAffine& affine, int channel, float h) {
+  return m.load(affine.bias + channel) * h - m.load(affine.d + channel) * (m.load(affine.scale + channel) * h);
+}
+
+// What the map sends to h', from its sums over the positions: `product` of g x; or with kAffine of g (z - shift), and
+// `sum` of g. The product about the mean, which norm_gradients takes, is left in its place. Null: no gradient of the map.
+template <bool kAffine, class M>
+DIA_DEVICE float map_gradient(M& m, const ChannelAffine& affine, const float* sums, float* products, int channel,
+                              int64_t at) {
+  if constexpr (!kAffine) return products != nullptr ? m.load(products + at) : 0.0f;
+  const float sum = m.load(sums + at), product = m.load(products + at) - m.load(affine.d + channel) * sum;
+  m.store(products + at, product);
+  return m.load(affine.scale + channel) * product + m.load(affine.bias + channel) * sum;
+}
+
+// Calls `body(channel, samples)` for the channels of this block's lanes and the samples of this warp; all threads of a
+// block come along, with no samples where there is no such channel.
+template <class M, class Body>
+DIA_DEVICE void for_channels(M& m, int samples, int channels, Body body) {
+  const int blocks = m.teams() * m.ranks(), block = m.team() * m.ranks() + m.rank();
+  for (int first = block * 32; first < channels; first += blocks * 32) {
+    const int channel = first + m.lane();
+    body(channel, channel < channels ? part_of(samples, m.warp(), m.warps()) : Part{0, 0});
+  }
+}
+
+// The sum over the block's warps, for each lane; all threads get it.
+template <class M, class Array>
+DIA_DEVICE float sum_over_warps(M& m, const Array& scratch, float value) {
+  m.sync_block();  // the sum before may still be read
+  scratch[m.thread()] = value;
+  m.sync_block();
+  float sum = 0;
+  for (int warp = 0; warp < m.warps(); ++warp) sum += scratch[warp * 32 + m.lane()];
+  return sum;
+}
+
+struct BatchStatistics {
+  int samples, channels, positions;
+  float eps;
+  const float *first, *squares;  // (N, C), f_n and m2_n
+  float* sum;                    // (N, C), about f_n; left here about the shift
+  const float *gamma, *beta;     // (C), or null for 1 and 0
+  float *shift, *d, *scale, *bias, *rstd, *mean, *var;  // (C)
+};
+
+template <class M>
+DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
+  const auto scratch = m.template shared<float>(m.threads());
+  const float positions = static_cast<float>(args.positions), count = positions * static_cast<float>(args.samples);
+  for_channels(m, args.samples, args.channels, [&](int channel, Part samples) {
+    const bool there = channel < args.channels;
+    const float shift = there ? m.load(args.first + channel) : 0.0f;
+    float sum = 0;
+    for (int n = samples.begin; n < samples.end; ++n) {
+      const int64_t at = row_at(n, args.channels) + channel;
+      sum += m.load(args.sum + at) + positions * (m.load(args.first + at) - shift);
+    }
+    const float d = sum_over_warps(m, scratch, sum) / count;
+    float squares = 0;
+    for (int n = samples.begin; n < samples.end; ++n) {
+      const int64_t at = row_at(n, args.channels) + channel;
+      const float about_shift = m.load(args.sum + at) + positions * (m.load(args.first + at) - shift);
+      const float off = about_shift / positions - d;
+      squares += m.load(args.squares + at) + positions * off * off;
+      m.store(args.sum + at, about_shift);
+    }
+    const float var = sum_over_warps(m, scratch, squares) / count;
+    if (m.warp() != 0 || !there) return;
+    const float rstd = 1.0f / M::sqrt(var + args.eps);
+    m.store(args.shift + channel, shift);
+    m.store(args.d + channel, d);
+    m.store(args.rstd + channel, rstd);
+    m.store(args.scale + channel, args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd);
+    m.store(args.bias + channel, args.beta != nullptr ? m.load(args.beta + channel) : 0.0f);
+    m.store(args.mean + channel, shift + d);
+    m.store(args.var + channel, var);
+  });
+}
+
+// Gradients of gamma and beta, and of what the second sweep of the gradient applies:
+//     dz = g factor + (z - shift) slope + offset.
+// With the statistics of a batch all of it goes through them; with given ones slope is 0 and offset = scale dp / HW.
+struct NormGradients {
+  int samples, channels, positions;
+  bool batch;
+  const float *sum, *product, *dp, *off, *new_h;  // (N, C): sums of g and g ((z - shift) - d), dp, means, h'
+  const float *d, *scale, *rstd;                  // (C); rstd null: 1, the scale itself is the parameter
+  float *dgamma, *dbeta;                          // (C)
+  float *offset, *slope;                          // (N, C) and, of a batch, (C); offset null: not wanted
+};
+
+template <class M>
+DIA_DEVICE void norm_gradients(M& m, const NormGradients& args) {
+  const auto scratch = m.template shared<float>(m.threads());
+  for_channels(m, args.samples, args.channels, [&](int channel, Part samples) {
+    float by_scale = 0, by_bias = 0;
+    for (int n = samples.begin; n < samples.end; ++n) {
+      const int64_t at = row_at(n, args.channels) + channel;
+      const float h = m.load(args.new_h + at), dp = m.load(args.dp + at);
+      by_scale += h * m.load(args.product + at) + dp * m.load(args.off + at);
+      by_bias += h * m.load(args.sum + at) + dp;
+    }
+    const bool there = channel < args.channels, first = there && m.warp() == 0;
+    const float rstd = there && args.rstd != nullptr ? m.load(args.rstd + channel) : 1.0f;
+    const float dgamma = sum_over_warps(m, scratch, by_scale) * rstd, dbeta = sum_over_warps(m, scratch, by_bias);
+    if (first) {
+      m.store(args.dgamma + channel, dgamma);
+      m.store(args.dbeta + channel, dbeta);
+    }
+    if (args.offset == nullptr || !there) return;
+    const float positions = static_cast<float>(args.positions), scale = m.load(args.scale + channel);
+    float slope = 0, common = 0;
+    if (args.batch) {
+      const float count = positions * static_cast<float>(args.samples);
+      slope = -scale * rstd * dgamma / count;
+      common = -scale * dbeta / count - slope * m.load(args.d + channel);
+      if (first) m.store(args.slope + channel, slope);
+    }
+    for (int n = samples.begin; n < samples.end; ++n) {
+      const int64_t at = row_at(n, args.channels) + channel;
+      m.store(args.offset + at, scale * m.load(args.dp + at) / positions + common);
+    }
+  });
+}
+
+}  // namespace dia::kernels
