@@ -237,6 +237,7 @@ class Problem:
             given["shortcut"] = self.map("shortcut", 1)
         sizes = {"p": c, "zx": m, "zh": m, "gates": 4 * c, "new_h": c, "new_c": c}
         results = {name: torch.zeros(n, size) for name, size in sizes.items()}
+        results["partial"] = torch.zeros(case.teams * case.ranks * case.group * 2 * m)
         results["y"] = placed(torch.zeros_like(self.maps["x"]), case.phase[2 % len(case.phase)], case.gap)
         if case.affine:
             results["off"] = self.off = torch.zeros(n, c)

@@ -107,6 +107,9 @@ class Problem:
             all_numbers["tile_channels"] = 1
         machine().launch(kernel, DTYPES[self.dtype], arrays, all_numbers | numbers)
 
+    def partial(self) -> Tensors:
+        return {"partial": torch.zeros(settings.teams * settings.ranks * settings.group * 2 * self.m)}
+
     def sweep(self, kernel: str, given: dict[str, Tensor | None], results: Tensors, **numbers: float) -> None:
         self.launch(kernel, given, results, ranks=1, teams=settings.teams * settings.ranks, **numbers)
 
@@ -128,7 +131,7 @@ def _cell_forward(problem: Problem, sums: Tensor, cell: dict, affine: dict) -> t
     results = _cell_tables(problem) | {"new_h": problem.table(), "new_c": problem.table()}
     more = {name: problem.table() for name in ("off", "factor", "added")} if affine else {}
     if settings.mode != "products":
-        problem.launch("cell_forward", {"sum": sums} | cell | affine, results | more, affine=bool(affine))
+        problem.launch("cell_forward", {"sum": sums} | cell | affine, results | more | problem.partial(), affine=bool(affine))
     else:
         means = {"p": results["p"]} | ({"off": more["off"]} if affine else {})
         problem.sweep("split_means", {"sum": sums} | affine, means, affine=bool(affine))
@@ -162,8 +165,7 @@ def _cell_backward(
         results["dp" if affine else "offset"] = problem.table()
     given = given | sums | {k: v for k, v in affine.items() if k != "shift"}
     if settings.mode != "products":
-        partial = torch.zeros(settings.teams * settings.ranks * settings.group * 2 * problem.m)
-        problem.launch("cell_backward", given, results | {"partial": partial}, affine=bool(affine))
+        problem.launch("cell_backward", given, results | problem.partial(), affine=bool(affine))
         return results
     elementwise = {k: v for k, v in results.items() if k in ("du", "old_dc", "factor")}
     problem.sweep("split_gate_gradients", given, elementwise, affine=bool(affine))
@@ -200,7 +202,7 @@ def step(x, shortcut, h, c, *rest):
     y = problem.empty_map()
     if settings.mode == "on chip":
         results = _cell_tables(problem) | {"new_h": problem.table(), "new_c": problem.table()}
-        problem.launch("step_forward", maps | cell, results | {"y": y})
+        problem.launch("step_forward", maps | cell, results | {"y": y} | problem.partial())
     else:
         sums = problem.table()
         problem.sweep("reduce", {"x": maps["x"]}, {"sum": sums})
@@ -234,8 +236,7 @@ def step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
         left = {name: problem.table(width) for name, width in widths.items()}
         if need_state:
             left |= {"old_dh": problem.table(), "old_dc": problem.table()}
-        results = {"partial": torch.zeros(settings.teams * settings.ranks * settings.group * 2 * problem.m)}
-        results |= {k: v for k, v in (("dx", dx), ("dshortcut", dshortcut)) if v is not None}
+        results = problem.partial() | {k: v for k, v in (("dx", dx), ("dshortcut", dshortcut)) if v is not None}
         problem.launch("step_backward", maps | given, left | results)
     else:
         sums = {}
@@ -282,7 +283,7 @@ def tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
         problem.sweep("spread", maps | tables, {"out": y})
     else:
         results = _cell_tables(problem) | {name: problem.table() for name in ("new_h", "new_c", "off")}
-        problem.launch("step_forward", maps | cell | affine, results | {"y": y}, affine=True)
+        problem.launch("step_forward", maps | cell | affine, results | {"y": y} | problem.partial(), affine=True)
     kept = [results[name].reshape(-1) for name in ("p", "zx", "zh", "gates", "off")]
     kept += [norm[name] for name in ("shift", "d", "rstd")]
     statistics = (norm["mean"], norm["var"]) if batch else (torch.empty(0), torch.empty(0))
@@ -328,8 +329,7 @@ def tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
         left = {name: problem.table(width) for name, width in widths.items()}
         if need_state:
             left |= {"old_dh": problem.table(), "old_dc": problem.table()}
-        results = {"partial": torch.zeros(settings.teams * settings.ranks * settings.group * 2 * problem.m)}
-        results |= {k: v for k, v in (("dx", dz), ("dshortcut", dshortcut)) if v is not None}
+        results = problem.partial() | {k: v for k, v in (("dx", dz), ("dshortcut", dshortcut)) if v is not None}
         problem.launch("step_backward", maps | given | affine, left | sums | results, affine=True)
         by_norm = {name: torch.zeros(problem.c) for name in ("d_scale", "d_bias")}
         problem.sweep("norm_gradients", sums | of_norm | {"dp": left["dp"]}, by_norm)

@@ -57,9 +57,10 @@ def assert_gradients_agree(attention, norm, x, s, relu: bool = True) -> None:
         into += torch.autograd.grad(sum(t.float().square().sum() for t in results), wanted)
         into += [] if own is None else [b.clone() for b in own.buffers()]
     assert len(found) == len(expected) > len(leaves)
+    # Each map between is rounded to its type: what follows differs by as much, in whatever type.
+    share = 1e-4 if x.dtype == torch.float32 else 8 * torch.finfo(x.dtype).eps
     for a, b in zip(found, expected, strict=True):
-        close = {"rtol": 1e-4, "atol": 1e-4} if a.dtype != torch.bfloat16 else {"rtol": 0.05, "atol": 0.05}
-        torch.testing.assert_close(a, b, **close)
+        torch.testing.assert_close(a, b, rtol=share, atol=share * max(1.0, b.float().abs().max().item()))
 
 
 def maps(shape, dtype=torch.float32, channels_last: bool = False) -> list[torch.Tensor]:

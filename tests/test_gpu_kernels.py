@@ -133,6 +133,20 @@ def check_traffic(case: Case, report: dict, reads: set[str], writes: set[str], m
         assert sectors_written * 32 <= most * case.map_bytes + 31 * (written > 0), name
 
 
+@pytest.mark.parametrize(("ranks", "group", "readings"), [(1, 8, 1), (3, 8, 1), (2, 4, 2), (2, 1, 8)])
+def test_a_weight_is_read_once_by_a_team_for_eight_samples(ranks, group, readings):
+    case = Case(samples=8, channels=24, bottleneck=6, positions=4, ranks=ranks, group=group)
+    problem = Problem(case)
+    forward, backward = problem.forward().report["tensors"], problem.backward().report["tensors"]
+    for name, weight in problem.weights().items():
+        if name.endswith("weight"):
+            for tensors in (forward, backward):
+                assert tensors[name][0] == readings * weight.numel() * 4, name
+    # What the blocks tell each other: their parts of both bottlenecks, written and read once.
+    for tensors in (forward, backward):
+        assert tensors["partial"][:2] == (8 * ranks * 2 * 6 * 4,) * 2
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_teams_meet_twice_a_group(groups):
     case = Case(samples=4, ranks=2, group=4 // groups)

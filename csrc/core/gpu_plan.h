@@ -76,7 +76,7 @@ constexpr int64_t kReservedShared = 1 << 10;
 // --- shared memory of the kernels in csrc/kernels ------------------------------------------------------
 
 // Samples whose sums a warp makes at once, for each weight that it reads.
-constexpr int kChunk = 4;
+constexpr int kChunk = 8;
 
 DIA_HOST_DEVICE constexpr int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -86,6 +86,11 @@ DIA_HOST_DEVICE constexpr int position_scratch(int warps, int values) {
 }
 DIA_HOST_DEVICE constexpr int column_scratch(int warps, int values) {
   return values > 32 * kChunk * warps ? values : 32 * kChunk * warps;
+}
+
+// Floats of both bottlenecks of a group of samples, in whole chunks.
+DIA_HOST_DEVICE constexpr int gathered(int group, int bottleneck) {
+  return (group + kChunk - 1) / kChunk * kChunk * 2 * bottleneck;
 }
 
 // Elements of the image of one sample's owned channels.
@@ -98,10 +103,11 @@ DIA_HOST_DEVICE constexpr int64_t image_elements(int64_t owned, int64_t position
 constexpr int64_t floats(int64_t count) { return rounded_up(4 * count, 16); }
 
 // `affine`: with a norm of given statistics in front.
-constexpr int64_t forward_shared_bytes(int64_t image, int element_bytes, int64_t owned, int64_t group, int warps,
-                                       bool affine) {
+constexpr int64_t forward_shared_bytes(int64_t image, int element_bytes, int64_t owned, int64_t bottleneck,
+                                       int64_t group, int warps, bool affine) {
   return rounded_up(group * image * element_bytes, 16) +
-         floats(position_scratch(warps, static_cast<int>(group * owned))) + floats(group * owned) +
+         floats(position_scratch(warps, static_cast<int>(group * owned))) + 2 * floats(group * owned) +
+         floats(gathered(static_cast<int>(group), static_cast<int>(bottleneck))) +
          (affine ? floats(group * owned) + floats(owned) : 0);
 }
 
@@ -115,7 +121,8 @@ constexpr int64_t backward_shared_bytes(int64_t image, int element_bytes, int64_
 
 // Of the cell's kernels between two sweeps.
 constexpr int64_t cell_shared_bytes(int64_t owned, int64_t bottleneck, int64_t group, int warps, bool backward) {
-  if (!backward) return floats(position_scratch(warps, 0)) + floats(group * owned);
+  if (!backward)
+    return 2 * floats(group * owned) + floats(gathered(static_cast<int>(group), static_cast<int>(bottleneck)));
   return floats(column_scratch(warps, static_cast<int>(group * std::max(owned, 2 * bottleneck)))) +
          floats(group * owned) + floats(4 * group * owned) + floats(2 * group * bottleneck);
 }
@@ -171,9 +178,8 @@ inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLi
   const double groups = static_cast<double>(parts(parts(p.samples, plan.group), plan.teams));
   // A multiprocessor alone draws half as much again as its share of the bandwidth.
   const double map = plan.on_chip ? teams * group * work.sample_bytes * work.passes / (gpu.memory * std::min(1.0, 1.5 * share)) : 0;
-  // What all blocks of a team read of each other: means and bottlenecks, or the owners' parts of the gradient.
-  const double c = static_cast<double>(p.channels), m = static_cast<double>(p.bottleneck);
-  const double shared = blocks * group * (p.backward ? 4 * m : 2 * c + 2 * m) * 4;
+  // What blocks of a team tell each other: parts of both bottlenecks are written and read once, the whole by each.
+  const double shared = blocks * group * 6 * static_cast<double>(p.bottleneck) * 4;
   const double weights =
       (teams * work.weight_bytes * static_cast<double>(parts(plan.group, kChunk)) + shared) / (gpu.l2 * share);
   const double flops = teams * group * work.sample_flops / (kLoopRate * gpu.flops * share);
@@ -267,7 +273,7 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu) {
       const int64_t shared =
           !on_chip     ? cell_shared_bytes(owned, p.bottleneck, group, warps, p.backward)
           : p.backward ? backward_shared_bytes(image, p.element_bytes, owned, p.bottleneck, group, warps, affine)
-                       : forward_shared_bytes(image, p.element_bytes, owned, group, warps, affine);
+                       : forward_shared_bytes(image, p.element_bytes, owned, p.bottleneck, group, warps, affine);
       if (shared > room) return;
       GpuPlan plan;
       plan.on_chip = on_chip;

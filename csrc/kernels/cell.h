@@ -22,6 +22,7 @@ struct CellForward {
   const float *h, *c;  // (N, C); no state: null
   CellWeights weights;
   CellTables tables;  // gates null: no gradient will be asked for
+  float* partial;     // (teams, ranks, group, 2 m), where a team makes the cell
   float *new_h, *new_c;
 };
 
@@ -41,6 +42,34 @@ struct CellBackward {
 // How a launch takes the samples: `group` at a time; an owner's channels begin at multiples of `quantum`.
 struct Teams {
   int group, quantum;
+};
+
+// A team's parts of both bottlenecks, or of their gradients: each owner's, (ranks, group, 2 m), the input's first. Behind a
+// barrier of the team, every block adds up some columns over the owners, in their order.
+template <class M>
+struct TeamParts {
+  float* data;  // of this team
+  int group, bottleneck;
+
+  DIA_DEVICE TeamParts(const M& m, float* partial, int group, int bottleneck)
+      : data(partial + static_cast<int64_t>(m.team()) * m.ranks() * group * 2 * bottleneck),
+        group(group),
+        bottleneck(bottleneck) {}
+  DIA_DEVICE float* at(int rank, int index, int column) const {
+    return data + (static_cast<int64_t>(rank) * group + index) * 2 * bottleneck + column;
+  }
+  // `done(index, of the input, row of the bottleneck, sum)` for this block's columns of `count` samples.
+  template <class Done>
+  DIA_DEVICE void add_up(M& m, int count, Done done) const {
+    const Part columns = part_of(2 * bottleneck, m.rank(), m.ranks());
+    for (int k = m.thread(); k < count * columns.size(); k += m.threads()) {
+      const int index = k / columns.size(), column = columns.begin + k % columns.size();
+      float sum = 0;
+      for (int rank = 0; rank < m.ranks(); ++rank) sum += m.load(at(rank, index, column));
+      const bool input = column < bottleneck;
+      done(index, input, input ? column : column - bottleneck, sum);
+    }
+  }
 };
 
 // Values where the bottleneck's ReLU lets them through: where z > 0, so that NaN passes.

@@ -50,10 +50,9 @@ DIA_DEVICE void gate_gradients(M& m, const CellBackward& args, Part owned, int64
 template <class M, class Memory, class Done>
 DIA_DEVICE void backward_cell(M& m, const CellBackward& args, const Teams& teams, Part owned, int64_t sample, int count,
                               const Memory& memory, bool need_means, Done done) {
-  const int channels = args.channels, bottleneck = args.bottleneck, width = owned.size(), group = teams.group;
-  const Part columns = part_of(2 * bottleneck, m.rank(), m.ranks());
-  // This owner's part of both bottlenecks' gradients: du W2 over its own rows of W2.
-  float* partial = args.partial + (static_cast<int64_t>(m.team()) * m.ranks()) * group * 2 * bottleneck;
+  const int channels = args.channels, bottleneck = args.bottleneck, width = owned.size();
+  const TeamParts<M> parts(m, args.partial, teams.group, bottleneck);
+  // du W2 over its own rows of W2.
   for (int path = 0; path < 2; ++path) {
     const float* weight = path == 0 ? args.weights.input_expand : args.weights.hidden_expand;
     sum_columns(
@@ -63,23 +62,14 @@ DIA_DEVICE void backward_cell(M& m, const CellBackward& args, const Teams& teams
           return weight + (static_cast<int64_t>(row / width) * channels + owned.begin + row % width) * bottleneck;
         },
         [&](int index, int column, float sum) {
-          m.store(partial + (static_cast<int64_t>(m.rank()) * group + index) * 2 * bottleneck + path * bottleneck +
-                      column,
-                  sum);
+          m.store(parts.at(m.rank(), index, path * bottleneck + column), sum);
         });
   }
   m.sync_team();
-
-  // Some columns of them, over all owners, masked by the bottleneck's ReLU.
-  for (int k = m.thread(); k < count * columns.size(); k += m.threads()) {
-    const int index = k / columns.size(), column = columns.begin + k % columns.size();
-    float sum = 0;
-    for (int rank = 0; rank < m.ranks(); ++rank)
-      sum += m.load(partial + (static_cast<int64_t>(rank) * group + index) * 2 * bottleneck + column);
-    const bool input = column < bottleneck;
-    const int64_t at = row_at(sample + index, bottleneck) + (input ? column : column - bottleneck);
+  parts.add_up(m, count, [&](int index, bool input, int row, float sum) {
+    const int64_t at = row_at(sample + index, bottleneck) + row;
     m.store((input ? args.dzx : args.dzh) + at, rectified(sum, m.load((input ? args.tables.zx : args.tables.zh) + at)));
-  }
+  });
   m.sync_team();
 
   for (int k = m.thread(); k < count * 2 * bottleneck; k += m.threads()) {

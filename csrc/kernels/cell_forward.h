@@ -1,11 +1,11 @@
 // The cell forward by teams of blocks, from each sample's means to h'. A part of the step's kernel, and a kernel of its
 // own between two sweeps over the map: pool | cell | rescale, or moments | statistics | cell | normalise.
 //
-// A block makes some rows of both bottlenecks and the gates of its own channels, for a group of samples. Two barriers of
-// the team a group: behind the first all means are there, behind the second all of the input bottleneck. The hidden
-// bottleneck needs no mean and is made before the first. A weight is read once for a chunk of four samples; what others
-// have written is read by plain loads, which the barriers' acquire allows, so that a row's values come from the
-// multiprocessor's own cache after the first row (through the second-level cache alone they were 4 times the weights).
+// Each block owns some channels of a group of samples and makes their part of both bottlenecks. Two barriers of the team a
+// group: behind the first every block adds up some columns of these parts, in the owners' order; behind the second all have
+// the bottlenecks whole, and make the gates of their own channels. So a block reads the columns and rows of the weights
+// that are its own, once for a chunk of eight samples, and of other blocks 6 m values a sample. (Rows of the bottlenecks
+// dealt to the blocks, each reading all means, were 2 C + 2 m values a sample, and rows as long as their loads' latency.)
 #pragma once
 
 #include "cell.h"
@@ -14,70 +14,97 @@
 
 namespace dia::kernels {
 
-// Products with the expansion weights of the owned channels of `count` samples, and the state from them; h' also into
-// `hidden`, by index and owned channel.
+// Both bottlenecks of `count` samples on chip, for chunks of samples: those of a chunk side by side, so that a row of a
+// weight meets them all at one place. Samples that are not there are 0.
 template <class M, class Array>
-DIA_DEVICE void make_gates(M& m, const CellForward& args, Part owned, int sample, int count, const Array& hidden) {
-  const int channels = args.channels, bottleneck = args.bottleneck, chunks = (count + kChunk - 1) / kChunk;
-  const float *zx = args.tables.zx + row_at(sample, bottleneck), *zh = args.tables.zh + row_at(sample, bottleneck);
-  for (int task = m.warp(); task < owned.size() * chunks; task += m.warps()) {
-    const int channel = owned.begin + task / chunks, first = task % chunks * kChunk;
-    float sums[4][kChunk] = {};
-    for (int k = m.lane(); k < bottleneck; k += 32) {
-      float wx[4], wh[4];
-      DIA_UNROLL
-      for (int gate = 0; gate < 4; ++gate) {
-        const int64_t at = (static_cast<int64_t>(gate) * channels + channel) * bottleneck + k;
-        wx[gate] = m.load(args.weights.input_expand + at);
-        wh[gate] = m.load(args.weights.hidden_expand + at);
-      }
-      DIA_UNROLL
-      for (int s = 0; s < kChunk; ++s) {
-        if (first + s >= count) continue;
-        const float x = m.load(zx + (first + s) * bottleneck + k), h = m.load(zh + (first + s) * bottleneck + k);
-        DIA_UNROLL
-        for (int gate = 0; gate < 4; ++gate) sums[gate][s] += wx[gate] * x + wh[gate] * h;
-      }
-    }
-    Gates<float> products{};
-    DIA_UNROLL
-    for (int s = 0; s < kChunk; ++s) {
-      float of[4];
-      DIA_UNROLL
-      for (int gate = 0; gate < 4; ++gate) of[gate] = m.warp_sum(sums[gate][s]);
-      if (m.lane() == s) products = {of[0], of[1], of[2], of[3]};
-    }
-    const int index = first + m.lane();
-    if (m.lane() < kChunk && index < count)
-      hidden[index * owned.size() + channel - owned.begin] = make_state(m, args, sample + index, channel, products);
+DIA_DEVICE void gather_bottlenecks(M& m, const CellForward& args, int sample, int count, const Array& z) {
+  const int bottleneck = args.bottleneck, all = (count + kChunk - 1) / kChunk * kChunk;
+  for (int k = m.thread(); k < all * 2 * bottleneck; k += m.threads()) {
+    const int index = k / (2 * bottleneck), column = k % (2 * bottleneck);
+    const bool input = column < bottleneck;
+    const int64_t at = row_at(sample + index, bottleneck) + (input ? column : column - bottleneck);
+    z[(index / kChunk * 2 * bottleneck + column) * kChunk + index % kChunk] =
+        index < count ? m.load((input ? args.tables.zx : args.tables.zh) + at) : 0.0f;
   }
 }
 
-// The cell of a group's `count` samples, whose means the team's blocks have stored in the tables. Ends with a block
-// barrier: h' of the owned channels is then in `hidden`.
+// The state of the owned channels of `count` samples from both bottlenecks; h' also into `hidden`, by index and owned
+// channel. Two gates at a time: sums of four for eight samples are more than the registers hold.
 template <class M, class Array>
-DIA_DEVICE void forward_cell(M& m, const CellForward& args, Part owned, int sample, int count, const Array& scratch,
-                             const Array& hidden) {
-  const int channels = args.channels, bottleneck = args.bottleneck;
-  const Part rows = part_of(bottleneck, m.rank(), m.ranks());
-  const auto reduced = [&](const float* weight, const float* bias, float* to, const float* values) {
-    const auto done = [&](int index, int row, float sum) {
-      const float z = sum + m.load(bias + row);
-      m.store(to + row_at(sample + index, bottleneck) + row, rectified(z, z));
-    };
-    if (values != nullptr)
-      sum_rows(
-          m, rows, channels, weight, count, scratch,
-          [&](int index, int k) { return m.load(values + row_at(sample + index, channels) + k); }, done);
-    else
-      for (int k = m.thread(); k < count * rows.size(); k += m.threads())
-        done(k / rows.size(), rows.begin + k % rows.size(), 0.0f);
+DIA_DEVICE void make_states(M& m, const CellForward& args, Part owned, int sample, int count, const Array& z,
+                            const Array& hidden) {
+  constexpr int kPack = Pack<float>::size;
+  const int channels = args.channels, bottleneck = args.bottleneck, chunks = (count + kChunk - 1) / kChunk;
+  for (int task = m.warp(); task < owned.size() * chunks; task += m.warps()) {
+    const int channel = owned.begin + task / chunks, chunk = task % chunks;
+    float products[4] = {};  // of the lane's sample of the chunk
+    DIA_UNROLL
+    for (int pair = 0; pair < 4; pair += 2) {
+      float sums[2][kChunk] = {};
+      for (int path = 0; path < 2; ++path) {
+        const float* weight = (path == 0 ? args.weights.input_expand : args.weights.hidden_expand) +
+                              (static_cast<int64_t>(pair) * channels + channel) * bottleneck;
+        const int64_t apart = row_at(channels, bottleneck);  // from a gate's row to the next gate's
+        for (int k = m.lane(); k < bottleneck; k += 32) {
+          const float first = m.load(weight + k), second = m.load(weight + apart + k);
+          DIA_UNROLL
+          for (int part = 0; part < kChunk; part += kPack) {
+            const auto values = z.pack(((chunk * 2 + path) * bottleneck + k) * kChunk + part);
+            DIA_UNROLL
+            for (int s = 0; s < kPack; ++s) {
+              sums[0][part + s] += first * values.values[s];
+              sums[1][part + s] += second * values.values[s];
+            }
+          }
+        }
+      }
+      DIA_UNROLL
+      for (int s = 0; s < kChunk; ++s) {
+        DIA_UNROLL
+        for (int gate = 0; gate < 2; ++gate) {
+          const float sum = m.warp_sum(sums[gate][s]);
+          if (m.lane() == s) products[pair + gate] = sum;
+        }
+      }
+    }
+    const int index = chunk * kChunk + m.lane();
+    if (m.lane() < kChunk && index < count)
+      hidden[index * owned.size() + channel - owned.begin] =
+          make_state(m, args, sample + index, channel, {products[0], products[1], products[2], products[3]});
+  }
+}
+
+// The cell of a group's `count` samples, from the means of the owned channels in `means`, which belong to the block's
+// threads one by one. Ends with a block barrier: h' of the owned channels is then in `hidden`. `z` is of `gathered` floats.
+template <class M, class Array>
+DIA_DEVICE void forward_cell(M& m, const CellForward& args, const Teams& teams, Part owned, int sample, int count,
+                             const Array& means, const Array& hidden, const Array& z) {
+  const int channels = args.channels, bottleneck = args.bottleneck, width = owned.size();
+  const TeamParts<M> parts(m, args.partial, teams.group, bottleneck);
+  for (int k = m.thread(); k < count * width && args.h != nullptr; k += m.threads())
+    hidden[k] = m.load(args.h + row_at(sample + k / width, channels) + owned.begin + k % width);
+  m.sync_block();
+  const auto own_part = [&](const float* weight, const Array& values, int column) {
+    sum_rows(
+        m, bottleneck, owned, channels, weight, count,
+        [&](int index, int k) { return static_cast<float>(values[index * width + k]); },
+        [&](int index, int row, float sum) { m.store(parts.at(m.rank(), index, column + row), sum); });
   };
-  reduced(args.weights.hidden_reduce, args.weights.hidden_reduce_bias, args.tables.zh, args.h);
+  own_part(args.weights.input_reduce, means, 0);
+  if (args.h != nullptr)
+    own_part(args.weights.hidden_reduce, hidden, bottleneck);
+  else
+    for (int k = m.thread(); k < count * bottleneck; k += m.threads())
+      m.store(parts.at(m.rank(), k / bottleneck, bottleneck + k % bottleneck), 0.0f);
   m.sync_team();
-  reduced(args.weights.input_reduce, args.weights.input_reduce_bias, args.tables.zx, args.tables.p);
+  parts.add_up(m, count, [&](int index, bool input, int row, float sum) {
+    const float z = sum + m.load((input ? args.weights.input_reduce_bias : args.weights.hidden_reduce_bias) + row);
+    m.store((input ? args.tables.zx : args.tables.zh) + row_at(sample + index, bottleneck) + row, rectified(z, z));
+  });
   m.sync_team();
-  make_gates(m, args, owned, sample, count, hidden);
+  gather_bottlenecks(m, args, sample, count, z);
+  m.sync_block();
+  make_states(m, args, owned, sample, count, z, hidden);
   m.sync_block();
 }
 
@@ -95,8 +122,9 @@ template <bool kAffine, class M>
 DIA_DEVICE void cell_forward(M& m, const CellForwardLaunch& args) {
   const int group = args.teams.group, channels = args.cell.channels, samples = args.cell.samples;
   const Part owned = part_of(channels, m.rank(), m.ranks(), args.teams.quantum);
-  const auto scratch = m.template shared<float>(position_scratch(m.warps(), 0));
+  const auto means = m.template shared<float>(group * owned.size());
   const auto hidden = m.template shared<float>(group * owned.size());
+  const auto z = m.template shared<float>(gathered(group, args.cell.bottleneck));
   for (int sample = m.team() * group; sample < samples; sample += m.teams() * group) {
     const int count = samples - sample < group ? samples - sample : group;
     const auto each = [&](auto body) {
@@ -105,13 +133,14 @@ DIA_DEVICE void cell_forward(M& m, const CellForwardLaunch& args) {
         body(k, channel, row_at(sample + k / owned.size(), channels) + channel);
       }
     };
-    each([&](int, int channel, int64_t at) {
-      const float mean = m.load(args.sum + at) / static_cast<float>(args.positions);
-      m.store(args.cell.tables.p + at, kAffine ? normed_mean(m, args.norm, channel, at, mean) : mean);
+    each([&](int k, int channel, int64_t at) {
+      float p = m.load(args.sum + at) / static_cast<float>(args.positions);
+      if constexpr (kAffine) p = normed_mean(m, args.norm, channel, at, p);
+      means[k] = p;
+      m.store(args.cell.tables.p + at, p);
     });
-    forward_cell(m, args.cell, owned, sample, count, scratch, hidden);
+    forward_cell(m, args.cell, args.teams, owned, sample, count, means, hidden, z);
     if constexpr (kAffine) {
-      // A thread of the next group's gates writes these h' only behind that group's barriers.
       each([&](int k, int channel, int64_t at) {
         const float h = hidden[k];
         m.store(args.factor + at, m.load(args.norm.affine.scale + channel) * h);

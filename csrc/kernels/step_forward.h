@@ -54,7 +54,9 @@ DIA_DEVICE void step_forward(M& m, const StepForward<T, kAffine>& args) {
   const int group = args.teams.group;
   const auto memory = m.template shared<T>(static_cast<int64_t>(group) * image.elements());
   const auto scratch = m.template shared<float>(position_scratch(m.warps(), group * owned.size()));
-  const auto values = m.template shared<float>(group * owned.size());  // the means' sums, then h' (its factor of x)
+  const auto means = m.template shared<float>(group * owned.size());   // sums at first
+  const auto hidden = m.template shared<float>(group * owned.size());  // h', and then x's factor
+  const auto z = m.template shared<float>(gathered(group, args.cell.bottleneck));
   const auto added = m.template shared<float>(kAffine ? group * owned.size() : 0);
   const auto shift = m.template shared<float>(kAffine ? owned.size() : 0);
   if constexpr (kAffine)
@@ -63,7 +65,7 @@ DIA_DEVICE void step_forward(M& m, const StepForward<T, kAffine>& args) {
   for (int sample = m.team() * group; sample < size.samples; sample += m.teams() * group) {
     const int count = size.samples - sample < group ? size.samples - sample : group;
     copy_in(m, image, args.x, sample, count, memory);
-    sum_positions(m, image, count, scratch, values, 0, [&](int index, int channel, int position) {
+    sum_positions(m, image, count, scratch, means, 0, [&](int index, int channel, int position) {
       const T* at = args.x.data + (sample + index) * args.x.stride;
       const float x = M::widen(
           static_cast<T>(memory[index * image.elements() + image.place_of(at, owned.begin + channel, position)]));
@@ -73,21 +75,23 @@ DIA_DEVICE void step_forward(M& m, const StepForward<T, kAffine>& args) {
     for (int k = m.thread(); k < count * owned.size(); k += m.threads()) {
       const int channel = owned.begin + k % owned.size();
       const int64_t at = row_at(sample + k / owned.size(), size.channels) + channel;
-      const float mean = static_cast<float>(values[k]) / static_cast<float>(size.positions);
-      m.store(args.cell.tables.p + at, kAffine ? normed_mean(m, args.norm, channel, at, mean) : mean);
+      float p = static_cast<float>(means[k]) / static_cast<float>(size.positions);
+      if constexpr (kAffine) p = normed_mean(m, args.norm, channel, at, p);
+      means[k] = p;
+      m.store(args.cell.tables.p + at, p);
     }
-    forward_cell(m, args.cell, owned, sample, count, scratch, values);
+    forward_cell(m, args.cell, args.teams, owned, sample, count, means, hidden, z);
     if constexpr (kAffine) {
       for (int k = m.thread(); k < count * owned.size(); k += m.threads()) {
         const int channel = owned.begin + k % owned.size();
-        const float h = values[k];
-        values[k] = m.load(args.norm.affine.scale + channel) * h;
+        const float h = hidden[k];
+        hidden[k] = m.load(args.norm.affine.scale + channel) * h;
         added[k] = added_of(m, args.norm.affine, channel, h);
       }
       m.sync_block();
     }
     // The next group needs no barrier: a thread copies into the slots that it has just read.
-    rescale(m, args, image, sample, count, memory, values, added, shift);
+    rescale(m, args, image, sample, count, memory, hidden, added, shift);
   }
 }
 

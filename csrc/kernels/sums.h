@@ -48,52 +48,36 @@ DIA_DEVICE void sum_positions(M& m, const Image<T>& image, int count, const Arra
 // Loads of a weight that a lane has in flight at once: a sum over a row is as long as its loads' latency.
 constexpr int kBatch = 4;
 
-// Sums along rows of a dense weight of `columns`: for each row of `rows` and each of `count` samples,
-// done(index, row, sum over k of weight[row][k] value(index, k)). A warp takes a row for a chunk of samples.
-template <class M, class Array, class Value, class Done>
-DIA_DEVICE void sum_rows(M& m, Part rows, int columns, const float* weight, int count, const Array& scratch,
-                         Value value, Done done) {
-  const int chunks = (count + kChunk - 1) / kChunk, tasks = rows.size() * chunks;
-  const int parts = parts_of(m.warps(), tasks, (columns + 31) / 32);
-  if (parts > 1) m.sync_block();
-  for (int number = m.warp(); number < tasks * parts; number += m.warps()) {
-    const int part = number / tasks, task = number - part * tasks;
-    const int row = rows.begin + task / chunks, first = task % chunks * kChunk;
-    const float* at = weight + static_cast<int64_t>(row) * columns;
-    const Part range = part_of(columns, part, parts, 32);
+// Sums along the own columns of each row of a dense weight of `columns`: for each of `rows` and each of `count` samples,
+// done(index, row, sum over k < own.size() of weight[row][own.begin + k] value(index, k)). A warp takes as many rows at once
+// as it takes lanes to have a row's own columns in, for a chunk of samples.
+template <class M, class Value, class Done>
+DIA_DEVICE void sum_rows(M& m, int rows, Part own, int columns, const float* weight, int count, Value value, Done done) {
+  int wide = 1;
+  while (wide < 32 && wide < own.size()) wide *= 2;
+  const int at_once = 32 / wide, chunks = (count + kChunk - 1) / kChunk;
+  const int tasks = (rows + at_once - 1) / at_once * chunks;
+  for (int task = m.warp(); task < tasks; task += m.warps()) {
+    const int row = task / chunks * at_once + m.lane() % at_once, first = task % chunks * kChunk;
+    const float* at = weight + row_at(row, columns) + own.begin;
     float sums[kChunk] = {};
-    for (int k = range.begin + m.lane(); k < range.end; k += kBatch * 32) {
+    for (int k = m.lane() / at_once; k < own.size() && row < rows; k += kBatch * wide) {
       float w[kBatch];
       DIA_UNROLL
-      for (int b = 0; b < kBatch; ++b) w[b] = k + 32 * b < range.end ? m.load(at + k + 32 * b) : 0.0f;
+      for (int b = 0; b < kBatch; ++b) w[b] = k + b * wide < own.size() ? m.load(at + k + b * wide) : 0.0f;
       DIA_UNROLL
       for (int s = 0; s < kChunk; ++s) {
         if (first + s >= count) continue;
         DIA_UNROLL
         for (int b = 0; b < kBatch; ++b)
-          if (k + 32 * b < range.end) sums[s] += w[b] * value(first + s, k + 32 * b);
+          if (k + b * wide < own.size()) sums[s] += w[b] * value(first + s, k + b * wide);
       }
     }
-    float mine = 0;
     DIA_UNROLL
     for (int s = 0; s < kChunk; ++s) {
-      const float sum = m.warp_sum(sums[s]);
-      if (m.lane() == s) mine = sum;
+      const float sum = m.warp_sum(sums[s], at_once);
+      if (row < rows && first + s < count && m.lane() / at_once == s % wide) done(first + s, row, sum);
     }
-    if (m.lane() >= kChunk || first + m.lane() >= count) continue;
-    if (parts == 1)
-      done(first + m.lane(), row, mine);
-    else
-      scratch[number * kChunk + m.lane()] = mine;
-  }
-  if (parts == 1) return;
-  m.sync_block();
-  for (int k = m.thread(); k < tasks * kChunk; k += m.threads()) {
-    const int task = k / kChunk, index = task % chunks * kChunk + k % kChunk;
-    if (index >= count) continue;
-    float sum = 0;
-    for (int part = 0; part < parts; ++part) sum += scratch[(part * tasks + task) * kChunk + k % kChunk];
-    done(index, rows.begin + task / chunks, sum);
   }
 }
 

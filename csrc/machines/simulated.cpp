@@ -91,6 +91,7 @@ class Arguments {
   kernels::CellForward cell_forward() {
     auto args = cell<kernels::CellForward>();
     args.h = pointer<const float>("h");
+    args.partial = pointer<float>("partial");
     args.new_h = pointer<float>("new_h"), args.new_c = pointer<float>("new_c");
     return args;
   }

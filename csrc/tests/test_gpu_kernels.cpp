@@ -124,6 +124,7 @@ void step_and_its_gradients(int ranks, int teams, int group) {
   cell.weights = {at[kW1], at[kB1], at[kW2], at[kB2], at[kV1], at[kA1], at[kV2], at[kA2]};
   cell.tables = {memory.result("p", kTable), memory.result("zx", kSamples * kBottleneck),
                  memory.result("zh", kSamples * kBottleneck), memory.result("gates", 4 * kTable)};
+  cell.partial = memory.result("forward partial", teams * ranks * group * 2 * kBottleneck);
   cell.new_h = memory.result("new_h", kTable), cell.new_c = memory.result("new_c", kTable);
   forward.size = size, forward.relu = true, forward.teams = {group, 1};
   forward.x = {at[kX], stride}, forward.shortcut = {at[kShortcut], stride};

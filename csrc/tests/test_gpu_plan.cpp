@@ -57,7 +57,7 @@ void check_teams(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu)
   CHECK(plan.shared_bytes >=
         (!plan.on_chip ? cell_shared_bytes(most, p.bottleneck, plan.group, warps, p.backward)
          : p.backward  ? backward_shared_bytes(image, p.element_bytes, most, p.bottleneck, plan.group, warps, affine)
-                       : forward_shared_bytes(image, p.element_bytes, most, plan.group, warps, affine)));
+                       : forward_shared_bytes(image, p.element_bytes, most, p.bottleneck, plan.group, warps, affine)));
 }
 
 // What must hold of any plan.
