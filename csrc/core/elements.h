@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "gates.h"
+
 namespace dia {
 
 struct BFloat16 {
@@ -17,11 +19,27 @@ struct Float16 {
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Sixteen bytes of elements: what one wide access moves.
+// Sixteen bytes of elements of 2 or 4 bytes: what one wide access moves. Words, not elements: a compiler for a GPU
+// gives each of eight small elements a register of its own.
 template <class T>
 struct alignas(16) Pack {
   static constexpr int size = 16 / static_cast<int>(sizeof(T));
-  T values[size];
+  uint32_t words[4];
+
+  DIA_HOST_DEVICE T operator[](int k) const {
+    T value;
+    if constexpr (sizeof(T) == 4)
+      __builtin_memcpy(&value, &words[k], 4);
+    else
+      value.bits = static_cast<uint16_t>(words[k / 2] >> (k % 2 * 16));
+    return value;
+  }
+  DIA_HOST_DEVICE void set(int k, T value) {
+    if constexpr (sizeof(T) == 4)
+      __builtin_memcpy(&words[k], &value, 4);
+    else
+      words[k / 2] = (words[k / 2] & (0xffff0000u >> (k % 2 * 16))) | static_cast<uint32_t>(value.bits) << (k % 2 * 16);
+  }
 };
 
 // --- conversions on the host; a GPU has instructions for them ----------------------------------------

@@ -1,5 +1,6 @@
-// How the GPU step is laid out for a problem: as one kernel of teams that keep the map on chip, or as sweeps over the map
-// with the cell between them. A pure function of the problem and of a GPU's limits. Plain C++, no torch, no CUDA headers.
+// How the GPU step is laid out for a problem: as one kernel of teams that keep the map on chip, or as sweeps over the
+// map with the cell between them. A pure function of the problem and of a GPU's limits. Plain C++, no torch, no CUDA
+// headers.
 //
 // Every layout that fits is priced by a model of its time, and the cheapest is taken. The model is coarse (bytes over
 // bandwidth, floating-point operations over rate, barriers, launches); docs/kernels.md says what it has been held to.
@@ -33,7 +34,8 @@ inline constexpr GpuLimits kGpus[] = {
     {"l4", 89, 58, 1536, 99 << 10, 100 << 10, 1, 48 << 20, 0.26e12, 2.0e12, 30e12, 36e12, 1.5e-6, 0, 3e-6},
     {"h100", 90, 132, 2048, 227 << 10, 228 << 10, 8, 50 << 20, 2.9e12, 5.5e12, 67e12, 297e12, 1.5e-6, 0.5e-6, 3e-6},
     {"b200", 100, 148, 2048, 227 << 10, 228 << 10, 8, 126 << 20, 6.9e12, 10e12, 75e12, 660e12, 1.5e-6, 0.5e-6, 3e-6},
-    {"rtx5090", 120, 170, 1536, 99 << 10, 100 << 10, 8, 96 << 20, 1.55e12, 6.0e12, 105e12, 125e12, 1.5e-6, 0.5e-6, 3e-6},
+    {"rtx5090", 120, 170, 1536, 99 << 10, 100 << 10, 8, 96 << 20, 1.55e12, 6.0e12, 105e12, 125e12, 1.5e-6, 0.5e-6,
+     3e-6},
 };
 
 // What lies before the step: nothing, a norm of given statistics, or one of the batch's own.
@@ -177,7 +179,8 @@ inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLi
   const double group = static_cast<double>(std::min<int64_t>(plan.group, p.samples)), teams = plan.teams;
   const double groups = static_cast<double>(parts(parts(p.samples, plan.group), plan.teams));
   // A multiprocessor alone draws half as much again as its share of the bandwidth.
-  const double map = plan.on_chip ? teams * group * work.sample_bytes * work.passes / (gpu.memory * std::min(1.0, 1.5 * share)) : 0;
+  const double map =
+      plan.on_chip ? teams * group * work.sample_bytes * work.passes / (gpu.memory * std::min(1.0, 1.5 * share)) : 0;
   // What blocks of a team tell each other: parts of both bottlenecks are written and read once, the whole by each.
   const double shared = blocks * group * 6 * static_cast<double>(p.bottleneck) * 4;
   const double weights =
@@ -196,15 +199,18 @@ inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLi
 // The tile of the sweeps: some sixteen kilobytes of each map, fewer where that leaves multiprocessors idle. Several
 // channels with all their positions, or some positions of one channel (planar) or of all channels of the tile.
 inline void choose_tile(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu) {
-  const int64_t pack = 16 / p.element_bytes, most = (16 << 10) / p.element_bytes;
+  // Two blocks of a multiprocessor with two stages each, and what else they need.
+  const int64_t room = gpu.shared_per_multiprocessor / 2 - kReservedShared - (10 << 10);
+  const int64_t pack = 16 / p.element_bytes, most = std::min<int64_t>(16 << 10, room / 2) / p.element_bytes;
   const int64_t wanted = 4 * static_cast<int64_t>(gpu.multiprocessors);
   int64_t channels, positions;
   if (p.interleaved) {
     channels = std::min(p.channels, int64_t{256});
-    positions = std::clamp(most / rounded_up(channels + pack - 1, pack), int64_t{1}, p.positions);
+    positions = std::clamp(most / rounded_up(channels + pack - 1, pack), int64_t{1}, std::max<int64_t>(p.positions, 1));
   } else {
-    positions = std::min(p.positions, most);
-    channels = positions < p.positions ? 1 : std::clamp(most / positions, int64_t{1}, p.channels);
+    positions = std::clamp(p.positions, int64_t{1}, most);
+    channels =
+        positions < p.positions ? 1 : std::clamp(most / positions, int64_t{1}, std::min(p.channels, int64_t{256}));
   }
   // Whole packs and quanta: halves of channels stay multiples of eight.
   while (channels >= 16 && p.samples * parts(p.channels, channels) < wanted) channels = rounded_up(channels / 2, 8);
@@ -214,25 +220,32 @@ inline void choose_tile(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu
 // Sweeps with the cell between them, whose kernel `plan` says, `cell_seconds` for all samples together.
 inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu, const Work& work, double cell_seconds,
                        int cell_launches) {
-  const double n = static_cast<double>(p.samples), map = n * work.sample_bytes;
+  const double map = static_cast<double>(p.samples) * work.sample_bytes;
   // Read again: forward x. Backward g, and with the batch's statistics z too.
   const bool batch = p.norm == GpuNorm::batch;
   const double again = p.backward && batch ? 2 : 1;
-  // What the second sweep finds in the second-level cache. A batch's statistics need all samples first, and the sweep
-  // goes backwards; else a chunk of samples is taken at a time, small enough to stay.
-  const double sample_kept = std::max(1.0, work.sample_bytes * (work.passes + again - 1)), room = 0.5 * static_cast<double>(gpu.l2_bytes);
-  plan.chunk = batch ? p.samples
-                     : std::clamp<int64_t>(static_cast<int64_t>(std::min(room / sample_kept, n)), 1,
-                                           std::max<int64_t>(p.samples, 1));
-  const double kept = std::min(1.0, room / (sample_kept * static_cast<double>(std::max<int64_t>(plan.chunk, 1))));
-  const int64_t chunks = plan.chunk > 0 ? parts(p.samples, plan.chunk) : 0;
   plan.on_chip = false;
   plan.passes = work.passes + again;
   plan.bytes = plan.passes * map;
-  plan.launches = chunks * (2 + cell_launches) + (p.norm == GpuNorm::none ? 0 : 1) + (p.backward ? 1 : 0);
-  plan.seconds = map * ((work.passes + again * (1 - kept)) / gpu.memory + again * kept / gpu.l2) + cell_seconds +
-                 static_cast<double>(plan.launches) * gpu.launch + work.rest;
   choose_tile(plan, p, gpu);
+  // What the second sweep finds in the second-level cache: all of a chunk of samples that is small enough, or the last
+  // part of a larger one, as it goes backwards. A batch's statistics need all samples first, and every chunk its
+  // launches.
+  const double sample_kept = std::max(1.0, work.sample_bytes * (work.passes + again - 1));
+  const double room = 0.5 * static_cast<double>(gpu.l2_bytes);
+  const auto with_chunk = [&](int64_t chunk) {
+    const double kept = std::min(1.0, room / (sample_kept * static_cast<double>(std::max<int64_t>(chunk, 1))));
+    const int64_t chunks = chunk > 0 ? parts(p.samples, chunk) : 0;
+    const int64_t launches = chunks * (2 + cell_launches) + (p.norm == GpuNorm::none ? 0 : 1) + (p.backward ? 1 : 0);
+    const double seconds = map * ((work.passes + again * (1 - kept)) / gpu.memory + again * kept / gpu.l2) +
+                           cell_seconds + static_cast<double>(launches) * gpu.launch + work.rest;
+    if (plan.chunk > 0 && seconds >= plan.seconds) return;
+    plan.chunk = chunk, plan.launches = launches, plan.seconds = seconds;
+  };
+  plan.chunk = 0;
+  with_chunk(p.samples);
+  const int64_t small = static_cast<int64_t>(room / sample_kept);
+  if (!batch && small >= 1 && small < p.samples) with_chunk(small);
 }
 
 }  // namespace detail
@@ -244,9 +257,10 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu) {
   const double rate = p.tf32 ? gpu.tf32 : gpu.flops;
   GpuPlan best;
   // Each product reads its weights once.
-  detail::add_sweeps(best, p, gpu, work,
-                     std::max(static_cast<double>(p.samples) * work.sample_flops / (0.6 * rate), work.weight_bytes / gpu.l2),
-                     p.backward ? 7 : 8);
+  detail::add_sweeps(
+      best, p, gpu, work,
+      std::max(static_cast<double>(p.samples) * work.sample_flops / (0.6 * rate), work.weight_bytes / gpu.l2),
+      p.backward ? 7 : 8);
   const auto with_ideal = [&](GpuPlan plan) {
     plan.ideal = work.passes * map_bytes / gpu.memory;
     return plan;
@@ -304,8 +318,8 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu) {
       for (int ranks = 2; ranks <= gpu.cluster; ranks *= 2)
         consider(on_chip, GpuTeam::cluster, ranks, blocks / ranks, resident);
       for (int64_t teams = 1; teams <= blocks / 2; teams = teams < 4 ? teams + 1 : teams * 2)
-        consider(on_chip, GpuTeam::grid, std::min(blocks / teams, detail::parts(p.channels, quantum_of(on_chip))), teams,
-                 resident);
+        consider(on_chip, GpuTeam::grid, std::min(blocks / teams, detail::parts(p.channels, quantum_of(on_chip))),
+                 teams, resident);
     }
   }
   return with_ideal(best);

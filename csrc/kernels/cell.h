@@ -44,8 +44,8 @@ struct Teams {
   int group, quantum;
 };
 
-// A team's parts of both bottlenecks, or of their gradients: each owner's, (ranks, group, 2 m), the input's first. Behind a
-// barrier of the team, every block adds up some columns over the owners, in their order.
+// A team's parts of both bottlenecks, or of their gradients: each owner's, (ranks, group, 2 m), the input's first.
+// Behind a barrier of the team, every block adds up some columns over the owners, in their order.
 template <class M>
 struct TeamParts {
   float* data;  // of this team

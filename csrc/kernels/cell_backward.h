@@ -1,9 +1,10 @@
-// The gradient of the cell by teams of blocks, but for its weights' (weight_gradients.h): from what the map sends to h' to
-// the gradients of the means and of the old state. A part of the step's kernel, and a kernel of its own between two sweeps.
+// The gradient of the cell by teams of blocks, but for its weights' (weight_gradients.h): from what the map sends to h'
+// to the gradients of the means and of the old state. A part of the step's kernel, and a kernel of its own between two
+// sweeps.
 //
-// A block makes the gradients of its own channels' pre-activations, and with them its channels' part of both bottlenecks'
-// gradients. Two barriers of the team a group: behind the first every block adds up some columns of these parts, in the
-// owners' order; behind the second all have them whole.
+// A block makes the gradients of its own channels' pre-activations, and with them its channels' part of both
+// bottlenecks' gradients. Two barriers of the team a group: behind the first every block adds up some columns of these
+// parts, in the owners' order; behind the second all have them whole.
 #pragma once
 
 #include "cell.h"
@@ -61,9 +62,7 @@ DIA_DEVICE void backward_cell(M& m, const CellBackward& args, const Teams& teams
         [&](int row) {
           return weight + (static_cast<int64_t>(row / width) * channels + owned.begin + row % width) * bottleneck;
         },
-        [&](int index, int column, float sum) {
-          m.store(parts.at(m.rank(), index, path * bottleneck + column), sum);
-        });
+        [&](int index, int column, float sum) { m.store(parts.at(m.rank(), index, path * bottleneck + column), sum); });
   }
   m.sync_team();
   parts.add_up(m, count, [&](int index, bool input, int row, float sum) {

@@ -1,11 +1,12 @@
 // The cell forward by teams of blocks, from each sample's means to h'. A part of the step's kernel, and a kernel of its
 // own between two sweeps over the map: pool | cell | rescale, or moments | statistics | cell | normalise.
 //
-// Each block owns some channels of a group of samples and makes their part of both bottlenecks. Two barriers of the team a
-// group: behind the first every block adds up some columns of these parts, in the owners' order; behind the second all have
-// the bottlenecks whole, and make the gates of their own channels. So a block reads the columns and rows of the weights
-// that are its own, once for a chunk of eight samples, and of other blocks 6 m values a sample. (Rows of the bottlenecks
-// dealt to the blocks, each reading all means, were 2 C + 2 m values a sample, and rows as long as their loads' latency.)
+// Each block owns some channels of a group of samples and makes their part of both bottlenecks. Two barriers of the
+// team a group: behind the first every block adds up some columns of these parts, in the owners' order; behind the
+// second all have the bottlenecks whole, and make the gates of their own channels. So a block reads the columns and
+// rows of the weights that are its own, once for a chunk of eight samples, and of other blocks 6 m values a sample.
+// (Rows of the bottlenecks dealt to the blocks, each reading all means, were 2 C + 2 m values a sample, and rows as
+// long as their loads' latency.)
 #pragma once
 
 #include "cell.h"
@@ -34,7 +35,8 @@ template <class M, class Array>
 DIA_DEVICE void make_states(M& m, const CellForward& args, Part owned, int sample, int count, const Array& z,
                             const Array& hidden) {
   constexpr int kPack = Pack<float>::size;
-  const int channels = args.channels, bottleneck = args.bottleneck, chunks = (count + kChunk - 1) / kChunk;
+  const int channels = args.channels, bottleneck = args.bottleneck;
+  const int chunks = (count + kChunk - 1) / kChunk;
   for (int task = m.warp(); task < owned.size() * chunks; task += m.warps()) {
     const int channel = owned.begin + task / chunks, chunk = task % chunks;
     float products[4] = {};  // of the lane's sample of the chunk
@@ -45,15 +47,21 @@ DIA_DEVICE void make_states(M& m, const CellForward& args, Part owned, int sampl
         const float* weight = (path == 0 ? args.weights.input_expand : args.weights.hidden_expand) +
                               (static_cast<int64_t>(pair) * channels + channel) * bottleneck;
         const int64_t apart = row_at(channels, bottleneck);  // from a gate's row to the next gate's
-        for (int k = m.lane(); k < bottleneck; k += 32) {
-          const float first = m.load(weight + k), second = m.load(weight + apart + k);
+        const auto weight_at = [&](int gate, int k) {
+          return k < bottleneck ? m.load(weight + gate * apart + k) : 0.0f;
+        };
+        float next_first = weight_at(0, m.lane()), next_second = weight_at(1, m.lane());
+        DIA_NO_UNROLL  // with several turns at once sums and weights are more than the registers hold
+            for (int k = m.lane(); k < bottleneck; k += 32) {
+          const float first = next_first, second = next_second;
+          next_first = weight_at(0, k + 32), next_second = weight_at(1, k + 32);
           DIA_UNROLL
           for (int part = 0; part < kChunk; part += kPack) {
             const auto values = z.pack(((chunk * 2 + path) * bottleneck + k) * kChunk + part);
             DIA_UNROLL
             for (int s = 0; s < kPack; ++s) {
-              sums[0][part + s] += first * values.values[s];
-              sums[1][part + s] += second * values.values[s];
+              sums[0][part + s] += first * values[s];
+              sums[1][part + s] += second * values[s];
             }
           }
         }
@@ -75,7 +83,8 @@ DIA_DEVICE void make_states(M& m, const CellForward& args, Part owned, int sampl
 }
 
 // The cell of a group's `count` samples, from the means of the owned channels in `means`, which belong to the block's
-// threads one by one. Ends with a block barrier: h' of the owned channels is then in `hidden`. `z` is of `gathered` floats.
+// threads one by one. Ends with a block barrier: h' of the owned channels is then in `hidden`. `z` is of `gathered`
+// floats.
 template <class M, class Array>
 DIA_DEVICE void forward_cell(M& m, const CellForward& args, const Teams& teams, Part owned, int sample, int count,
                              const Array& means, const Array& hidden, const Array& z) {
@@ -113,8 +122,8 @@ struct CellForwardLaunch {
   CellForward cell;
   Teams teams;
   int positions;
-  const float* sum;  // (N, C), over the positions, of x or with kAffine of x - shift
-  NormedMeans norm;  // with kAffine; and (N, C):
+  const float* sum;       // (N, C), over the positions, of x or with kAffine of x - shift
+  NormedMeans norm;       // with kAffine; and (N, C):
   float *factor, *added;  // y = act((x - shift) factor + added + shortcut)
 };
 

@@ -13,7 +13,8 @@ DIA_DEVICE void mask(T& g, T y) {
 template <class M, class T>
 DIA_DEVICE void mask_pack(Pack<T>& g, const Pack<T>& y) {
   DIA_UNROLL
-  for (int k = 0; k < Pack<T>::size; ++k) mask<M>(g.values[k], y.values[k]);
+  for (int k = 0; k < Pack<T>::size; ++k)
+    if (M::widen(y[k]) <= 0.0f) g.set(k, M::template narrow<T>(0.0f));
 }
 
 }  // namespace dia::kernels

@@ -155,10 +155,12 @@ struct ChannelWalk {
       : channel(image.channel_at(element)),
         left(image.interleaved ? 1 : (channel + 1) * image.positions - element),
         period(image.interleaved ? 1 : image.positions) {}
-  DIA_DEVICE void next() {
-    if (--left > 0) return;
+  // Whether that was the channel's last element.
+  DIA_DEVICE bool next() {
+    if (--left > 0) return false;
     ++channel;
     left = period;
+    return true;
   }
 };
 
@@ -170,7 +172,7 @@ DIA_DEVICE void copy_in(M& m, const Image<T>& image, const Samples<const T>& map
   constexpr int kBatch = 2;
   const int total = count * image.slots();
   for (int first = m.thread(); first < total; first += kBatch * m.threads()) {
-    Pack<T> packs[kBatch];
+    Pack<T> packs[kBatch]{};  // undefined ones would be carried from pass to pass, in memory
     int places[kBatch];
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
@@ -178,17 +180,22 @@ DIA_DEVICE void copy_in(M& m, const Image<T>& image, const Samples<const T>& map
       const int number = first + b * m.threads();
       if (number >= total) continue;
       const Slot slot = slot_of(image, map, sample, number);
-      if (slot.whole) {
-        packs[b] = m.load_pack(slot.place.in(map, sample));
-        places[b] = slot.place.place;
-      } else {
-        for (int k = slot.begin; k < slot.end; ++k)
-          memory[slot.place.place + k] = m.load(slot.place.next(k).in(map, sample));
-      }
+      if (!slot.whole) continue;
+      packs[b] = m.load_pack(slot.place.in(map, sample));
+      places[b] = slot.place.place;
     }
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b)
       if (places[b] >= 0) memory.set_pack(places[b], packs[b]);
+    // Incomplete slots when no pack waits in registers any more.
+    for (int b = 0; b < kBatch; ++b) {
+      const int number = first + b * m.threads();
+      if (number >= total) break;
+      const Slot slot = slot_of(image, map, sample, number);
+      if (slot.whole) continue;
+      for (int k = slot.begin; k < slot.end; ++k)
+        memory[slot.place.place + k] = m.load(slot.place.next(k).in(map, sample));
+    }
   }
 }
 

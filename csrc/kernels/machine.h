@@ -21,9 +21,11 @@
 #if defined(__CUDACC__)
 #define DIA_DEVICE __device__ __forceinline__
 #define DIA_UNROLL _Pragma("unroll")
+#define DIA_NO_UNROLL _Pragma("unroll 1")
 #else
 #define DIA_DEVICE inline
 #define DIA_UNROLL
+#define DIA_NO_UNROLL
 #endif
 
 namespace dia::kernels {

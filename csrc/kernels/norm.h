@@ -1,8 +1,8 @@
 // A norm in front of the step: what it does to means and gradients, and the kernels of its tables.
 //
-// x = ((z - shift) - d) scale + bias, a value of each channel. `shift` is near the mean and `d` the rest of the mean, so
-// that nothing cancels (docs/kernels.md, digits; arXiv:1502.03167, algorithm 1). Of a batch, from each sample's sum about
-// its own first value f_n and its squares m2_n about its own mean, with the shift f_0:
+// x = ((z - shift) - d) scale + bias, a value of each channel. `shift` is near the mean and `d` the rest of the mean,
+// so that nothing cancels (docs/kernels.md, digits; arXiv:1502.03167, algorithm 1). Of a batch, from each sample's sum
+// about its own first value f_n and its squares m2_n about its own mean, with the shift f_0:
 //
 //     d_n = (f_n - f_0) + sum_n / HW,  d = mean over n of d_n,  var = mean over n of (m2_n / HW + (d_n - d)^2)
 //
@@ -39,7 +39,8 @@ DIA_DEVICE float added_of(M& m, const ChannelAffine& affine, int channel, float 
 }
 
 // What the map sends to h', from its sums over the positions: `product` of g x; or with kAffine of g (z - shift), and
-// `sum` of g. The product about the mean, which norm_gradients takes, is left in its place. Null: no gradient of the map.
+// `sum` of g. The product about the mean, which norm_gradients takes, is left in its place. Null: no gradient of the
+// map.
 template <bool kAffine, class M>
 DIA_DEVICE float map_gradient(M& m, const ChannelAffine& affine, const float* sums, float* products, int channel,
                               int64_t at) {
@@ -74,9 +75,9 @@ DIA_DEVICE float sum_over_warps(M& m, const Array& scratch, float value) {
 struct BatchStatistics {
   int samples, channels, positions;
   float eps;
-  const float *first, *squares;  // (N, C), f_n and m2_n
-  float* sum;                    // (N, C), about f_n; left here about the shift
-  const float *gamma, *beta;     // (C), or null for 1 and 0
+  const float *first, *squares;                         // (N, C), f_n and m2_n
+  float* sum;                                           // (N, C), about f_n; left here about the shift
+  const float *gamma, *beta;                            // (C), or null for 1 and 0
   float *shift, *d, *scale, *bias, *rstd, *mean, *var;  // (C)
 };
 

@@ -45,8 +45,7 @@ struct Rectify {
 template <class M>
 DIA_DEVICE void rectify(M& m, const Rectify& args) {
   for_elements(m, args.count, [&](int64_t k) {
-    const float value =
-        m.load(args.values + k) + (args.bias != nullptr ? m.load(args.bias + k % args.width) : 0.0f);
+    const float value = m.load(args.values + k) + (args.bias != nullptr ? m.load(args.bias + k % args.width) : 0.0f);
     m.store(args.values + k, rectified(value, args.z != nullptr ? m.load(args.z + k) : value));
   });
 }
@@ -65,8 +64,9 @@ DIA_DEVICE void split_gates(M& m, const SplitGates& args) {
     const int64_t row = k / channels;
     const int channel = static_cast<int>(k - row * channels);
     const float* at = args.products + row * 4 * channels + channel;
-    const float h = make_state(m, args.cell, row, channel,
-                               {m.load(at), m.load(at + channels), m.load(at + 2 * channels), m.load(at + 3 * channels)});
+    const float h =
+        make_state(m, args.cell, row, channel,
+                   {m.load(at), m.load(at + channels), m.load(at + 2 * channels), m.load(at + 3 * channels)});
     if constexpr (kAffine) {
       m.store(args.factor + k, m.load(args.affine.scale + channel) * h);
       m.store(args.added + k, added_of(m, args.affine, channel, h));

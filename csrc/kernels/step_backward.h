@@ -52,7 +52,7 @@ DIA_DEVICE void spread_gradient(M& m, const StepBackward<T, kAffine>& args, cons
         ChannelWalk walk(image, at.element);
         DIA_UNROLL
         for (int k = 0; k < Pack<T>::size; ++k, walk.next())
-          pack.values[k] = value(pack.values[k], at.index * owned + walk.channel);
+          pack.set(k, value(pack[k], at.index * owned + walk.channel));
         m.store_pack(at.in(args.dx, sample), pack);
       },
       [&](const Place& at) {

@@ -36,7 +36,7 @@ DIA_DEVICE void rescale(M& m, const StepForward<T, kAffine>& args, const Image<T
         ChannelWalk walk(image, at.element);
         DIA_UNROLL
         for (int k = 0; k < Pack<T>::size; ++k, walk.next())
-          pack.values[k] = value(pack.values[k], shortcut.values[k], at.index, walk.channel);
+          pack.set(k, value(pack[k], shortcut[k], at.index, walk.channel));
         m.store_pack(at.in(args.y, sample), pack);
       },
       [&](const Place& at) {
@@ -60,7 +60,8 @@ DIA_DEVICE void step_forward(M& m, const StepForward<T, kAffine>& args) {
   const auto added = m.template shared<float>(kAffine ? group * owned.size() : 0);
   const auto shift = m.template shared<float>(kAffine ? owned.size() : 0);
   if constexpr (kAffine)
-    for (int k = m.thread(); k < owned.size(); k += m.threads()) shift[k] = m.load(args.norm.affine.shift + owned.begin + k);
+    for (int k = m.thread(); k < owned.size(); k += m.threads())
+      shift[k] = m.load(args.norm.affine.shift + owned.begin + k);
 
   for (int sample = m.team() * group; sample < size.samples; sample += m.teams() * group) {
     const int count = size.samples - sample < group ? size.samples - sample : group;

@@ -48,11 +48,12 @@ DIA_DEVICE void sum_positions(M& m, const Image<T>& image, int count, const Arra
 // Loads of a weight that a lane has in flight at once: a sum over a row is as long as its loads' latency.
 constexpr int kBatch = 4;
 
-// Sums along the own columns of each row of a dense weight of `columns`: for each of `rows` and each of `count` samples,
-// done(index, row, sum over k < own.size() of weight[row][own.begin + k] value(index, k)). A warp takes as many rows at once
-// as it takes lanes to have a row's own columns in, for a chunk of samples.
+// Sums along the own columns of each row of a dense weight of `columns`: for each of `rows` and each of `count`
+// samples, done(index, row, sum over k < own.size() of weight[row][own.begin + k] value(index, k)). A warp takes as
+// many rows at once as it takes lanes to have a row's own columns in, for a chunk of samples.
 template <class M, class Value, class Done>
-DIA_DEVICE void sum_rows(M& m, int rows, Part own, int columns, const float* weight, int count, Value value, Done done) {
+DIA_DEVICE void sum_rows(M& m, int rows, Part own, int columns, const float* weight, int count, Value value,
+                         Done done) {
   int wide = 1;
   while (wide < 32 && wide < own.size()) wide *= 2;
   const int at_once = 32 / wide, chunks = (count + kChunk - 1) / kChunk;

@@ -6,8 +6,8 @@
 //
 // A block takes tiles in turn: some channels of a sample, and of a large map some positions of one channel. `reduce`
 // stages a tile in shared memory, wide accesses on one side and sums by channel on the other. Each map is read or
-// written once; a planar tile is one run, so that odd channels cost no sector twice but at its ends. `spread` goes from the
-// last tile to the first: what the second-level cache still holds of the first sweep is met first.
+// written once; a planar tile is one run, so that odd channels cost no sector twice but at its ends. `spread` goes from
+// the last tile to the first: what the second-level cache still holds of the first sweep is met first.
 #pragma once
 
 #include "gradient.h"
@@ -42,7 +42,7 @@ struct Spread {
   Samples<const T> dy, y;        // g, as above; no dy: no such term
   Samples<const T> x, shortcut;  // no data: no such term
   Samples<T> out;
-  const float *scale, *offset;  // (N, C); offset null: 0
+  const float *scale, *offset;  // (N, C); null: 0, where nothing is to be scaled by it
   const float *shift, *slope;   // (C), null: 0. With slope out += (x - shift) slope, else (x - shift) scale.
   bool relu;
 };
@@ -181,15 +181,24 @@ DIA_DEVICE void spread(M& m, const Spread<T>& args) {
   const bool packs = (!has_g || alike(args.out, args.dy)) && (!masked || alike(args.out, args.y)) &&
                      (!has_x || alike(args.out, args.x)) && (!added || alike(args.out, args.shortcut));
   for_tiles(m, size, args.tile, true, [&](int64_t sample, Part channels) {
-    const auto value = [&](int own, T g, T x, T shortcut) {
+    // Of a channel, in registers while a pack's elements belong to it.
+    struct Factors {
+      float g, x, shift, offset;
+    };
+    const auto factors_of = [&](int own) {
       const int channel = channels.begin + own;
       const int64_t at = sample * size.channels + channel;
-      float sum = args.offset != nullptr ? m.load(args.offset + at) : 0.0f;
-      if (has_g) sum += M::widen(g) * m.load(args.scale + at);
-      if (has_x) {
-        const float d = M::widen(x) - (args.shift != nullptr ? m.load(args.shift + channel) : 0.0f);
-        sum += d * (args.slope != nullptr ? m.load(args.slope + channel) : m.load(args.scale + at));
-      }
+      Factors of{};
+      if (args.scale != nullptr) of.g = m.load(args.scale + at);
+      of.x = args.slope != nullptr ? m.load(args.slope + channel) : of.g;
+      if (has_x && args.shift != nullptr) of.shift = m.load(args.shift + channel);
+      if (args.offset != nullptr) of.offset = m.load(args.offset + at);
+      return of;
+    };
+    const auto value = [&](const Factors& of, T g, T x, T shortcut) {
+      float sum = of.offset;
+      if (has_g) sum += M::widen(g) * of.g;
+      if (has_x) sum += (M::widen(x) - of.shift) * of.x;
       if (added) sum += M::widen(shortcut);
       return M::template narrow<T>(args.relu && sum <= 0.0f ? 0.0f : sum);  // not a maximum: NaN passes
     };
@@ -206,9 +215,12 @@ DIA_DEVICE void spread(M& m, const Spread<T>& args) {
             if (added) shortcut = m.load_pack(at.in(args.shortcut, sample));
             if (masked) mask_pack<M>(g, m.load_pack(at.in(args.y, sample)));
             ChannelWalk walk(image, at.element);
+            Factors of = factors_of(walk.channel);
             DIA_UNROLL
-            for (int k = 0; k < Pack<T>::size; ++k, walk.next())
-              x.values[k] = value(walk.channel, g.values[k], x.values[k], shortcut.values[k]);
+            for (int k = 0; k < Pack<T>::size; ++k) {
+              x.set(k, value(of, g[k], x[k], shortcut[k]));
+              if (k + 1 < Pack<T>::size && walk.next()) of = factors_of(walk.channel);
+            }
             m.store_pack(at.in(args.out, sample), x);
           },
           [&](const Place& at) {
@@ -217,7 +229,7 @@ DIA_DEVICE void spread(M& m, const Spread<T>& args) {
             if (has_x) x = m.load(at.in(args.x, sample));
             if (added) shortcut = m.load(at.in(args.shortcut, sample));
             if (masked) mask<M>(g, m.load(at.in(args.y, sample)));
-            m.store(at.in(args.out, sample), value(image.channel_at(at.element), g, x, shortcut));
+            m.store(at.in(args.out, sample), value(factors_of(image.channel_at(at.element)), g, x, shortcut));
           });
     }
   });

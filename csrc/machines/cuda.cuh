@@ -21,66 +21,51 @@ enum class Team { block, cluster, grid };
 // Packs are moved by instructions spelt out: left to the compiler, a pack made or used element by element became as
 // many narrow accesses.
 template <class T>
-__device__ __forceinline__ uint4 words_of(const Pack<T>& pack) {
-  uint4 words;
-  memcpy(&words, &pack, sizeof(words));
-  return words;
-}
-template <class T>
-__device__ __forceinline__ Pack<T> pack_of(const uint4& words) {
-  Pack<T> pack;
-  memcpy(&pack, &words, sizeof(pack));
-  return pack;
-}
-
-template <class T>
 class Shared {
  public:
-  __device__ __forceinline__ explicit Shared(T* data) : data_(data) {}
-  __device__ __forceinline__ T& operator[](int64_t index) const { return data_[index]; }
-  __device__ __forceinline__ Pack<T> pack(int64_t index) const {
-    uint4 words;
+  __device__ __forceinline__ explicit Shared(unsigned begin) : begin_(begin) {}
+  __device__ __forceinline__ T& operator[](int index) const {
+    return *static_cast<T*>(__cvta_shared_to_generic(address(index)));
+  }
+  __device__ __forceinline__ Pack<T> pack(int index) const {
+    Pack<T> pack;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "=r"(pack.words[0]), "=r"(pack.words[1]), "=r"(pack.words[2]), "=r"(pack.words[3])
                  : "r"(address(index))
                  : "memory");
-    return pack_of<T>(words);
+    return pack;
   }
-  __device__ __forceinline__ void set_pack(int64_t index, const Pack<T>& pack) const {
-    const uint4 words = words_of(pack);
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address(index)), "r"(words.x), "r"(words.y),
-                 "r"(words.z), "r"(words.w)
+  __device__ __forceinline__ void set_pack(int index, const Pack<T>& pack) const {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address(index)), "r"(pack.words[0]),
+                 "r"(pack.words[1]), "r"(pack.words[2]), "r"(pack.words[3])
                  : "memory");
   }
 
  private:
-  __device__ __forceinline__ unsigned address(int64_t index) const {
-    return static_cast<unsigned>(__cvta_generic_to_shared(data_ + index));
+  __device__ __forceinline__ unsigned address(int index) const {
+    return begin_ + static_cast<unsigned>(index) * static_cast<unsigned>(sizeof(T));
   }
 
-  T* data_;
+  unsigned begin_;
 };
 
 template <Team kTeam>
 class Machine {
  public:
-  // `counters`: one for each team, zero; read by teams of blocks that meet in global memory.
-  __device__ __forceinline__ Machine(int ranks, char* shared, unsigned* counters)
-      : ranks_(kTeam == Team::block ? 1 : ranks),
-        rank_(blockIdx.x % ranks_),
-        team_(blockIdx.x / ranks_),
-        shared_(shared),
-        counter_(kTeam == Team::grid ? counters + team_ : nullptr) {}
+  // The grid is (blocks of a team, teams). `counters`: one for each team, zero; read by teams of blocks that meet in
+  // global memory. Nothing is kept that a special register or a kernel's argument tells: registers are what is scarce.
+  __device__ __forceinline__ Machine(char* shared, unsigned* counters)
+      : shared_(static_cast<unsigned>(__cvta_generic_to_shared(shared))), counters_(counters) {}
 
   __device__ __forceinline__ int thread() const { return threadIdx.x; }
   __device__ __forceinline__ int threads() const { return blockDim.x; }
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
   __device__ __forceinline__ int warp() const { return threadIdx.x / 32; }
   __device__ __forceinline__ int warps() const { return blockDim.x / 32; }
-  __device__ __forceinline__ int rank() const { return rank_; }
-  __device__ __forceinline__ int ranks() const { return ranks_; }
-  __device__ __forceinline__ int team() const { return team_; }
-  __device__ __forceinline__ int teams() const { return gridDim.x / ranks_; }
+  __device__ __forceinline__ int rank() const { return kTeam == Team::block ? 0 : blockIdx.x; }
+  __device__ __forceinline__ int ranks() const { return kTeam == Team::block ? 1 : gridDim.x; }
+  __device__ __forceinline__ int team() const { return blockIdx.y; }
+  __device__ __forceinline__ int teams() const { return gridDim.y; }
 
   __device__ __forceinline__ void sync_warp() { __syncwarp(); }
   __device__ __forceinline__ void sync_block() { __syncthreads(); }
@@ -96,13 +81,14 @@ class Machine {
     } else {
       __syncthreads();
       if (threadIdx.x == 0) {
-        awaited_ += ranks_;
+        unsigned* counter = counters_ + team();
         asm volatile("fence.acq_rel.gpu;" ::: "memory");
-        atomicAdd(counter_, 1u);
+        // Nobody comes to the next barrier before all have come to this one, so who comes tells which one it is.
+        const unsigned before = atomicAdd(counter, 1u), all = (before / ranks() + 1) * ranks();
         unsigned seen;
         do {
-          asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter_) : "memory");
-        } while (seen < awaited_);
+          asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+        } while (seen < all);
       }
       __syncthreads();
     }
@@ -115,9 +101,9 @@ class Machine {
 
   template <class T>
   __device__ __forceinline__ Shared<T> shared(int64_t count) {
-    T* data = reinterpret_cast<T*>(shared_);
-    shared_ += (count * sizeof(T) + 15) / 16 * 16;
-    return Shared<T>(data);
+    const Shared<T> array(shared_);
+    shared_ += (static_cast<unsigned>(count) * static_cast<unsigned>(sizeof(T)) + 15u) / 16u * 16u;
+    return array;
   }
 
   template <class T>
@@ -130,17 +116,16 @@ class Machine {
   }
   template <class T>
   __device__ __forceinline__ static Pack<std::remove_const_t<T>> load_pack(T* from) {
-    uint4 words;
+    Pack<std::remove_const_t<T>> pack;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "=r"(pack.words[0]), "=r"(pack.words[1]), "=r"(pack.words[2]), "=r"(pack.words[3])
                  : "l"(from));
-    return pack_of<std::remove_const_t<T>>(words);
+    return pack;
   }
   template <class T>
   __device__ __forceinline__ static void store_pack(T* to, const Pack<T>& pack) {
-    const uint4 words = words_of(pack);
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z),
-                 "r"(words.w)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(pack.words[0]), "r"(pack.words[1]),
+                 "r"(pack.words[2]), "r"(pack.words[3])
                  : "memory");
   }
 
@@ -163,10 +148,8 @@ class Machine {
   __device__ __forceinline__ static float sqrt(float value) { return sqrtf(value); }
 
  private:
-  int ranks_, rank_, team_;
-  char* shared_;
-  unsigned* counter_;
-  unsigned awaited_ = 0;
+  unsigned shared_;  // where the next array begins: shared addresses have 32 bits
+  unsigned* counters_;
 };
 
 }  // namespace dia::cuda

@@ -15,42 +15,41 @@ extern __shared__ __align__(16) char shared_memory[];
 
 template <class T, bool kAffine, Team kTeam>
 __global__ void __launch_bounds__(kThreads, kResident)
-    step_forward_kernel(__grid_constant__ const kernels::StepForward<T, kAffine> args, int ranks, unsigned* counters) {
-  Machine<kTeam> machine(ranks, shared_memory, counters);
+    step_forward_kernel(__grid_constant__ const kernels::StepForward<T, kAffine> args, unsigned* counters) {
+  Machine<kTeam> machine(shared_memory, counters);
   kernels::step_forward(machine, args);
 }
 
 template <class T, bool kAffine, Team kTeam>
 __global__ void __launch_bounds__(kThreads, kResident)
-    step_backward_kernel(__grid_constant__ const kernels::StepBackward<T, kAffine> args, int ranks,
-                         unsigned* counters) {
-  Machine<kTeam> machine(ranks, shared_memory, counters);
+    step_backward_kernel(__grid_constant__ const kernels::StepBackward<T, kAffine> args, unsigned* counters) {
+  Machine<kTeam> machine(shared_memory, counters);
   kernels::step_backward(machine, args);
 }
 
 template <bool kAffine, Team kTeam>
 __global__ void __launch_bounds__(kThreads, kResident)
-    cell_forward_kernel(__grid_constant__ const kernels::CellForwardLaunch args, int ranks, unsigned* counters) {
-  Machine<kTeam> machine(ranks, shared_memory, counters);
+    cell_forward_kernel(__grid_constant__ const kernels::CellForwardLaunch args, unsigned* counters) {
+  Machine<kTeam> machine(shared_memory, counters);
   kernels::cell_forward<kAffine>(machine, args);
 }
 
 template <bool kAffine, Team kTeam>
 __global__ void __launch_bounds__(kThreads, kResident)
-    cell_backward_kernel(__grid_constant__ const kernels::CellBackwardLaunch args, int ranks, unsigned* counters) {
-  Machine<kTeam> machine(ranks, shared_memory, counters);
+    cell_backward_kernel(__grid_constant__ const kernels::CellBackwardLaunch args, unsigned* counters) {
+  Machine<kTeam> machine(shared_memory, counters);
   kernels::cell_backward<kAffine>(machine, args);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident) reduce_kernel(__grid_constant__ const kernels::Reduce<T> args) {
-  Machine<Team::block> machine(1, shared_memory, nullptr);
+  Machine<Team::block> machine(shared_memory, nullptr);
   kernels::reduce(machine, args);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident) spread_kernel(__grid_constant__ const kernels::Spread<T> args) {
-  Machine<Team::block> machine(1, shared_memory, nullptr);
+  Machine<Team::block> machine(shared_memory, nullptr);
   kernels::spread(machine, args);
 }
 
@@ -58,11 +57,11 @@ __global__ void __launch_bounds__(kThreads, kResident) spread_kernel(__grid_cons
 constexpr int kTableThreads = 256, kTableResident = 4;
 
 // `name`_kernel: a kernel of kernels/ whose blocks have nothing to do with each other.
-#define DIA_TABLE_KERNEL(name, Args, call)                                     \
-  __global__ void __launch_bounds__(kTableThreads, kTableResident)             \
-      name##_kernel(__grid_constant__ const kernels::Args args) {              \
-    Machine<Team::block> machine(1, shared_memory, nullptr);                   \
-    kernels::call(machine, args);                                              \
+#define DIA_TABLE_KERNEL(name, Args, call)                         \
+  __global__ void __launch_bounds__(kTableThreads, kTableResident) \
+      name##_kernel(__grid_constant__ const kernels::Args args) {  \
+    Machine<Team::block> machine(shared_memory, nullptr);          \
+    kernels::call(machine, args);                                  \
   }
 DIA_TABLE_KERNEL(weight_gradients, WeightGradients, weight_gradients<kTableThreads>)
 DIA_TABLE_KERNEL(batch_statistics, BatchStatistics, batch_statistics)
@@ -75,16 +74,16 @@ DIA_TABLE_KERNEL(affine_split_means, SplitMeans, split_means<true>)
 DIA_TABLE_KERNEL(affine_split_gates, SplitGates, split_gates<true>)
 DIA_TABLE_KERNEL(affine_split_gate_gradients, SplitGateGradients, split_gate_gradients<true>)
 
-#define DIA_STEP_KERNELS(T, kAffine, kTeam)                                      \
-  template __global__ void step_forward_kernel<T, kAffine, kTeam>(               \
-      __grid_constant__ const kernels::StepForward<T, kAffine>, int, unsigned*); \
-  template __global__ void step_backward_kernel<T, kAffine, kTeam>(              \
-      __grid_constant__ const kernels::StepBackward<T, kAffine>, int, unsigned*);
-#define DIA_CELL_KERNELS(kAffine, kTeam)                                                                               \
-  template __global__ void cell_forward_kernel<kAffine, kTeam>(__grid_constant__ const kernels::CellForwardLaunch, int, \
-                                                               unsigned*);                                             \
-  template __global__ void cell_backward_kernel<kAffine, kTeam>(__grid_constant__ const kernels::CellBackwardLaunch,   \
-                                                                int, unsigned*);
+#define DIA_STEP_KERNELS(T, kAffine, kTeam)                                 \
+  template __global__ void step_forward_kernel<T, kAffine, kTeam>(          \
+      __grid_constant__ const kernels::StepForward<T, kAffine>, unsigned*); \
+  template __global__ void step_backward_kernel<T, kAffine, kTeam>(         \
+      __grid_constant__ const kernels::StepBackward<T, kAffine>, unsigned*);
+#define DIA_CELL_KERNELS(kAffine, kTeam)                                                                             \
+  template __global__ void cell_forward_kernel<kAffine, kTeam>(__grid_constant__ const kernels::CellForwardLaunch,   \
+                                                               unsigned*);                                           \
+  template __global__ void cell_backward_kernel<kAffine, kTeam>(__grid_constant__ const kernels::CellBackwardLaunch, \
+                                                                unsigned*);
 #define DIA_FOR_TEAMS(MACRO, ...)   \
   MACRO(__VA_ARGS__, Team::block)   \
   MACRO(__VA_ARGS__, Team::cluster) \

@@ -295,7 +295,9 @@ py::dict launch(const std::string& kernel, const std::string& dtype, const Array
   const auto run = [&](auto body) { return arguments.device.launch(grid, body); };
   const auto of_type = [&]<class T>(T) {
     const bool affine = numbers.count("affine") > 0 && numbers.at("affine") != 0;
-    const auto either = [&](auto with, auto without) { return affine ? run(with(arguments)) : run(without(arguments)); };
+    const auto either = [&](auto with, auto without) {
+      return affine ? run(with(arguments)) : run(without(arguments));
+    };
     if (kernel == "step_forward") return either(forward_kernel<T, true>, forward_kernel<T, false>);
     if (kernel == "step_backward") return either(backward_kernel<T, true>, backward_kernel<T, false>);
     if (kernel == "cell_forward") return either(cell_forward_kernel<true>, cell_forward_kernel<false>);

@@ -34,26 +34,24 @@ extern "C" __attribute__((visibility("default"))) const char* dia_kernels_gpus()
 
 // The plan for a problem, see core/gpu_plan.h. Null where no GPU has that name. The text is the calling thread's until
 // its next call.
-extern "C" __attribute__((visibility("default"))) const char* dia_kernels_plan(const char* gpu_name, int64_t samples,
-                                                                               int64_t channels, int64_t positions,
-                                                                               int64_t bottleneck, int element_bytes,
-                                                                               int interleaved, int aligned,
-                                                                               int combined, int backward, int tf32,
-                                                                               int norm) {
+extern "C" __attribute__((visibility("default"))) const char* dia_kernels_plan(
+    const char* gpu_name, int64_t samples, int64_t channels, int64_t positions, int64_t bottleneck, int element_bytes,
+    int interleaved, int aligned, int combined, int backward, int tf32, int norm) {
   for (const dia::GpuLimits& gpu : dia::kGpus) {
     if (std::strcmp(gpu.name, gpu_name) != 0) continue;
-    const dia::GpuPlan plan = dia::plan_step({samples, channels, positions, bottleneck, element_bytes, interleaved != 0,
-                                              aligned != 0, combined != 0, backward != 0, tf32 != 0,
-                                              static_cast<dia::GpuNorm>(norm)},
-                                             gpu);
+    const dia::GpuPlan plan =
+        dia::plan_step({samples, channels, positions, bottleneck, element_bytes, interleaved != 0, aligned != 0,
+                        combined != 0, backward != 0, tf32 != 0, static_cast<dia::GpuNorm>(norm)},
+                       gpu);
     std::ostringstream json;
     json.precision(17);
-    json << "{\"on_chip\": " << (plan.on_chip ? "true" : "false") << ", \"team\": \"" << name_of(plan.team) << "\", \"ranks\": " << plan.ranks << ", \"teams\": " << plan.teams
-         << ", \"group\": " << plan.group << ", \"quantum\": " << plan.quantum << ", \"resident\": " << plan.resident
+    json << "{\"on_chip\": " << (plan.on_chip ? "true" : "false") << ", \"team\": \"" << name_of(plan.team)
+         << "\", \"ranks\": " << plan.ranks << ", \"teams\": " << plan.teams << ", \"group\": " << plan.group
+         << ", \"quantum\": " << plan.quantum << ", \"resident\": " << plan.resident
          << ", \"shared_bytes\": " << plan.shared_bytes << ", \"chunk\": " << plan.chunk
-         << ", \"tile_channels\": " << plan.tile_channels << ", \"tile_positions\": " << plan.tile_positions << ", \"launches\": " << plan.launches
-         << ", \"passes\": " << plan.passes << ", \"bytes\": " << plan.bytes << ", \"seconds\": " << plan.seconds
-         << ", \"ideal_seconds\": " << plan.ideal << "}";
+         << ", \"tile_channels\": " << plan.tile_channels << ", \"tile_positions\": " << plan.tile_positions
+         << ", \"launches\": " << plan.launches << ", \"passes\": " << plan.passes << ", \"bytes\": " << plan.bytes
+         << ", \"seconds\": " << plan.seconds << ", \"ideal_seconds\": " << plan.ideal << "}";
     static thread_local std::string text;
     text = json.str();
     return text.c_str();

@@ -15,9 +15,10 @@ void check_sweeps(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu
   CHECK(plan.chunk >= std::min<int64_t>(p.samples, 1) && plan.chunk <= std::max<int64_t>(p.samples, 1));
   CHECK(p.norm != GpuNorm::batch || plan.chunk == p.samples);
   CHECK(plan.tile_channels >= 1 && plan.tile_channels <= p.channels);
-  CHECK(plan.tile_positions >= std::min<int64_t>(p.positions, 1) && plan.tile_positions <= std::max<int64_t>(p.positions, 1));
+  CHECK(plan.tile_positions >= std::min<int64_t>(p.positions, 1) &&
+        plan.tile_positions <= std::max<int64_t>(p.positions, 1));
   // Part of the positions only of a single planar channel.
-  CHECK(p.interleaved || plan.tile_channels == 1 || plan.tile_positions == p.positions);
+  CHECK(p.interleaved || plan.tile_channels == 1 || plan.tile_positions == std::max<int64_t>(p.positions, 1));
   CHECK(2 * (reduce_shared_bytes(plan.tile_channels, plan.tile_positions, p.interleaved, p.element_bytes, 2,
                                  kGpuThreads / 32) +
              kReservedShared) <=
@@ -81,10 +82,10 @@ void thousands_of_problems() {
           for (int element_bytes : {2, 4})
             for (int64_t reduction : {4, 20})
               for (int flags = 0; flags < 48; ++flags, ++count)
-                check_plan(
-                    {samples, channels, positions, std::max<int64_t>(channels / reduction, 1), element_bytes,
-                     (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0, (flags & 8) != 0, true, static_cast<GpuNorm>(flags / 16)},
-                    gpu);
+                check_plan({samples, channels, positions, std::max<int64_t>(channels / reduction, 1), element_bytes,
+                            (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0, (flags & 8) != 0, true,
+                            static_cast<GpuNorm>(flags / 16)},
+                           gpu);
   CHECK(count > 50000);
 }
 
