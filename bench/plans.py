@@ -51,9 +51,9 @@ def row(shape: Sequence[int], device: str, dtype: str, channels_last: bool, norm
 def markdown(device: str, dtype: str) -> str:
     parts = [
         f"# Plans of the GPU step: {device}, {dtype}",
-        "With shortcut and ReLU. The map on chip or sweeps over so many samples, teams x blocks of a team that make the "
-        "cell; launches; passes over the map (3 forward and 5 backward are the least); microseconds by the plan's model "
-        "/ of the least passes. Never measured.",
+        "With shortcut and ReLU. The map on chip or sweeps over so many samples, teams x blocks of a team that make "
+        "the cell; launches; passes over the map (3 forward and 5 backward are the least); microseconds by the plan's "
+        "model / of the least passes. Never measured.",
     ]
     columns = ["N x C x HW", *["forward", "launches", "passes", "us", "backward", "launches", "passes", "us"]]
     for what, norm in (("The step", "none"), ("The tail, with its batch norm", "batch")):

@@ -77,13 +77,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     from . import plan
 
     options = {"dtype": arguments.dtype, "reduction": arguments.reduction, "channels_last": arguments.channels_last}
-    kinds = {
-        f"{what} {'backward' if backward else 'forward'}": {"norm": norm, "backward": backward}
-        for what, norm in (("step", "none"), ("tail", "batch"))
-        for backward in (False, True)
-    }
+    plans = {}
     try:
-        plans = {name: plan.plan(arguments.plan, arguments.device, **kind, **options) for name, kind in kinds.items()}
+        for what, norm in (("step", "none"), ("tail", "batch")):
+            for direction in ("forward", "backward"):
+                plans[f"{what} {direction}"] = plan.plan(
+                    arguments.plan, arguments.device, norm=norm, backward=direction == "backward", **options
+                )
     except (ValueError, RuntimeError) as error:
         sys.exit(f"info: {error}")
     if arguments.json:

@@ -49,7 +49,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def route(function: type[Function], operator: Callable, reference_of: Callable, args: tuple, *first: Operators) -> Any:
-    """Calls ``function``, ``operator`` or ``reference_of`` on ``args`` by the rule above; ``function`` on ``first`` too."""
+    """Calls ``function``, ``operator`` or ``reference_of`` on ``args`` by the rule; the first takes ``first`` too."""
     if torch.onnx.is_in_onnx_export() or torch.autograd.forward_ad._current_level >= 0:
         return reference_of(*args)
     transformed = transforms_active()
@@ -384,9 +384,7 @@ class Rescale(Function):
         return torch.func.vmap(reference.rescale, in_dims[1:])(*args), 0
 
 
-def rescale(
-    ops: Operators, x: Tensor, scale: Tensor, shortcut: Tensor | None, channel_dim: int, relu: bool
-) -> Tensor:
+def rescale(ops: Operators, x: Tensor, scale: Tensor, shortcut: Tensor | None, channel_dim: int, relu: bool) -> Tensor:
     """``act(x * scale + shortcut)``, by the rule at the top of this file."""
     return route(Rescale, ops.rescale, reference.rescale, (x, scale, shortcut, channel_dim, relu), ops)
 
@@ -408,7 +406,9 @@ def register(ops: Operators) -> None:
     formula("step", _step_context, lambda ctx, *g: _step_gradients(ctx, g, _raw_step_backward, ctx.saved_tensors))
     formula("pool", _pool_context, _pool_gradients)
     formula(
-        "rescale", _rescale_context, lambda ctx, dy: _rescale_gradients(ctx, dy, _raw_rescale_backward, ctx.saved_tensors)
+        "rescale",
+        _rescale_context,
+        lambda ctx, dy: _rescale_gradients(ctx, dy, _raw_rescale_backward, ctx.saved_tensors),
     )
 
 

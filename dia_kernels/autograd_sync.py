@@ -139,7 +139,7 @@ def tail(
     output: str,
     group,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(y, h', c', mean, var, count)``, the last three over all processes of ``group``. By the reference without ``ops``.
+    """``(y, h', c', mean, var, count)``, the last three over all processes of ``group``; no ``ops``: by the reference.
 
     ``torch.compile`` breaks the graph here: an exchange in the middle of a backward has no form in it.
     """

@@ -1,6 +1,7 @@
 """The autograd Functions of the tail with its batch norm folded in, under the rule of ``autograd``.
 
-Arguments: the operators, z, shortcut, h, c, gamma, beta, mean, var, eps, the eight parameters, channel_dim, relu, tanh_output.
+Arguments: the operators, z, shortcut, h, c, gamma, beta, mean, var, eps, the eight parameters, channel_dim, relu,
+tanh_output.
 Statistics that are given are constants; the batch's own are functions of z, and the gradient knows it.
 """
 
@@ -62,7 +63,24 @@ def _gradients(ctx, grads, backward, saved: tuple) -> tuple:
     dparameters: list[Tensor | None] = [None] * len(parameters)
     if any(asked):
         dz, dshortcut, dh, dc, dgamma, dbeta, *dparameters = backward(
-            ctx.ops, dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, mean, var, *parameters, ctx.eps, *ctx.flags, *asked
+            ctx.ops,
+            dy,
+            dh,
+            dc,
+            z,
+            y,
+            h,
+            c,
+            new_c,
+            tables,
+            gamma,
+            beta,
+            mean,
+            var,
+            *parameters,
+            ctx.eps,
+            *ctx.flags,
+            *asked,
         )
     return (
         dz if need[0] else None,

@@ -107,7 +107,9 @@ def step(
             y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
             x.copy_(y)
         else:
-            h, c = backends.operators_of(backend).step_(x, shortcut, h, c, *parameters, channel_dim, relu, output == "tanh")
+            h, c = backends.operators_of(backend).step_(
+                x, shortcut, h, c, *parameters, channel_dim, relu, output == "tanh"
+            )
         return x, (h, c)
     if stacked:
         y, h, c = _stacked_step(x, shortcut, h, c, parameters, stacked, channel_dim, relu, output, dropout, backend)

@@ -374,8 +374,9 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rescale_backward": (_reference_rescale_backward, _fake_rescale_backward),
 }
 
+
 class Operators:
-    """The operators of one implementer: an attribute for each name in ``SCHEMAS``, called ``dia_kernels::name + suffix``.
+    """The operators of one implementer: an attribute for each name in ``SCHEMAS``, ``dia_kernels::<name><suffix>``.
 
     Each has a fake, and behind every device without a kernel of its own the reference.
     """

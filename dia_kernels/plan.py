@@ -29,9 +29,9 @@ class Plan:
     With ``on_chip`` it is one kernel that keeps the map in shared memory. Else there are sweeps over the map, ``chunk``
     samples at a time in tiles of ``tile_channels`` and ``tile_positions``, and the cell between them.
 
-    ``team`` is what makes the cell: ``block``, ``cluster`` or ``grid``, teams of ``ranks`` blocks, ``resident`` of which
-    share a multiprocessor, that take ``group`` samples at a time; or ``products``, a BLAS. ``passes`` over the map move
-    ``bytes``; ``ideal_seconds`` is the time of those passes that nobody can avoid.
+    ``team`` is what makes the cell: ``block``, ``cluster`` or ``grid``, teams of ``ranks`` blocks, ``resident`` of
+    which share a multiprocessor, that take ``group`` samples at a time; or ``products``, a BLAS. ``passes`` over the
+    map move ``bytes``; ``ideal_seconds`` is the time of those passes that nobody can avoid.
     """
 
     on_chip: bool
@@ -112,7 +112,15 @@ def plan(
     aligned = channels % pack == 0 if channels_last else channels * positions % pack == 0
     numbers = (samples, channels, positions, channels // reduction)
     text = _library().dia_kernels_plan(
-        device.encode(), *numbers, size, channels_last, aligned, combined, backward, tf32 or size == 2, NORMS.index(norm)
+        device.encode(),
+        *numbers,
+        size,
+        channels_last,
+        aligned,
+        combined,
+        backward,
+        tf32 or size == 2,
+        NORMS.index(norm),
     )
     if text is None:
         raise ValueError(f"device: expected one of {', '.join(gpus())}, got {device!r}")
@@ -124,8 +132,8 @@ def _who_makes_the_cell(p: Plan) -> str:
         return "matrix products"
     blocks = {"block": "one block", "cluster": f"a cluster of {p.ranks}", "grid": f"{p.ranks} blocks"}[p.team]
     return (
-        f"{p.teams} teams of {blocks}, {p.resident} a multiprocessor, {p.group} samples at a time, owners at multiples of "
-        f"{p.quantum} channels, {p.shared_bytes / 1024:.0f} KB of shared memory"
+        f"{p.teams} teams of {blocks}, {p.resident} a multiprocessor, {p.group} samples at a time, owners at multiples "
+        f"of {p.quantum} channels, {p.shared_bytes / 1024:.0f} KB of shared memory"
     )
 
 

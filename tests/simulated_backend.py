@@ -1,7 +1,7 @@
 """``backend="simulated"``: the operators by the GPU kernels on the simulated GPU, for tensors of the CPU.
 
-What csrc/ops does for a real GPU is done here in Python: allocate, launch, hand tables on. Where there is nothing to launch
-(no elements) or no kernel (float64), the reference stands in.
+What csrc/ops does for a real GPU is done here in Python: allocate, launch, hand tables on. Where there is nothing to
+launch (no elements) or no kernel (float64), the reference stands in.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ WEIGHTS = [name for name in PARAMETERS if name.endswith("weight")]
 class Settings:
     """How the operators launch their kernels.
 
-    ``mode``: the whole step as one kernel that keeps the map on chip; or sweeps over the map, with the cell between them
-    by teams of blocks, or by torch's products.
+    ``mode``: the whole step as one kernel that keeps the map on chip; or sweeps over the map, with the cell between
+    them by teams of blocks, or by torch's products.
     """
 
     mode: Literal["on chip", "sweeps", "products"] = "on chip"
@@ -91,13 +91,25 @@ class Problem:
     def table(self, width: int | None = None) -> Tensor:
         return torch.zeros(self.n, self.c if width is None else width)
 
-    def launch(self, kernel: str, given: dict[str, Tensor | None], results: Tensors, **numbers: float) -> None:
-        """Runs a kernel; what is None is not handed over, and what only ``results`` holds is undefined before."""
-        present = {name: t for name, t in given.items() if t is not None}
-        arrays = {name: array(t, name in present) for name, t in (results | present).items()}
+    def launch(
+        self,
+        kernel: str,
+        given: dict[str, Tensor | None],
+        results: Tensors,
+        *,
+        shrink=None,
+        without=None,
+        **numbers: float,
+    ) -> dict[str, Any]:
+        """Runs a kernel; what is None is not handed over, and what only ``results`` holds is undefined before.
+
+        ``shrink`` lies about the extent of tensors, ``without`` leaves a barrier out. Returns the machine's report.
+        """
+        present, shrink = {name: t for name, t in given.items() if t is not None}, shrink or {}
+        arrays = {name: array(t, name in present, shrink.get(name, (0, 0))) for name, t in (results | present).items()}
         all_numbers = {
             "samples": self.n, "channels": self.c, "positions": self.positions, "bottleneck": self.m,
-            "interleaved": self.interleaved, "relu": self.relu, "tanh_output": self.tanh, "affine": False, "batch": False,
+            "interleaved": self.interleaved, "relu": self.relu, "tanh_output": self.tanh, "affine": 0, "batch": 0,
             "ranks": settings.ranks, "teams": settings.teams, "group": settings.group, "threads": settings.threads,
             "quantum": 1, "seed": 0, "shared_bytes": SHARED_BYTES,
             "tile_channels": min(settings.tile[0], self.c), "tile_positions": min(settings.tile[1], self.positions),
@@ -105,12 +117,13 @@ class Problem:
         # Only a planar map's single channel may be cut into positions.
         if not self.interleaved and all_numbers["tile_positions"] < self.positions:
             all_numbers["tile_channels"] = 1
-        machine().launch(kernel, DTYPES[self.dtype], arrays, all_numbers | numbers)
+        return machine().launch(kernel, DTYPES[self.dtype], arrays, all_numbers | numbers, without)
 
     def partial(self) -> Tensors:
         return {"partial": torch.zeros(settings.teams * settings.ranks * settings.group * 2 * self.m)}
 
     def sweep(self, kernel: str, given: dict[str, Tensor | None], results: Tensors, **numbers: float) -> None:
+        """``launch`` by blocks that have nothing to do with each other."""
         self.launch(kernel, given, results, ranks=1, teams=settings.teams * settings.ranks, **numbers)
 
 
@@ -131,7 +144,9 @@ def _cell_forward(problem: Problem, sums: Tensor, cell: dict, affine: dict) -> t
     results = _cell_tables(problem) | {"new_h": problem.table(), "new_c": problem.table()}
     more = {name: problem.table() for name in ("off", "factor", "added")} if affine else {}
     if settings.mode != "products":
-        problem.launch("cell_forward", {"sum": sums} | cell | affine, results | more | problem.partial(), affine=bool(affine))
+        problem.launch(
+            "cell_forward", {"sum": sums} | cell | affine, results | more | problem.partial(), affine=bool(affine)
+        )
     else:
         means = {"p": results["p"]} | ({"off": more["off"]} if affine else {})
         problem.sweep("split_means", {"sum": sums} | affine, means, affine=bool(affine))
@@ -153,8 +168,10 @@ def _cell_forward(problem: Problem, sums: Tensor, cell: dict, affine: dict) -> t
 def _cell_backward(
     problem: Problem, sums: Tensors, given: dict, affine: dict, need_state: bool, need_map: bool
 ) -> Tensors:
-    """What the cell's gradient leaves, from the sums of the map's: du, dzx, dzh and as asked old_dh, old_dc, dp, factor,
-    offset."""
+    """What the cell's gradient leaves, from the sums of the map's.
+
+    du, dzx, dzh; as asked old_dh, old_dc, factor; and dp behind a norm, else offset.
+    """
     widths = {"du": 4 * problem.c, "dzx": problem.m, "dzh": problem.m}
     results = {name: problem.table(width) for name, width in widths.items()}
     if need_state:

@@ -143,7 +143,7 @@ def test_a_backend_named_reference_runs_no_kernel_of_the_library(inplace, monkey
         raise AssertionError("an operator ran though the reference was asked for")
 
     for name in ("step", "step_", "pool", "rescale"):
-        monkeypatch.setattr(functional.operators, name, refused)
+        monkeypatch.setattr(autograd.operators.native, name, refused)
     attention = SharedAttention(6, 2, backend="reference").requires_grad_(False)
     x = torch.randn(X)
     expected = functional.reference.step(x, None, None, None, attention.lstm_parameters(), 1, False, "sigmoid")[0]
@@ -268,7 +268,9 @@ def test_only_the_gradients_asked_for(backend, subset, relu):
 def test_the_backward_operator_is_asked_only_for_what_is_needed(monkeypatch, relu):
     asked = []
     backward = autograd.operators.native.step_backward
-    monkeypatch.setattr(autograd.operators.native, "step_backward", lambda *args: asked.append(args[-4:]) or backward(*args))
+    monkeypatch.setattr(
+        autograd.operators.native, "step_backward", lambda *args: asked.append(args[-4:]) or backward(*args)
+    )
     problem = make_problem((3, 6, 4, 4), 3, relu=relu, state=False)
     for needed in ("x", "shortcut", "input_expand_bias"):
         leaves = {name: leaf.requires_grad_(name == needed) for name, leaf in problem.leaves().items()}

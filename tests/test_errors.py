@@ -183,7 +183,7 @@ def test_a_native_operator_refuses_a_wrong_tensor_and_writes_nothing(name, index
     arguments[index] = with_wrong_size(good, *fault) if isinstance(fault, tuple) else good.to(fault)
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
     with torch.no_grad(), pytest.raises(RuntimeError, match="dia_kernels: "):
-        getattr(operators, name)(*arguments)
+        getattr(operators.native, name)(*arguments)
     for after, value in zip(arguments, before, strict=True):
         assert torch.equal(after, value) if isinstance(value, torch.Tensor) else after == value
 
@@ -194,4 +194,4 @@ def test_a_native_operator_refuses_a_wrong_channel_dim(name):
     arguments = list(operator_calls()[name])
     arguments[next(k for k, a in enumerate(arguments) if type(a) is int)] = 2
     with torch.no_grad(), pytest.raises(RuntimeError, match="dia_kernels: channel_dim"):
-        getattr(operators, name)(*arguments)
+        getattr(operators.native, name)(*arguments)

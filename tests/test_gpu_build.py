@@ -86,9 +86,12 @@ def kernels_of(log: str) -> dict[str, dict[str, int]]:
 
 
 def accesses_of(code: str) -> dict[str, dict[str, int]]:
-    """Of each kernel: loads and stores of sixteen bytes in global and shared memory; how many such loads of global memory
-    come one after the other with no store between (``batch``), and how many of any width with no multiply-add between
-    (``ahead``); and how often the multiprocessor's own cache is emptied."""
+    """What moves data in each kernel.
+
+    Loads and stores of sixteen bytes in global and shared memory; how many such loads of global memory come one after
+    the other with no store between (``batch``), and how many of any width with no multiply-add between (``ahead``);
+    and how often the multiprocessor's own cache is emptied.
+    """
     found = {}
     for section in re.split(r"\n\s*\.section\s+\.text\.", code)[1:]:
         name = re.match(r"\w+", section)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import simulated
 import torch
 from simulated import ROOT, Case, Problem, assert_right, machine
 

@@ -53,7 +53,7 @@ def test_json_says_the_same(capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed == info.gather()
     assert printed["versions"]["torch"] == torch.__version__
-    assert list(printed["backends"]) == list(backends.NAMES)
+    assert list(printed["backends"]) == list(backends.names())
 
 
 def test_values_are_written_out():

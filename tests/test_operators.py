@@ -66,7 +66,9 @@ def test_opcheck(kind, full):
     )
     opcheck(operators.native.pool, (x, channel_dim))
     opcheck(operators.native.rescale, (x, table(x), optional[0], channel_dim, full))
-    opcheck(operators.native.rescale_backward, (make(), x, table(x), y if full else None, channel_dim, True, True, full))
+    opcheck(
+        operators.native.rescale_backward, (make(), x, table(x), y if full else None, channel_dim, True, True, full)
+    )
     if kind != "expanded":
         opcheck(operators.native.step_, (x.clone(), *optional, *frozen, channel_dim, full, not full))
 

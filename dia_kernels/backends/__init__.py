@@ -13,14 +13,14 @@ from .. import autograd, autograd_tail, operators
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementer of the operators, for tensors on one type of device; ``missing`` says why it is not here."""
+    """An implementer of the operators, for tensors on one type of device; ``missing()`` says why it is not here."""
 
     device: str
     operators: operators.Operators
-    missing: str | None = None
+    missing: Callable[[], str | None] = lambda: None
 
 
-_backends: dict[str, Backend] = {"cpu": Backend("cpu", operators.native, operators.library_error)}
+_backends: dict[str, Backend] = {"cpu": Backend("cpu", operators.native, lambda: operators.library_error)}
 
 
 def names() -> tuple[str, ...]:
@@ -30,7 +30,7 @@ def names() -> tuple[str, ...]:
 
 def missing(name: str) -> str | None:
     """None if backend ``name`` can run here, else the sentence that says why it cannot."""
-    return None if name == "reference" else _backends[name].missing
+    return None if name == "reference" else _backends[name].missing()
 
 
 def add(name: str, device: str, kernels: Mapping[str, Callable[..., Any]]) -> None:
@@ -69,8 +69,9 @@ def check(backend: str | None, device: torch.device) -> None:
     found = _backends[backend]
     if device.type != found.device:
         raise ValueError(f"backend: {backend!r} serves {found.device} tensors, x is on {device}")
-    if found.missing is not None:
-        raise RuntimeError(f"backend: {backend!r} is missing here: {found.missing}")
+    reason = found.missing()
+    if reason is not None:
+        raise RuntimeError(f"backend: {backend!r} is missing here: {reason}")
 
 
 def operators_of(backend: str | None) -> operators.Operators:
