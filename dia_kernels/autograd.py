@@ -413,6 +413,7 @@ def register(ops: Operators) -> None:
 
 
 register(operators.native)
+register(operators.plain)
 
 
 # --- state -----------------------------------------------------------------------------------------

@@ -185,6 +185,7 @@ def register(ops: Operators) -> None:
 
 
 register(operators.native)
+register(operators.plain)
 
 
 def tail(

@@ -107,7 +107,7 @@ def step(
             y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
             x.copy_(y)
         else:
-            h, c = backends.operators_of(backend).step_(
+            h, c = backends.operators_of(backend, x).step_(
                 x, shortcut, h, c, *parameters, channel_dim, relu, output == "tanh"
             )
         return x, (h, c)
@@ -116,7 +116,7 @@ def step(
     elif backend == "reference":
         y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
     else:
-        ops = backends.operators_of(backend)
+        ops = backends.operators_of(backend, x)
         y, h, c = autograd.step(ops, x, shortcut, h, c, parameters, channel_dim, relu, output == "tanh")
     if later is not None:
         y = y + later
@@ -144,7 +144,7 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
     )
     first, last = (x, shortcut, h, c, gamma, beta), (folded.eps, parameters, channel_dim, relu)
     count: int | Tensor = x.numel() // max(shape[0], 1)
-    ops = None if backend == "reference" else backends.operators_of(backend)
+    ops = None if backend == "reference" else backends.operators_of(backend, x)
     if folded.group is not None:
         from . import autograd_sync  # it imports the compiler, to break its graphs: slow, and rarely needed
 
@@ -162,7 +162,7 @@ def _stacked_step(x, shortcut, h, c, first, rest, channel_dim, relu, output, dro
     """The split path: pool and rescale by their operators, the small cell between them by PyTorch."""
     pool, rescale = reference.pool, reference.rescale
     if backend != "reference":
-        pool, rescale = (partial(f, backends.operators_of(backend)) for f in (autograd.pool, autograd.rescale))
+        pool, rescale = (partial(f, backends.operators_of(backend, x)) for f in (autograd.pool, autograd.rescale))
     with torch.autocast(x.device.type, enabled=False):
         p = pool(x, channel_dim)
         if h is None:

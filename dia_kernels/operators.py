@@ -38,6 +38,7 @@ one, which ``autograd`` hands on by itself.
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -428,6 +429,8 @@ def _step_in_place_version(step_: Operator, keyset, x, *args):
 
 #: Those that the native library implements.
 native = Operators("")
+#: Those that nobody implements: the reference, on every device and in every dtype.
+plain = Operators("_plain")
 
 
 # --- the native library ----------------------------------------------------------------------------
@@ -446,6 +449,11 @@ def _load_library() -> str | None:
         warnings.warn(f"dia_kernels runs its slow reference path: {reason}", RuntimeWarning, stacklevel=2)
         return reason
     return None
+
+
+def library_has_cuda() -> bool:
+    """Whether the native library, which is loaded, holds the kernels for CUDA."""
+    return hasattr(ctypes.CDLL(str(LIBRARY_PATH)), "dia_kernels_gpu_layouts")
 
 
 #: None when the native library is loaded, else why it is not.

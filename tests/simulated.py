@@ -22,10 +22,11 @@ from dia_kernels import LSTMParameters, reference
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "simulated"
+TORCH = Path(torch.__file__).parent
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 SHARED_BYTES = 227 << 10
 #: Of a block of ``weight_gradients``, which is compiled for so many.
-WEIGHT_THREADS = 128
+WEIGHT_THREADS = 256
 
 Tensors = dict[str, Tensor]
 
@@ -38,6 +39,7 @@ def build() -> str:
     environment = os.environ | {"PATH": os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))}
     configure = [
         *("cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD, "-DDIA_KERNELS_SIMULATED=ON"),
+        *(f"-DTORCH_INCLUDE_DIR={TORCH / 'include'}", f"-DTORCH_LIBRARY_DIR={TORCH / 'lib'}"),
         *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"),
     ]
     for command in (configure, ["cmake", "--build", BUILD]):

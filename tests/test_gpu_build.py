@@ -57,7 +57,7 @@ def compiled(request: pytest.FixtureRequest) -> dict:
         cubin = BUILD / f"sm_{architecture}.cubin"
         command = [
             "nvcc", "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "--cubin", "-I", ROOT / "csrc",
-            "-o", cubin, ROOT / "csrc" / "machines" / "kernels.cu",
+            "-o", cubin, ROOT / "csrc" / "machines" / "cuda.cu",
         ]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

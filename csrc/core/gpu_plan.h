@@ -55,6 +55,10 @@ struct GpuProblem {
 // Who makes the cell: teams of blocks of a kernel of ours, or a BLAS.
 enum class GpuTeam { block, cluster, grid, products };
 
+// Which plans may be taken: any, or for tests and measurements of one kind alone. Where none of the kind fits, and
+// where a team does not fit on the device after all, a BLAS makes the cell between sweeps.
+enum class GpuLayouts { any, on_chip, sweeps, products };
+
 struct GpuPlan {
   // Whether the map stays on chip: one kernel. Else there are sweeps, `chunk` samples at a time, with the cell between.
   bool on_chip = false;
@@ -251,7 +255,7 @@ inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu,
 }  // namespace detail
 
 // The plan for a problem on a GPU. One with no elements has sweeps: its kernels know what to do.
-inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu) {
+inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts layouts = GpuLayouts::any) {
   const detail::Work work = detail::work_of(p, gpu);
   const double map_bytes = static_cast<double>(p.samples) * work.sample_bytes;
   const double rate = p.tf32 ? gpu.tf32 : gpu.flops;
@@ -265,8 +269,8 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu) {
     plan.ideal = work.passes * map_bytes / gpu.memory;
     return plan;
   };
-  if (p.samples == 0 || p.positions == 0 || p.channels > INT32_MAX / 8 || p.samples > INT32_MAX / 8 ||
-      p.channels * p.positions > INT32_MAX / 8 || p.bottleneck > INT32_MAX / 8)
+  if (layouts == GpuLayouts::products || p.samples == 0 || p.positions == 0 || p.channels > INT32_MAX / 8 ||
+      p.samples > INT32_MAX / 8 || p.channels * p.positions > INT32_MAX / 8 || p.bottleneck > INT32_MAX / 8)
     return with_ideal(best);
 
   const int pack = 16 / p.element_bytes, warps = kGpuThreads / 32;
@@ -306,12 +310,13 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu) {
       } else {
         detail::add_sweeps(plan, p, gpu, work, seconds, 1);
       }
-      if (plan.seconds < best.seconds) best = plan;
+      if (plan.seconds < best.seconds || (layouts != GpuLayouts::any && best.team == GpuTeam::products)) best = plan;
     }
   };
   for (bool on_chip : {true, false}) {
     // The statistics of a batch are known only when all of it has been read.
     if (on_chip && p.norm == GpuNorm::batch) continue;
+    if (layouts == (on_chip ? GpuLayouts::sweeps : GpuLayouts::on_chip)) continue;
     for (int resident = 1; resident <= 2 && resident * kGpuThreads <= gpu.threads; ++resident) {
       const int64_t blocks = static_cast<int64_t>(gpu.multiprocessors) * resident;
       consider(on_chip, GpuTeam::block, 1, blocks, resident);

@@ -91,6 +91,7 @@ DIA_DEVICE void backward_cell(M& m, const CellBackward& args, const Teams& teams
 }
 
 // The kernel between two sweeps. kAffine: with a norm in front; its gradients are the next kernel's (norm.h).
+template <bool kAffine>
 struct CellBackwardLaunch {
   CellBackward cell;
   Teams teams;
@@ -102,8 +103,8 @@ struct CellBackwardLaunch {
   float *factor, *offset;  // (N, C): dx = g factor + offset; with kAffine the offset is made by norm_gradients
 };
 
-template <bool kAffine, class M>
-DIA_DEVICE void cell_backward(M& m, const CellBackwardLaunch& args) {
+template <class M, bool kAffine>
+DIA_DEVICE void cell_backward(M& m, const CellBackwardLaunch<kAffine>& args) {
   const int group = args.teams.group, channels = args.cell.channels, samples = args.cell.samples;
   const Part owned = part_of(channels, m.rank(), m.ranks(), args.teams.quantum);
   const int width = owned.size();

@@ -118,6 +118,7 @@ DIA_DEVICE void forward_cell(M& m, const CellForward& args, const Teams& teams, 
 }
 
 // The kernel between two sweeps. kAffine: with a norm in front, whose statistics are known.
+template <bool kAffine>
 struct CellForwardLaunch {
   CellForward cell;
   Teams teams;
@@ -127,8 +128,8 @@ struct CellForwardLaunch {
   float *factor, *added;  // y = act((x - shift) factor + added + shortcut)
 };
 
-template <bool kAffine, class M>
-DIA_DEVICE void cell_forward(M& m, const CellForwardLaunch& args) {
+template <class M, bool kAffine>
+DIA_DEVICE void cell_forward(M& m, const CellForwardLaunch<kAffine>& args) {
   const int group = args.teams.group, channels = args.cell.channels, samples = args.cell.samples;
   const Part owned = part_of(channels, m.rank(), m.ranks(), args.teams.quantum);
   const auto means = m.template shared<float>(group * owned.size());

@@ -115,6 +115,34 @@ DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
   });
 }
 
+// The same of statistics that are given, in float or in double.
+struct GivenStatistics {
+  int channels;
+  float eps;
+  const float *mean, *var;             // (C), or null:
+  const double *wide_mean, *wide_var;  // (C)
+  const float *gamma, *beta;           // (C), or null for 1 and 0
+  float *shift, *d, *scale, *bias, *rstd;
+};
+
+template <class M>
+DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
+  const int step = m.teams() * m.ranks() * m.threads();
+  for (int channel = (m.team() * m.ranks() + m.rank()) * m.threads() + m.thread(); channel < args.channels;
+       channel += step) {
+    const bool wide = args.wide_mean != nullptr;
+    const double mean = wide ? m.load(args.wide_mean + channel) : static_cast<double>(m.load(args.mean + channel));
+    const double var = wide ? m.load(args.wide_var + channel) : static_cast<double>(m.load(args.var + channel));
+    const float shift = static_cast<float>(mean);
+    const float rstd = 1.0f / M::sqrt(static_cast<float>(var + static_cast<double>(args.eps)));
+    m.store(args.shift + channel, shift);
+    m.store(args.d + channel, static_cast<float>(mean - static_cast<double>(shift)));
+    m.store(args.rstd + channel, rstd);
+    m.store(args.scale + channel, args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd);
+    m.store(args.bias + channel, args.beta != nullptr ? m.load(args.beta + channel) : 0.0f);
+  }
+}
+
 // Gradients of gamma and beta, and of what the second sweep of the gradient applies:
 //     dz = g factor + (z - shift) slope + offset.
 // With the statistics of a batch all of it goes through them; with given ones slope is 0 and offset = scale dp / HW.

@@ -18,6 +18,7 @@ DIA_DEVICE void for_elements(M& m, int64_t count, Body body) {
 }
 
 // The means (N, C) from the sweep's sums, through the norm if there is one.
+template <bool kAffine>
 struct SplitMeans {
   int samples, channels, positions;
   const float* sum;
@@ -25,8 +26,8 @@ struct SplitMeans {
   float* p;
 };
 
-template <bool kAffine, class M>
-DIA_DEVICE void split_means(M& m, const SplitMeans& args) {
+template <class M, bool kAffine>
+DIA_DEVICE void split_means(M& m, const SplitMeans<kAffine>& args) {
   for_elements(m, row_at(args.samples, args.channels), [&](int64_t k) {
     const float mean = m.load(args.sum + k) / static_cast<float>(args.positions);
     const int channel = static_cast<int>(k % args.channels);
@@ -40,16 +41,19 @@ struct Rectify {
   float* values;
   const float *bias, *z;  // (width) or null; null: the values themselves
   int width;
+  bool fresh;  // there is no product: the values are not read
 };
 
 template <class M>
 DIA_DEVICE void rectify(M& m, const Rectify& args) {
   for_elements(m, args.count, [&](int64_t k) {
-    const float value = m.load(args.values + k) + (args.bias != nullptr ? m.load(args.bias + k % args.width) : 0.0f);
+    const float value = (args.fresh ? 0.0f : m.load(args.values + k)) +
+                        (args.bias != nullptr ? m.load(args.bias + k % args.width) : 0.0f);
     m.store(args.values + k, rectified(value, args.z != nullptr ? m.load(args.z + k) : value));
   });
 }
 
+template <bool kAffine>
 struct SplitGates {
   CellForward cell;
   const float* products;  // (N, 4 C)
@@ -57,8 +61,8 @@ struct SplitGates {
   float *factor, *added;
 };
 
-template <bool kAffine, class M>
-DIA_DEVICE void split_gates(M& m, const SplitGates& args) {
+template <class M, bool kAffine>
+DIA_DEVICE void split_gates(M& m, const SplitGates<kAffine>& args) {
   const int channels = args.cell.channels;
   for_elements(m, row_at(args.cell.samples, channels), [&](int64_t k) {
     const int64_t row = k / channels;
@@ -74,6 +78,7 @@ DIA_DEVICE void split_gates(M& m, const SplitGates& args) {
   });
 }
 
+template <bool kAffine>
 struct SplitGateGradients {
   CellBackward cell;
   const float* sum;  // see map_gradient
@@ -82,8 +87,8 @@ struct SplitGateGradients {
   float* factor;  // null: not wanted
 };
 
-template <bool kAffine, class M>
-DIA_DEVICE void split_gate_gradients(M& m, const SplitGateGradients& args) {
+template <class M, bool kAffine>
+DIA_DEVICE void split_gate_gradients(M& m, const SplitGateGradients<kAffine>& args) {
   const int channels = args.cell.channels;
   for_elements(m, row_at(args.cell.samples, channels), [&](int64_t k) {
     const int64_t row = k / channels;
@@ -91,6 +96,47 @@ DIA_DEVICE void split_gate_gradients(M& m, const SplitGateGradients& args) {
     const float dh = map_gradient<kAffine>(m, args.affine, args.sum, args.product, channel, k);
     const float h = gate_gradient(m, args.cell, row, channel, dh, [](int, float) {});
     if (args.factor != nullptr) m.store(args.factor + k, kAffine ? h * m.load(args.affine.scale + channel) : h);
+  });
+}
+
+// Behind a norm of given statistics: what the second sweep of a gradient adds, scale dp / HW.
+struct MeanGradients {
+  int64_t count;
+  int channels, positions;
+  const float *dp, *scale;  // (N, C), (C)
+  float* offset;            // (N, C)
+};
+
+template <class M>
+DIA_DEVICE void mean_gradients(M& m, const MeanGradients& args) {
+  for_elements(m, args.count, [&](int64_t k) {
+    const float scale = m.load(args.scale + k % args.channels);
+    m.store(args.offset + k, scale * m.load(args.dp + k) / static_cast<float>(args.positions));
+  });
+}
+
+// What a gradient through a norm needs again of the forward pass: h' from the gates, and scale and bias.
+struct NormAgain {
+  int samples, channels;
+  bool tanh_output;
+  const float *rstd, *gamma, *beta;  // (C); gamma, beta null: 1 and 0
+  const float *gates, *new_c;        // (N, 4 C), (N, C)
+  float *scale, *bias, *new_h;       // (C), (C), (N, C)
+};
+
+template <class M>
+DIA_DEVICE void norm_again(M& m, const NormAgain& args) {
+  const int64_t count = row_at(args.samples, args.channels);
+  for_elements(m, count > args.channels ? count : args.channels, [&](int64_t k) {
+    if (k < args.channels) {
+      const float rstd = m.load(args.rstd + k);
+      m.store(args.scale + k, args.gamma != nullptr ? m.load(args.gamma + k) * rstd : rstd);
+      m.store(args.bias + k, args.beta != nullptr ? m.load(args.beta + k) : 0.0f);
+    }
+    if (k >= count) return;
+    const int64_t row = k / args.channels, channel = k - row * args.channels;
+    const float o = m.load(args.gates + (row * 4 + 3) * args.channels + channel);
+    m.store(args.new_h + k, o * squashed<M>(m.load(args.new_c + k), args.tanh_output));
   });
 }
 

@@ -32,8 +32,11 @@ DIA_DEVICE int tiles_of(const WeightGradient& product) {
 // Shared memory of a block.
 constexpr int64_t kWeightGradientBytes = 2 * kTile * kTile * static_cast<int64_t>(sizeof(float));
 
-// By blocks of kThreads.
-template <int kThreads, class M>
+// Of a block of kernels that make tables.
+constexpr int kTableThreads = 256;
+
+// By blocks of kTableThreads.
+template <class M>
 DIA_DEVICE void weight_gradients(M& m, const WeightGradients& args) {
   const auto left = m.template shared<float>(kTile * kTile), right = m.template shared<float>(kTile * kTile);
   const int block = m.team() * m.ranks() + m.rank(), blocks = m.teams() * m.ranks();
@@ -46,11 +49,11 @@ DIA_DEVICE void weight_gradients(M& m, const WeightGradients& args) {
     passed += tiles;
     for (; tile < tiles; tile += blocks) {
       const int row = tile / across * kTile, column = tile % across * kTile;
-      constexpr int kElements = kTile * kTile / kThreads;  // of a thread
+      constexpr int kElements = kTile * kTile / kTableThreads;  // of a thread
       float sums[kElements] = {};
       for (int sample = 0; sample < args.samples; sample += kTile) {
         m.sync_block();
-        for (int k = m.thread(); k < kTile * kTile; k += kThreads) {
+        for (int k = m.thread(); k < kTile * kTile; k += kTableThreads) {
           const int64_t n = sample + k / kTile;
           const int i = row + k % kTile, j = column + k % kTile;
           const bool there = n < args.samples;
@@ -63,7 +66,7 @@ DIA_DEVICE void weight_gradients(M& m, const WeightGradients& args) {
         m.sync_block();
         DIA_UNROLL
         for (int e = 0; e < kElements; ++e) {
-          const int k = m.thread() + e * kThreads;
+          const int k = m.thread() + e * kTableThreads;
           for (int n = 0; n < kTile; ++n)
             sums[e] +=
                 static_cast<float>(left[n * kTile + k / kTile]) * static_cast<float>(right[n * kTile + k % kTile]);
@@ -71,7 +74,7 @@ DIA_DEVICE void weight_gradients(M& m, const WeightGradients& args) {
       }
       DIA_UNROLL
       for (int e = 0; e < kElements; ++e) {
-        const int k = m.thread() + e * kThreads;
+        const int k = m.thread() + e * kTableThreads;
         const int i = row + k / kTile, j = column + k % kTile;
         if (i < product.rows && j < product.columns)
           m.store(product.out + static_cast<int64_t>(i) * product.columns + j, sums[e]);

@@ -12,11 +12,10 @@
 
 #include <cstdint>
 
+#include "../core/gpu_plan.h"
 #include "../kernels/machine.h"
 
 namespace dia::cuda {
-
-enum class Team { block, cluster, grid };
 
 // Packs are moved by instructions spelt out: left to the compiler, a pack made or used element by element became as
 // many narrow accesses.
@@ -49,7 +48,7 @@ class Shared {
   unsigned begin_;
 };
 
-template <Team kTeam>
+template <GpuTeam kTeam>
 class Machine {
  public:
   // The grid is (blocks of a team, teams). `counters`: one for each team, zero; read by teams of blocks that meet in
@@ -62,17 +61,17 @@ class Machine {
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
   __device__ __forceinline__ int warp() const { return threadIdx.x / 32; }
   __device__ __forceinline__ int warps() const { return blockDim.x / 32; }
-  __device__ __forceinline__ int rank() const { return kTeam == Team::block ? 0 : blockIdx.x; }
-  __device__ __forceinline__ int ranks() const { return kTeam == Team::block ? 1 : gridDim.x; }
+  __device__ __forceinline__ int rank() const { return kTeam == GpuTeam::block ? 0 : blockIdx.x; }
+  __device__ __forceinline__ int ranks() const { return kTeam == GpuTeam::block ? 1 : gridDim.x; }
   __device__ __forceinline__ int team() const { return blockIdx.y; }
   __device__ __forceinline__ int teams() const { return gridDim.y; }
 
   __device__ __forceinline__ void sync_warp() { __syncwarp(); }
   __device__ __forceinline__ void sync_block() { __syncthreads(); }
   __device__ __forceinline__ void sync_team() {
-    if constexpr (kTeam == Team::block) {
+    if constexpr (kTeam == GpuTeam::block) {
       __syncthreads();
-    } else if constexpr (kTeam == Team::cluster) {
+    } else if constexpr (kTeam == GpuTeam::cluster) {
 #if __CUDA_ARCH__ >= 900
       asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else

@@ -144,54 +144,55 @@ auto backward_kernel(Arguments& of) {
 
 template <bool kAffine>
 auto cell_forward_kernel(Arguments& of) {
-  kernels::CellForwardLaunch args{of.cell_forward(), of.teams(), static_cast<int>(of.number("positions"))};
+  kernels::CellForwardLaunch<kAffine> args{of.cell_forward(), of.teams(), static_cast<int>(of.number("positions"))};
   args.sum = of.pointer<const float>("sum");
   if (kAffine) {
     args.norm = {of.affine(), of.pointer<float>("off")};
     args.factor = of.pointer<float>("factor"), args.added = of.pointer<float>("added");
   }
-  return [args](Thread& m) { kernels::cell_forward<kAffine>(m, args); };
+  return [args](Thread& m) { kernels::cell_forward(m, args); };
 }
 
 template <bool kAffine>
 auto cell_backward_kernel(Arguments& of) {
-  kernels::CellBackwardLaunch args{of.cell_backward(), of.teams(), static_cast<int>(of.number("positions"))};
+  kernels::CellBackwardLaunch<kAffine> args{of.cell_backward(), of.teams(), static_cast<int>(of.number("positions"))};
   args.product = of.pointer<float>("product"), args.factor = of.pointer<float>("factor");
   if (kAffine)
     args.sum = of.pointer<const float>("sum"), args.affine = of.affine(), args.dp = of.pointer<float>("dp");
   else
     args.offset = of.pointer<float>("offset");
-  return [args](Thread& m) { kernels::cell_backward<kAffine>(m, args); };
+  return [args](Thread& m) { kernels::cell_backward(m, args); };
 }
 
 template <bool kAffine>
 auto split_means_kernel(Arguments& of) {
   const kernels::MapSize size = of.size();
-  kernels::SplitMeans args{size.samples, size.channels, size.positions, of.pointer<const float>("sum")};
+  kernels::SplitMeans<kAffine> args{size.samples, size.channels, size.positions, of.pointer<const float>("sum")};
   args.p = of.pointer<float>("p");
   if (kAffine) args.norm = {of.affine(), of.pointer<float>("off")};
-  return [args](Thread& m) { kernels::split_means<kAffine>(m, args); };
+  return [args](Thread& m) { kernels::split_means(m, args); };
 }
 
 template <bool kAffine>
 auto split_gates_kernel(Arguments& of) {
-  kernels::SplitGates args{of.cell_forward(), of.pointer<const float>("products")};
+  kernels::SplitGates<kAffine> args{of.cell_forward(), of.pointer<const float>("products")};
   if (kAffine)
     args.affine = of.affine(), args.factor = of.pointer<float>("factor"), args.added = of.pointer<float>("added");
-  return [args](Thread& m) { kernels::split_gates<kAffine>(m, args); };
+  return [args](Thread& m) { kernels::split_gates(m, args); };
 }
 
 template <bool kAffine>
 auto split_gate_gradients_kernel(Arguments& of) {
-  kernels::SplitGateGradients args{of.cell_backward()};
+  kernels::SplitGateGradients<kAffine> args{of.cell_backward()};
   args.product = of.pointer<float>("product"), args.factor = of.pointer<float>("factor");
   if (kAffine) args.sum = of.pointer<const float>("sum"), args.affine = of.affine();
-  return [args](Thread& m) { kernels::split_gate_gradients<kAffine>(m, args); };
+  return [args](Thread& m) { kernels::split_gate_gradients(m, args); };
 }
 
 auto rectify_kernel(Arguments& of) {
-  const kernels::Rectify args{of.number("count"), of.pointer<float>("values"), of.pointer<const float>("row"),
-                              of.pointer<const float>("z"), static_cast<int>(of.number("width"))};
+  const kernels::Rectify args{
+      of.number("count"),           of.pointer<float>("values"),          of.pointer<const float>("row"),
+      of.pointer<const float>("z"), static_cast<int>(of.number("width")), false};
   return [args](Thread& m) { kernels::rectify(m, args); };
 }
 
@@ -235,7 +236,7 @@ auto weights_kernel(Arguments& of) {
   add(dzh, bottleneck, nullptr, 1, "d_hidden_reduce_bias");
   add(du, 4 * channels, of.pointer<const float>("zh"), bottleneck, "d_hidden_expand_weight");
   add(du, 4 * channels, nullptr, 1, "d_hidden_expand_bias");
-  return [args](Thread& m) { kernels::weight_gradients<128>(m, args); };
+  return [args](Thread& m) { kernels::weight_gradients(m, args); };
 }
 
 auto batch_statistics_kernel(Arguments& of) {

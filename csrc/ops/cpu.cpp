@@ -56,30 +56,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step(Tensor x, OptionalTensor shortcu
   });
 }
 
-// The bytes that a tensor spans.
-struct Span {
-  const char *begin, *end;
-
-  explicit Span(const Tensor& t) : begin(static_cast<const char*>(t.const_data_ptr())), end(begin) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) {
-      if (t.size(d) == 0) return;
-      last += (t.size(d) - 1) * t.stride(d);
-    }
-    end = begin + (last + 1) * static_cast<int64_t>(t.element_size());
-  }
-};
-
-// Whether writing x in place would change what is still to be read of the shortcut: they share memory,
-// but not element for element.
-bool clash(const Tensor& x, const Tensor& shortcut) {
-  const Span a(x), b(shortcut);
-  if (a.end <= b.begin || b.end <= a.begin) return false;
-  bool same = a.begin == b.begin;
-  for (int64_t d = 0; d < x.dim(); ++d) same = same && (x.size(d) == 1 || x.stride(d) == shortcut.stride(d));
-  return !same;
-}
-
 std::tuple<Tensor, Tensor> step_in_place(Tensor x, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
                                          Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1, Tensor v2,
                                          Tensor a2, int64_t channel_dim, bool relu, bool tanh_output) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu_loops.h"
 
 namespace dia::ops {
@@ -36,57 +37,6 @@ void linear(const A* x, int64_t samples, const Tensor& weight, const A* bias, A*
   for_samples({0, samples}, outputs,
               [&](int64_t a, int64_t b) { cell_kernels<A>().bias_relu(y, bias, outputs, a, b); });
 }
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(dense(*t)) : t; }
-
-// The parameters of the LSTM cell: a weight may have any strides, a bias is dense.
-struct Parameters {
-  Tensor input_reduce_weight, input_reduce_bias, input_expand_weight, input_expand_bias;
-  Tensor hidden_reduce_weight, hidden_reduce_bias, hidden_expand_weight, hidden_expand_bias;
-};
-
-void check_parameters(const Parameters& w, int64_t c, ScalarType dtype, const Tensor& x) {
-  check(w.input_reduce_weight.dim() == 2, "input_reduce_weight: expected 2 dimensions");
-  const int64_t m = w.input_reduce_weight.size(0);
-  check(c >= 1 && m >= 1, "x: expected at least one channel and a bottleneck of at least one value");
-  check_table("input_reduce_weight", w.input_reduce_weight, {m, c}, dtype, x);
-  check_table("input_reduce_bias", w.input_reduce_bias, {m}, dtype, x);
-  check_table("input_expand_weight", w.input_expand_weight, {4 * c, m}, dtype, x);
-  check_table("input_expand_bias", w.input_expand_bias, {4 * c}, dtype, x);
-  check_table("hidden_reduce_weight", w.hidden_reduce_weight, {m, c}, dtype, x);
-  check_table("hidden_reduce_bias", w.hidden_reduce_bias, {m}, dtype, x);
-  check_table("hidden_expand_weight", w.hidden_expand_weight, {4 * c, m}, dtype, x);
-  check_table("hidden_expand_bias", w.hidden_expand_bias, {4 * c}, dtype, x);
-}
-
-// The dtype of pooling, cell and state for a map.
-ScalarType compute_scalar_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-void check_state(const Tensor& x, const MapInfo& info, const OptionalTensor& h, const OptionalTensor& c) {
-  check(h.has_value() == c.has_value(), "state: expected both of h and c, or neither");
-  if (h) check_table("h", *h, {info.shape.samples, info.shape.channels}, compute_scalar_type(x), x);
-  if (c) check_table("c", *c, {info.shape.samples, info.shape.channels}, compute_scalar_type(x), x);
-}
-
-// What goes into a step, with or without its norm.
-void check_step(const Tensor& x, const MapInfo& info, const OptionalTensor& shortcut, const OptionalTensor& h,
-                const OptionalTensor& c, const Parameters& w) {
-  if (shortcut) check_map("shortcut", *shortcut, x);
-  check_state(x, info, h, c);
-  check_parameters(w, info.shape.channels, compute_scalar_type(x), x);
-}
-
-// The parts of the operator's `tables`: see operators.py, table_sizes.
-template <class A>
-struct Tables {
-  A *p, *zx, *zh, *gates;
-
-  static int64_t count(int64_t n, int64_t c, int64_t m) { return n * (5 * c + 2 * m); }
-  Tables(A* data, int64_t n, int64_t c, int64_t m) : p(data), zx(p + n * c), zh(zx + n * m), gates(zh + n * m) {}
-};
 
 // The cell's pre-activations split as zx Wx2' + zh Wh2' + bias. With no state the hidden bottleneck is
 // the same for all samples, so its product is done once and goes into the bias.
@@ -173,33 +123,6 @@ class CellPass {
 template <class A>
 int64_t weight_bytes(int64_t width, int64_t bottleneck) {
   return 10 * width * bottleneck * static_cast<int64_t>(sizeof(A));
-}
-
-struct Weights {
-  Tensor input_reduce, input_expand, hidden_reduce, hidden_expand;
-};
-
-// What goes into the gradient of a step, with or without its norm, whose `tables` follow the cell's in `more` values.
-void check_step_gradient(const OptionalTensor& dy, const OptionalTensor& dh, const OptionalTensor& dc, const Tensor& x,
-                         const MapInfo& info, const OptionalTensor& y, const OptionalTensor& h, const OptionalTensor& c,
-                         const Tensor& new_c, const Tensor& tables, int64_t more, const Weights& w, bool relu) {
-  const ScalarType dtype = compute_scalar_type(x);
-  const int64_t n = info.shape.samples, width = info.shape.channels;
-  check(w.input_reduce.dim() == 2 && width >= 1 && w.input_reduce.size(0) >= 1,
-        "input_reduce_weight: expected 2 dimensions");
-  const int64_t m = w.input_reduce.size(0);
-  check_table("input_reduce_weight", w.input_reduce, {m, width}, dtype, x);
-  check_table("input_expand_weight", w.input_expand, {4 * width, m}, dtype, x);
-  check_table("hidden_reduce_weight", w.hidden_reduce, {m, width}, dtype, x);
-  check_table("hidden_expand_weight", w.hidden_expand, {4 * width, m}, dtype, x);
-  if (dy) check_map("dy", *dy, x);
-  if (y) check_map("y", *y, x);
-  check(!relu || !dy || y, "y: expected the result of the step, which ended in a ReLU");
-  if (dh) check_table("dh", *dh, {n, width}, dtype, x);
-  if (dc) check_table("dc", *dc, {n, width}, dtype, x);
-  check_state(x, info, h, c);
-  check_table("new_c", new_c, {n, width}, dtype, x);
-  check_table("tables", tables, {n * (5 * width + 2 * m) + more}, dtype, x);
 }
 
 // Gradients of the eight parameters, once over all samples.

@@ -40,23 +40,6 @@ const CellKernels<A>& cell_kernels() {
     return kernels().cell32;
 }
 
-// Calls `body.template operator()<T>()` with the element type of x.
-template <class Body>
-auto with_map_type(const Tensor& x, Body body) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return body.template operator()<double>();
-    case ScalarType::Float:
-      return body.template operator()<float>();
-    case ScalarType::BFloat16:
-      return body.template operator()<BFloat16>();
-    case ScalarType::Half:
-      return body.template operator()<Float16>();
-    default:
-      throw std::runtime_error("dia_kernels: x: expected float64, float32, float16 or bfloat16");
-  }
-}
-
 // A part of the shared last-level cache: the other threads' data and the streams want room too.
 int64_t cache_bytes() {
   static const int64_t bytes = [] {

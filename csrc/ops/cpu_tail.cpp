@@ -12,16 +12,6 @@
 namespace dia::ops {
 namespace {
 
-// The norm of each channel: z to ((z - shift) - d) rstd gamma + beta, shift + d being the mean; and `off`, a sample's
-// mean less that mean. They lie in the operator's `tables`, behind those of the cell, so that backward finds them.
-template <class A>
-struct NormTables {
-  A *off, *shift, *d, *rstd;
-
-  static int64_t count(int64_t n, int64_t c) { return n * c + 3 * c; }
-  NormTables(A* data, int64_t n, int64_t c) : off(data), shift(data + n * c), d(shift + c), rstd(d + c) {}
-};
-
 // Per-channel weights of a norm, or 1 and 0.
 template <class A>
 struct Affine {
@@ -85,22 +75,6 @@ void batch_statistics(const double* d1, const double* m2, const A* shift, const 
       var[c] = squares / count;
     }
   });
-}
-
-void check_norm(const Tensor& z, const MapInfo& info, const OptionalTensor& gamma, const OptionalTensor& beta,
-                const OptionalTensor& mean, const OptionalTensor& var) {
-  const ScalarType dtype = compute_scalar_type(z);
-  const auto check_channels = [&](const char* name, const OptionalTensor& t) {
-    if (t) check_table(name, *t, {info.shape.channels}, dtype, z);
-  };
-  check_channels("norm weight", gamma), check_channels("norm bias", beta);
-  const auto check_statistics = [&](const char* name, const OptionalTensor& t) {
-    if (t)
-      check_table(name, *t, {info.shape.channels}, t->scalar_type() == ScalarType::Double ? ScalarType::Double : dtype,
-                  z);
-  };
-  check_statistics("running_mean", mean), check_statistics("running_var", var);
-  check(mean.has_value() == var.has_value(), "norm: expected both of a mean and a variance, or neither");
 }
 
 // Given statistics, in float64 or in the compute dtype.

@@ -170,8 +170,8 @@ void step_and_its_gradients(int ranks, int teams, int group) {
   add(back.dzh, kBottleneck, nullptr, 1, kA1);
   add(back.du, 4 * kChannels, cell.tables.zh, kBottleneck, kV2);
   add(back.du, 4 * kChannels, nullptr, 1, kA2);
-  memory.device.launch({.teams = 2, .threads = 64, .shared_bytes = kernels::kWeightGradientBytes},
-                       [&](Thread& m) { kernels::weight_gradients<64>(m, weights); });
+  memory.device.launch({.teams = 2, .threads = kernels::kTableThreads, .shared_bytes = kernels::kWeightGradientBytes},
+                       [&](Thread& m) { kernels::weight_gradients(m, weights); });
 
   const auto loss = [&](const std::vector<Values>& inputs) {
     const Results results = step(inputs);

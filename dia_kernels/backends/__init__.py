@@ -7,20 +7,38 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import autograd, autograd_tail, operators
 
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementer of the operators, for tensors on one type of device; ``missing()`` says why it is not here."""
+    """An implementer of the operators, for tensors on one type of device.
+
+    ``missing()`` says why it is not here; ``float64`` whether its kernels know that dtype (else the reference runs).
+    """
 
     device: str
     operators: operators.Operators
     missing: Callable[[], str | None] = lambda: None
+    float64: bool = True
 
 
-_backends: dict[str, Backend] = {"cpu": Backend("cpu", operators.native, lambda: operators.library_error)}
+def _cuda_missing() -> str | None:
+    if operators.library_error is not None:
+        return operators.library_error
+    if not operators.library_has_cuda():
+        return "the native library was built without CUDA (nvcc was not found, or DIA_KERNELS_BUILD=cpu)"
+    if not torch.backends.cuda.is_built():
+        return "this torch was built without CUDA"
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+_backends: dict[str, Backend] = {
+    "cpu": Backend("cpu", operators.native, lambda: operators.library_error),
+    "cuda": Backend("cuda", operators.native, _cuda_missing, float64=False),
+}
 
 
 def names() -> tuple[str, ...]:
@@ -33,11 +51,12 @@ def missing(name: str) -> str | None:
     return None if name == "reference" else _backends[name].missing()
 
 
-def add(name: str, device: str, kernels: Mapping[str, Callable[..., Any]]) -> None:
+def add(name: str, device: str, kernels: Mapping[str, Callable[..., Any]], *, float64: bool = True) -> None:
     """Makes ``kernels`` a backend for tensors on ``device``: an implementation for each name in ``operators.SCHEMAS``.
 
-    They have a set of operators to themselves, with the gradients of all others. Where a kernel is missing, the
-    reference stands in.
+    They have a set of operators to themselves, with the gradients of all others. A native library may implement some,
+    under their names and ``_<name>``. Where a kernel is missing, the reference stands in; without ``float64`` for such
+    maps too.
 
     Raises:
         ValueError: there is such a backend, or no such operator.
@@ -52,7 +71,7 @@ def add(name: str, device: str, kernels: Mapping[str, Callable[..., Any]]) -> No
         operators.library.impl(operator + added.suffix, kernel, torch._C._dispatch_key_for_device(device))
     autograd.register(added)
     autograd_tail.register(added)
-    _backends[name] = Backend(device, added)
+    _backends[name] = Backend(device, added, float64=float64)
 
 
 def check(backend: str | None, device: torch.device) -> None:
@@ -74,6 +93,10 @@ def check(backend: str | None, device: torch.device) -> None:
         raise RuntimeError(f"backend: {backend!r} is missing here: {reason}")
 
 
-def operators_of(backend: str | None) -> operators.Operators:
-    """The operators behind ``backend``, which ``check`` has accepted; None: the native ones, for every device."""
+def operators_of(backend: str | None, x: Tensor) -> operators.Operators:
+    """The operators behind ``backend``, which ``check`` has accepted, for the map ``x``; None: the native ones."""
+    if x.dtype == torch.float64:
+        found = _backends.get(backend or x.device.type)
+        if found is not None and not found.float64:
+            return operators.plain
     return operators.native if backend is None else _backends[backend].operators

@@ -1,0 +1,85 @@
+// Every kernel, by its arguments' type.
+#pragma once
+
+#include "split_cell.h"
+#include "step_backward.h"
+#include "step_forward.h"
+#include "sweeps.h"
+#include "weight_gradients.h"
+
+namespace dia::kernels {
+
+template <class M, class T, bool kAffine>
+DIA_DEVICE void run(M& m, const StepForward<T, kAffine>& args) {
+  step_forward(m, args);
+}
+template <class M, class T, bool kAffine>
+DIA_DEVICE void run(M& m, const StepBackward<T, kAffine>& args) {
+  step_backward(m, args);
+}
+template <class M, bool kAffine>
+DIA_DEVICE void run(M& m, const CellForwardLaunch<kAffine>& args) {
+  cell_forward(m, args);
+}
+template <class M, bool kAffine>
+DIA_DEVICE void run(M& m, const CellBackwardLaunch<kAffine>& args) {
+  cell_backward(m, args);
+}
+template <class M, class T>
+DIA_DEVICE void run(M& m, const Reduce<T>& args) {
+  reduce(m, args);
+}
+template <class M, class T>
+DIA_DEVICE void run(M& m, const Spread<T>& args) {
+  spread(m, args);
+}
+template <class M>
+DIA_DEVICE void run(M& m, const WeightGradients& args) {
+  weight_gradients(m, args);
+}
+template <class M>
+DIA_DEVICE void run(M& m, const BatchStatistics& args) {
+  batch_statistics(m, args);
+}
+template <class M>
+DIA_DEVICE void run(M& m, const GivenStatistics& args) {
+  given_statistics(m, args);
+}
+template <class M>
+DIA_DEVICE void run(M& m, const MeanGradients& args) {
+  mean_gradients(m, args);
+}
+template <class M>
+DIA_DEVICE void run(M& m, const NormAgain& args) {
+  norm_again(m, args);
+}
+template <class M>
+DIA_DEVICE void run(M& m, const NormGradients& args) {
+  norm_gradients(m, args);
+}
+template <class M>
+DIA_DEVICE void run(M& m, const Rectify& args) {
+  rectify(m, args);
+}
+template <class M, bool kAffine>
+DIA_DEVICE void run(M& m, const SplitMeans<kAffine>& args) {
+  split_means(m, args);
+}
+template <class M, bool kAffine>
+DIA_DEVICE void run(M& m, const SplitGates<kAffine>& args) {
+  split_gates(m, args);
+}
+template <class M, bool kAffine>
+DIA_DEVICE void run(M& m, const SplitGateGradients<kAffine>& args) {
+  split_gate_gradients(m, args);
+}
+
+// Whether blocks belong together in teams.
+template <class Args>
+constexpr bool kHasTeams = requires(Args args) { args.teams; };
+
+// Threads of a block: of those that move a map or whose blocks share a cell, and of those that make tables.
+template <class Args>
+constexpr int kThreadsOf = kHasTeams<Args> || requires(Args args) { args.tile; } ? kGpuThreads : kTableThreads;
+
+}  // namespace dia::kernels

@@ -1,0 +1,50 @@
+// What a GPU does for the operators: run a kernel of csrc/kernels, clear memory. machines/cuda.cu is a real one, by
+// CUDA's runtime; machines/simulated_gpu.h one simulated. Plain C++, no torch, no CUDA headers.
+#pragma once
+
+#include <cstdint>
+#include <variant>
+
+#include "../core/gpu_plan.h"
+#include "../kernels/run.h"
+
+namespace dia {
+
+// How a kernel is launched: a grid of ranks x teams blocks, `ranks` of which are a team. Blocks that have nothing to do
+// with each other are teams of one.
+struct LaunchShape {
+  GpuTeam team = GpuTeam::block;
+  int ranks = 1, teams = 1;
+  int64_t shared_bytes = 0;
+};
+
+// Every kernel, as its arguments.
+using AnyKernel = std::variant<
+    kernels::StepForward<float, false>, kernels::StepForward<float, true>, kernels::StepForward<BFloat16, false>,
+    kernels::StepForward<BFloat16, true>, kernels::StepForward<Float16, false>, kernels::StepForward<Float16, true>,
+    kernels::StepBackward<float, false>, kernels::StepBackward<float, true>, kernels::StepBackward<BFloat16, false>,
+    kernels::StepBackward<BFloat16, true>, kernels::StepBackward<Float16, false>, kernels::StepBackward<Float16, true>,
+    kernels::Reduce<float>, kernels::Reduce<BFloat16>, kernels::Reduce<Float16>, kernels::Spread<float>,
+    kernels::Spread<BFloat16>, kernels::Spread<Float16>, kernels::CellForwardLaunch<false>,
+    kernels::CellForwardLaunch<true>, kernels::CellBackwardLaunch<false>, kernels::CellBackwardLaunch<true>,
+    kernels::SplitMeans<false>, kernels::SplitMeans<true>, kernels::SplitGates<false>, kernels::SplitGates<true>,
+    kernels::SplitGateGradients<false>, kernels::SplitGateGradients<true>, kernels::WeightGradients,
+    kernels::BatchStatistics, kernels::GivenStatistics, kernels::MeanGradients, kernels::NormAgain,
+    kernels::NormGradients, kernels::Rectify>;
+
+// The current device, and the stream that work is put on. A function that fails raises std::runtime_error with what the
+// runtime said.
+class Gpu {
+ public:
+  virtual ~Gpu() = default;
+
+  virtual GpuLimits limits() = 0;
+  // `counters`: zero, one for each team; read by teams of GpuTeam::grid.
+  virtual void launch(const AnyKernel& kernel, const LaunchShape& shape, unsigned* counters) = 0;
+  // Blocks of this kernel that all multiprocessors together hold at once.
+  virtual int64_t resident(const AnyKernel& kernel, const LaunchShape& shape) = 0;
+  // Sets `bytes` of the GPU's memory to zero, in stream order.
+  virtual void clear(void* data, int64_t bytes) = 0;
+};
+
+}  // namespace dia

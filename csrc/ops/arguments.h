@@ -1,0 +1,160 @@
+// The operators' arguments on any device: their checks, and the parts of the tables that forward hands to backward.
+#pragma once
+
+#include <initializer_list>
+
+#include "../core/elements.h"
+#include "tensors.h"
+
+namespace dia::ops {
+namespace {
+
+// Calls `body.template operator()<T>()` with the element type of x.
+template <class Body>
+auto with_map_type(const Tensor& x, Body body) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return body.template operator()<double>();
+    case ScalarType::Float:
+      return body.template operator()<float>();
+    case ScalarType::BFloat16:
+      return body.template operator()<BFloat16>();
+    case ScalarType::Half:
+      return body.template operator()<Float16>();
+    default:
+      throw std::runtime_error("dia_kernels: x: expected float64, float32, float16 or bfloat16");
+  }
+}
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(dense(*t)) : t; }
+
+// The parameters of the LSTM cell: a weight may have any strides, a bias is dense.
+struct Parameters {
+  Tensor input_reduce_weight, input_reduce_bias, input_expand_weight, input_expand_bias;
+  Tensor hidden_reduce_weight, hidden_reduce_bias, hidden_expand_weight, hidden_expand_bias;
+};
+
+void check_parameters(const Parameters& w, int64_t c, ScalarType dtype, const Tensor& x) {
+  check(w.input_reduce_weight.dim() == 2, "input_reduce_weight: expected 2 dimensions");
+  const int64_t m = w.input_reduce_weight.size(0);
+  check(c >= 1 && m >= 1, "x: expected at least one channel and a bottleneck of at least one value");
+  check_table("input_reduce_weight", w.input_reduce_weight, {m, c}, dtype, x);
+  check_table("input_reduce_bias", w.input_reduce_bias, {m}, dtype, x);
+  check_table("input_expand_weight", w.input_expand_weight, {4 * c, m}, dtype, x);
+  check_table("input_expand_bias", w.input_expand_bias, {4 * c}, dtype, x);
+  check_table("hidden_reduce_weight", w.hidden_reduce_weight, {m, c}, dtype, x);
+  check_table("hidden_reduce_bias", w.hidden_reduce_bias, {m}, dtype, x);
+  check_table("hidden_expand_weight", w.hidden_expand_weight, {4 * c, m}, dtype, x);
+  check_table("hidden_expand_bias", w.hidden_expand_bias, {4 * c}, dtype, x);
+}
+
+// The dtype of pooling, cell and state for a map.
+ScalarType compute_scalar_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+void check_state(const Tensor& x, const MapInfo& info, const OptionalTensor& h, const OptionalTensor& c) {
+  check(h.has_value() == c.has_value(), "state: expected both of h and c, or neither");
+  if (h) check_table("h", *h, {info.shape.samples, info.shape.channels}, compute_scalar_type(x), x);
+  if (c) check_table("c", *c, {info.shape.samples, info.shape.channels}, compute_scalar_type(x), x);
+}
+
+// What goes into a step, with or without its norm.
+void check_step(const Tensor& x, const MapInfo& info, const OptionalTensor& shortcut, const OptionalTensor& h,
+                const OptionalTensor& c, const Parameters& w) {
+  if (shortcut) check_map("shortcut", *shortcut, x);
+  check_state(x, info, h, c);
+  check_parameters(w, info.shape.channels, compute_scalar_type(x), x);
+}
+
+// The bytes that a tensor spans.
+struct Span {
+  const char *begin, *end;
+
+  explicit Span(const Tensor& t) : begin(static_cast<const char*>(t.const_data_ptr())), end(begin) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) {
+      if (t.size(d) == 0) return;
+      last += (t.size(d) - 1) * t.stride(d);
+    }
+    end = begin + (last + 1) * static_cast<int64_t>(t.element_size());
+  }
+};
+
+// Whether writing x in place would change what is still to be read of the shortcut: they share memory,
+// but not element for element.
+bool clash(const Tensor& x, const Tensor& shortcut) {
+  const Span a(x), b(shortcut);
+  if (a.end <= b.begin || b.end <= a.begin) return false;
+  bool same = a.begin == b.begin;
+  for (int64_t d = 0; d < x.dim(); ++d) same = same && (x.size(d) == 1 || x.stride(d) == shortcut.stride(d));
+  return !same;
+}
+
+// The parts of the operator's `tables`: see operators.py, table_sizes.
+template <class A>
+struct Tables {
+  A *p, *zx, *zh, *gates;
+
+  static int64_t count(int64_t n, int64_t c, int64_t m) { return n * (5 * c + 2 * m); }
+  Tables(A* data, int64_t n, int64_t c, int64_t m) : p(data), zx(p + n * c), zh(zx + n * m), gates(zh + n * m) {}
+};
+
+// The four weights: a gradient reads no bias.
+struct Weights {
+  Tensor input_reduce, input_expand, hidden_reduce, hidden_expand;
+};
+
+// What goes into the gradient of a step, with or without its norm, whose `tables` follow the cell's in `more` values.
+void check_step_gradient(const OptionalTensor& dy, const OptionalTensor& dh, const OptionalTensor& dc, const Tensor& x,
+                         const MapInfo& info, const OptionalTensor& y, const OptionalTensor& h, const OptionalTensor& c,
+                         const Tensor& new_c, const Tensor& tables, int64_t more, const Weights& w, bool relu) {
+  const ScalarType dtype = compute_scalar_type(x);
+  const int64_t n = info.shape.samples, width = info.shape.channels;
+  check(w.input_reduce.dim() == 2 && width >= 1 && w.input_reduce.size(0) >= 1,
+        "input_reduce_weight: expected 2 dimensions");
+  const int64_t m = w.input_reduce.size(0);
+  check_table("input_reduce_weight", w.input_reduce, {m, width}, dtype, x);
+  check_table("input_expand_weight", w.input_expand, {4 * width, m}, dtype, x);
+  check_table("hidden_reduce_weight", w.hidden_reduce, {m, width}, dtype, x);
+  check_table("hidden_expand_weight", w.hidden_expand, {4 * width, m}, dtype, x);
+  if (dy) check_map("dy", *dy, x);
+  if (y) check_map("y", *y, x);
+  check(!relu || !dy || y, "y: expected the result of the step, which ended in a ReLU");
+  if (dh) check_table("dh", *dh, {n, width}, dtype, x);
+  if (dc) check_table("dc", *dc, {n, width}, dtype, x);
+  check_state(x, info, h, c);
+  check_table("new_c", new_c, {n, width}, dtype, x);
+  check_table("tables", tables, {n * (5 * width + 2 * m) + more}, dtype, x);
+}
+
+// The norm of each channel: z to ((z - shift) - d) rstd gamma + beta, shift + d being the mean; and `off`, a sample's
+// mean less that mean. They lie in the operator's `tables`, behind those of the cell, so that backward finds them.
+template <class A>
+struct NormTables {
+  A *off, *shift, *d, *rstd;
+
+  static int64_t count(int64_t n, int64_t c) { return n * c + 3 * c; }
+  NormTables(A* data, int64_t n, int64_t c) : off(data), shift(data + n * c), d(shift + c), rstd(d + c) {}
+};
+
+// What a norm adds to a step's arguments.
+void check_norm(const Tensor& z, const MapInfo& info, const OptionalTensor& gamma, const OptionalTensor& beta,
+                const OptionalTensor& mean, const OptionalTensor& var) {
+  const ScalarType dtype = compute_scalar_type(z);
+  const auto check_channels = [&](const char* name, const OptionalTensor& t) {
+    if (t) check_table(name, *t, {info.shape.channels}, dtype, z);
+  };
+  check_channels("norm weight", gamma), check_channels("norm bias", beta);
+  const auto check_statistics = [&](const char* name, const OptionalTensor& t) {
+    if (t)
+      check_table(name, *t, {info.shape.channels}, t->scalar_type() == ScalarType::Double ? ScalarType::Double : dtype,
+                  z);
+  };
+  check_statistics("running_mean", mean), check_statistics("running_var", var);
+  check(mean.has_value() == var.has_value(), "norm: expected both of a mean and a variance, or neither");
+}
+
+}  // namespace
+}  // namespace dia::ops

@@ -1,0 +1,405 @@
+// What the operators on a GPU share: plans that fit the device, maps and workspaces, and the cell between two sweeps.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <map>
+#include <mutex>
+
+#include "arguments.h"
+#include "gpu_device.h"
+
+namespace dia::ops {
+namespace {
+
+using kernels::Samples;
+
+// A map as the kernels take it: samples at any distance, each dense. Where a tensor is not, `tensor` is a copy.
+template <class T>
+struct GpuMap {
+  Tensor tensor;
+  Samples<const T> samples;
+
+  GpuMap(const Tensor& t, const MapInfo& info) : tensor(t) {
+    if (!dense_samples(info)) {
+      using torch::headeronly::MemoryFormat;
+      const bool last = info.format == dia::MemoryFormat::channels_last;
+      tensor = torch::stable::contiguous(t, !last          ? MemoryFormat::Contiguous
+                                            : t.dim() == 4 ? MemoryFormat::ChannelsLast
+                                                           : MemoryFormat::ChannelsLast3d);
+    }
+    samples = {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0)};
+  }
+
+ private:
+  bool dense_samples(const MapInfo& info) const {
+    const auto strides = row_strides(tensor.sizes().data(), tensor.strides().data(), static_cast<int>(tensor.dim()),
+                                     info.channel_first, info.shape.interleaved);
+    return strides && (info.shape.rows() <= 1 || strides->row == info.shape.row_length());
+  }
+};
+
+template <class T>
+struct OptionalGpuMap {
+  std::optional<GpuMap<T>> map;
+  Samples<const T> samples;
+
+  OptionalGpuMap(const OptionalTensor& t, const MapInfo& info) {
+    if (!t) return;
+    map.emplace(*t, info);
+    samples = map->samples;
+  }
+};
+
+// A result shaped like x in the output format, or an empty one if it is not wanted.
+template <class T>
+struct GpuResult {
+  Tensor tensor;
+  Samples<T> samples;
+
+  GpuResult(bool wanted, const Tensor& x, const MapInfo& info)
+      : tensor(wanted ? empty_strided(info.sizes, info.strides, x, dtype_code(x))
+                      : empty_strided({0}, {1}, x, dtype_code(x))) {
+    if (wanted) samples = {static_cast<T*>(tensor.mutable_data_ptr()), info.shape.channels * info.shape.positions};
+  }
+  Samples<const T> read() const { return {samples.data, samples.stride}; }
+};
+
+template <class T>
+Samples<T> from_sample(const Samples<T>& map, int64_t first) {
+  return map.data == nullptr ? map : Samples<T>{map.data + first * map.stride, map.stride};
+}
+template <class T>
+T* rows_from(T* table, int64_t first, int64_t width) {
+  return table == nullptr ? nullptr : table + first * width;
+}
+
+// The cell's arguments of samples [first, first + count).
+inline kernels::CellForward of_samples(kernels::CellForward cell, int64_t first, int64_t count) {
+  const int64_t c = cell.channels, m = cell.bottleneck;
+  cell.samples = static_cast<int>(count);
+  cell.h = rows_from(cell.h, first, c), cell.c = rows_from(cell.c, first, c);
+  cell.tables = {rows_from(cell.tables.p, first, c), rows_from(cell.tables.zx, first, m),
+                 rows_from(cell.tables.zh, first, m), rows_from(cell.tables.gates, first, 4 * c)};
+  cell.new_h = rows_from(cell.new_h, first, c), cell.new_c = rows_from(cell.new_c, first, c);
+  return cell;
+}
+inline kernels::CellBackward of_samples(kernels::CellBackward cell, int64_t first, int64_t count) {
+  const int64_t c = cell.channels, m = cell.bottleneck;
+  cell.samples = static_cast<int>(count);
+  cell.dh = rows_from(cell.dh, first, c), cell.dc = rows_from(cell.dc, first, c);
+  cell.c = rows_from(cell.c, first, c), cell.new_c = rows_from(cell.new_c, first, c);
+  cell.tables = {rows_from(cell.tables.p, first, c), rows_from(cell.tables.zx, first, m),
+                 rows_from(cell.tables.zh, first, m), rows_from(cell.tables.gates, first, 4 * c)};
+  cell.du = rows_from(cell.du, first, 4 * c);
+  cell.dzx = rows_from(cell.dzx, first, m), cell.dzh = rows_from(cell.dzh, first, m);
+  cell.old_dh = rows_from(cell.old_dh, first, c), cell.old_dc = rows_from(cell.old_dc, first, c);
+  return cell;
+}
+
+// The parameters as the kernels take them; `dense` keeps what had to be copied.
+struct GpuWeights {
+  std::vector<Tensor> kept;
+  kernels::CellWeights weights{};
+
+  explicit GpuWeights(const Parameters& w) {
+    weights = {add(w.input_reduce_weight),  add(w.input_reduce_bias),    add(w.input_expand_weight),
+               add(w.input_expand_bias),    add(w.hidden_reduce_weight), add(w.hidden_reduce_bias),
+               add(w.hidden_expand_weight), add(w.hidden_expand_bias)};
+  }
+  explicit GpuWeights(const Weights& w) {
+    weights.input_reduce = add(w.input_reduce), weights.input_expand = add(w.input_expand);
+    weights.hidden_reduce = add(w.hidden_reduce), weights.hidden_expand = add(w.hidden_expand);
+  }
+
+ private:
+  const float* add(const Tensor& t) {
+    kept.push_back(dense(t));
+    return static_cast<const float*>(kept.back().const_data_ptr());
+  }
+};
+
+// Which plans are taken, in this process.
+inline std::atomic<GpuLayouts>& layouts() {
+  static std::atomic<GpuLayouts> chosen{GpuLayouts::any};
+  return chosen;
+}
+
+// One call of an operator: its device, the sizes, and what it allocates on the way.
+class GpuCall {
+ public:
+  GpuCall(const Tensor& x, const MapInfo& info, int64_t bottleneck)
+      : device_(x), x_(x), shape_(info.shape), bottleneck_(bottleneck), limits_(device_.gpu().limits()) {
+    for (const int64_t size : {shape_.samples, shape_.channels, shape_.positions, bottleneck})
+      check(size <= INT32_MAX / 8, "x: expected sizes of at most ", INT32_MAX / 8, ", got ", sizes_text(x));
+    check(x.scalar_type() != ScalarType::Double, "x: a GPU's kernels know no float64; the reference does");
+  }
+
+  int64_t samples() const { return shape_.samples; }
+  int64_t channels() const { return shape_.channels; }
+  int64_t positions() const { return shape_.positions; }
+  int64_t bottleneck() const { return bottleneck_; }
+  bool empty() const { return shape_.samples == 0 || shape_.positions == 0; }
+  const GpuLimits& limits() const { return limits_; }
+  kernels::MapSize size(int64_t samples) const {
+    return {static_cast<int>(samples), static_cast<int>(shape_.channels), static_cast<int>(shape_.positions),
+            shape_.interleaved};
+  }
+  template <class Cell>
+  Cell cell(bool tanh_output) const {
+    Cell cell{};
+    cell.samples = static_cast<int>(shape_.samples), cell.channels = static_cast<int>(shape_.channels);
+    cell.bottleneck = static_cast<int>(bottleneck_), cell.tanh_output = tanh_output;
+    return cell;
+  }
+
+  Tensor table(const std::vector<int64_t>& sizes) const { return empty_table<float>(x_, sizes); }
+  // A table that lives as long as the call.
+  float* scratch(int64_t count) {
+    kept_.push_back(table({count}));
+    return data_of<float>(kept_.back());
+  }
+
+  // The plan for a direction, if its teams fit the device together; `kernel(on chip)` is what they would run.
+  template <class KernelOf>
+  GpuPlan plan(bool combined, bool backward, GpuNorm norm, int element_bytes, bool aligned, KernelOf kernel) {
+    const GpuProblem problem{
+        shape_.samples, shape_.channels, shape_.positions, bottleneck_,        element_bytes, shape_.interleaved,
+        aligned,        combined,        backward,         element_bytes == 2, norm};
+    return known_plan(problem, [&] {
+      const GpuPlan plan = plan_step(problem, limits_, layouts().load());
+      if (plan.team == GpuTeam::products || plan.team == GpuTeam::block) return plan;
+      const int64_t blocks = static_cast<int64_t>(plan.ranks) * plan.teams;
+      if (blocks <= device_.gpu().resident(kernel(plan.on_chip), shape_of(plan))) return plan;
+      return plan_step(problem, limits_, GpuLayouts::products);
+    });
+  }
+
+  static LaunchShape shape_of(const GpuPlan& plan) { return {plan.team, plan.ranks, plan.teams, plan.shared_bytes}; }
+
+  // A kernel of teams, as planned: its counters are this launch's own.
+  void launch_teams(const AnyKernel& kernel, const GpuPlan& plan) {
+    unsigned* counters = nullptr;
+    if (plan.team == GpuTeam::grid) {
+      counters = reinterpret_cast<unsigned*>(scratch(plan.teams));
+      device_.gpu().clear(counters, plan.teams * static_cast<int64_t>(sizeof(unsigned)));
+    }
+    device_.gpu().launch(kernel, shape_of(plan), counters);
+  }
+  void clear(float* table, int64_t count) { device_.gpu().clear(table, count * static_cast<int64_t>(sizeof(float))); }
+  float* team_parts(const GpuPlan& plan) {
+    return scratch(static_cast<int64_t>(plan.teams) * plan.ranks * plan.group * 2 * bottleneck_);
+  }
+  kernels::Teams teams(const GpuPlan& plan) const { return {plan.group, plan.quantum}; }
+
+  template <class T>
+  void launch_sweep(const kernels::Reduce<T>& args) {
+    const int stages = (args.x.data != nullptr ? 1 : 0) + (args.dy.data != nullptr ? 1 : 0);
+    launch_blocks(args, tiles(args.size, args.tile), 2,
+                  reduce_shared_bytes(args.tile.channels, args.tile.positions, args.size.interleaved, sizeof(T), stages,
+                                      kGpuThreads / 32));
+  }
+  template <class T>
+  void launch_sweep(const kernels::Spread<T>& args) {
+    launch_blocks(args, tiles(args.size, args.tile), 2, 0);
+  }
+  kernels::Tile tile(const GpuPlan& plan) const { return {plan.tile_channels, plan.tile_positions}; }
+  // The tile of a sweep by itself.
+  kernels::Tile part_tile(int element_bytes) const {
+    GpuProblem problem{};
+    problem.samples = shape_.samples, problem.channels = shape_.channels, problem.positions = shape_.positions;
+    problem.element_bytes = element_bytes, problem.interleaved = shape_.interleaved;
+    GpuPlan plan;
+    detail::choose_tile(plan, problem, limits_);
+    return tile(plan);
+  }
+
+  // A kernel of `count` values of tables, one a thread.
+  void launch_elements(const AnyKernel& kernel, int64_t count) {
+    launch_blocks(kernel, detail::parts(count, kernels::kTableThreads), 8, 0);
+  }
+  // A kernel whose warps' lanes are channels.
+  void launch_channels(const AnyKernel& kernel) {
+    launch_blocks(kernel, detail::parts(shape_.channels, 32), 8, floats(kernels::kTableThreads));
+  }
+  void launch_weights(const kernels::WeightGradients& args) {
+    int64_t tiles = 0;
+    for (int k = 0; k < args.count; ++k) tiles += kernels::tiles_of(args.products[k]);
+    launch_blocks(args, tiles, 4, kernels::kWeightGradientBytes);
+  }
+
+  // out (rows, columns) = factor left right (+ out), all dense; `transposed`: the right one is (columns, inner).
+  void product(float* out, const float* left, int64_t rows, int64_t inner, const float* right, int64_t columns,
+               bool transposed, bool add = false, double factor = 1.0) {
+    if (rows == 0) return;
+    device_.product(view(out, rows, columns, columns, 1), view(left, rows, inner, inner, 1),
+                    transposed ? view(right, inner, columns, 1, inner) : view(right, inner, columns, columns, 1), add,
+                    factor);
+  }
+
+ private:
+  void launch_blocks(const AnyKernel& kernel, int64_t tasks, int resident, int64_t shared_bytes) {
+    if (tasks == 0) return;
+    const int64_t most = static_cast<int64_t>(limits_.multiprocessors) * resident;
+    device_.gpu().launch(kernel, {GpuTeam::block, 1, static_cast<int>(std::min(tasks, most)), shared_bytes}, nullptr);
+  }
+  static int64_t tiles(const kernels::MapSize& size, const kernels::Tile& tile) {
+    return static_cast<int64_t>(size.samples) * detail::parts(size.channels, tile.channels);
+  }
+  Tensor view(const float* data, int64_t rows, int64_t columns, int64_t row, int64_t column) const {
+    int32_t type, index;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x_.get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x_.get(), &index));
+    const int64_t sizes[] = {rows, columns}, strides[] = {row, column};
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<float*>(data), 2, sizes, strides, 0,
+                                                                     aoti_torch_dtype_float32(), type, index, &handle));
+    return Tensor(handle);
+  }
+  // Plans are made once for each problem and device: hundreds of layouts are priced for one.
+  template <class Make>
+  GpuPlan known_plan(const GpuProblem& p, Make make) {
+    static std::mutex mutex;
+    static std::map<std::array<int64_t, 18>, GpuPlan> known;
+    const std::array<int64_t, 18> key{x_.get_device_index(),
+                                      p.samples,
+                                      p.channels,
+                                      p.positions,
+                                      p.bottleneck,
+                                      p.element_bytes,
+                                      p.interleaved,
+                                      p.aligned,
+                                      p.combined,
+                                      p.backward,
+                                      p.tf32,
+                                      static_cast<int64_t>(p.norm),
+                                      limits_.multiprocessors,
+                                      limits_.shared_per_block,
+                                      limits_.l2_bytes,
+                                      limits_.cluster,
+                                      static_cast<int64_t>(limits_.flops),
+                                      static_cast<int64_t>(layouts().load())};
+    {
+      const std::lock_guard lock(mutex);
+      const auto found = known.find(key);
+      if (found != known.end()) return found->second;
+    }
+    const GpuPlan plan = make();
+    const std::lock_guard lock(mutex);
+    return known[key] = plan;
+  }
+
+  GpuDevice device_;
+  Tensor x_;
+  MapShape shape_;
+  int64_t bottleneck_;
+  GpuLimits limits_;
+  std::vector<Tensor> kept_;
+};
+
+// Whether every run of a dense map begins at sixteen bytes.
+template <class T>
+bool aligned_map(const MapInfo& info, std::initializer_list<const void*> maps) {
+  const int64_t pack = 16 / static_cast<int64_t>(sizeof(T));
+  const int64_t run = info.shape.interleaved ? info.shape.channels : info.shape.channels * info.shape.positions;
+  bool aligned = run % pack == 0;
+  for (const void* map : maps) aligned = aligned && reinterpret_cast<uintptr_t>(map) % 16 == 0;
+  return aligned;
+}
+
+// --- the cell between two sweeps -----------------------------------------------------------------------
+
+// From the sums of the map of cell.samples samples: tables and state, and what the second sweep applies.
+template <bool kAffine>
+void run_cell(GpuCall& call, const GpuPlan& plan, const kernels::CellForward& cell, const float* sum,
+              const kernels::NormedMeans& norm, float* factor, float* added) {
+  const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
+  if (plan.team != GpuTeam::products) {
+    kernels::CellForwardLaunch<kAffine> args{
+        cell, call.teams(plan), static_cast<int>(call.positions()), sum, norm, factor, added};
+    args.cell.partial = call.team_parts(plan);
+    call.launch_teams(args, plan);
+    return;
+  }
+  call.launch_elements(kernels::SplitMeans<kAffine>{cell.samples, cell.channels, static_cast<int>(call.positions()),
+                                                    sum, norm, cell.tables.p},
+                       n * c);
+  call.product(cell.tables.zx, cell.tables.p, n, c, cell.weights.input_reduce, m, true);
+  call.launch_elements(
+      kernels::Rectify{n * m, cell.tables.zx, cell.weights.input_reduce_bias, nullptr, cell.bottleneck, false}, n * m);
+  if (cell.h != nullptr) call.product(cell.tables.zh, cell.h, n, c, cell.weights.hidden_reduce, m, true);
+  call.launch_elements(kernels::Rectify{n * m, cell.tables.zh, cell.weights.hidden_reduce_bias, nullptr,
+                                        cell.bottleneck, cell.h == nullptr},
+                       n * m);
+  float* products = call.scratch(n * 4 * c);
+  call.product(products, cell.tables.zx, n, m, cell.weights.input_expand, 4 * c, true);
+  call.product(products, cell.tables.zh, n, m, cell.weights.hidden_expand, 4 * c, true, true);
+  call.launch_elements(kernels::SplitGates<kAffine>{cell, products, norm.affine, factor, added}, n * c);
+}
+
+// From the sums of the map's gradient: that of the pre-activations and bottlenecks, of the old state, and of the means:
+// to `dp`, which is divided by the positions unless there is a norm.
+template <bool kAffine>
+void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBackward& cell, const float* sum,
+                       float* product, const kernels::ChannelAffine& affine, float* dp, float* factor) {
+  const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
+  if (plan.team != GpuTeam::products) {
+    kernels::CellBackwardLaunch<kAffine> args{};
+    args.cell = cell, args.teams = call.teams(plan), args.positions = static_cast<int>(call.positions());
+    args.sum = sum, args.product = product, args.affine = affine, args.factor = factor;
+    (kAffine ? args.dp : args.offset) = dp;
+    args.cell.partial = call.team_parts(plan);
+    call.launch_teams(args, plan);
+    return;
+  }
+  call.launch_elements(kernels::SplitGateGradients<kAffine>{cell, sum, product, affine, factor}, n * c);
+  const auto down = [&](float* dz, const float* expand, const float* z) {
+    call.product(dz, cell.du, n, 4 * c, expand, m, false);
+    call.launch_elements(kernels::Rectify{n * m, dz, nullptr, z, cell.bottleneck, false}, n * m);
+  };
+  down(cell.dzx, cell.weights.input_expand, cell.tables.zx);
+  down(cell.dzh, cell.weights.hidden_expand, cell.tables.zh);
+  if (cell.old_dh != nullptr) call.product(cell.old_dh, cell.dzh, n, m, cell.weights.hidden_reduce, c, false);
+  if (dp != nullptr)
+    call.product(dp, cell.dzx, n, m, cell.weights.input_reduce, c, false, false,
+                 kAffine || call.positions() == 0 ? 1.0 : 1.0 / static_cast<double>(call.positions()));
+}
+
+// --- gradients of the parameters ---------------------------------------------------------------------------
+
+struct GpuParameterGradients {
+  std::array<Tensor, 8> tensors;
+
+  GpuParameterGradients(GpuCall& call, bool wanted) {
+    const int64_t c = call.channels(), m = call.bottleneck();
+    const std::vector<int64_t> sizes[] = {{m, c}, {m}, {4 * c, m}, {4 * c}, {m, c}, {m}, {4 * c, m}, {4 * c}};
+    for (int k = 0; k < 8; ++k) tensors[k] = call.table(wanted ? sizes[k] : std::vector<int64_t>{0});
+  }
+
+  void fill(GpuCall& call, const kernels::CellBackward& cell, const float* h) {
+    const int c = cell.channels, m = cell.bottleneck;
+    kernels::WeightGradients args{};
+    args.samples = cell.samples;
+    const auto add = [&](const float* left, int rows, const float* right, int columns) {
+      args.products[args.count] = {left, right, data_of<float>(tensors[args.count]), rows, columns};
+      ++args.count;
+    };
+    add(cell.dzx, m, cell.tables.p, c);
+    add(cell.dzx, m, nullptr, 1);
+    add(cell.du, 4 * c, cell.tables.zx, m);
+    add(cell.du, 4 * c, nullptr, 1);
+    add(cell.dzh, m, h, c);
+    add(cell.dzh, m, nullptr, 1);
+    add(cell.du, 4 * c, cell.tables.zh, m);
+    add(cell.du, 4 * c, nullptr, 1);
+    // With no state the old h is 0, and so is the gradient of what multiplies it.
+    if (h == nullptr) {
+      torch::stable::fill_(tensors[4], 0.0);
+      args.products[4] = args.products[--args.count];
+    }
+    call.launch_weights(args);
+  }
+};
+
+}  // namespace
+}  // namespace dia::ops

@@ -1,0 +1,603 @@
+// The operators on a GPU: checks, plans, workspaces, launches. Included where they are registered: for CUDA
+// (cuda_operators.cpp), and in tests for a simulated GPU, so that all of this runs in every test.
+//
+//     step    the map on chip: one kernel | or by chunks of samples: reduce | cell | spread
+//     tail    reduce: moments | statistics of the batch | cell | spread; of given statistics as the step
+//     and their gradients, with the weights' once over all samples at the end
+//
+// Everything is put on the current stream and nothing waits for it; memory comes from torch's allocator, so a call can
+// be captured into a graph.
+#pragma once
+
+#include <tuple>
+
+#include "gpu_cell.h"
+
+namespace dia::ops {
+namespace {
+
+// Calls `body.template operator()<T>()` with the element type of x; one that the GPU's kernels know.
+template <class Body>
+auto with_gpu_type(const Tensor& x, Body body) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return body.template operator()<float>();
+    case ScalarType::BFloat16:
+      return body.template operator()<BFloat16>();
+    case ScalarType::Half:
+      return body.template operator()<Float16>();
+    default:
+      throw std::runtime_error(
+          "dia_kernels: x: expected float32, float16 or bfloat16 on a GPU; of float64 the reference");
+  }
+}
+
+// --- forward -------------------------------------------------------------------------------------------------
+
+struct StepResult {
+  Tensor h, c, tables;
+};
+
+template <class T>
+struct ForwardMaps {
+  Samples<const T> x, shortcut;
+  Samples<T> y;
+};
+
+// The cell's arguments forward, and the tensors behind them.
+struct ForwardCell {
+  GpuWeights weights;
+  OptionalTensor h_tensor, c_tensor;
+  StepResult result;
+  kernels::CellForward args;
+
+  // `more` values of tables behind those of the cell.
+  ForwardCell(GpuCall& call, const Parameters& w, const OptionalTensor& h, const OptionalTensor& c, bool tanh_output,
+              int64_t more)
+      : weights(w), h_tensor(dense(h)), c_tensor(dense(c)), args(call.cell<kernels::CellForward>(tanh_output)) {
+    const int64_t n = call.samples(), width = call.channels(), m = call.bottleneck();
+    result = {call.table({n, width}), call.table({n, width}), call.table({Tables<float>::count(n, width, m) + more})};
+    const Tables<float> tables(data_of<float>(result.tables), n, width, m);
+    args.h = data_of<float>(h_tensor), args.c = data_of<float>(c_tensor);
+    args.weights = weights.weights;
+    args.tables = {tables.p, tables.zx, tables.zh, tables.gates};
+    args.new_h = data_of<float>(result.h), args.new_c = data_of<float>(result.c);
+  }
+};
+
+// A step, behind a norm of known statistics if kAffine, by the plan.
+template <class T, bool kAffine>
+void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, const ForwardMaps<T>& maps, bool relu,
+                 const kernels::NormedMeans& norm) {
+  const int64_t n = call.samples(), width = call.channels();
+  if (plan.on_chip) {
+    kernels::StepForward<T, kAffine> args{cell.args, call.teams(plan), call.size(n), relu,
+                                          maps.x,    maps.shortcut,    maps.y,       norm};
+    args.cell.partial = call.team_parts(plan);
+    call.launch_teams(args, plan);
+    return;
+  }
+  float* sum = call.scratch(n * width);
+  float* factor = kAffine ? call.scratch(n * width) : cell.args.new_h;
+  float* added = kAffine ? call.scratch(n * width) : nullptr;
+  for (int64_t first = 0; first < n; first += plan.chunk) {
+    const int64_t count = std::min(plan.chunk, n - first);
+    const auto rows = [&](float* table) { return rows_from(table, first, width); };
+    kernels::Reduce<T> reduce{};
+    reduce.size = call.size(count), reduce.tile = call.tile(plan);
+    reduce.x = from_sample(maps.x, first), reduce.sum = rows(sum);
+    if (kAffine) reduce.shift = norm.affine.shift;
+    call.launch_sweep(reduce);
+    kernels::NormedMeans of_chunk = norm;
+    of_chunk.off = rows(norm.off);
+    run_cell<kAffine>(call, plan, of_samples(cell.args, first, count), rows(sum), of_chunk, rows(factor), rows(added));
+    kernels::Spread<T> spread{};
+    spread.size = reduce.size, spread.tile = reduce.tile;
+    spread.x = reduce.x, spread.shortcut = from_sample(maps.shortcut, first), spread.out = from_sample(maps.y, first);
+    spread.scale = rows(factor), spread.offset = rows(added), spread.shift = reduce.shift, spread.relu = relu;
+    call.launch_sweep(spread);
+  }
+}
+
+template <class T, bool kAffine>
+GpuPlan forward_plan(GpuCall& call, const MapInfo& info, const ForwardMaps<T>& maps, bool relu, GpuNorm norm) {
+  return call.plan(maps.shortcut.data != nullptr || relu, false, norm, sizeof(T),
+                   aligned_map<T>(info, {maps.x.data, maps.shortcut.data, maps.y.data}), [](bool on_chip) -> AnyKernel {
+                     if (on_chip) return kernels::StepForward<T, kAffine>{};
+                     return kernels::CellForwardLaunch<kAffine>{};
+                   });
+}
+
+template <class T>
+StepResult run_step(const Tensor& x, const MapInfo& info, const ForwardMaps<T>& maps, const OptionalTensor& h,
+                    const OptionalTensor& c, const Parameters& w, bool relu, bool tanh_output, bool keep_tables) {
+  GpuCall call(x, info, w.input_reduce_weight.size(0));
+  ForwardCell cell(call, w, h, c, tanh_output, 0);
+  if (!keep_tables) cell.args.tables.gates = nullptr;
+  run_forward<T, false>(call, forward_plan<T, false>(call, info, maps, relu, GpuNorm::none), cell, maps, relu, {});
+  if (!keep_tables) cell.result.tables = call.table({0});
+  return cell.result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> step(Tensor x, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
+                                                Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1,
+                                                Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output,
+                                                bool keep_tables) {
+  const Parameters w{w1, b1, w2, b2, v1, a1, v2, a2};
+  const MapInfo info = map_info(x, channel_dim);
+  check_step(x, info, shortcut, h, c, w);
+  return with_gpu_type(x, [&]<class T>() {
+    const GpuMap<T> x_map(x, info);
+    const OptionalGpuMap<T> s_map(shortcut, info);
+    const GpuResult<T> y(true, x, info);
+    const StepResult result =
+        run_step<T>(x, info, {x_map.samples, s_map.samples, y.samples}, h, c, w, relu, tanh_output, keep_tables);
+    return std::make_tuple(y.tensor, result.h, result.c, result.tables);
+  });
+}
+
+// Whoever writes an element of y has read that of x, or has it on chip: y may be x.
+std::tuple<Tensor, Tensor> step_in_place(Tensor x, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
+                                         Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1, Tensor v2,
+                                         Tensor a2, int64_t channel_dim, bool relu, bool tanh_output) {
+  const Parameters w{w1, b1, w2, b2, v1, a1, v2, a2};
+  const MapInfo info = map_info(x, channel_dim);
+  check_step(x, info, shortcut, h, c, w);
+  if (shortcut && clash(x, *shortcut)) shortcut = torch::stable::clone(*shortcut);
+  return with_gpu_type(x, [&]<class T>() {
+    const GpuMap<T> x_map(x, info);
+    const OptionalGpuMap<T> s_map(shortcut, info);
+    // Where the kernel reads a copy of x, it may as well write there; the result is copied back.
+    const Samples<T> y{const_cast<T*>(x_map.samples.data), x_map.samples.stride};
+    const StepResult result =
+        run_step<T>(x, info, {x_map.samples, s_map.samples, y}, h, c, w, relu, tanh_output, false);
+    if (x_map.samples.data != x.const_data_ptr()) torch::stable::copy_(x, x_map.tensor);
+    return std::make_tuple(result.h, result.c);
+  });
+}
+
+// --- gradient ------------------------------------------------------------------------------------------------
+
+struct WantedGradients {
+  bool x, shortcut, state, parameters, affine;
+};
+
+// What came with the forward pass and from the layers after it.
+struct GradientArguments {
+  OptionalTensor dy, dh, dc;
+  Tensor x;
+  OptionalTensor y, h, c;
+  Tensor new_c, tables;
+};
+
+template <class T>
+struct BackwardMaps {
+  Samples<const T> dy, y, x;
+  Samples<T> dshortcut, dx;
+};
+
+struct BackwardCell {
+  GpuWeights weights;
+  std::vector<OptionalTensor> kept;
+  Tensor old_dh, old_dc, new_c, tables;
+  kernels::CellBackward args;
+
+  BackwardCell(GpuCall& call, const GradientArguments& given, const Weights& w, bool tanh_output, bool need_state)
+      : weights(w),
+        new_c(dense(given.new_c)),
+        tables(dense(given.tables)),
+        args(call.cell<kernels::CellBackward>(tanh_output)) {
+    const int64_t n = call.samples(), width = call.channels(), m = call.bottleneck();
+    const std::vector<int64_t> state = need_state ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0};
+    old_dh = call.table(state), old_dc = call.table(state);
+    const Tables<float> of(data_of<float>(tables), n, width, m);
+    args.dh = add(given.dh), args.dc = add(given.dc), args.c = add(given.c);
+    args.new_c = static_cast<const float*>(new_c.const_data_ptr());
+    args.weights = weights.weights;
+    args.tables = {of.p, of.zx, of.zh, of.gates};
+    args.du = call.scratch(n * 4 * width), args.dzx = call.scratch(n * m), args.dzh = call.scratch(n * m);
+    if (need_state) args.old_dh = data_of<float>(old_dh), args.old_dc = data_of<float>(old_dc);
+  }
+
+ private:
+  const float* add(const OptionalTensor& t) {
+    kept.push_back(dense(t));
+    return data_of<float>(kept.back());
+  }
+};
+
+// The norm's part of a gradient: its affine, and tables of (N, C).
+struct NormOfGradient {
+  kernels::ChannelAffine affine{};
+  float *sum = nullptr, *product = nullptr, *dp = nullptr;
+};
+
+// The first sweep: g, and what the cell's gradient begins with.
+template <class T>
+void run_reduce(GpuCall& call, const GpuPlan& plan, const BackwardMaps<T>& maps, int64_t first, int64_t count,
+                const float* shift, float* sum, float* product) {
+  kernels::Reduce<T> reduce{};
+  reduce.size = call.size(count), reduce.tile = call.tile(plan);
+  reduce.dy = from_sample(maps.dy, first), reduce.y = from_sample(maps.y, first);
+  reduce.x = from_sample(maps.x, first), reduce.g = from_sample(maps.dshortcut, first);
+  reduce.shift = shift, reduce.sum = sum, reduce.product = product;
+  if (reduce.dy.data != nullptr) call.launch_sweep(reduce);
+}
+
+// The second sweep: dx = g factor + (x - shift) slope + offset. What the first wrote is masked, and one map instead of
+// two.
+template <class T>
+void run_spread(GpuCall& call, const GpuPlan& plan, const BackwardMaps<T>& maps, int64_t first, int64_t count,
+                const float* factor, const float* offset, const float* shift, const float* slope) {
+  kernels::Spread<T> spread{};
+  spread.size = call.size(count), spread.tile = call.tile(plan);
+  const bool reread = maps.dshortcut.data != nullptr && maps.dy.data != nullptr;
+  spread.dy = reread ? Samples<const T>{maps.dshortcut.data, maps.dshortcut.stride} : maps.dy;
+  spread.dy = from_sample(spread.dy, first);
+  if (!reread) spread.y = from_sample(maps.y, first);
+  if (slope != nullptr) spread.x = from_sample(maps.x, first);
+  spread.out = from_sample(maps.dx, first);
+  spread.scale = spread.dy.data != nullptr ? factor : nullptr, spread.offset = offset;
+  spread.shift = shift, spread.slope = slope;
+  call.launch_sweep(spread);
+}
+
+// The gradient of a step by the plan, behind a norm of given statistics if kAffine; the weights' comes after.
+template <class T, bool kAffine>
+void run_backward(GpuCall& call, const GpuPlan& plan, const BackwardCell& cell, const BackwardMaps<T>& maps,
+                  const NormOfGradient& norm) {
+  const int64_t n = call.samples(), width = call.channels();
+  if (plan.on_chip) {
+    kernels::StepBackward<T, kAffine> args{};
+    args.cell = cell.args, args.teams = call.teams(plan), args.size = call.size(n), args.relu = maps.y.data != nullptr;
+    args.dy = maps.dy, args.y = maps.y, args.x = maps.x, args.dshortcut = maps.dshortcut, args.dx = maps.dx;
+    args.affine = norm.affine, args.sum = norm.sum, args.product = norm.product, args.dp = norm.dp;
+    args.cell.partial = call.team_parts(plan);
+    call.launch_teams(args, plan);
+    return;
+  }
+  const bool has_g = maps.dy.data != nullptr, has_dx = maps.dx.data != nullptr;
+  float* product = kAffine ? norm.product : has_g ? call.scratch(n * width) : nullptr;
+  if (kAffine && !has_g)
+    for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
+  float* factor = has_dx ? call.scratch(n * width) : nullptr;
+  float* dp = kAffine ? norm.dp : has_dx ? call.scratch(n * width) : nullptr;
+  float* offset = dp;
+  if (kAffine && has_dx) offset = call.scratch(n * width);
+  for (int64_t first = 0; first < n; first += plan.chunk) {
+    const int64_t count = std::min(plan.chunk, n - first);
+    const auto rows = [&](float* table) { return rows_from(table, first, width); };
+    run_reduce(call, plan, maps, first, count, norm.affine.shift, rows(norm.sum), rows(product));
+    run_cell_gradient<kAffine>(call, plan, of_samples(cell.args, first, count), rows(norm.sum), rows(product),
+                               norm.affine, rows(dp), rows(factor));
+    if (!has_dx) continue;
+    if (kAffine)
+      call.launch_elements(
+          kernels::MeanGradients{count * width, static_cast<int>(width), static_cast<int>(call.positions()), rows(dp),
+                                 norm.affine.scale, rows(offset)},
+          count * width);
+    run_spread<T>(call, plan, maps, first, count, rows(factor), rows(offset), nullptr, nullptr);
+  }
+}
+
+template <class T, bool kAffine>
+GpuPlan backward_plan(GpuCall& call, const MapInfo& info, const BackwardMaps<T>& maps, GpuNorm norm) {
+  return call.plan(maps.y.data != nullptr || maps.dshortcut.data != nullptr, true, norm, sizeof(T),
+                   aligned_map<T>(info, {maps.x.data, maps.dy.data, maps.y.data, maps.dx.data, maps.dshortcut.data}),
+                   [](bool on_chip) -> AnyKernel {
+                     if (on_chip) return kernels::StepBackward<T, kAffine>{};
+                     return kernels::CellBackwardLaunch<kAffine>{};
+                   });
+}
+
+// The maps of a gradient, and the copies that some may need.
+template <class T>
+struct GradientMaps {
+  OptionalGpuMap<T> dy, y;
+  GpuMap<T> x;
+  GpuResult<T> dshortcut, dx;
+  BackwardMaps<T> maps;
+
+  GradientMaps(const GradientArguments& given, const MapInfo& info, const WantedGradients& wanted)
+      : dy(given.dy, info),
+        y(given.dy ? given.y : std::nullopt, info),
+        x(given.x, info),
+        dshortcut(wanted.shortcut, given.x, info),
+        dx(wanted.x, given.x, info),
+        maps{dy.samples, y.samples, x.samples, dshortcut.samples, dx.samples} {
+    if (wanted.shortcut && !given.dy) torch::stable::fill_(dshortcut.tensor, 0.0);
+    if (!given.dy) maps.dshortcut = {};
+  }
+};
+
+using StepGradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor x, OptionalTensor y,
+                            OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, Tensor w1, Tensor w2,
+                            Tensor v1, Tensor v2, int64_t channel_dim, bool relu, bool tanh_output, bool need_x,
+                            bool need_shortcut, bool need_state, bool need_parameters) {
+  const MapInfo info = map_info(x, channel_dim);
+  const Weights w{w1, w2, v1, v2};
+  check_step_gradient(dy, dh, dc, x, info, y, h, c, new_c, tables, 0, w, relu);
+  const GradientArguments given{dy, dh, dc, x, relu ? y : std::nullopt, h, c, new_c, tables};
+  return with_gpu_type(x, [&]<class T>() -> StepGradients {
+    GpuCall call(x, info, w1.size(0));
+    const GradientMaps<T> maps(given, info, {need_x, need_shortcut, need_state, need_parameters, false});
+    const BackwardCell cell(call, given, w, tanh_output, need_state);
+    run_backward<T, false>(call, backward_plan<T, false>(call, info, maps.maps, GpuNorm::none), cell, maps.maps, {});
+    GpuParameterGradients d(call, need_parameters);
+    const OptionalTensor old_h = dense(h);
+    if (need_parameters) d.fill(call, cell.args, data_of<float>(old_h));
+    const auto& t = d.tensors;
+    return {maps.dx.tensor, maps.dshortcut.tensor,
+            cell.old_dh,    cell.old_dc,
+            t[0],           t[1],
+            t[2],           t[3],
+            t[4],           t[5],
+            t[6],           t[7]};
+  });
+}
+
+// --- the tail ------------------------------------------------------------------------------------------------
+
+// The norm's tables forward: of this batch, or of given statistics.
+struct ForwardNorm {
+  OptionalTensor gamma, beta;
+  float *shift, *d, *rstd, *scale, *bias;
+
+  ForwardNorm(GpuCall& call, const OptionalTensor& gamma_tensor, const OptionalTensor& beta_tensor,
+              const NormTables<float>& tables)
+      : gamma(dense(gamma_tensor)),
+        beta(dense(beta_tensor)),
+        shift(tables.shift),
+        d(tables.d),
+        rstd(tables.rstd),
+        scale(call.scratch(call.channels())),
+        bias(call.scratch(call.channels())) {}
+
+  void given(GpuCall& call, const Tensor& mean, const Tensor& var, double eps) {
+    const Tensor m = dense(mean), v = dense(var);
+    kernels::GivenStatistics args{};
+    args.channels = static_cast<int>(call.channels()), args.eps = static_cast<float>(eps);
+    const auto either = [](const Tensor& t, const float*& narrow, const double*& wide) {
+      if (t.scalar_type() == ScalarType::Double)
+        wide = static_cast<const double*>(t.const_data_ptr());
+      else
+        narrow = static_cast<const float*>(t.const_data_ptr());
+    };
+    either(m, args.mean, args.wide_mean), either(v, args.var, args.wide_var);
+    check((args.mean == nullptr) == (args.var == nullptr), "running_mean, running_var: expected one dtype for both");
+    args.gamma = data_of<float>(gamma), args.beta = data_of<float>(beta);
+    args.shift = shift, args.d = d, args.scale = scale, args.bias = bias, args.rstd = rstd;
+    call.launch_elements(args, call.channels());
+  }
+  kernels::ChannelAffine affine() const { return {shift, d, scale, bias}; }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
+    Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c, OptionalTensor gamma, OptionalTensor beta,
+    OptionalTensor mean, OptionalTensor var, double eps, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1,
+    Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output) {
+  const Parameters w{w1, b1, w2, b2, v1, a1, v2, a2};
+  const MapInfo info = map_info(z, channel_dim);
+  check_step(z, info, shortcut, h, c, w);
+  check_norm(z, info, gamma, beta, mean, var);
+  return with_gpu_type(z, [&]<class T>() {
+    GpuCall call(z, info, w1.size(0));
+    const int64_t n = call.samples(), width = call.channels(), m = call.bottleneck();
+    const GpuMap<T> z_map(z, info);
+    const OptionalGpuMap<T> s_map(shortcut, info);
+    const GpuResult<T> y(true, z, info);
+    ForwardCell cell(call, w, h, c, tanh_output, NormTables<float>::count(n, width));
+    const NormTables<float> tables(data_of<float>(cell.result.tables) + Tables<float>::count(n, width, m), n, width);
+    ForwardNorm norm(call, gamma, beta, tables);
+    const ForwardMaps<T> maps{z_map.samples, s_map.samples, y.samples};
+    if (mean) {
+      norm.given(call, *mean, *var, eps);
+      run_forward<T, true>(call, forward_plan<T, true>(call, info, maps, relu, GpuNorm::given), cell, maps, relu,
+                           {norm.affine(), tables.off});
+      return std::make_tuple(y.tensor, cell.result.h, cell.result.c, cell.result.tables, call.table({0}),
+                             call.table({0}));
+    }
+    const Tensor batch_mean = call.table({width}), batch_var = call.table({width});
+    const GpuPlan plan = forward_plan<T, true>(call, info, maps, relu, GpuNorm::batch);
+    float *sum = call.scratch(n * width), *squares = call.scratch(n * width), *first = call.scratch(n * width);
+    float *factor = call.scratch(n * width), *added = call.scratch(n * width);
+    kernels::Reduce<T> reduce{};
+    reduce.size = call.size(n), reduce.tile = call.tile(plan);
+    reduce.x = maps.x, reduce.first = first, reduce.sum = sum, reduce.product = squares;
+    call.launch_sweep(reduce);
+    kernels::BatchStatistics statistics{};
+    statistics.samples = static_cast<int>(n), statistics.channels = static_cast<int>(width);
+    statistics.positions = static_cast<int>(call.positions()), statistics.eps = static_cast<float>(eps);
+    statistics.first = first, statistics.squares = squares, statistics.sum = sum;
+    statistics.gamma = data_of<float>(norm.gamma), statistics.beta = data_of<float>(norm.beta);
+    statistics.shift = norm.shift, statistics.d = norm.d, statistics.scale = norm.scale, statistics.bias = norm.bias;
+    statistics.rstd = norm.rstd, statistics.mean = data_of<float>(batch_mean),
+    statistics.var = data_of<float>(batch_var);
+    call.launch_channels(statistics);
+    run_cell<true>(call, plan, cell.args, sum, {norm.affine(), tables.off}, factor, added);
+    kernels::Spread<T> spread{};
+    spread.size = reduce.size, spread.tile = reduce.tile, spread.relu = relu;
+    spread.x = maps.x, spread.shortcut = maps.shortcut, spread.out = maps.y;
+    spread.scale = factor, spread.offset = added, spread.shift = norm.shift;
+    call.launch_sweep(spread);
+    return std::make_tuple(y.tensor, cell.result.h, cell.result.c, cell.result.tables, batch_mean, batch_var);
+  });
+}
+
+using TailGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                 Tensor, Tensor, Tensor>;
+
+template <class T>
+TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& info, const OptionalTensor& gamma,
+                                const OptionalTensor& beta, const Weights& w, bool tanh_output, bool batch,
+                                const WantedGradients& wanted) {
+  const Tensor& z = given.x;
+  GpuCall call(z, info, w.input_reduce.size(0));
+  const int64_t n = call.samples(), width = call.channels(), m = call.bottleneck();
+  const GradientMaps<T> maps(given, info, wanted);
+  const BackwardCell cell(call, given, w, tanh_output, wanted.state);
+  const NormTables<float> tables(data_of<float>(cell.tables) + Tables<float>::count(n, width, m), n, width);
+  const OptionalTensor gammas = dense(gamma), betas = dense(beta);
+  // scale = gamma rstd again, and what else the norm's gradient needs.
+  float *scale = call.scratch(width), *bias = call.scratch(width), *new_h = call.scratch(n * width);
+  call.launch_elements(
+      kernels::NormAgain{static_cast<int>(n), static_cast<int>(width), tanh_output, tables.rstd, data_of<float>(gammas),
+                         data_of<float>(betas), cell.args.tables.gates, cell.args.new_c, scale, bias, new_h},
+      std::max(n, int64_t{1}) * width);
+  const NormOfGradient norm{
+      {tables.shift, tables.d, scale, bias}, call.scratch(n * width), call.scratch(n * width), call.scratch(n * width)};
+  const Tensor dgamma = call.table({width}), dbeta = call.table({width});
+  kernels::NormGradients gradients{};
+  gradients.samples = static_cast<int>(n), gradients.channels = static_cast<int>(width);
+  gradients.positions = static_cast<int>(call.positions()), gradients.batch = batch;
+  gradients.sum = norm.sum, gradients.product = norm.product, gradients.dp = norm.dp, gradients.off = tables.off;
+  gradients.new_h = new_h, gradients.d = tables.d, gradients.scale = scale, gradients.rstd = tables.rstd;
+  gradients.dgamma = data_of<float>(dgamma), gradients.dbeta = data_of<float>(dbeta);
+  if (batch) {
+    const GpuPlan plan = backward_plan<T, true>(call, info, maps.maps, GpuNorm::batch);
+    float *factor = nullptr, *offset = nullptr, *slope = nullptr;
+    if (wanted.x) factor = call.scratch(n * width), offset = call.scratch(n * width), slope = call.scratch(width);
+    if (maps.maps.dy.data == nullptr)
+      for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
+    run_reduce(call, plan, maps.maps, 0, n, tables.shift, norm.sum, norm.product);
+    run_cell_gradient<true>(call, plan, cell.args, norm.sum, norm.product, norm.affine, norm.dp, factor);
+    gradients.offset = offset, gradients.slope = slope;
+    call.launch_channels(gradients);
+    if (wanted.x) run_spread<T>(call, plan, maps.maps, 0, n, factor, offset, tables.shift, slope);
+  } else {
+    run_backward<T, true>(call, backward_plan<T, true>(call, info, maps.maps, GpuNorm::given), cell, maps.maps, norm);
+    if (wanted.affine) call.launch_channels(gradients);
+  }
+  GpuParameterGradients d(call, wanted.parameters);
+  const OptionalTensor old_h = dense(given.h);
+  if (wanted.parameters) d.fill(call, cell.args, data_of<float>(old_h));
+  const auto& t = d.tensors;
+  const Tensor nothing = call.table({0});
+  return {maps.dx.tensor,
+          maps.dshortcut.tensor,
+          cell.old_dh,
+          cell.old_dc,
+          wanted.affine ? dgamma : nothing,
+          wanted.affine ? dbeta : call.table({0}),
+          t[0],
+          t[1],
+          t[2],
+          t[3],
+          t[4],
+          t[5],
+          t[6],
+          t[7]};
+}
+
+TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor z, OptionalTensor y,
+                            OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, OptionalTensor gamma,
+                            OptionalTensor beta, Tensor w1, Tensor w2, Tensor v1, Tensor v2, int64_t channel_dim,
+                            bool relu, bool tanh_output, bool batch, bool need_z, bool need_shortcut, bool need_state,
+                            bool need_parameters, bool need_affine) {
+  const MapInfo info = map_info(z, channel_dim);
+  const Weights w{w1, w2, v1, v2};
+  check_step_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables,
+                      NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu);
+  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+  const GradientArguments given{dy, dh, dc, z, relu ? y : std::nullopt, h, c, new_c, tables};
+  return with_gpu_type(z, [&]<class T>() {
+    return run_tail_backward<T>(given, info, gamma, beta, w, tanh_output, batch,
+                                {need_z, need_shortcut, need_state, need_parameters, need_affine});
+  });
+}
+
+// --- the parts: pool and rescale -----------------------------------------------------------------------------
+
+Tensor pool(Tensor x, int64_t channel_dim) {
+  const MapInfo info = map_info(x, channel_dim);
+  return with_gpu_type(x, [&]<class T>() {
+    GpuCall call(x, info, 1);
+    const int64_t n = call.samples(), width = call.channels();
+    const GpuMap<T> map(x, info);
+    const Tensor p = call.table({n, width});
+    kernels::Reduce<T> reduce{};
+    reduce.size = call.size(n), reduce.tile = call.part_tile(sizeof(T));
+    reduce.x = map.samples, reduce.sum = call.scratch(n * width);
+    call.launch_sweep(reduce);
+    call.launch_elements(kernels::SplitMeans<false>{static_cast<int>(n),
+                                                    static_cast<int>(width),
+                                                    static_cast<int>(call.positions()),
+                                                    reduce.sum,
+                                                    {},
+                                                    data_of<float>(p)},
+                         n * width);
+    return p;
+  });
+}
+
+void check_scale(const Tensor& scale, const MapInfo& info, const Tensor& x) {
+  check_table("scale", scale, {info.shape.samples, info.shape.channels}, compute_scalar_type(x), x);
+}
+
+Tensor rescale(Tensor x, Tensor scale, OptionalTensor shortcut, int64_t channel_dim, bool relu) {
+  const MapInfo info = map_info(x, channel_dim);
+  check_scale(scale, info, x);
+  if (shortcut) check_map("shortcut", *shortcut, x);
+  return with_gpu_type(x, [&]<class T>() {
+    GpuCall call(x, info, 1);
+    const Tensor scales = dense(scale);
+    const GpuMap<T> map(x, info);
+    const OptionalGpuMap<T> s_map(shortcut, info);
+    const GpuResult<T> y(true, x, info);
+    kernels::Spread<T> spread{};
+    spread.size = call.size(call.samples()), spread.tile = call.part_tile(sizeof(T)), spread.relu = relu;
+    spread.x = map.samples, spread.shortcut = s_map.samples, spread.out = y.samples;
+    spread.scale = static_cast<const float*>(scales.const_data_ptr());
+    call.launch_sweep(spread);
+    return y.tensor;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> rescale_backward(Tensor dy, Tensor x, Tensor scale, OptionalTensor y,
+                                                    int64_t channel_dim, bool need_x, bool need_scale,
+                                                    bool need_shortcut) {
+  const MapInfo info = map_info(x, channel_dim);
+  check_scale(scale, info, x);
+  check_map("dy", dy, x);
+  if (y) check_map("y", *y, x);
+  return with_gpu_type(x, [&]<class T>() {
+    GpuCall call(x, info, 1);
+    const int64_t n = call.samples(), width = call.channels();
+    const Tensor scales = dense(scale),
+                 dscale = call.table(need_scale ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0});
+    const GpuMap<T> dy_map(dy, info), x_map(x, info);
+    const OptionalGpuMap<T> y_map(y, info);
+    const GpuResult<T> dx(need_x, x, info), dshortcut(need_shortcut, x, info);
+    const BackwardMaps<T> maps{dy_map.samples, y_map.samples, x_map.samples, dshortcut.samples, dx.samples};
+    GpuPlan plan;
+    plan.tile_channels = call.part_tile(sizeof(T)).channels, plan.tile_positions = call.part_tile(sizeof(T)).positions;
+    if (need_scale || need_shortcut)
+      run_reduce(call, plan, maps, 0, n, nullptr, nullptr, need_scale ? data_of<float>(dscale) : nullptr);
+    if (need_x)
+      run_spread<T>(call, plan, maps, 0, n, static_cast<const float*>(scales.const_data_ptr()), nullptr, nullptr,
+                    nullptr);
+    return std::make_tuple(dx.tensor, dscale, dshortcut.tensor);
+  });
+}
+
+}  // namespace
+}  // namespace dia::ops
+
+// Which plans are taken from now on, a number of GpuLayouts: for tests and measurements.
+extern "C" __attribute__((visibility("default"), used)) inline void dia_kernels_gpu_layouts(int layouts) {
+  dia::ops::layouts() = static_cast<dia::GpuLayouts>(layouts);
+}
+
+// Registers them, by their names and a suffix.
+#define DIA_REGISTER_GPU_OPERATORS(m, suffix)                          \
+  m.impl("step" suffix, TORCH_BOX(&dia::ops::step));                   \
+  m.impl("step_" suffix, TORCH_BOX(&dia::ops::step_in_place));         \
+  m.impl("step_backward" suffix, TORCH_BOX(&dia::ops::step_backward)); \
+  m.impl("tail" suffix, TORCH_BOX(&dia::ops::tail));                   \
+  m.impl("tail_backward" suffix, TORCH_BOX(&dia::ops::tail_backward)); \
+  m.impl("pool" suffix, TORCH_BOX(&dia::ops::pool));                   \
+  m.impl("rescale" suffix, TORCH_BOX(&dia::ops::rescale));             \
+  m.impl("rescale_backward" suffix, TORCH_BOX(&dia::ops::rescale_backward))

@@ -1,0 +1,298 @@
+// The operators of a GPU on the simulated one, for tensors of the CPU: what csrc/ops does for a card runs in every
+// test. Not part of the library; Python defines the operators as backend "simulated" before it loads this.
+#include <cxxabi.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <string>
+#include <typeinfo>
+
+#include "../machines/simt.h"
+#include "gpu_operators.h"
+
+namespace dia::simulated {
+namespace {
+
+// What the simulated GPU is like: small, so that small problems have several teams, groups and chunks.
+GpuLimits limits{"simulated", 90,    4,    2048, 64 << 10, 128 << 10, 2,   64 << 10,
+                 90e9,        170e9, 2e12, 9e12, 1.5e-6,   0.5e-6,    3e-6};
+int64_t blocks_that_fit = 1 << 20;
+std::string launches;  // a line each
+
+// What a test lies about: a kernel's table is shorter by so many elements at its begin and end; or a barrier is left
+// out.
+struct Lie {
+  std::string kernel, table;
+  int64_t before = 0, after = 0;
+  std::string file;
+  simt::Site barrier;
+} lie;
+std::map<std::string, std::map<simt::Site, int64_t>> barriers_passed;
+std::map<std::string, std::set<std::string>> tables_taken;
+
+template <class Args>
+std::string name_of() {
+  int status = 0;
+  char* name = abi::__cxa_demangle(typeid(Args).name(), nullptr, nullptr, &status);
+  std::string text = status == 0 ? name : "?";
+  std::free(name);
+  text.erase(0, std::string("dia::kernels::").size());
+  return text;
+}
+
+// Tells the machine what memory a kernel may touch: each table once, though it may have several roles.
+class Memory {
+ public:
+  Memory(simt::Device& device, const std::string& kernel) : device_(device), kernel_(kernel) {}
+
+  template <class T>
+  void table(const char* name, T* data, int64_t count) {
+    if (data == nullptr || std::find(known_.begin(), known_.end(), data) != known_.end()) return;
+    known_.push_back(data);
+    tables_taken[kernel_].insert(name);
+    const bool lied = kernel_ == lie.kernel && lie.table == name;
+    device_.tensor(name, data + (lied ? lie.before : 0), lied ? count - lie.before - lie.after : count, true);
+  }
+  template <class T>
+  void map(const char* name, const kernels::Samples<T>& map, const kernels::MapSize& size) {
+    const int64_t length = static_cast<int64_t>(size.channels) * size.positions;
+    if (size.samples > 0) table(name, map.data, (size.samples - 1) * map.stride + length);
+  }
+  void affine(const kernels::ChannelAffine& of, int64_t c) {
+    table("shift", of.shift, c), table("d", of.d, c), table("scale", of.scale, c), table("bias", of.bias, c);
+  }
+  void weights(const kernels::CellWeights& w, int64_t c, int64_t m) {
+    table("input_reduce_weight", w.input_reduce, m * c), table("input_reduce_bias", w.input_reduce_bias, m);
+    table("input_expand_weight", w.input_expand, 4 * c * m), table("input_expand_bias", w.input_expand_bias, 4 * c);
+    table("hidden_reduce_weight", w.hidden_reduce, m * c), table("hidden_reduce_bias", w.hidden_reduce_bias, m);
+    table("hidden_expand_weight", w.hidden_expand, 4 * c * m), table("hidden_expand_bias", w.hidden_expand_bias, 4 * c);
+  }
+  void tables(const kernels::CellTables& t, int64_t n, int64_t c, int64_t m) {
+    table("p", t.p, n * c), table("zx", t.zx, n * m), table("zh", t.zh, n * m), table("gates", t.gates, n * 4 * c);
+  }
+  void cell(const kernels::CellForward& of, int64_t parts) {
+    const int64_t n = of.samples, c = of.channels, m = of.bottleneck;
+    table("h", of.h, n * c), table("c", of.c, n * c), table("new_h", of.new_h, n * c), table("new_c", of.new_c, n * c);
+    weights(of.weights, c, m), tables(of.tables, n, c, m);
+    table("partial", of.partial, parts * 2 * m);
+  }
+  void cell(const kernels::CellBackward& of, int64_t parts) {
+    const int64_t n = of.samples, c = of.channels, m = of.bottleneck;
+    table("dh", of.dh, n * c), table("dc", of.dc, n * c), table("c", of.c, n * c), table("new_c", of.new_c, n * c);
+    weights(of.weights, c, m), tables(of.tables, n, c, m);
+    table("du", of.du, n * 4 * c), table("dzx", of.dzx, n * m), table("dzh", of.dzh, n * m);
+    table("old_dh", of.old_dh, n * c), table("old_dc", of.old_dc, n * c);
+    table("partial", of.partial, parts * 2 * m);
+  }
+
+  // What each kernel takes; `blocks` of it run.
+  template <class T, bool kAffine>
+  void of(const kernels::StepForward<T, kAffine>& a, int64_t blocks) {
+    map("x", a.x, a.size), map("shortcut", a.shortcut, a.size), map("y", a.y, a.size);
+    cell(a.cell, blocks * a.teams.group);
+    affine(a.norm.affine, a.size.channels), table("off", a.norm.off, area(a.cell));
+  }
+  template <class T, bool kAffine>
+  void of(const kernels::StepBackward<T, kAffine>& a, int64_t blocks) {
+    map("dy", a.dy, a.size), map("y", a.y, a.size), map("x", a.x, a.size);
+    map("dshortcut", a.dshortcut, a.size), map("dx", a.dx, a.size);
+    cell(a.cell, blocks * a.teams.group);
+    affine(a.affine, a.size.channels);
+    table("sum", a.sum, area(a.cell)), table("product", a.product, area(a.cell)), table("dp", a.dp, area(a.cell));
+  }
+  template <class T>
+  void of(const kernels::Reduce<T>& a, int64_t) {
+    const int64_t nc = static_cast<int64_t>(a.size.samples) * a.size.channels;
+    map("x", a.x, a.size), map("dy", a.dy, a.size), map("y", a.y, a.size), map("g", a.g, a.size);
+    table("shift", a.shift, a.size.channels), table("first", a.first, nc);
+    table("sum", a.sum, nc), table("product", a.product, nc);
+  }
+  template <class T>
+  void of(const kernels::Spread<T>& a, int64_t) {
+    const int64_t c = a.size.channels, nc = a.size.samples * c;
+    map("dy", a.dy, a.size), map("y", a.y, a.size), map("x", a.x, a.size), map("shortcut", a.shortcut, a.size);
+    map("out", a.out, a.size);
+    table("scale", a.scale, nc), table("offset", a.offset, nc), table("shift", a.shift, c), table("slope", a.slope, c);
+  }
+  template <bool kAffine>
+  void of(const kernels::CellForwardLaunch<kAffine>& a, int64_t blocks) {
+    cell(a.cell, blocks * a.teams.group);
+    affine(a.norm.affine, a.cell.channels), table("off", a.norm.off, area(a.cell));
+    table("sum", a.sum, area(a.cell)), table("factor", a.factor, area(a.cell)), table("added", a.added, area(a.cell));
+  }
+  template <bool kAffine>
+  void of(const kernels::CellBackwardLaunch<kAffine>& a, int64_t blocks) {
+    cell(a.cell, blocks * a.teams.group);
+    affine(a.affine, a.cell.channels);
+    table("sum", a.sum, area(a.cell)), table("product", a.product, area(a.cell)), table("dp", a.dp, area(a.cell));
+    table("factor", a.factor, area(a.cell)), table("offset", a.offset, area(a.cell));
+  }
+  template <bool kAffine>
+  void of(const kernels::SplitMeans<kAffine>& a, int64_t) {
+    const int64_t nc = static_cast<int64_t>(a.samples) * a.channels;
+    table("sum", a.sum, nc), table("p", a.p, nc), table("off", a.norm.off, nc), affine(a.norm.affine, a.channels);
+  }
+  void of(const kernels::Rectify& a, int64_t) {
+    table("values", a.values, a.count), table("bias", a.bias, a.width), table("z", a.z, a.count);
+  }
+  template <bool kAffine>
+  void of(const kernels::SplitGates<kAffine>& a, int64_t) {
+    cell(a.cell, 0), affine(a.affine, a.cell.channels), table("products", a.products, 4 * area(a.cell));
+    table("factor", a.factor, area(a.cell)), table("added", a.added, area(a.cell));
+  }
+  template <bool kAffine>
+  void of(const kernels::SplitGateGradients<kAffine>& a, int64_t) {
+    cell(a.cell, 0), affine(a.affine, a.cell.channels);
+    table("sum", a.sum, area(a.cell)), table("product", a.product, area(a.cell));
+    table("factor", a.factor, area(a.cell));
+  }
+  void of(const kernels::WeightGradients& a, int64_t) {
+    for (int k = 0; k < a.count; ++k) {
+      const kernels::WeightGradient& p = a.products[k];
+      table("left", p.left, static_cast<int64_t>(a.samples) * p.rows);
+      table("right", p.right, static_cast<int64_t>(a.samples) * p.columns);
+      table("gradient", p.out, static_cast<int64_t>(p.rows) * p.columns);
+    }
+  }
+  void of(const kernels::BatchStatistics& a, int64_t) {
+    const int64_t c = a.channels, nc = a.samples * c;
+    table("first", a.first, nc), table("squares", a.squares, nc), table("sum", a.sum, nc);
+    table("gamma", a.gamma, c), table("beta", a.beta, c), table("shift", a.shift, c), table("d", a.d, c);
+    table("scale", a.scale, c), table("bias", a.bias, c), table("rstd", a.rstd, c);
+    table("mean", a.mean, c), table("var", a.var, c);
+  }
+  void of(const kernels::GivenStatistics& a, int64_t) {
+    const int64_t c = a.channels;
+    table("wide mean", a.wide_mean, c), table("wide var", a.wide_var, c);
+    table("mean", a.mean, c), table("var", a.var, c), table("gamma", a.gamma, c), table("beta", a.beta, c);
+    table("shift", a.shift, c), table("d", a.d, c), table("scale", a.scale, c), table("bias", a.bias, c);
+    table("rstd", a.rstd, c);
+  }
+  void of(const kernels::MeanGradients& a, int64_t) {
+    table("dp", a.dp, a.count), table("scale", a.scale, a.channels), table("offset", a.offset, a.count);
+  }
+  void of(const kernels::NormAgain& a, int64_t) {
+    const int64_t c = a.channels, nc = a.samples * c;
+    table("rstd", a.rstd, c), table("gamma", a.gamma, c), table("beta", a.beta, c);
+    table("gates", a.gates, 4 * nc), table("new_c", a.new_c, nc), table("new_h", a.new_h, nc);
+    table("scale", a.scale, c), table("bias", a.bias, c);
+  }
+  void of(const kernels::NormGradients& a, int64_t) {
+    const int64_t c = a.channels, nc = a.samples * c;
+    table("sum", a.sum, nc), table("product", a.product, nc), table("dp", a.dp, nc), table("off", a.off, nc);
+    table("new_h", a.new_h, nc), table("d", a.d, c), table("scale", a.scale, c), table("rstd", a.rstd, c);
+    table("offset", a.offset, nc), table("slope", a.slope, c);
+    table("dgamma", a.dgamma, c), table("dbeta", a.dbeta, c);
+  }
+
+ private:
+  template <class Cell>
+  static int64_t area(const Cell& cell) {
+    return static_cast<int64_t>(cell.samples) * cell.channels;
+  }
+
+  simt::Device& device_;
+  std::string kernel_;
+  std::vector<const void*> known_;
+};
+
+class SimulatedGpu final : public Gpu {
+ public:
+  GpuLimits limits() override { return simulated::limits; }
+
+  void launch(const AnyKernel& any, const LaunchShape& shape, unsigned* counters) override {
+    std::visit(
+        [&]<class Args>(const Args& args) {
+          launches += name_of<Args>() + " " + std::to_string(static_cast<int>(shape.team)) + " " +
+                      std::to_string(shape.ranks) + " " + std::to_string(shape.teams) + " " +
+                      std::to_string(shape.shared_bytes) + "\n";
+          if (shape.team == GpuTeam::grid)
+            for (int team = 0; team < shape.teams; ++team)
+              if (counters == nullptr || counters[team] != 0) throw std::runtime_error("a counter is not cleared");
+          simt::Device device;
+          Memory(device, name_of<Args>()).of(args, static_cast<int64_t>(shape.ranks) * shape.teams);
+          simt::Grid grid;
+          grid.teams = shape.teams, grid.ranks = shape.ranks;
+          // Fewer threads than on a card, where the kernel lets the launch choose: a fiber is slow.
+          grid.threads = std::is_same_v<Args, kernels::WeightGradients> ? kernels::kTableThreads : 64;
+          grid.shared_bytes = static_cast<size_t>(shape.shared_bytes);
+          if (lie.barrier.line != 0 && name_of<Args>() == lie.kernel) grid.without = &lie.barrier;
+          const auto report = device.launch(grid, [args](simt::Thread& m) { kernels::run(m, args); });
+          for (const auto& [site, count] : report.barriers) barriers_passed[name_of<Args>()][site] += count;
+        },
+        any);
+  }
+  int64_t resident(const AnyKernel&, const LaunchShape&) override { return blocks_that_fit; }
+  void clear(void* data, int64_t bytes) override {
+    launches += "clear " + std::to_string(bytes) + "\n";
+    std::memset(data, 0, static_cast<size_t>(bytes));
+  }
+};
+
+}  // namespace
+}  // namespace dia::simulated
+
+// The device's limits from now on, and how many blocks of a kernel it says to hold at once.
+extern "C" __attribute__((visibility("default"))) void dia_simulated_limits(int multiprocessors,
+                                                                            int64_t shared_per_block, int cluster,
+                                                                            int64_t l2_bytes, double flops,
+                                                                            int64_t resident) {
+  using dia::simulated::limits;
+  limits.multiprocessors = multiprocessors, limits.cluster = cluster, limits.l2_bytes = l2_bytes;
+  limits.shared_per_block = shared_per_block, limits.shared_per_multiprocessor = 2 * shared_per_block;
+  limits.flops = flops;
+  dia::simulated::blocks_that_fit = resident;
+}
+
+// What has been launched since the last call, a line each: kernel, team, ranks, teams, bytes of shared memory.
+extern "C" __attribute__((visibility("default"))) const char* dia_simulated_launches() {
+  static std::string text;
+  text = std::move(dia::simulated::launches);
+  dia::simulated::launches.clear();
+  return text.c_str();
+}
+
+// A lie from now on (see Lie); an empty kernel: none. `file` null: no barrier is left out.
+extern "C" __attribute__((visibility("default"))) void dia_simulated_lie(const char* kernel, const char* table,
+                                                                         int64_t before, int64_t after,
+                                                                         const char* file, uint32_t line,
+                                                                         uint32_t column) {
+  using dia::simulated::lie;
+  lie = {kernel, table, before, after, file != nullptr ? file : "", {}};
+  if (file != nullptr) lie.barrier = {lie.file, line, column};
+}
+
+// What has been seen of every kernel since the last call: "kernel|table <name>" and "kernel|barrier <file> <line> <column>", a line each.
+extern "C" __attribute__((visibility("default"))) const char* dia_simulated_seen() {
+  static std::string text;
+  text.clear();
+  for (const auto& [kernel, names] : dia::simulated::tables_taken)
+    for (const std::string& name : names) text += kernel + "|table " + name + "\n";
+  for (const auto& [kernel, sites] : dia::simulated::barriers_passed)
+    for (const auto& [site, count] : sites)
+      text += kernel + "|barrier " + std::string(site.file) + " " + std::to_string(site.line) + " " +
+              std::to_string(site.column) + "\n";
+  dia::simulated::tables_taken.clear(), dia::simulated::barriers_passed.clear();
+  return text.c_str();
+}
+
+namespace dia::ops {
+
+struct GpuDevice::State {
+  simulated::SimulatedGpu gpu;
+};
+
+GpuDevice::GpuDevice(const Tensor&) : state_(new State) {}
+GpuDevice::~GpuDevice() = default;
+Gpu& GpuDevice::gpu() { return state_->gpu; }
+
+void GpuDevice::product(const Tensor& out, const Tensor& left, const Tensor& right, bool add, double factor) {
+  simulated::launches += "product\n";
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), add ? 1.0 : 0.0, factor));
+}
+
+}  // namespace dia::ops
+
+STABLE_TORCH_LIBRARY_IMPL(dia_kernels, CPU, m) { DIA_REGISTER_GPU_OPERATORS(m, "_simulated"); }
