@@ -11,6 +11,12 @@
 # DIA_KERNELS_BUILD and DIA_KERNELS_CUDA_ARCHS (see setup.py) choose what is built; run `make clean`
 # after a change of theirs.
 
+# CUDA code for the GPUs that are here; where there is none, for one architecture, to see that it compiles. `pip install .`
+# builds for all.
+gpus_here := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | tr -d . | sort -u)
+semicolon := ;
+export DIA_KERNELS_CUDA_ARCHS ?= $(or $(subst $() $(),$(semicolon),$(strip $(gpus_here))),90)
+
 PYTHON ?= python3
 python := .venv/bin/python
 pip := $(python) -m pip --disable-pip-version-check --quiet

@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from dia_kernels import operators
 
@@ -102,6 +103,8 @@ def test_build_info_is_json():
     assert info["compiler"]
     assert info["instruction_set_in_use"] in info["instruction_sets"]
     assert (info["cuda"] is None) == (info["cuda_architectures"] == [])
+    # The symbol of the current stream is found where torch has CUDA, through the dependency on libtorch alone.
+    assert info["torch_has_cuda"] == (None if info["cuda"] is None else torch.backends.cuda.is_built())
 
 
 # --- a package without the library -----------------------------------------------------------------

@@ -7,7 +7,6 @@
 #include "tensors.h"
 
 namespace dia::ops {
-namespace {
 
 // Calls `body.template operator()<T>()` with the element type of x.
 template <class Body>
@@ -26,8 +25,8 @@ auto with_map_type(const Tensor& x, Body body) {
   }
 }
 
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(dense(*t)) : t; }
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(dense(*t)) : t; }
 
 // The parameters of the LSTM cell: a weight may have any strides, a bias is dense.
 struct Parameters {
@@ -35,7 +34,7 @@ struct Parameters {
   Tensor hidden_reduce_weight, hidden_reduce_bias, hidden_expand_weight, hidden_expand_bias;
 };
 
-void check_parameters(const Parameters& w, int64_t c, ScalarType dtype, const Tensor& x) {
+inline void check_parameters(const Parameters& w, int64_t c, ScalarType dtype, const Tensor& x) {
   check(w.input_reduce_weight.dim() == 2, "input_reduce_weight: expected 2 dimensions");
   const int64_t m = w.input_reduce_weight.size(0);
   check(c >= 1 && m >= 1, "x: expected at least one channel and a bottleneck of at least one value");
@@ -50,19 +49,19 @@ void check_parameters(const Parameters& w, int64_t c, ScalarType dtype, const Te
 }
 
 // The dtype of pooling, cell and state for a map.
-ScalarType compute_scalar_type(const Tensor& x) {
+inline ScalarType compute_scalar_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-void check_state(const Tensor& x, const MapInfo& info, const OptionalTensor& h, const OptionalTensor& c) {
+inline void check_state(const Tensor& x, const MapInfo& info, const OptionalTensor& h, const OptionalTensor& c) {
   check(h.has_value() == c.has_value(), "state: expected both of h and c, or neither");
   if (h) check_table("h", *h, {info.shape.samples, info.shape.channels}, compute_scalar_type(x), x);
   if (c) check_table("c", *c, {info.shape.samples, info.shape.channels}, compute_scalar_type(x), x);
 }
 
 // What goes into a step, with or without its norm.
-void check_step(const Tensor& x, const MapInfo& info, const OptionalTensor& shortcut, const OptionalTensor& h,
-                const OptionalTensor& c, const Parameters& w) {
+inline void check_step(const Tensor& x, const MapInfo& info, const OptionalTensor& shortcut, const OptionalTensor& h,
+                       const OptionalTensor& c, const Parameters& w) {
   if (shortcut) check_map("shortcut", *shortcut, x);
   check_state(x, info, h, c);
   check_parameters(w, info.shape.channels, compute_scalar_type(x), x);
@@ -84,7 +83,7 @@ struct Span {
 
 // Whether writing x in place would change what is still to be read of the shortcut: they share memory,
 // but not element for element.
-bool clash(const Tensor& x, const Tensor& shortcut) {
+inline bool clash(const Tensor& x, const Tensor& shortcut) {
   const Span a(x), b(shortcut);
   if (a.end <= b.begin || b.end <= a.begin) return false;
   bool same = a.begin == b.begin;
@@ -107,9 +106,10 @@ struct Weights {
 };
 
 // What goes into the gradient of a step, with or without its norm, whose `tables` follow the cell's in `more` values.
-void check_step_gradient(const OptionalTensor& dy, const OptionalTensor& dh, const OptionalTensor& dc, const Tensor& x,
-                         const MapInfo& info, const OptionalTensor& y, const OptionalTensor& h, const OptionalTensor& c,
-                         const Tensor& new_c, const Tensor& tables, int64_t more, const Weights& w, bool relu) {
+inline void check_step_gradient(const OptionalTensor& dy, const OptionalTensor& dh, const OptionalTensor& dc,
+                                const Tensor& x, const MapInfo& info, const OptionalTensor& y, const OptionalTensor& h,
+                                const OptionalTensor& c, const Tensor& new_c, const Tensor& tables, int64_t more,
+                                const Weights& w, bool relu) {
   const ScalarType dtype = compute_scalar_type(x);
   const int64_t n = info.shape.samples, width = info.shape.channels;
   check(w.input_reduce.dim() == 2 && width >= 1 && w.input_reduce.size(0) >= 1,
@@ -140,8 +140,8 @@ struct NormTables {
 };
 
 // What a norm adds to a step's arguments.
-void check_norm(const Tensor& z, const MapInfo& info, const OptionalTensor& gamma, const OptionalTensor& beta,
-                const OptionalTensor& mean, const OptionalTensor& var) {
+inline void check_norm(const Tensor& z, const MapInfo& info, const OptionalTensor& gamma, const OptionalTensor& beta,
+                       const OptionalTensor& mean, const OptionalTensor& var) {
   const ScalarType dtype = compute_scalar_type(z);
   const auto check_channels = [&](const char* name, const OptionalTensor& t) {
     if (t) check_table(name, *t, {info.shape.channels}, dtype, z);
@@ -156,5 +156,4 @@ void check_norm(const Tensor& z, const MapInfo& info, const OptionalTensor& gamm
   check(mean.has_value() == var.has_value(), "norm: expected both of a mean and a variance, or neither");
 }
 
-}  // namespace
 }  // namespace dia::ops

@@ -44,8 +44,11 @@ std::string describe() {
   json += ", \"cuda\": " + quoted(dia::cuda::toolkit());
   json += ", \"cuda_architectures\": [" + architectures + "]";
   json += ", \"cuda_architecture_in_use\": " + (in_use == 0 ? "null" : quoted(std::to_string(in_use)));
+  json += std::string(", \"torch_has_cuda\": ") + (dia::cuda::torch_has_cuda() ? "true" : "false");
 #else
-  json += ", \"cuda\": null, \"cuda_architectures\": [], \"cuda_architecture_in_use\": null";
+  json +=
+      ", \"cuda\": null, \"cuda_architectures\": [], \"cuda_architecture_in_use\": null, "
+      "\"torch_has_cuda\": null";
 #endif
   return json + "}";
 }

@@ -15,4 +15,7 @@ std::vector<int> architectures();
 // Architecture of the code that the current GPU runs, or 0 where there is no GPU or no code for it.
 int architecture_in_use();
 
+// Whether the torch that this library was loaded into has CUDA: whether it tells its current stream.
+bool torch_has_cuda();
+
 }  // namespace dia::cuda

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../machines/cuda_gpu.h"
+#include "cuda.h"
 #include "gpu_operators.h"
 
 // These stand in libtorch_cuda only, which a CPU build of torch lacks: weak, null there, and found in a CUDA build
@@ -13,6 +14,10 @@ __attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle 
                                                                double beta, double alpha);
 }
 
+bool dia::cuda::torch_has_cuda() {
+  return aoti_torch_get_current_cuda_stream != nullptr && aoti_torch_cuda_addmm_out != nullptr;
+}
+
 namespace dia::ops {
 
 struct GpuDevice::State {
@@ -21,8 +26,7 @@ struct GpuDevice::State {
 };
 
 GpuDevice::GpuDevice(const Tensor& x) {
-  check(aoti_torch_get_current_cuda_stream != nullptr && aoti_torch_cuda_addmm_out != nullptr,
-        "this torch has no CUDA: it cannot tell the current stream");
+  check(cuda::torch_has_cuda(), "this torch has no CUDA: it cannot tell the current stream");
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));

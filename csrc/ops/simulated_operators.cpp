@@ -263,7 +263,8 @@ extern "C" __attribute__((visibility("default"))) void dia_simulated_lie(const c
   if (file != nullptr) lie.barrier = {lie.file, line, column};
 }
 
-// What has been seen of every kernel since the last call: "kernel|table <name>" and "kernel|barrier <file> <line> <column>", a line each.
+// What has been seen of every kernel since the last call: "kernel|table <name>" and "kernel|barrier <file> <line>
+// <column>", a line each.
 extern "C" __attribute__((visibility("default"))) const char* dia_simulated_seen() {
   static std::string text;
   text.clear();
