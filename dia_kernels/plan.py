@@ -80,7 +80,7 @@ def plan(
     channels_last: bool = False,
     combined: bool = True,
     backward: bool = False,
-    tf32: bool = True,
+    tf32: bool = False,
     norm: str = "none",
 ) -> Plan:
     """The plan for a map (N, C, \\*spatial).
@@ -91,7 +91,7 @@ def plan(
         dtype: of the map, a key of ``ELEMENT_BYTES``.
         reduction: r; the bottleneck has C // r values.
         combined: whether shortcut and activation are part of the step.
-        tf32: whether products may be in tf32 (16-bit maps: always; float32: as torch allows).
+        tf32: whether products may be in tf32, as ``torch.backends.cuda.matmul.allow_tf32`` says.
         norm: what lies before the step, out of ``NORMS``.
 
     Raises:
@@ -119,7 +119,7 @@ def plan(
         aligned,
         combined,
         backward,
-        tf32 or size == 2,
+        tf32,
         NORMS.index(norm),
     )
     if text is None:

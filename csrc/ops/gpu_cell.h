@@ -163,9 +163,11 @@ class GpuCall {
   // The plan for a direction, if its teams fit the device together; `kernel(on chip)` is what they would run.
   template <class KernelOf>
   GpuPlan plan(bool combined, bool backward, GpuNorm norm, int element_bytes, bool aligned, KernelOf kernel) {
-    const GpuProblem problem{
-        shape_.samples, shape_.channels, shape_.positions, bottleneck_,        element_bytes, shape_.interleaved,
-        aligned,        combined,        backward,         element_bytes == 2, norm};
+    GpuProblem problem{};
+    problem.samples = shape_.samples, problem.channels = shape_.channels, problem.positions = shape_.positions;
+    problem.bottleneck = bottleneck_, problem.element_bytes = element_bytes, problem.interleaved = shape_.interleaved;
+    problem.aligned = aligned, problem.combined = combined, problem.backward = backward, problem.norm = norm;
+    problem.tf32 = false;  // whether torch allows it cannot be asked from here
     return known_plan(problem, [&] {
       const GpuPlan plan = plan_step(problem, limits_, layouts().load());
       if (plan.team == GpuTeam::products || plan.team == GpuTeam::block) return plan;
