@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Builds, tests, checks and times the CUDA backend on a bare machine with a GPU: Python, torch with CUDA (2.10 or newer),
+# pytest, nvcc, CMake and ninja, and no network.
+#
+#   bench/gpu_check.sh [--part build|tests|sanitize|times|nets] [--out DIR]
+#
+# Without --part all of them; each takes less than nine minutes, and one that fails leaves the others' results whole.
+# Ends with a short table, and writes report.json and report.md to DIR (default: gpu_check).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+parts=(build tests sanitize times nets)
+out=gpu_check
+while (($#)); do
+  case $1 in
+    --part) parts=("${2:?--part: expected a name}"); shift 2 ;;
+    --out) out=${2:?--out: expected a folder}; shift 2 ;;
+    *) echo "usage: bench/gpu_check.sh [--part build|tests|sanitize|times|nets] [--out DIR]" >&2; exit 2 ;;
+  esac
+done
+mkdir -p "$out"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUTF8=1
+
+build() {
+  # For the cards that are here only.
+  DIA_KERNELS_BUILD=cuda DIA_KERNELS_CUDA_ARCHS=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader |
+    tr -d . | sort -u | paste -sd';') python3 setup.py --quiet build_ext --inplace &&
+    python3 -m dia_kernels info
+}
+
+tests() { python3 -m pytest -q -m gpu tests/test_cuda.py -p no:cacheprovider; }
+
+sanitize() {
+  local tool status=0
+  for tool in memcheck racecheck; do
+    compute-sanitizer --tool "$tool" --error-exitcode 1 python3 bench/gpu.py small || status=1
+  done
+  return $status
+}
+
+times() { python3 bench/gpu.py times --out "$out"; }
+
+nets() { python3 bench/gpu.py nets --out "$out"; }
+
+failed=()
+for part in "${parts[@]}"; do
+  declare -F "$part" > /dev/null || { echo "--part: no part '$part'" >&2; exit 2; }
+  printf '== %s\n' "$part"
+  started=$SECONDS
+  # In a shell of its own: what one part does to its environment is gone with it.
+  if (timeout 540 bash -c "$(declare -f "$part"); out='$out'; $part") > "$out/$part.log" 2>&1; then
+    verdict=passed
+  else
+    verdict=FAILED
+    failed+=("$part")
+  fi
+  echo "$verdict in $((SECONDS - started)) s" | tee -a "$out/$part.log"
+done
+python3 bench/gpu.py report --out "$out"
+((${#failed[@]} == 0)) || { echo "failed: ${failed[*]}; see $out/*.log"; exit 1; }

@@ -1,0 +1,72 @@
+"""bench/gpu.py and bench/gpu_check.sh, as far as they go without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from dia_kernels import backends
+
+ROOT = Path(__file__).parents[1]
+BENCH_MODULE = "gpu"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def gpu(bench_module):
+    return bench_module
+
+
+@pytest.mark.skipif(backends.missing("cpu") is not None, reason=f"{backends.missing('cpu')}")
+def test_parts_and_report(gpu, tmp_path, capsys):
+    for part in ("small", "times", "nets"):
+        assert gpu.main([part, "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    (tmp_path / "tests.log").write_text("one\ntwo\nthree\n4 passed in 1 s\n")
+    assert gpu.main(["report", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    for part in ("## times", "## nets", "## tests", "4 passed in 1 s", "of the copy bandwidth", "ours, sweeps"):
+        assert part in text
+    (result, *_) = json.loads((tmp_path / "report.json").read_text())["times"]["results"]
+    assert result["wrong"] is None
+    assert set(result["seconds"]) == {"forward", "forward + backward"}
+    assert {"plain", "eager", "ours, any"} <= result["seconds"]["forward"]["median"].keys()
+
+
+def test_what_is_wrong_is_not_timed(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.Problem, "breach", lambda _: "y: wrong on purpose")
+    assert gpu.main(["times", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 1
+    assert "failed: y: wrong on purpose" in gpu.report(tmp_path)
+
+
+def test_one_failure_leaves_the_rest(gpu, tmp_path, monkeypatch):
+    time_case = gpu.time_case
+
+    def failing(case, *rest):
+        if case.tail:
+            raise RuntimeError("out of memory")
+        return time_case(case, *rest)
+
+    monkeypatch.setattr(gpu, "time_case", failing)
+    assert gpu.main(["times", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 1
+    text = gpu.report(tmp_path)
+    assert text.count("failed: RuntimeError: out of memory") == 2
+    assert text.count("of the copy bandwidth") == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(gpu, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["small"])
+    assert "--device cuda: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(["--part", "dance"], "no part 'dance'"), (["--fast"], "usage: ")])
+def test_the_script_names_a_wrong_argument(arguments, message, tmp_path):
+    command = ["bash", ROOT / "bench" / "gpu_check.sh", *arguments]
+    finished = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert message in finished.stderr

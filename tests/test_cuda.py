@@ -1,0 +1,216 @@
+"""The CUDA backend on a card. Imports nothing but torch, pytest and the library, for a bare machine."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+
+import pytest
+import torch
+from torch import nn
+
+from dia_kernels import SharedAttention, backends, models, operators
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(backends.missing("cuda") is not None, reason=f"no CUDA backend: {backends.missing('cuda')}"),
+]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(4, 64, 32, 32), (3, 102, 7, 7), (2, 25, 9, 5), (5, 12, 1, 1), (33, 256, 8, 8), (8, 512, 14, 14)]
+LAYOUTS = ("any", "on chip", "sweeps", "products")
+
+
+@pytest.fixture(params=LAYOUTS)
+def layouts(request: pytest.FixtureRequest):
+    """Each kind of plan (GpuLayouts of csrc/core/gpu_plan.h)."""
+    library = ctypes.CDLL(str(operators.LIBRARY_PATH))
+    library.dia_kernels_gpu_layouts(LAYOUTS.index(request.param))
+    yield request.param
+    library.dia_kernels_gpu_layouts(0)
+
+
+def maps(shape, dtype, channels_last: bool) -> list[torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    drawn = [torch.randn(shape, device="cuda", generator=generator).to(dtype) for _ in range(2)]
+    if channels_last:
+        drawn = [t.contiguous(memory_format=torch.channels_last) for t in drawn]
+    return [t.requires_grad_() for t in drawn]
+
+
+def results(attention: SharedAttention, norm: nn.Module | None, x, s) -> dict[str, torch.Tensor]:
+    """Two blocks of a stage; every result and gradient, by name."""
+    y, state = attention(x, shortcut=s, activation="relu", norm=norm)
+    z, (h, c) = attention(y * 0.5, state, shortcut=y, norm=norm)
+    loss = sum(t.to(torch.float64 if t.dtype == torch.float64 else torch.float32).square().sum() for t in (z, h, c))
+    leaves = {"x": x, "s": s} | dict(attention.named_parameters())
+    leaves |= {} if norm is None else {f"norm {k}": v for k, v in norm.named_parameters()}
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return {"z": z, "h": h, "c": c} | {f"d {k}": g for k, g in zip(leaves, gradients, strict=True)}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("norm", ["none", "batch", "running"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_accurate_as_eager(shape, dtype, norm, channels_last, layouts):
+    """Each result errs at most twice as much as eager PyTorch in the same dtype, plus an ulp of the largest value."""
+    torch.manual_seed(0)
+    attention = SharedAttention(shape[1], 4, backend="cuda").cuda()
+    module = None if norm == "none" else nn.BatchNorm2d(shape[1]).cuda().train(norm == "batch")
+    x, s = maps(shape, dtype, channels_last)
+    found = results(attention, module, x, s)
+    eager, truth = (copy.deepcopy(attention) for _ in range(2))
+    eager.backend = truth.backend = "reference"
+    yardstick = results(eager, copy.deepcopy(module), x, s)
+    wide = [t.detach().double().requires_grad_() for t in (x, s)]
+    true = results(truth.double(), None if module is None else copy.deepcopy(module).double(), *wide)
+    for name, value in true.items():
+        scale = value.abs().max().item()
+        error, allowed = ((t[name].double() - value).abs().max().item() for t in (found, yardstick))
+        ulp = torch.finfo(found[name].dtype).eps * scale
+        # What follows from the maps between, which are rounded to their type, errs by as much in whatever type.
+        ulp = max(ulp, torch.finfo(dtype).eps * scale if dtype != torch.float32 else 8 * ulp)
+        assert error <= 2 * allowed + ulp, (name, error, allowed)
+        assert found[name].dtype == yardstick[name].dtype
+
+
+def test_double_maps(layouts):
+    attention = SharedAttention(6, 2).cuda().double()
+    x = torch.randn(2, 6, 3, 3, device="cuda", dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: attention(x)[0], (x,))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_same_bits_every_time(norm, layouts):
+    attention = SharedAttention(128, 4, backend="cuda").cuda()
+    module = nn.BatchNorm2d(128).cuda() if norm else None
+    x, s = maps((16, 128, 16, 16), torch.bfloat16, True)
+    first = results(attention, module, x, s)
+    for _ in range(19):
+        for name, value in results(attention, module, x, s).items():
+            assert torch.equal(value, first[name]), name
+
+
+def test_a_side_stream(layouts):
+    attention = SharedAttention(64, 4, backend="cuda").cuda()
+    x, s = maps((8, 64, 32, 32), torch.float32, False)
+    expected = results(attention, None, x, s)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # if a kernel ran on another stream it would be early
+        later = [t.detach().mul(1).requires_grad_() for t in (x, s)]
+        found = results(attention, None, *later)
+    stream.synchronize()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_captured_graph(norm, layouts):
+    attention = SharedAttention(64, 4, backend="cuda").cuda().requires_grad_(False)
+    module = nn.BatchNorm2d(64).cuda().requires_grad_(False) if norm else None
+    x, s = (t.detach() for t in maps((8, 64, 16, 16), torch.float32, False))
+
+    def call() -> torch.Tensor:
+        y, state = attention(x, shortcut=s, activation="relu", norm=module)
+        return attention(y, state, shortcut=s, activation="relu", norm=module)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        replayed = y.clone()
+        torch.testing.assert_close(replayed, call())
+
+
+def test_two_models_on_two_streams(layouts):
+    """Teams of the whole grid on two streams at once: neither deadlocks nor meets the other's counters."""
+    attentions = [SharedAttention(256, 4, backend="cuda").cuda() for _ in range(2)]
+    pairs = [maps((16, 256, 28, 28), torch.bfloat16, False) for _ in range(2)]
+    expected = [results(a, None, *pair) for a, pair in zip(attentions, pairs, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(5):
+        found = []
+        for stream, attention, pair in zip(streams, attentions, pairs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(results(attention, None, *pair))
+        torch.cuda.synchronize()
+        for a, b in zip(found, expected, strict=True):
+            for name, value in a.items():
+                assert torch.equal(value, b[name]), name
+
+
+def test_over_two_to_the_31_elements():
+    free, _ = torch.cuda.mem_get_info()
+    shape = (2**31 // (64 * 64 * 64) + 3, 64, 64, 64)
+    if free < 5 * 2 * 2**31:
+        pytest.skip(f"needs 20 GiB of GPU memory, {free / 2**30:.0f} are free")
+    attention = SharedAttention(64, 4, backend="cuda").cuda().requires_grad_(False)
+    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    y, (h, _) = attention(x, activation="relu")
+    part = slice(-4, None)
+    expected, (last, _) = attention(x[part].clone(), activation="relu")
+    torch.testing.assert_close(h[part], last)
+    assert torch.equal(y[part], expected)
+
+
+def test_in_place(layouts):
+    attention = SharedAttention(64, 4, backend="cuda").cuda().requires_grad_(False)
+    for channels_last in (False, True):
+        x, s = (t.detach() for t in maps((8, 64, 16, 16), torch.float16, channels_last))
+        expected, _ = attention(x, shortcut=s, activation="relu")
+        y, _ = attention(x, shortcut=s, activation="relu", inplace=True)
+        assert y.data_ptr() == x.data_ptr()
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_operators_keep_their_promises(channels_last):
+    x, s = maps((3, 12, 7, 7), torch.float32, channels_last)
+    weights = [p.detach().cuda() for p in SharedAttention(12, 3).lstm_parameters()]
+    torch.library.opcheck(operators.native.step, (x, s, None, None, *weights, 1, True, False, True))
+    torch.library.opcheck(operators.native.pool, (x, 1))
+    scale = torch.rand(3, 12, device="cuda")
+    torch.library.opcheck(operators.native.rescale, (x, scale, s, 1, True))
+    statistics = (None, None, None, None)
+    torch.library.opcheck(operators.native.tail, (x, s, None, None, *statistics, 1e-5, *weights, 1, True, False))
+
+
+def test_a_compiled_network_is_the_eager_one():
+    torch.manual_seed(0)
+    network = models.create("resnet20", num_classes=4, attention="dia").cuda().eval()
+    images = torch.randn(4, 3, 32, 32, device="cuda")
+    with torch.no_grad():
+        expected = network(images)
+        found = torch.compile(network, fullgraph=True)(images)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_trains_as_the_reference_does():
+    losses = []
+    for backend in ("cuda", "reference"):
+        torch.manual_seed(0)
+        network = models.create("resnet20", num_classes=4, attention="dia", backend=backend).cuda()
+        optimizer = torch.optim.SGD(network.parameters(), 0.05)
+        images, labels = torch.randn(8, 3, 32, 32, device="cuda"), torch.arange(8, device="cuda") % 4
+        of_backend = []
+        for _ in range(5):
+            loss = nn.functional.cross_entropy(network(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            of_backend.append(loss.item())
+        losses.append(of_backend)
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
