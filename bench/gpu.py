@@ -6,8 +6,8 @@
     python bench/gpu.py report --out DIR           merges what the parts have left into report.json and report.md
 
 Times are the device's, by events around one call, with a second-level cache that other data has filled; peers take
-turns. Nothing is timed before it has been compared with float64. A part that fails says so in its file, and the others go
-on.
+turns. Nothing is timed before it has been compared with float64. A part that fails says so in its file, and the
+others go on.
 """
 
 from __future__ import annotations

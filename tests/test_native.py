@@ -59,3 +59,18 @@ def test_kernels(programs, instruction_set):
 def test_kernels_with_vectors_of_64_bytes(programs):
     build("--target", "test_kernels_wide")
     run(programs / "test_kernels_wide")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_simt", "test_gpu_kernels"])
+def test_the_simulated_gpu_on_another_processor(name, tmp_path):
+    """Fibers are a few instructions of each processor: those of aarch64, under an emulator."""
+    for program in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
+        if shutil.which(program) is None:
+            pytest.skip(f"no {program} (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    target = tmp_path / name
+    sources = [ROOT / "csrc" / "tests" / f"{name}.cpp", ROOT / "csrc" / "machines" / "fiber.cpp"]
+    compiler = ["aarch64-linux-gnu-g++", "-std=c++20", "-O1", "-static", "-I", ROOT / "csrc", "-o", target]
+    subprocess.run([*compiler, *sources], check=True)
+    finished = subprocess.run(["qemu-aarch64", target], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr

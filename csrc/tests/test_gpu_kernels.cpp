@@ -107,7 +107,8 @@ void check_near(const float* found, const Values& expected, const char* what) {
   }
 }
 
-void step_and_its_gradients(int ranks, int teams, int group) {
+// On chip, or by sweeps with the cell between.
+void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
   const std::vector<Values> in = draw(ranks);
   const Results true_results = step(in);
   const simt::Grid grid{.teams = teams, .ranks = ranks, .threads = 64, .shared_bytes = 64 << 10};
@@ -129,7 +130,21 @@ void step_and_its_gradients(int ranks, int teams, int group) {
   forward.size = size, forward.relu = true, forward.teams = {group, 1};
   forward.x = {at[kX], stride}, forward.shortcut = {at[kShortcut], stride};
   forward.y = {memory.result("y", kMap), stride};
-  memory.device.launch(grid, [&](Thread& m) { kernels::step_forward(m, forward); });
+  const simt::Grid blocks{.teams = 2, .threads = 64, .shared_bytes = 16 << 10};
+  if (sweeps) {
+    kernels::Reduce<float> reduce{};
+    reduce.size = size, reduce.tile = {2, kPositions}, reduce.x = forward.x;
+    reduce.sum = memory.result("sum of x", kTable);
+    memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, reduce); });
+    const kernels::CellForwardLaunch<false> between{cell, {group, 1}, kPositions, reduce.sum, {}, nullptr, nullptr};
+    memory.device.launch(grid, [&](Thread& m) { kernels::cell_forward(m, between); });
+    kernels::Spread<float> spread{};
+    spread.size = size, spread.tile = {2, kPositions}, spread.relu = true;
+    spread.x = forward.x, spread.shortcut = forward.shortcut, spread.out = forward.y, spread.scale = cell.new_h;
+    memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, spread); });
+  } else {
+    memory.device.launch(grid, [&](Thread& m) { kernels::step_forward(m, forward); });
+  }
   check_near(forward.y.data, true_results.y, "y");
   check_near(cell.new_h, true_results.h, "h");
   check_near(cell.new_c, true_results.c, "c");
@@ -151,7 +166,22 @@ void step_and_its_gradients(int ranks, int teams, int group) {
   back.dzh = memory.result("dzh", kSamples * kBottleneck);
   back.partial = memory.result("partial", teams * ranks * group * 2 * kBottleneck);
   back.old_dh = memory.result("old_dh", kTable), back.old_dc = memory.result("old_dc", kTable);
-  memory.device.launch(grid, [&](Thread& m) { kernels::step_backward(m, backward); });
+  if (sweeps) {
+    kernels::Reduce<float> reduce{};
+    reduce.size = size, reduce.tile = {1, 4}, reduce.dy = backward.dy, reduce.y = backward.y, reduce.x = backward.x;
+    reduce.g = backward.dshortcut, reduce.product = memory.result("product", kTable);
+    memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, reduce); });
+    kernels::CellBackwardLaunch<false> between{};
+    between.cell = back, between.teams = {group, 1}, between.positions = kPositions, between.product = reduce.product;
+    between.factor = memory.result("factor", kTable), between.offset = memory.result("offset", kTable);
+    memory.device.launch(grid, [&](Thread& m) { kernels::cell_backward(m, between); });
+    kernels::Spread<float> spread{};
+    spread.size = size, spread.tile = {1, 4}, spread.dy = {backward.dshortcut.data, stride}, spread.out = backward.dx;
+    spread.scale = between.factor, spread.offset = between.offset;
+    memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, spread); });
+  } else {
+    memory.device.launch(grid, [&](Thread& m) { kernels::step_backward(m, backward); });
+  }
 
   kernels::WeightGradients weights{};
   weights.samples = kSamples;
@@ -224,12 +254,74 @@ void sweeps_of_a_tiled_map() {
   check_near(spread.out.data, scaled, "out");
 }
 
+// Batch statistics and what the norm's gradient needs, against their formulas (norm.h).
+void tables_of_a_norm() {
+  const std::vector<Values> in = draw(9);
+  constexpr double kEps = 1e-3, kCount = static_cast<double>(kSamples) * kPositions;
+  Memory memory;
+  kernels::Reduce<float> reduce{};
+  reduce.size = {kSamples, kChannels, kPositions, false}, reduce.tile = {1, 3};
+  reduce.x = {memory.add("z", in[kX]), kChannels * kPositions};
+  reduce.first = memory.result("first", kTable), reduce.sum = memory.result("sum", kTable);
+  reduce.product = memory.result("squares", kTable);
+  const simt::Grid grid{.teams = 2, .threads = 64, .shared_bytes = 16 << 10};
+  memory.device.launch(grid, [&](Thread& m) { kernels::reduce(m, reduce); });
+  kernels::BatchStatistics of{kSamples, kChannels, kPositions, kEps, reduce.first, reduce.product, reduce.sum};
+  const Values &gamma = in[kB2], &beta = in[kA2];
+  of.gamma = memory.add("gamma", gamma), of.beta = memory.add("beta", beta);
+  for (float** table : {&of.shift, &of.d, &of.scale, &of.bias, &of.rstd, &of.mean, &of.var})
+    *table = memory.result("statistics", kChannels);
+  memory.device.launch(grid, [&](Thread& m) { kernels::batch_statistics(m, of); });
+  Values mean(kChannels), var(kChannels), scale(kChannels);
+  const auto channel = [](int element) { return element / kPositions % kChannels; };
+  for (int k = 0; k < kMap; ++k) mean[channel(k)] += in[kX][k] / kCount;
+  for (int k = 0; k < kMap; ++k) var[channel(k)] += std::pow(in[kX][k] - mean[channel(k)], 2) / kCount;
+  for (int c = 0; c < kChannels; ++c) scale[c] = gamma[c] / std::sqrt(var[c] + kEps);
+  check_near(of.mean, mean, "mean");
+  check_near(of.var, var, "var");
+  check_near(of.scale, scale, "scale");
+
+  // dz = g factor + (z - shift) slope + offset, with factor = scale h': against the formula of DESIGN, section 11.
+  const Values &g = in[kShortcut], &h = in[kH], &dp = in[kC];
+  Values sum(kTable), product(kTable), off(kTable), dgamma(kChannels), dbeta(kChannels), dz(kMap), found(kMap);
+  for (int k = 0; k < kMap; ++k) {
+    const double from_mean = in[kX][k] - mean[channel(k)];
+    sum[k / kPositions] += g[k], product[k / kPositions] += g[k] * from_mean;
+    off[k / kPositions] += from_mean / kPositions;
+  }
+  kernels::NormGradients gradients{kSamples, kChannels, kPositions, true};
+  gradients.sum = memory.add("sum of g", sum), gradients.product = memory.add("product", product);
+  gradients.dp = memory.add("dp", dp), gradients.off = memory.add("off", off), gradients.new_h = memory.add("h", h);
+  gradients.d = of.d, gradients.scale = of.scale, gradients.rstd = of.rstd;
+  gradients.dgamma = memory.result("dgamma", kChannels), gradients.dbeta = memory.result("dbeta", kChannels);
+  gradients.offset = memory.result("offset", kTable), gradients.slope = memory.result("slope", kChannels);
+  memory.device.launch(grid, [&](Thread& m) { kernels::norm_gradients(m, gradients); });
+  for (int k = 0; k < kTable; ++k) {
+    const int c = k % kChannels;
+    const double rstd = 1 / std::sqrt(var[c] + kEps);
+    dgamma[c] += (h[k] * product[k] + dp[k] * off[k]) * rstd, dbeta[c] += h[k] * sum[k] + dp[k];
+  }
+  for (int k = 0; k < kMap; ++k) {
+    const int c = channel(k), at = k / kPositions;
+    const double rstd = 1 / std::sqrt(var[c] + kEps), zn = (in[kX][k] - mean[c]) * rstd;
+    dz[k] = scale[c] * (h[at] * g[k] + dp[at] / kPositions - (dbeta[c] + zn * dgamma[c]) / kCount);
+    found[k] = g[k] * scale[c] * h[at] + (in[kX][k] - of.shift[c]) * gradients.slope[c] + gradients.offset[at];
+  }
+  check_near(gradients.dgamma, dgamma, "dgamma");
+  check_near(gradients.dbeta, dbeta, "dbeta");
+  const std::vector<float> narrow(found.begin(), found.end());
+  check_near(narrow.data(), dz, "dz");
+}
+
 }  // namespace
 
 int main() {
-  step_and_its_gradients(1, 1, 1);
-  step_and_its_gradients(2, 1, 2);
-  step_and_its_gradients(3, 2, 1);
+  for (const bool sweeps : {false, true}) {
+    step_and_its_gradients(1, 1, 1, sweeps);
+    step_and_its_gradients(2, 1, 2, sweeps);
+    step_and_its_gradients(3, 2, 1, sweeps);
+  }
   sweeps_of_a_tiled_map();
+  tables_of_a_norm();
   return dia::test::failures == 0 ? 0 : 1;
 }
