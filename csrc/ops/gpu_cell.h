@@ -5,6 +5,7 @@
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "arguments.h"
 #include "gpu_device.h"
@@ -154,10 +155,18 @@ class GpuCall {
   }
 
   Tensor table(const std::vector<int64_t>& sizes) const { return empty_table<float>(x_, sizes); }
-  // A table that lives as long as the call.
+  // A table that lives as long as the call. Several come out of one allocation, with a gap between: asking torch's
+  // allocator for each would take longer than a small step does on the device.
   float* scratch(int64_t count) {
-    kept_.push_back(table({count}));
-    return data_of<float>(kept_.back());
+    constexpr int64_t kBlock = 1 << 18, kGap = 64;
+    const int64_t taken = rounded_up(count, 64) + kGap;
+    if (taken > left_) {
+      left_ = std::max(taken, kBlock);
+      kept_.push_back(table({left_}));
+      next_ = data_of<float>(kept_.back());
+    }
+    left_ -= taken;
+    return std::exchange(next_, next_ + taken);
   }
 
   // The plan for a direction, if its teams fit the device together; `kernel(on chip)` is what they would run.
@@ -297,6 +306,8 @@ class GpuCall {
   int64_t bottleneck_;
   GpuLimits limits_;
   std::vector<Tensor> kept_;
+  float* next_ = nullptr;  // of the last of them, and how many floats are left there
+  int64_t left_ = 0;
 };
 
 // Whether every run of a dense map begins at sixteen bytes.
