@@ -275,6 +275,32 @@ def test_compiled_graphs_call_its_operators():
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_results_are_as_the_fakes_promise(layouts, channels_last):
+    """Shapes, dtypes and strides, by opcheck: what a compiler will rely on."""
+    simulated = backends._backends["simulated"].operators
+    x, s = maps((3, 6, 5, 5), channels_last=channels_last)
+    weights = [p.detach().requires_grad_() for p in SharedAttention(6, 2).lstm_parameters()]
+    state = [torch.randn(3, 6) for _ in range(2)]
+    opcheck = torch.library.opcheck
+    opcheck(simulated.step, (x, s, *state, *weights, 1, True, False, True))
+    frozen = [w.detach() for w in weights]
+    x, s = x.detach(), s.detach()
+    y, _, c, tables = simulated.step(x, s, *state, *frozen, 1, True, False, True)
+    given = (torch.randn_like(y), None, None, x, y, *state, c, tables, *frozen[::2], 1, True, False)
+    opcheck(simulated.step_backward, (*given, True, True, True, True))
+    opcheck(simulated.step_backward, (*given, True, False, False, False))
+    for statistics in ((None, None), (torch.zeros(6), torch.ones(6))):
+        norm = (torch.ones(6), torch.zeros(6), *statistics)
+        y, _, c, tables, *_ = simulated.tail(x, s, *state, *norm, 1e-5, *frozen, 1, True, False)
+        opcheck(simulated.tail, (x, s, *state, *norm, 1e-5, *frozen, 1, True, False))
+        given = (torch.randn_like(y), None, None, x, y, *state, c, tables, *norm[:2], *frozen[::2], 1, True, False)
+        opcheck(simulated.tail_backward, (*given, statistics[0] is None, True, True, True, True, True))
+    opcheck(simulated.pool, (x, 1))
+    opcheck(simulated.rescale, (x, torch.rand(3, 6), s, 1, True))
+    opcheck(simulated.rescale_backward, (y, x, torch.rand(3, 6), y, 1, True, True, True))
+
+
 @pytest.mark.parametrize("name", ["simulated", "reference"])
 def test_a_name_is_given_once(name):
     with pytest.raises(ValueError, match="name: there is a backend"):
