@@ -10,6 +10,8 @@ import pytest
 import step
 import torch
 
+from dia_kernels import backends
+
 #: A case and a mode.
 Subject = tuple[step.Case, str]
 COMPARISONS = pytest.StashKey[dict[Subject, step.Comparison]]()
@@ -21,6 +23,7 @@ BUDGET, QUICK_BUDGET = 6.0, 1.0
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("step", "benchmark of the attention step")
     group.addoption("--dtype", choices=list(step.DTYPES), default="float32", help="of the maps and the parameters")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the step runs (default: cpu)")
     group.addoption("--threads", type=int, help="threads of PyTorch (default: as many as it takes by itself)")
     group.addoption("--shapes", help="comma-separated, as in 32x256x56x56,1x64x32x32 (default: those of the issue)")
     group.addoption("--layouts", help="comma-separated out of contiguous,channels_last (default: both)")
@@ -31,6 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[COMPARISONS] = {}
+    missing = backends.missing(config.option.device)
+    if config.option.device != "cpu" and missing is not None:
+        raise pytest.UsageError(f"--device {config.option.device}: {missing}")
     if config.option.threads is not None:
         torch.set_num_threads(config.option.threads)
 
@@ -44,7 +50,7 @@ def chosen_cases(config: pytest.Config) -> list[step.Case]:
     option = config.option
     shapes = tuple(map(step.Shape.parse, listed(option.shapes))) or (step.QUICK_SHAPES if option.quick else step.SHAPES)
     layouts = listed(option.layouts) or (("contiguous",) if option.quick else tuple(step.LAYOUTS))
-    return [step.Case(shape, layout, option.dtype) for layout in layouts for shape in shapes]
+    return [step.Case(shape, layout, option.dtype, option.device) for layout in layouts for shape in shapes]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -78,4 +84,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         # One comparison a line: a reader can find a shape, and a diff shows which have changed.
         rows = ",\n".join(json.dumps(measured.record()) for measured in session.config.stash[COMPARISONS].values())
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'{{"environment": {json.dumps(environment.describe())},\n"results": [\n{rows}\n]}}\n')
+        where = json.dumps(environment.describe(session.config.option.device))
+        path.write_text(f'{{"environment": {where},\n"results": [\n{rows}\n]}}\n')

@@ -24,13 +24,13 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def describe() -> dict[str, str | int]:
-    """Date, processor, threads, versions, and the backend that the fused step uses."""
-    reason = backends.missing("cpu")
+def describe(device: str = "cpu") -> dict[str, str | int]:
+    """Date, processor or card, threads, versions, and the backend that the fused step uses."""
+    reason = backends.missing(device)
     return {
         "date": datetime.date.today().isoformat(),
-        "device": "cpu",
-        "processor": processor(),
+        "device": device,
+        "processor": processor() if device == "cpu" else torch.cuda.get_device_name(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
@@ -38,5 +38,5 @@ def describe() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "dia_kernels": dia_kernels.__version__,
-        "backend": "cpu" if reason is None else f"reference, because {reason}",
+        "backend": device if reason is None else f"reference, because {reason}",
     }

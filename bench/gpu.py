@@ -326,7 +326,8 @@ def write(folder: Path, part: str, device: str, results: list[dict[str, Any]]) -
 
 def report(folder: Path) -> str:
     """All parts that are there, as Markdown; ``report.json`` beside it."""
-    parts = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.stem != "report"}
+    files = {part: folder / f"{part}.json" for part in ("times", "nets")}
+    parts = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
     (folder / "report.json").write_text(json.dumps(parts, indent=1) + "\n")
     lines = ["# The CUDA backend on a card"]
     for part, document in parts.items():

@@ -38,7 +38,15 @@ sanitize() {
   return $status
 }
 
-times() { python3 bench/gpu.py times --out "$out"; }
+times() {
+  local status=0
+  python3 bench/gpu.py times --out "$out" || status=1
+  # The pytest-benchmark suite, on the card.
+  python3 -m pytest bench/test_step_bench.py --device cuda --dtype bfloat16 --layouts channels_last \
+    --shapes 32x256x56x56,32x512x28x28,128x64x32x32 --benchmark-json "$out/step-bench.json" \
+    -p no:cacheprovider || status=1
+  return $status
+}
 
 nets() { python3 bench/gpu.py nets --out "$out"; }
 

@@ -21,13 +21,14 @@ import report
 BENCH = Path(__file__).resolve().parent
 
 #: Options that the suite takes as they are (see conftest.py), and that make a run cover less than all.
-PASSED_ON = ("dtype", "threads", "shapes", "layouts", "without")
+PASSED_ON = ("dtype", "device", "threads", "shapes", "layouts", "without")
 NARROWING = ("shapes", "layouts", "without")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Benchmark of the attention step.")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 or float64")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the step runs (default: cpu)")
     parser.add_argument("--threads", help="threads of PyTorch (default: as many as it takes by itself)")
     parser.add_argument("--shapes", help="comma-separated, as in 32x256x56x56,1x64x32x32 (default: all ten)")
     parser.add_argument("--layouts", help="comma-separated out of contiguous,channels_last (default: both)")
@@ -42,7 +43,8 @@ def default_name(options: argparse.Namespace) -> str:
     """A stem under which no smaller run overwrites a full one."""
     threads = f"-{options.threads}threads" if options.threads else ""
     narrowed = "-part" if any(getattr(options, name) for name in NARROWING) else ""
-    return f"step-{options.dtype}{threads}{narrowed}" + ("-quick" if options.quick else "")
+    device = "" if options.device == "cpu" else f"-{options.device}"
+    return f"step-{options.dtype}{device}{threads}{narrowed}" + ("-quick" if options.quick else "")
 
 
 def suite_arguments(options: argparse.Namespace, results: Path) -> list[str]:

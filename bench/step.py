@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import contract
 import torch
-from timing import Call, Samples, interleaved, rounded, undisturbed
+from timing import Call, Samples, clock_of, interleaved, rounded, undisturbed
 from torch import Tensor
 from unfused import EagerAttention, plain_tail
 
@@ -87,6 +87,7 @@ class Case:
     shape: Shape
     layout: str
     dtype: str
+    device: str = "cpu"
 
     @property
     def longest_sum(self) -> int:
@@ -142,14 +143,15 @@ def eager_block(case: Case, seed: int) -> Block:
     generator = torch.Generator().manual_seed(seed)
 
     def table() -> Tensor:
-        return torch.rand(n, c, generator=generator).to(dtype)
+        return torch.rand(n, c, generator=generator).to(case.device, dtype)
 
     def feature_map() -> Tensor:
-        return torch.randn(n, c, h, w, generator=generator).to(dtype, memory_format=LAYOUTS[case.layout])
+        drawn = torch.randn(n, c, h, w, generator=generator)
+        return drawn.to(case.device, dtype, memory_format=LAYOUTS[case.layout])
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        attention = EagerAttention(c, REDUCTION).to(dtype)
+        attention = EagerAttention(c, REDUCTION).to(case.device, dtype)
     parameters = {name.replace(".", "_"): parameter for name, parameter in attention.named_parameters()}
     x, state = feature_map(), (table(), table())
     block = Block(attention, parameters, x, feature_map(), state, (feature_map(), table(), table()))
@@ -164,7 +166,7 @@ def eager_block(case: Case, seed: int) -> Block:
 def in_float64(block: Block) -> Block:
     """The eager step on the same values in float64: the truth."""
     _, channels = block.state[0].shape
-    attention = EagerAttention(channels, REDUCTION).double()
+    attention = EagerAttention(channels, REDUCTION).to(block.x.device, torch.float64)
     parameters = {name.replace(".", "_"): parameter for name, parameter in attention.named_parameters()}
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -182,7 +184,7 @@ def in_float64(block: Block) -> Block:
 def fused_block(eager: Block) -> Block:
     """The fused step on the same values as the eager one."""
     bottleneck, channels = eager.parameters["input_reduce_weight"].shape
-    attention = SharedAttention(channels, channels // bottleneck, dtype=eager.x.dtype)
+    attention = SharedAttention(channels, channels // bottleneck, device=eager.x.device, dtype=eager.x.dtype)
     attention.load_state_dict(eager.parameters)
     # The state is what the block before left, and ours leaves it in the compute dtype.
     state_dtype = torch.float64 if eager.x.dtype == torch.float64 else torch.float32
@@ -276,6 +278,7 @@ class Comparison:
             "shape": list(self.case.shape),
             "layout": self.case.layout,
             "dtype": self.case.dtype,
+            "device": self.case.device,
             "reduction": REDUCTION,
             "map_bytes": math.prod(self.case.shape) * DTYPES[self.case.dtype].itemsize,
             "ideal_maps": IDEAL_MAPS[self.mode],
@@ -293,7 +296,7 @@ def sample(case: Case, mode: str, left_out: Collection[str], budget: float) -> S
         blocks["compile"] = compiled_block(blocks["eager"])
     calls = {name: call for name, call in calls_of(mode, blocks).items() if name not in left_out}
     with undisturbed():
-        return interleaved(calls, budget)
+        return interleaved(calls, budget, clock=clock_of(case.device))
 
 
 def compare(case: Case, mode: str, *, without: Collection[str] = (), budget: float) -> Comparison:
@@ -309,6 +312,6 @@ def compare(case: Case, mode: str, *, without: Collection[str] = (), budget: flo
         left_out = {*without, *wrong}
         seconds = sample(case, mode, left_out, budget)
         host: Samples = {}
-        if case.shape.n == 1 and case.layout == "contiguous":
+        if case.shape.n == 1 and case.layout == "contiguous" and case.device == "cpu":
             host = sample(replace(case, shape=case.shape._replace(n=0)), mode, left_out, HOST_BUDGET)
     return Comparison(case, mode, seconds, host, wrong)

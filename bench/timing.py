@@ -8,12 +8,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
+import torch
+
 Call = Callable[[], object]
 Samples = dict[str, list[float]]
+Clock = Callable[[Call, int], float]
 
 #: One sample is as many calls as take about this long, so that reading the clock costs nothing.
 SAMPLE_SECONDS = 2e-3
 WARMUP_ROUNDS = 2
+#: More than the second-level cache of any GPU holds.
+L2_FILLER_BYTES = 512 << 20
 MIN_ROUNDS, MAX_ROUNDS = 9, 101
 
 
@@ -24,22 +29,41 @@ def seconds_a_call(call: Call, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def interleaved(calls: dict[str, Call], budget: float, least: int = MIN_ROUNDS) -> Samples:
+def device_seconds_a_call(call: Call, repeats: int) -> float:
+    """The device's seconds, by events around each call, with a second-level cache that other data has filled."""
+    filler = torch.empty(L2_FILLER_BYTES, dtype=torch.uint8, device="cuda")
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in pairs:
+        filler.zero_()
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return sum(begin.elapsed_time(end) for begin, end in pairs) / repeats / 1e3
+
+
+def clock_of(device: str) -> Clock:
+    return seconds_a_call if device == "cpu" else device_seconds_a_call
+
+
+def interleaved(
+    calls: dict[str, Call], budget: float, least: int = MIN_ROUNDS, clock: Clock = seconds_a_call
+) -> Samples:
     """Seconds a call, sampled in rounds that visit every implementation once.
 
     What disturbs the machine for a while disturbs all implementations of a round alike, so ratios
     within a round hold. Each round begins with another implementation, so that none always runs after
     the same neighbour. ``budget`` is the time to spend, in seconds, within
-    ``least`` and ``MAX_ROUNDS`` rounds.
+    ``least`` and ``MAX_ROUNDS`` rounds. ``clock(call, repeats)`` tells the seconds of a call.
     """
     for call in calls.values():
         call()
-    repeats = {name: math.ceil(SAMPLE_SECONDS / seconds_a_call(call, 1)) for name, call in calls.items()}
+    repeats = {name: math.ceil(SAMPLE_SECONDS / clock(call, 1)) for name, call in calls.items()}
     names = list(calls)
 
     def one_round(first: int) -> dict[str, float]:
         order = names[first:] + names[:first]
-        return {name: seconds_a_call(calls[name], repeats[name]) for name in order}
+        return {name: clock(calls[name], repeats[name]) for name in order}
 
     start = time.perf_counter()
     for _ in range(WARMUP_ROUNDS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,12 @@ def test_the_script_names_a_wrong_argument(arguments, message, tmp_path):
     finished = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
     assert finished.returncode == 2
     assert message in finished.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_suite_refuses_a_device_that_is_not_there():
+    suite = ROOT / "bench" / "test_step_bench.py"
+    command = [sys.executable, "-m", "pytest", suite, "--device", "cuda", "-p", "no:cacheprovider"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert finished.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--device cuda: " in finished.stderr
