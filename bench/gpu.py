@@ -254,20 +254,50 @@ def cases(shapes: Sequence[tuple[int, int, int, int]], dtype: str) -> list[Case]
 # --- whole networks -------------------------------------------------------------------------------------------
 
 
-def time_network(name: str, batch: int, device: str, rounds: int) -> dict[str, Any]:
-    """A training step with and without attention, bfloat16 by autocast, channels_last; and peak memory."""
-    result: dict[str, Any] = {"name": f"{name}, batch {batch}", "seconds": {}, "peak_bytes": {}}
-    timer, side = Timer(device), 32
-    images = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (batch,), device=device)
-    steps = {}
-    for variant, options in (
-        ("plain", {}),
-        ("eager", {"attention": "dia", "backend": "reference", "fold_norm": False}),
-        ("ours", {"attention": "dia"}),
-    ):
+@dataclass(frozen=True)
+class Network:
+    """A network, its images, and r of its attention."""
+
+    network: str
+    batch: int
+    side: int
+    reduction: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}, batch {self.batch} of {self.side}², r = {self.reduction}"
+
+    def build(self, variant: str) -> nn.Module:
+        """``plain``, ``eager`` (DIA by PyTorch's own operations) or ``ours``, with the weights of seed 0."""
         torch.manual_seed(0)
-        network = models.create(name, num_classes=10, **options).to(device).to(memory_format=torch.channels_last)
+        if self.network == "resnet50":
+            from resnet50 import resnet50  # torchvision's
+
+            return resnet50(variant, self.reduction)
+        dia = {"attention": "dia", "reduction": self.reduction}
+        eager = {"backend": "reference", "fold_norm": False}
+        options = {"plain": {}, "eager": dia | eager, "ours": dia}[variant]
+        return models.create(self.network, num_classes=10, **options)
+
+
+NETWORKS = (
+    Network("resnet164", 32, 32, 4),
+    Network("resnet164", 128, 32, 4),
+    Network("resnet50", 256, 224, 4),
+    Network("resnet50", 256, 224, 20),
+)
+QUICK_NETWORKS = (Network("resnet20", 4, 32, 4), Network("resnet50", 2, 64, 20))
+
+
+def time_network(case: Network, device: str, rounds: int) -> dict[str, Any]:
+    """A training step with and without attention, bfloat16 by autocast, channels_last; and peak memory."""
+    result: dict[str, Any] = {"name": case.name, "case": asdict(case), "seconds": {}, "peak_bytes": {}}
+    images = torch.randn(case.batch, 3, case.side, case.side, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (case.batch,), device=device)
+    timer, steps = Timer(device), {}
+    for variant in ("plain", "eager", "ours"):
+        network = case.build(variant).to(device).to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.9)
 
         def step(network=network, optimizer=optimizer) -> None:
@@ -376,8 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = cases(QUICK_SHAPES if options.quick else SHAPES, options.dtype)
         results = [guarded(time_case, c.name, c, options.device, not options.quick, rounds) for c in chosen]
     else:
-        networks = [("resnet20", 4)] if options.quick else [("resnet164", 128), ("preresnet164", 128)]
-        results = [guarded(time_network, name, name, n, options.device, rounds) for name, n in networks]
+        chosen = QUICK_NETWORKS if options.quick else NETWORKS
+        results = [guarded(time_network, n.name, n, options.device, rounds) for n in chosen]
     write(options.out, options.part, options.device, results)
     return 1 if any(r.get("error") or r.get("wrong") for r in results) else 0
 

@@ -30,14 +30,13 @@ import environment
 import matplotlib
 import report
 import torch
-import torchvision
 from pytorchcv.model_provider import get_model
-from pytorchcv.models.diaresnet import DIAAttention
+from resnet50 import resnet50
 from timing import Samples, interleaved, rounded, undisturbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dia_kernels import SharedAttention, models
+from dia_kernels import models
 from dia_kernels.demo import saved_bytes
 
 matplotlib.use("Agg")
@@ -95,58 +94,6 @@ CASES = (
 
 
 # --- networks ------------------------------------------------------------------------------------------
-
-
-class Stage(nn.Module):
-    """A stage of torchvision's ResNet whose blocks end in an attention unit."""
-
-    def __init__(self, blocks: nn.Sequential, units: Sequence[nn.Module], tail: Callable) -> None:
-        super().__init__()
-        self.blocks = blocks
-        self.units = nn.ModuleList(units)  # one for all blocks, or one for each
-        self.tail = tail
-
-    def forward(self, x: Tensor) -> Tensor:
-        state = None
-        for k, b in enumerate(self.blocks):
-            shortcut = x if b.downsample is None else b.downsample(x)
-            x = b.relu(b.bn1(b.conv1(x)))
-            x = b.relu(b.bn2(b.conv2(x)))
-            x, state = self.tail(self.units[k % len(self.units)], b.conv3(x), b.bn3, state, shortcut)
-        return x
-
-
-def folded_tail(unit: nn.Module, z: Tensor, norm: nn.Module, state: Any, shortcut: Tensor) -> tuple[Tensor, Any]:
-    return unit(z, state, norm=norm, shortcut=shortcut, activation="relu")
-
-
-def step_tail(unit: nn.Module, z: Tensor, norm: nn.Module, state: Any, shortcut: Tensor) -> tuple[Tensor, Any]:
-    return unit(norm(z), state, shortcut=shortcut, activation="relu")
-
-
-def separate_tail(unit: nn.Module, z: Tensor, norm: nn.Module, state: Any, shortcut: Tensor) -> tuple[Tensor, Any]:
-    x, state = unit(norm(z), state)
-    return F.relu(x + shortcut), state
-
-
-def resnet50(variant: str, reduction: int) -> nn.Module:
-    """torchvision's ResNet-50 with the units of ``variant`` in its blocks."""
-    model = torchvision.models.resnet50()
-    if variant == "plain":
-        return model
-    for name in ("layer1", "layer2", "layer3", "layer4"):
-        blocks = getattr(model, name)
-        channels = blocks[0].conv3.out_channels
-        if variant == "se":
-            stage = Stage(blocks, [models.SqueezeExcitation(channels) for _ in blocks], step_tail)
-        elif variant == "pytorchcv":
-            stage = Stage(blocks, [DIAAttention(channels, channels)], separate_tail)
-        else:
-            backend = "reference" if variant == "eager" else None
-            tail = folded_tail if variant == "ours" else step_tail
-            stage = Stage(blocks, [SharedAttention(channels, reduction, backend=backend)], tail)
-        setattr(model, name, stage)
-    return model
 
 
 def resnet164(variant: str, reduction: int) -> nn.Module:
