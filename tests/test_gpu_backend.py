@@ -109,14 +109,31 @@ def test_bfloat16(layouts, norm):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", ["none", "batch", "running"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_any_gpu(limits, norm, channels_last):
     x, s = maps((9, 26, 7, 5), channels_last=channels_last)
     attention = SharedAttention(26, 2, backend="simulated")
+    module = None if norm == "none" else nn.BatchNorm2d(26).train(norm == "batch")
     for kind in ("any", "on chip", "sweeps"):
         with device(kind, **limits):
-            assert_gradients_agree(attention, nn.BatchNorm2d(26) if norm else None, x, s)
+            assert_gradients_agree(attention, module, x, s)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "running"])
+@pytest.mark.parametrize("kind", ["sweeps", "products"])
+def test_chunks_of_samples(kind, norm):
+    """A second-level cache that holds the maps of two samples, or of none."""
+    x, s = maps((5, 8, 6, 6))
+    module = None if norm == "none" else nn.BatchNorm2d(8).train(norm == "batch")
+    for l2 in (10 << 10, 1 << 10):
+        with device(kind, l2=l2, flops=3e12 + l2):
+            attention = SharedAttention(8, 2, backend="simulated")
+            assert_gradients_agree(attention, module, x, s)
+            launches()
+            attention(x, norm=module)
+            chunks = launches().count("Reduce")
+            assert chunks == (1 if norm == "batch" or l2 < 2048 else 3), chunks
 
 
 def test_views_and_phases(layouts):

@@ -49,7 +49,7 @@ def run(norm: str) -> None:
 
 
 #: Teams of several blocks, and few of them, so that a team has several groups.
-DEVICES = ({"multiprocessors": 8, "flops": 1e9, "cluster": 4}, {"multiprocessors": 1, "cluster": 1})
+DEVICES = ({"multiprocessors": 8, "flops": 1e9, "cluster": 4, "l2": 64 << 20}, {"multiprocessors": 1, "cluster": 1})
 
 
 @pytest.fixture(params=["on chip", "sweeps", "products"])

@@ -14,9 +14,10 @@
 namespace dia::simulated {
 namespace {
 
-// What the simulated GPU is like: small, so that small problems have several teams, groups and chunks.
-GpuLimits limits{"simulated", 90,    4,    2048, 64 << 10, 128 << 10, 2,   64 << 10,
-                 90e9,        170e9, 2e12, 9e12, 1.5e-6,   0.5e-6,    3e-6};
+// What the simulated GPU is like: small, and quick to launch on, so that small problems have several teams, groups and
+// chunks.
+GpuLimits limits{"simulated", 90,    4,    2048, 64 << 10, 128 << 10, 2,    64 << 10,
+                 90e9,        170e9, 2e12, 9e12, 1.5e-6,   0.5e-6,    1e-10};
 int64_t blocks_that_fit = 1 << 20;
 std::string launches;  // a line each
 
