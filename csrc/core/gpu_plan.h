@@ -221,6 +221,9 @@ inline void choose_tile(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu
   plan.tile_channels = static_cast<int>(channels), plan.tile_positions = static_cast<int>(positions);
 }
 
+// Of the norm's tables: statistics forward; what they were and their gradients backward.
+inline int norm_launches(const GpuProblem& p) { return p.norm == GpuNorm::none ? 0 : p.backward ? 2 : 1; }
+
 // Sweeps with the cell between them, whose kernel `plan` says, `cell_seconds` for all samples together.
 inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu, const Work& work, double cell_seconds,
                        int cell_launches) {
@@ -240,7 +243,7 @@ inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu,
   const auto with_chunk = [&](int64_t chunk) {
     const double kept = std::min(1.0, room / (sample_kept * static_cast<double>(std::max<int64_t>(chunk, 1))));
     const int64_t chunks = chunk > 0 ? parts(p.samples, chunk) : 0;
-    const int64_t launches = chunks * (2 + cell_launches) + (p.norm == GpuNorm::none ? 0 : 1) + (p.backward ? 1 : 0);
+    const int64_t launches = chunks * (2 + cell_launches) + norm_launches(p) + (p.backward ? 1 : 0);
     const double seconds = map * ((work.passes + again * (1 - kept)) / gpu.memory + again * kept / gpu.l2) +
                            cell_seconds + static_cast<double>(launches) * gpu.launch + work.rest;
     if (plan.chunk > 0 && seconds >= plan.seconds) return;
@@ -303,7 +306,7 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts l
       plan.shared_bytes = shared;
       const double seconds = detail::team_seconds(plan, p, gpu, work);
       if (on_chip) {
-        plan.launches = (p.backward ? 2 : 1) + (p.backward && affine ? 1 : 0);
+        plan.launches = (p.backward ? 2 : 1) + detail::norm_launches(p);
         plan.passes = work.passes;
         plan.bytes = plan.passes * map_bytes;
         plan.seconds = seconds + static_cast<double>(plan.launches) * gpu.launch + work.rest;
