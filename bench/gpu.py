@@ -18,18 +18,18 @@ import ctypes
 import json
 import statistics
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import environment
 import torch
+from timing import clock_of, interleaved
 from torch import Tensor, nn
 
 from dia_kernels import SharedAttention, backends, models, operators
-from dia_kernels.version import __version__
 
 LAYOUTS = ("any", "on chip", "sweeps", "products")
 #: N, C, side of the map, r.
@@ -70,36 +70,10 @@ class Case:
         return self.samples * self.channels * self.side**2 * getattr(torch, self.dtype).itemsize
 
 
-class Timer:
-    """Seconds of a call on a device. ``flush`` is more than any second-level cache holds."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.flush = torch.empty((512 << 20) if device == "cuda" else (1 << 20), dtype=torch.uint8, device=device)
-
-    def __call__(self, call: Callable[[], object]) -> float:
-        self.flush.zero_()
-        if self.device != "cuda":
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-
 def choose(layouts: str) -> None:
     """Which plans the library takes from now on."""
     if operators.library_error is None and operators.library_has_cuda():
         ctypes.CDLL(str(operators.LIBRARY_PATH)).dia_kernels_gpu_layouts(LAYOUTS.index(layouts))
-
-
-def describe(device: str) -> dict[str, Any]:
-    card = torch.cuda.get_device_name() if device == "cuda" else "none: the logic alone, on a CPU"
-    return {"card": card, "torch": torch.__version__, "cuda": torch.version.cuda, "dia_kernels": __version__}
 
 
 # --- the step and the tail ---------------------------------------------------------------------------------
@@ -210,18 +184,23 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def copy_bandwidth(size: int, timer: Timer, rounds: int) -> float:
+def medians(calls: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
+    samples = interleaved(calls, budget=0, least=rounds, clock=clock_of(device))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def copy_bandwidth(size: int, device: str, rounds: int) -> float:
     """Bytes a second, read and written, of copying so many bytes."""
-    source, target = (torch.empty(size, dtype=torch.uint8, device=timer.device) for _ in range(2))
-    return 2 * size / statistics.median(timer(lambda: target.copy_(source)) for _ in range(rounds))
+    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / medians({"copy": lambda: target.copy_(source)}, device, rounds)["copy"]
 
 
 def time_case(case: Case, device: str, compiled: bool, rounds: int) -> dict[str, Any]:
-    problem, timer = Problem(case, device), Timer(device)
+    problem = Problem(case, device)
     result: dict[str, Any] = {"case": asdict(case), "name": case.name, "wrong": problem.breach(), "seconds": {}}
     if result["wrong"]:
         return result
-    result["copy_bandwidth"] = copy_bandwidth(case.map_bytes, timer, rounds)
+    result["copy_bandwidth"] = copy_bandwidth(case.map_bytes, device, rounds)
     for mode, passes in LEAST_PASSES.items():
         calls, failed = peers(problem, mode != "forward", device, compiled), {}
         for name in list(calls):
@@ -231,11 +210,7 @@ def time_case(case: Case, device: str, compiled: bool, rounds: int) -> dict[str,
             except Exception as error:  # a peer that does not run must not take the others' times with it
                 failed[name] = f"{type(error).__name__}: {error}"[:200]
                 del calls[name]
-        samples = {name: [] for name in calls}
-        for _ in range(rounds):
-            for name, call in calls.items():
-                samples[name].append(timer(call))
-        seconds = {name: statistics.median(values) for name, values in samples.items()}
+        seconds = medians(calls, device, rounds)
         ideal = passes * case.map_bytes / result["copy_bandwidth"]
         result["seconds"][mode] = {"median": seconds, "of_copy": ideal / seconds["ours, any"], "failed": failed}
     choose("any")
@@ -295,7 +270,7 @@ def time_network(case: Network, device: str, rounds: int) -> dict[str, Any]:
     images = torch.randn(case.batch, 3, case.side, case.side, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (case.batch,), device=device)
-    timer, steps = Timer(device), {}
+    steps = {}
     for variant in ("plain", "eager", "ours"):
         network = case.build(variant).to(device).to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.9)
@@ -313,11 +288,7 @@ def time_network(case: Network, device: str, rounds: int) -> dict[str, Any]:
         if device == "cuda":
             result["peak_bytes"][variant] = torch.cuda.max_memory_allocated()
         steps[variant] = step
-    samples = {name: [] for name in steps}
-    for _ in range(rounds):
-        for variant, step in steps.items():
-            samples[variant].append(timer(step))
-    result["seconds"] = {variant: statistics.median(values) for variant, values in samples.items()}
+    result["seconds"] = medians(steps, device, rounds)
     return result
 
 
@@ -350,7 +321,7 @@ def guarded(function: Callable[..., dict[str, Any]], name: str, *arguments) -> d
 
 def write(folder: Path, part: str, device: str, results: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"environment": describe(device), "results": results}
+    document = {"environment": environment.describe(device), "results": results}
     (folder / f"{part}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -222,7 +222,7 @@ class Problem:
         """Runs ``kernel``; ``shrink`` lies about the extent of tensors, ``without`` leaves a barrier out."""
         shrink = shrink or {}
         arrays = {name: array(t, name in given, shrink.get(name, (0, 0))) for name, t in (given | results).items()}
-        numbers = self.case.numbers() | {"batch": 0}
+        numbers = self.case.numbers()
         if kernel == "weight_gradients":
             numbers["threads"] = WEIGHT_THREADS
         report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, numbers, without)

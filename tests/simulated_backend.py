@@ -31,7 +31,15 @@ def library() -> ctypes.CDLL:
     for function in (loaded.dia_simulated_launches, loaded.dia_simulated_seen):
         function.restype = ctypes.c_char_p
     int64, text = ctypes.c_int64, ctypes.c_char_p
-    loaded.dia_simulated_limits.argtypes = [ctypes.c_int, int64, ctypes.c_int, int64, ctypes.c_double, int64]
+    loaded.dia_simulated_limits.argtypes = [
+        ctypes.c_int,
+        int64,
+        ctypes.c_int,
+        int64,
+        ctypes.c_double,
+        int64,
+        ctypes.c_int,
+    ]
     loaded.dia_simulated_lie.argtypes = [text, text, int64, int64, text, ctypes.c_uint32, ctypes.c_uint32]
     return loaded
 
@@ -45,15 +53,16 @@ def device(
     l2: int = 64 << 10,
     flops: float = 2e12,
     resident: int = 1 << 20,
+    threads: int = 64,
 ) -> Iterator[None]:
-    """A simulated GPU with these limits, which takes these plans and says to hold ``resident`` blocks at once."""
-    library().dia_simulated_limits(multiprocessors, shared, cluster, l2, flops, resident)
+    """A simulated GPU with these limits, which takes these plans says to hold ``resident`` blocks at once and runs at most ``threads`` of a block."""
+    library().dia_simulated_limits(multiprocessors, shared, cluster, l2, flops, resident, threads)
     library().dia_kernels_gpu_layouts(LAYOUTS.index(layouts))
     launches()
     try:
         yield
     finally:
-        library().dia_simulated_limits(4, 64 << 10, 2, 64 << 10, 2e12, 1 << 20)
+        library().dia_simulated_limits(4, 64 << 10, 2, 64 << 10, 2e12, 1 << 20, 64)
         library().dia_kernels_gpu_layouts(0)
 
 

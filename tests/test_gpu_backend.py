@@ -145,6 +145,28 @@ def test_views_and_phases(layouts):
     assert_gradients_agree(SharedAttention(6, 2, backend="simulated"), nn.BatchNorm2d(6), permuted, s)
 
 
+def test_samples_an_odd_number_of_elements_apart():
+    """The first sample begins at sixteen bytes and the others do not: the image on chip needs a pack more."""
+    x, s = (torch.randn(4, 6 * 64 + 1)[:, : 6 * 64].view(4, 6, 8, 8).requires_grad_() for _ in range(2))
+    with device("on chip", threads=512):  # all that the plan counts shared memory for
+        for norm in (None, nn.BatchNorm2d(6).eval()):
+            assert_gradients_agree(SharedAttention(6, 2, backend="simulated"), norm, x, s)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 12, 7, 7), (9, 25, 3, 3), (2, 102, 5, 5)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_shared_memory_as_planned(shape, dtype, channels_last):
+    """Blocks of 512 threads, as on a card: the machine refuses what takes more than the plan has asked for."""
+    x, s = maps(shape, dtype, channels_last)
+    attention = SharedAttention(shape[1], 4, backend="simulated")
+    for kind in ("on chip", "sweeps", "products"):
+        for norm in (None, nn.BatchNorm2d(shape[1])):
+            with device(kind, threads=512, multiprocessors=2):
+                y, (h, _) = attention(x, norm=norm, shortcut=s, activation="relu")
+                (y.float().sum() + h.sum()).backward()
+
+
 def test_in_place(layouts):
     attention = SharedAttention(6, 2, backend="simulated").requires_grad_(False)
     for x in (torch.randn(4, 6, 5, 5), torch.randn(4, 5, 6, 5).transpose(1, 2), torch.randn(4, 5, 5, 6).movedim(-1, 1)):

@@ -51,8 +51,9 @@ DIA_DEVICE void make_states(M& m, const CellForward& args, Part owned, int sampl
           return k < bottleneck ? m.load(weight + gate * apart + k) : 0.0f;
         };
         float next_first = weight_at(0, m.lane()), next_second = weight_at(1, m.lane());
-        DIA_NO_UNROLL  // with several turns at once sums and weights are more than the registers hold
-            for (int k = m.lane(); k < bottleneck; k += 32) {
+        // With several turns at once sums and weights are more than the registers hold.
+        DIA_NO_UNROLL
+        for (int k = m.lane(); k < bottleneck; k += 32) {
           const float first = next_first, second = next_second;
           next_first = weight_at(0, k + 32), next_second = weight_at(1, k + 32);
           DIA_UNROLL

@@ -143,16 +143,14 @@ DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
   }
 }
 
-// Gradients of gamma and beta, and of what the second sweep of the gradient applies:
-//     dz = g factor + (z - shift) slope + offset.
-// With the statistics of a batch all of it goes through them; with given ones slope is 0 and offset = scale dp / HW.
+// Gradients of gamma and beta; and with the statistics of a batch, through which all samples are tied together, what
+// the second sweep of the gradient applies: dz = g factor + (z - shift) slope + offset.
 struct NormGradients {
   int samples, channels, positions;
-  bool batch;
   const float *sum, *product, *dp, *off, *new_h;  // (N, C): sums of g and g ((z - shift) - d), dp, means, h'
   const float *d, *scale, *rstd;                  // (C); rstd null: 1, the scale itself is the parameter
   float *dgamma, *dbeta;                          // (C)
-  float *offset, *slope;                          // (N, C) and, of a batch, (C); offset null: not wanted
+  float *offset, *slope;                          // (N, C) and (C); null: not wanted, or the statistics are given
 };
 
 template <class M>
@@ -175,13 +173,10 @@ DIA_DEVICE void norm_gradients(M& m, const NormGradients& args) {
     }
     if (args.offset == nullptr || !there) return;
     const float positions = static_cast<float>(args.positions), scale = m.load(args.scale + channel);
-    float slope = 0, common = 0;
-    if (args.batch) {
-      const float count = positions * static_cast<float>(args.samples);
-      slope = -scale * rstd * dgamma / count;
-      common = -scale * dbeta / count - slope * m.load(args.d + channel);
-      if (first) m.store(args.slope + channel, slope);
-    }
+    const float count = positions * static_cast<float>(args.samples);
+    const float slope = -scale * rstd * dgamma / count;
+    const float common = -scale * dbeta / count - slope * m.load(args.d + channel);
+    if (first) m.store(args.slope + channel, slope);
     for (int n = samples.begin; n < samples.end; ++n) {
       const int64_t at = row_at(n, args.channels) + channel;
       m.store(args.offset + at, scale * m.load(args.dp + at) / positions + common);

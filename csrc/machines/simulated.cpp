@@ -7,7 +7,6 @@
 
 #include <optional>
 
-#include "../kernels/split_cell.h"
 #include "../kernels/step_backward.h"
 #include "../kernels/step_forward.h"
 #include "../kernels/sweeps.h"
@@ -142,60 +141,6 @@ auto backward_kernel(Arguments& of) {
   return [args](Thread& m) { kernels::step_backward(m, args); };
 }
 
-template <bool kAffine>
-auto cell_forward_kernel(Arguments& of) {
-  kernels::CellForwardLaunch<kAffine> args{of.cell_forward(), of.teams(), static_cast<int>(of.number("positions"))};
-  args.sum = of.pointer<const float>("sum");
-  if (kAffine) {
-    args.norm = {of.affine(), of.pointer<float>("off")};
-    args.factor = of.pointer<float>("factor"), args.added = of.pointer<float>("added");
-  }
-  return [args](Thread& m) { kernels::cell_forward(m, args); };
-}
-
-template <bool kAffine>
-auto cell_backward_kernel(Arguments& of) {
-  kernels::CellBackwardLaunch<kAffine> args{of.cell_backward(), of.teams(), static_cast<int>(of.number("positions"))};
-  args.product = of.pointer<float>("product"), args.factor = of.pointer<float>("factor");
-  if (kAffine)
-    args.sum = of.pointer<const float>("sum"), args.affine = of.affine(), args.dp = of.pointer<float>("dp");
-  else
-    args.offset = of.pointer<float>("offset");
-  return [args](Thread& m) { kernels::cell_backward(m, args); };
-}
-
-template <bool kAffine>
-auto split_means_kernel(Arguments& of) {
-  const kernels::MapSize size = of.size();
-  kernels::SplitMeans<kAffine> args{size.samples, size.channels, size.positions, of.pointer<const float>("sum")};
-  args.p = of.pointer<float>("p");
-  if (kAffine) args.norm = {of.affine(), of.pointer<float>("off")};
-  return [args](Thread& m) { kernels::split_means(m, args); };
-}
-
-template <bool kAffine>
-auto split_gates_kernel(Arguments& of) {
-  kernels::SplitGates<kAffine> args{of.cell_forward(), of.pointer<const float>("products")};
-  if (kAffine)
-    args.affine = of.affine(), args.factor = of.pointer<float>("factor"), args.added = of.pointer<float>("added");
-  return [args](Thread& m) { kernels::split_gates(m, args); };
-}
-
-template <bool kAffine>
-auto split_gate_gradients_kernel(Arguments& of) {
-  kernels::SplitGateGradients<kAffine> args{of.cell_backward()};
-  args.product = of.pointer<float>("product"), args.factor = of.pointer<float>("factor");
-  if (kAffine) args.sum = of.pointer<const float>("sum"), args.affine = of.affine();
-  return [args](Thread& m) { kernels::split_gate_gradients(m, args); };
-}
-
-auto rectify_kernel(Arguments& of) {
-  const kernels::Rectify args{
-      of.number("count"),           of.pointer<float>("values"),          of.pointer<const float>("row"),
-      of.pointer<const float>("z"), static_cast<int>(of.number("width")), false};
-  return [args](Thread& m) { kernels::rectify(m, args); };
-}
-
 template <class T>
 auto reduce_kernel(Arguments& of) {
   kernels::Reduce<T> args{};
@@ -265,7 +210,6 @@ auto norm_gradients_kernel(Arguments& of) {
   const kernels::NormGradients args{size.samples,
                                     size.channels,
                                     size.positions,
-                                    of.number("batch") != 0,
                                     of.pointer<const float>("sum"),
                                     of.pointer<const float>("product"),
                                     of.pointer<const float>("dp"),
@@ -301,13 +245,6 @@ py::dict launch(const std::string& kernel, const std::string& dtype, const Array
     };
     if (kernel == "step_forward") return either(forward_kernel<T, true>, forward_kernel<T, false>);
     if (kernel == "step_backward") return either(backward_kernel<T, true>, backward_kernel<T, false>);
-    if (kernel == "cell_forward") return either(cell_forward_kernel<true>, cell_forward_kernel<false>);
-    if (kernel == "cell_backward") return either(cell_backward_kernel<true>, cell_backward_kernel<false>);
-    if (kernel == "split_means") return either(split_means_kernel<true>, split_means_kernel<false>);
-    if (kernel == "split_gates") return either(split_gates_kernel<true>, split_gates_kernel<false>);
-    if (kernel == "split_gate_gradients")
-      return either(split_gate_gradients_kernel<true>, split_gate_gradients_kernel<false>);
-    if (kernel == "rectify") return run(rectify_kernel(arguments));
     if (kernel == "batch_statistics") return run(batch_statistics_kernel(arguments));
     if (kernel == "norm_gradients") return run(norm_gradients_kernel(arguments));
     if (kernel == "reduce") return run(reduce_kernel<T>(arguments));

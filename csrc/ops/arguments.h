@@ -8,12 +8,10 @@
 
 namespace dia::ops {
 
-// Calls `body.template operator()<T>()` with the element type of x.
+// Calls `body.template operator()<T>()` with the element type of x, which is not float64.
 template <class Body>
-auto with_map_type(const Tensor& x, Body body) {
+auto with_narrow_type(const Tensor& x, Body body) {
   switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return body.template operator()<double>();
     case ScalarType::Float:
       return body.template operator()<float>();
     case ScalarType::BFloat16:
@@ -23,6 +21,11 @@ auto with_map_type(const Tensor& x, Body body) {
     default:
       throw std::runtime_error("dia_kernels: x: expected float64, float32, float16 or bfloat16");
   }
+}
+
+template <class Body>
+auto with_map_type(const Tensor& x, Body body) {
+  return x.scalar_type() == ScalarType::Double ? body.template operator()<double>() : with_narrow_type(x, body);
 }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -57,6 +60,10 @@ inline void check_state(const Tensor& x, const MapInfo& info, const OptionalTens
   check(h.has_value() == c.has_value(), "state: expected both of h and c, or neither");
   if (h) check_table("h", *h, {info.shape.samples, info.shape.channels}, compute_scalar_type(x), x);
   if (c) check_table("c", *c, {info.shape.samples, info.shape.channels}, compute_scalar_type(x), x);
+}
+
+inline void check_scale(const Tensor& scale, const MapInfo& info, const Tensor& x) {
+  check_table("scale", scale, {info.shape.samples, info.shape.channels}, compute_scalar_type(x), x);
 }
 
 // What goes into a step, with or without its norm.

@@ -152,10 +152,6 @@ Tensor pool(Tensor x, int64_t channel_dim) {
   });
 }
 
-void check_scale(const Tensor& scale, const MapInfo& info, const Tensor& x) {
-  check_table("scale", scale, {info.shape.samples, info.shape.channels}, compute_scalar_type(x), x);
-}
-
 Tensor rescale(Tensor x, Tensor scale, OptionalTensor shortcut, int64_t channel_dim, bool relu) {
   const MapInfo info = map_info(x, channel_dim);
   check_scale(scale, info, x);

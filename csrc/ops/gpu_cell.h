@@ -133,15 +133,12 @@ class GpuCall {
       : device_(x), x_(x), shape_(info.shape), bottleneck_(bottleneck), limits_(device_.gpu().limits()) {
     for (const int64_t size : {shape_.samples, shape_.channels, shape_.positions, bottleneck})
       check(size <= INT32_MAX / 8, "x: expected sizes of at most ", INT32_MAX / 8, ", got ", sizes_text(x));
-    check(x.scalar_type() != ScalarType::Double, "x: a GPU's kernels know no float64; the reference does");
   }
 
   int64_t samples() const { return shape_.samples; }
   int64_t channels() const { return shape_.channels; }
   int64_t positions() const { return shape_.positions; }
   int64_t bottleneck() const { return bottleneck_; }
-  bool empty() const { return shape_.samples == 0 || shape_.positions == 0; }
-  const GpuLimits& limits() const { return limits_; }
   kernels::MapSize size(int64_t samples) const {
     return {static_cast<int>(samples), static_cast<int>(shape_.channels), static_cast<int>(shape_.positions),
             shape_.interleaved};
@@ -310,13 +307,14 @@ class GpuCall {
   int64_t left_ = 0;
 };
 
-// Whether every run of a dense map begins at sixteen bytes.
+// Whether every run of these maps begins at sixteen bytes, in every sample; absent ones do not matter.
 template <class T>
-bool aligned_map(const MapInfo& info, std::initializer_list<const void*> maps) {
+bool aligned_maps(const MapInfo& info, std::initializer_list<Samples<const T>> maps) {
   const int64_t pack = 16 / static_cast<int64_t>(sizeof(T));
-  const int64_t run = info.shape.interleaved ? info.shape.channels : info.shape.channels * info.shape.positions;
-  bool aligned = run % pack == 0;
-  for (const void* map : maps) aligned = aligned && reinterpret_cast<uintptr_t>(map) % 16 == 0;
+  bool aligned = !info.shape.interleaved || info.shape.channels % pack == 0;
+  for (const Samples<const T>& map : maps)
+    aligned =
+        aligned && (map.data == nullptr || (reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && map.stride % pack == 0));
   return aligned;
 }
 

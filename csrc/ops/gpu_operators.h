@@ -19,17 +19,8 @@ namespace {
 // Calls `body.template operator()<T>()` with the element type of x; one that the GPU's kernels know.
 template <class Body>
 auto with_gpu_type(const Tensor& x, Body body) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return body.template operator()<float>();
-    case ScalarType::BFloat16:
-      return body.template operator()<BFloat16>();
-    case ScalarType::Half:
-      return body.template operator()<Float16>();
-    default:
-      throw std::runtime_error(
-          "dia_kernels: x: expected float32, float16 or bfloat16 on a GPU; of float64 the reference");
-  }
+  check(x.scalar_type() != ScalarType::Double, "x: a GPU's kernels know no float64; the reference does");
+  return with_narrow_type(x, body);
 }
 
 // --- forward -------------------------------------------------------------------------------------------------
@@ -102,7 +93,8 @@ void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, co
 template <class T, bool kAffine>
 GpuPlan forward_plan(GpuCall& call, const MapInfo& info, const ForwardMaps<T>& maps, bool relu, GpuNorm norm) {
   return call.plan(maps.shortcut.data != nullptr || relu, false, norm, sizeof(T),
-                   aligned_map<T>(info, {maps.x.data, maps.shortcut.data, maps.y.data}), [](bool on_chip) -> AnyKernel {
+                   aligned_maps<T>(info, {maps.x, maps.shortcut, {maps.y.data, maps.y.stride}}),
+                   [](bool on_chip) -> AnyKernel {
                      if (on_chip) return kernels::StepForward<T, kAffine>{};
                      return kernels::CellForwardLaunch<kAffine>{};
                    });
@@ -282,12 +274,15 @@ void run_backward(GpuCall& call, const GpuPlan& plan, const BackwardCell& cell, 
 
 template <class T, bool kAffine>
 GpuPlan backward_plan(GpuCall& call, const MapInfo& info, const BackwardMaps<T>& maps, GpuNorm norm) {
-  return call.plan(maps.y.data != nullptr || maps.dshortcut.data != nullptr, true, norm, sizeof(T),
-                   aligned_map<T>(info, {maps.x.data, maps.dy.data, maps.y.data, maps.dx.data, maps.dshortcut.data}),
-                   [](bool on_chip) -> AnyKernel {
-                     if (on_chip) return kernels::StepBackward<T, kAffine>{};
-                     return kernels::CellBackwardLaunch<kAffine>{};
-                   });
+  return call.plan(
+      maps.y.data != nullptr || maps.dshortcut.data != nullptr, true, norm, sizeof(T),
+      aligned_maps<T>(
+          info,
+          {maps.x, maps.dy, maps.y, {maps.dx.data, maps.dx.stride}, {maps.dshortcut.data, maps.dshortcut.stride}}),
+      [](bool on_chip) -> AnyKernel {
+        if (on_chip) return kernels::StepBackward<T, kAffine>{};
+        return kernels::CellBackwardLaunch<kAffine>{};
+      });
 }
 
 // The maps of a gradient, and the copies that some may need.
@@ -452,7 +447,7 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
   const Tensor dgamma = call.table({width}), dbeta = call.table({width});
   kernels::NormGradients gradients{};
   gradients.samples = static_cast<int>(n), gradients.channels = static_cast<int>(width);
-  gradients.positions = static_cast<int>(call.positions()), gradients.batch = batch;
+  gradients.positions = static_cast<int>(call.positions());
   gradients.sum = norm.sum, gradients.product = norm.product, gradients.dp = norm.dp, gradients.off = tables.off;
   gradients.new_h = new_h, gradients.d = tables.d, gradients.scale = scale, gradients.rstd = tables.rstd;
   gradients.dgamma = data_of<float>(dgamma), gradients.dbeta = data_of<float>(dbeta);
@@ -531,10 +526,6 @@ Tensor pool(Tensor x, int64_t channel_dim) {
                          n * width);
     return p;
   });
-}
-
-void check_scale(const Tensor& scale, const MapInfo& info, const Tensor& x) {
-  check_table("scale", scale, {info.shape.samples, info.shape.channels}, compute_scalar_type(x), x);
 }
 
 Tensor rescale(Tensor x, Tensor scale, OptionalTensor shortcut, int64_t channel_dim, bool relu) {

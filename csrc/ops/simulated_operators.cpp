@@ -19,6 +19,8 @@ namespace {
 GpuLimits limits{"simulated", 90,    4,    2048, 64 << 10, 128 << 10, 2,    64 << 10,
                  90e9,        170e9, 2e12, 9e12, 1.5e-6,   0.5e-6,    1e-10};
 int64_t blocks_that_fit = 1 << 20;
+// Of a block, where the kernel lets the launch choose: fewer than on a card, as a fiber is slow.
+int most_threads = 64;
 std::string launches;  // a line each
 
 // What a test lies about: a kernel's table is shorter by so many elements at its begin and end; or a barrier is left
@@ -215,8 +217,8 @@ class SimulatedGpu final : public Gpu {
           Memory(device, name_of<Args>()).of(args, static_cast<int64_t>(shape.ranks) * shape.teams);
           simt::Grid grid;
           grid.teams = shape.teams, grid.ranks = shape.ranks;
-          // Fewer threads than on a card, where the kernel lets the launch choose: a fiber is slow.
-          grid.threads = std::is_same_v<Args, kernels::WeightGradients> ? kernels::kTableThreads : 64;
+          grid.threads = kernels::kThreadsOf<Args>;
+          if (!std::is_same_v<Args, kernels::WeightGradients>) grid.threads = std::min(grid.threads, most_threads);
           grid.shared_bytes = static_cast<size_t>(shape.shared_bytes);
           if (lie.barrier.line != 0 && name_of<Args>() == lie.kernel) grid.without = &lie.barrier;
           const auto report = device.launch(grid, [args](simt::Thread& m) { kernels::run(m, args); });
@@ -234,16 +236,17 @@ class SimulatedGpu final : public Gpu {
 }  // namespace
 }  // namespace dia::simulated
 
-// The device's limits from now on, and how many blocks of a kernel it says to hold at once.
+// The device's limits from now on, how many blocks of a kernel it says to hold at once, and the most threads of a
+// block.
 extern "C" __attribute__((visibility("default"))) void dia_simulated_limits(int multiprocessors,
                                                                             int64_t shared_per_block, int cluster,
                                                                             int64_t l2_bytes, double flops,
-                                                                            int64_t resident) {
+                                                                            int64_t resident, int threads) {
   using dia::simulated::limits;
   limits.multiprocessors = multiprocessors, limits.cluster = cluster, limits.l2_bytes = l2_bytes;
   limits.shared_per_block = shared_per_block, limits.shared_per_multiprocessor = 2 * shared_per_block;
   limits.flops = flops;
-  dia::simulated::blocks_that_fit = resident;
+  dia::simulated::blocks_that_fit = resident, dia::simulated::most_threads = threads;
 }
 
 // What has been launched since the last call, a line each: kernel, team, ranks, teams, bytes of shared memory.

@@ -289,7 +289,7 @@ void tables_of_a_norm() {
     sum[k / kPositions] += g[k], product[k / kPositions] += g[k] * from_mean;
     off[k / kPositions] += from_mean / kPositions;
   }
-  kernels::NormGradients gradients{kSamples, kChannels, kPositions, true};
+  kernels::NormGradients gradients{kSamples, kChannels, kPositions};
   gradients.sum = memory.add("sum of g", sum), gradients.product = memory.add("product", product);
   gradients.dp = memory.add("dp", dp), gradients.off = memory.add("off", off), gradients.new_h = memory.add("h", h);
   gradients.d = of.d, gradients.scale = of.scale, gradients.rstd = of.rstd;
