@@ -55,7 +55,10 @@ def device(
     resident: int = 1 << 20,
     threads: int = 64,
 ) -> Iterator[None]:
-    """A simulated GPU with these limits, which takes these plans says to hold ``resident`` blocks at once and runs at most ``threads`` of a block."""
+    """A simulated GPU with these limits, which takes these plans.
+
+    It says to hold ``resident`` blocks at once, and runs at most ``threads`` of each.
+    """
     library().dia_simulated_limits(multiprocessors, shared, cluster, l2, flops, resident, threads)
     library().dia_kernels_gpu_layouts(LAYOUTS.index(layouts))
     launches()
