@@ -2,12 +2,14 @@
 
     python bench/gpu.py small                      small problems once through every kernel: for compute-sanitizer
     python bench/gpu.py times --out DIR            the step and the tail against their peers
+    python bench/gpu.py kernels --out DIR          each kernel of ours alone
     python bench/gpu.py nets --out DIR             training steps of whole networks
     python bench/gpu.py report --out DIR           merges what the parts have left into report.json and report.md
 
-Times are the device's, by events around one call, with a second-level cache that other data has filled; peers take
-turns. Nothing is timed before it has been compared with float64. A part that fails says so in its file, and the
-others go on.
+Times are the device's, by events around one call, with a second-level cache that other data has filled, and those of
+calls one after another, which the host may be too slow for; peers take turns. Nothing is timed before it has been
+compared with float64. A case that fails says so in its part's file, and the others go on; so do those for which there
+was no time.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import functools
 import json
 import statistics
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,24 +30,25 @@ from typing import Any
 
 import environment
 import torch
-from timing import clock_of, interleaved
+from timing import L2_FILLER_BYTES, Clock, clock_of, interleaved, synchronised_seconds_a_call
 from torch import Tensor, nn
 
-from dia_kernels import SharedAttention, backends, models, operators
+from dia_kernels import SharedAttention, backends, models, operators, plan
 
 LAYOUTS = ("any", "on chip", "sweeps", "products")
-#: N, C, side of the map, r.
+#: N, C, side of the map, r. Those that torch.compile is timed at come first.
 SHAPES = (
     (256, 256, 56, 4),
+    (128, 64, 32, 4),
     (256, 512, 28, 4),
-    (256, 1024, 14, 4),
     (256, 1024, 14, 20),
     (256, 2048, 7, 20),
     (32, 256, 56, 4),
-    (128, 64, 32, 4),
     (128, 128, 16, 4),
     (128, 256, 8, 4),
+    (256, 1024, 14, 4),
 )
+COMPILED_SHAPES = SHAPES[:3]
 QUICK_SHAPES = ((2, 8, 8, 4),)
 #: Passes over the map that nobody can avoid, with shortcut and ReLU: forward, and forward and backward.
 LEAST_PASSES = {"forward": 3, "forward + backward": 8}
@@ -70,10 +75,31 @@ class Case:
         return self.samples * self.channels * self.side**2 * getattr(torch, self.dtype).itemsize
 
 
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, where it has plans to choose from."""
+    has_plans = operators.library_error is None and operators.library_has_cuda()
+    return ctypes.CDLL(str(operators.LIBRARY_PATH)) if has_plans else None
+
+
 def choose(layouts: str) -> None:
     """Which plans the library takes from now on."""
-    if operators.library_error is None and operators.library_has_cuda():
-        ctypes.CDLL(str(operators.LIBRARY_PATH)).dia_kernels_gpu_layouts(LAYOUTS.index(layouts))
+    if (found := library()) is not None:
+        found.dia_kernels_gpu_layouts(LAYOUTS.index(layouts))
+
+
+def predicted(case: Case, card: str) -> dict[str, float]:
+    """The seconds of our plans by their model, by mode, if it knows the card."""
+    name = next((gpu for gpu in plan.gpus() if gpu in card.lower()), None)
+    if name is None:
+        return {}
+    shape = (case.samples, case.channels, case.side, case.side)
+    options = {"dtype": case.dtype, "reduction": case.reduction, "channels_last": case.channels_last}
+    forward, backward = (
+        plan.plan(shape, name, **options, backward=b, norm="batch" if case.tail else "none").seconds
+        for b in (False, True)
+    )
+    return {"forward": forward, "forward + backward": forward + backward}
 
 
 # --- the step and the tail ---------------------------------------------------------------------------------
@@ -184,15 +210,28 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def medians(calls: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
-    samples = interleaved(calls, budget=0, least=rounds, clock=clock_of(device))
+def medians(calls: dict[str, Callable[[], object]], clock: Clock, rounds: int, seconds: float = 0) -> dict[str, float]:
+    """The median of each call; a sample is one call, or as many as take ``seconds``."""
+    samples = interleaved(calls, budget=0, least=rounds, clock=clock, sample_seconds=seconds)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def copy_bandwidth(size: int, device: str, rounds: int) -> float:
     """Bytes a second, read and written, of copying so many bytes."""
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / medians({"copy": lambda: target.copy_(source)}, device, rounds)["copy"]
+    return 2 * size / medians({"copy": lambda: target.copy_(source)}, clock_of(device), rounds)["copy"]
+
+
+def usable(calls: dict[str, Callable[[], object]]) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The calls that run, and why others do not: a peer that fails must not take the others' times with it."""
+    run, failed = {}, {}
+    for name, call in calls.items():
+        try:
+            call(), call()
+            run[name] = call
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"[:200]
+    return run, failed
 
 
 def time_case(case: Case, device: str, compiled: bool, rounds: int) -> dict[str, Any]:
@@ -200,29 +239,54 @@ def time_case(case: Case, device: str, compiled: bool, rounds: int) -> dict[str,
     result: dict[str, Any] = {"case": asdict(case), "name": case.name, "wrong": problem.breach(), "seconds": {}}
     if result["wrong"]:
         return result
+    clock, clock_of_calls = clock_of(device), synchronised_seconds_a_call if device == "cuda" else clock_of(device)
     result["copy_bandwidth"] = copy_bandwidth(case.map_bytes, device, rounds)
+    predictions = predicted(case, torch.cuda.get_device_name()) if device == "cuda" else {}
     for mode, passes in LEAST_PASSES.items():
-        calls, failed = peers(problem, mode != "forward", device, compiled), {}
-        for name in list(calls):
-            try:
-                calls[name]()
-                calls[name]()
-            except Exception as error:  # a peer that does not run must not take the others' times with it
-                failed[name] = f"{type(error).__name__}: {error}"[:200]
-                del calls[name]
-        seconds = medians(calls, device, rounds)
+        calls, failed = usable(peers(problem, mode != "forward", device, compiled))
+        seconds = medians(calls, clock, rounds)
         ideal = passes * case.map_bytes / result["copy_bandwidth"]
-        result["seconds"][mode] = {"median": seconds, "of_copy": ideal / seconds["ours, any"], "failed": failed}
+        result["seconds"][mode] = {
+            "median": seconds,
+            "one after another": medians(calls, clock_of_calls, 5, seconds=2e-3),
+            "of_copy": ideal / seconds["ours, any"],
+            "predicted": predictions.get(mode),
+            "failed": failed,
+        }
     choose("any")
     return result
+
+
+def profile_case(case: Case, device: str) -> dict[str, Any]:
+    """The seconds of every kernel of ours in a forward and backward pass, cold, in their order."""
+    problem = Problem(case, device)
+    train = problem.call(lambda: problem.forward(problem.attention, problem.norm), True)
+    train(), train()
+    activities = [getattr(torch.profiler.ProfilerActivity, device.upper())]
+    calls = []
+    for _ in range(5):
+        with torch.profiler.profile(activities=activities) as profiler:
+            if device == "cuda":
+                torch.empty(L2_FILLER_BYTES, dtype=torch.uint8, device=device).zero_()
+            train()
+            if device == "cuda":
+                torch.cuda.synchronize()
+        events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+        # On a GPU everything that ran there but what emptied the cache; on a CPU our operators.
+        on_gpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+        ours = on_gpu[1:] if device == "cuda" else [e for e in events if "dia" in e.name]
+        calls.append([(e.name, e.time_range.elapsed_us() * 1e-6) for e in ours])
+    times = [statistics.median(seconds) for seconds in zip(*([t for _, t in call] for call in calls), strict=True)]
+    kernels = [{"name": name, "seconds": t} for (name, _), t in zip(calls[0], times, strict=True)]
+    return {"case": asdict(case), "name": case.name, "map_bytes": case.map_bytes, "kernels": kernels}
 
 
 def cases(shapes: Sequence[tuple[int, int, int, int]], dtype: str) -> list[Case]:
     return [
         Case(*shape, channels_last, dtype, tail)
+        for channels_last in (True, False)
         for shape in shapes
         for tail in (False, True)
-        for channels_last in (False, True)
     ]
 
 
@@ -288,7 +352,7 @@ def time_network(case: Network, device: str, rounds: int) -> dict[str, Any]:
         if device == "cuda":
             result["peak_bytes"][variant] = torch.cuda.max_memory_allocated()
         steps[variant] = step
-    result["seconds"] = medians(steps, device, rounds)
+    result["seconds"] = medians(steps, synchronised_seconds_a_call if device == "cuda" else clock_of(device), rounds)
     return result
 
 
@@ -311,23 +375,40 @@ def small(device: str) -> None:
     print("every kernel ran")
 
 
-def guarded(function: Callable[..., dict[str, Any]], name: str, *arguments) -> dict[str, Any]:
-    try:
-        print(name, "...", flush=True)
-        return function(*arguments)
-    except Exception:
-        return {"name": name, "error": traceback.format_exc(limit=4)}
+@dataclass
+class Part:
+    """A part's results, in its file as soon as there are some."""
 
+    name: str
+    folder: Path
+    device: str
+    seconds: float
 
-def write(folder: Path, part: str, device: str, results: list[dict[str, Any]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {"environment": environment.describe(device), "results": results}
-    (folder / f"{part}.json").write_text(json.dumps(document, indent=1) + "\n")
+    def run(self, subjects: Sequence[Any], function: Callable[[Any], dict[str, Any]]) -> bool:
+        """Whether all subjects gave what they should. Those for which there is no time are listed without results."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        environment_, results, begin = environment.describe(self.device), [], time.monotonic()
+        for subject in subjects:
+            if time.monotonic() - begin > self.seconds:
+                results.append({"name": subject.name, "error": "no time was left"})
+                continue
+            print(subject.name, "...", flush=True)
+            try:
+                results.append(function(subject))
+            except Exception:
+                results.append({"name": subject.name, "error": traceback.format_exc(limit=4)})
+            print("   ", summary(results[-1]), flush=True)
+            self.write({"environment": environment_, "results": results})
+        self.write({"environment": environment_, "results": results})
+        return not any(r.get("error") or r.get("wrong") for r in results)
+
+    def write(self, document: dict[str, Any]) -> None:
+        (self.folder / f"{self.name}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 def report(folder: Path) -> str:
     """All parts that are there, as Markdown; ``report.json`` beside it."""
-    files = {part: folder / f"{part}.json" for part in ("times", "nets")}
+    files = {part: folder / f"{part}.json" for part in ("times", "kernels", "nets")}
     parts = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
     (folder / "report.json").write_text(json.dumps(parts, indent=1) + "\n")
     lines = ["# The CUDA backend on a card"]
@@ -343,25 +424,44 @@ def report(folder: Path) -> str:
     return text
 
 
+def short(kernel: str) -> str:
+    """The kernel's own name and types, out of the symbol's."""
+    for part in ("void ", "dia::cuda::", "(anonymous namespace)::", "dia::kernels::", "dia::"):
+        kernel = kernel.replace(part, "")
+    return kernel.partition("(")[0].removeprefix("kernel")
+
+
 def summary(result: dict[str, Any]) -> str:
     if result.get("error") or result.get("wrong"):
         return "failed: " + (result.get("wrong") or result["error"].strip().splitlines()[-1])
+    if "kernels" in result:
+        return ", ".join(f"{short(k['name'])} {k['seconds'] * 1e6:.1f}" for k in result["kernels"]) + " us"
+    if "peak_bytes" in result:
+        peaks = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in result["peak_bytes"].items())
+        times = ", ".join(f"{k} {v * 1e3:.2f}" for k, v in result["seconds"].items())
+        return f"{times} ms" + (f"; peak memory {peaks} GiB" if peaks else "")
     found = []
     for mode, seconds in result["seconds"].items():
-        if not isinstance(seconds, dict):  # of a network: by variant
-            return ", ".join(f"{k} {v * 1e3:.2f} ms" for k, v in result["seconds"].items())
-        times = ", ".join(f"{k} {v * 1e6:.0f}" for k, v in seconds["median"].items())
+        device, calls = (
+            ", ".join(f"{k} {v * 1e6:.0f}" for k, v in seconds[which].items())
+            for which in ("median", "one after another")
+        )
+        share = f"{seconds['of_copy']:.0%} of the copy bandwidth"
+        if seconds["predicted"]:
+            share += f", {seconds['predicted'] * 1e6:.0f} us predicted"
         failures = "".join(f"; {k} failed" for k in seconds["failed"])
-        found.append(f"{mode} us: {times} ({seconds['of_copy']:.0%} of the copy bandwidth{failures})")
+        found.append(f"{mode} us: {device} ({share}{failures}); one after another: {calls}")
     return "; ".join(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Checks and times the CUDA backend.")
-    parser.add_argument("part", choices=("small", "times", "nets", "report"))
+    parser.add_argument("part", choices=("small", "times", "kernels", "nets", "report"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="one small case, few rounds, nothing compiled")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile among the peers")
+    parser.add_argument("--seconds", type=float, default=450, help="begin no case after so many (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"))
     options = parser.parse_args(arguments)
     if options.part == "report":
@@ -373,14 +473,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         small(options.device)
         return 0
     rounds = 2 if options.quick else ROUNDS
-    if options.part == "times":
-        chosen = cases(QUICK_SHAPES if options.quick else SHAPES, options.dtype)
-        results = [guarded(time_case, c.name, c, options.device, not options.quick, rounds) for c in chosen]
-    else:
-        chosen = QUICK_NETWORKS if options.quick else NETWORKS
-        results = [guarded(time_network, n.name, n, options.device, rounds) for n in chosen]
-    write(options.out, options.part, options.device, results)
-    return 1 if any(r.get("error") or r.get("wrong") for r in results) else 0
+    shapes = QUICK_SHAPES if options.quick else SHAPES
+    part = Part(options.part, options.out, options.device, options.seconds)
+    if options.part == "nets":
+        networks = QUICK_NETWORKS if options.quick else NETWORKS
+        return 0 if part.run(networks, lambda network: time_network(network, options.device, rounds)) else 1
+
+    def time_one(case: Case) -> dict[str, Any]:
+        shape = (case.samples, case.channels, case.side, case.reduction)
+        compiled = case.channels_last and shape in COMPILED_SHAPES and not options.no_compile
+        return time_case(case, options.device, compiled, rounds)
+
+    one = time_one if options.part == "times" else lambda case: profile_case(case, options.device)
+    return 0 if part.run(cases(shapes, options.dtype), one) else 1
 
 
 if __name__ == "__main__":

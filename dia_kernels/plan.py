@@ -27,7 +27,7 @@ class Plan:
     """A plan of one direction of the step.
 
     With ``on_chip`` it is one kernel that keeps the map in shared memory. Else there are sweeps over the map, ``chunk``
-    samples at a time in tiles of ``tile_channels`` and ``tile_positions``, and the cell between them.
+    samples at a time, and the cell between them.
 
     ``team`` is what makes the cell: ``block``, ``cluster`` or ``grid``, teams of ``ranks`` blocks, ``resident`` of
     which share a multiprocessor, that take ``group`` samples at a time; or ``products``, a BLAS. ``passes`` over the
@@ -43,8 +43,6 @@ class Plan:
     resident: int
     shared_bytes: int
     chunk: int
-    tile_channels: int
-    tile_positions: int
     launches: int
     passes: float
     bytes: float
@@ -142,8 +140,7 @@ def as_text(name: str, p: Plan) -> str:
     cell = _who_makes_the_cell(p)
     layout = f"the map on chip: {cell}"
     if not p.on_chip:
-        tile = f"tiles of {p.tile_channels} channels, {p.tile_positions} positions"
-        layout = f"sweeps, {p.chunk} samples at a time in {tile}; the cell between them: {cell}"
+        layout = f"sweeps, {p.chunk} samples at a time; the cell between them: {cell}"
     return (
         f"{name}\n    {layout}\n"
         f"    {p.launches} launches, {p.passes:g} passes, {p.bytes / 1e6:.1f} MB; modelled {p.seconds * 1e6:.0f} us, "

@@ -59,6 +59,12 @@ enum class GpuTeam { block, cluster, grid, products };
 // where a team does not fit on the device after all, a BLAS makes the cell between sweeps.
 enum class GpuLayouts { any, on_chip, sweeps, products };
 
+// What a block of a sweep takes at a time, see kernels/walk.h. Planar: rows, `lanes` threads each. Interleaved: channels
+// of a sample, and of a spread some positions.
+struct GpuTile {
+  int channels = 1, positions = 1, lanes = 1;
+};
+
 struct GpuPlan {
   // Whether the map stays on chip: one kernel. Else there are sweeps, `chunk` samples at a time, with the cell between.
   bool on_chip = false;
@@ -68,7 +74,6 @@ struct GpuPlan {
   int resident = 1;            // blocks of a multiprocessor
   int64_t shared_bytes = 0;    // of a block of the team
   int64_t chunk = 0;
-  int tile_channels = 1, tile_positions = 1;  // of the sweeps
   int64_t launches = 0;
   double passes = 0;  // over the map, and its bytes in all
   double bytes = 0;
@@ -76,6 +81,8 @@ struct GpuPlan {
 };
 
 constexpr int kGpuThreads = 512;
+// Of the sweeps, and how many such blocks a multiprocessor holds.
+constexpr int kSweepThreads = 256, kSweepResident = 3;
 // Shared memory that the system keeps of each resident block.
 constexpr int64_t kReservedShared = 1 << 10;
 
@@ -133,14 +140,10 @@ constexpr int64_t cell_shared_bytes(int64_t owned, int64_t bottleneck, int64_t g
          floats(group * owned) + floats(4 * group * owned) + floats(2 * group * bottleneck);
 }
 
-// Of the sweep that sums, with `stages` of a tile.
-constexpr int64_t reduce_shared_bytes(int64_t channels, int64_t positions, bool interleaved, int element_bytes,
-                                      int stages, int warps) {
-  const int pack = 16 / element_bytes;
-  const int64_t elements = interleaved ? positions * rounded_up(channels + pack - 1, pack)
-                                       : rounded_up(channels * positions + pack - 1, pack);
-  return stages * rounded_up(elements * element_bytes, 16) +
-         floats(position_scratch(warps, static_cast<int>(channels))) + 6 * floats(channels);
+// Of the sweep that sums: a sum of each value of each thread's packs, twice for moments.
+constexpr int64_t reduce_shared_bytes(const GpuTile& tile, bool interleaved, int element_bytes) {
+  if (!interleaved) return 8 * (kSweepThreads / 32);
+  return 8 * (static_cast<int64_t>(kSweepThreads) * (16 / element_bytes) + tile.channels);
 }
 
 // --- the plan -----------------------------------------------------------------------------------------------
@@ -200,25 +203,40 @@ inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLi
   return groups * one;
 }
 
-// The tile of the sweeps: some sixteen kilobytes of each map, fewer where that leaves multiprocessors idle. Several
-// channels with all their positions, or some positions of one channel (planar) or of all channels of the tile.
-inline void choose_tile(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu) {
-  // Two blocks of a multiprocessor with two stages each, and what else they need.
-  const int64_t room = gpu.shared_per_multiprocessor / 2 - kReservedShared - (10 << 10);
-  const int64_t pack = 16 / p.element_bytes, most = std::min<int64_t>(16 << 10, room / 2) / p.element_bytes;
-  const int64_t wanted = 4 * static_cast<int64_t>(gpu.multiprocessors);
-  int64_t channels, positions;
-  if (p.interleaved) {
-    channels = std::min(p.channels, int64_t{256});
-    positions = std::clamp(most / rounded_up(channels + pack - 1, pack), int64_t{1}, std::max<int64_t>(p.positions, 1));
-  } else {
-    positions = std::clamp(p.positions, int64_t{1}, most);
-    channels =
-        positions < p.positions ? 1 : std::clamp(most / positions, int64_t{1}, std::min(p.channels, int64_t{256}));
-  }
-  // Whole packs and quanta: halves of channels stay multiples of eight.
-  while (channels >= 16 && p.samples * parts(p.channels, channels) < wanted) channels = rounded_up(channels / 2, 8);
-  plan.tile_channels = static_cast<int>(channels), plan.tile_positions = static_cast<int>(positions);
+// Threads that share a row of a planar map, so that each has `packs` of it under way; more where there are so few rows
+// that multiprocessors would idle.
+inline int lanes_of(const GpuProblem& p, const GpuLimits& gpu, int64_t packs) {
+  const int64_t pack = 16 / p.element_bytes, row = parts(p.positions, pack) + (p.aligned && p.positions % pack == 0 ? 0 : 1);
+  const int64_t threads = static_cast<int64_t>(gpu.multiprocessors) * kSweepThreads * kSweepResident;
+  int lanes = 1;
+  while (lanes < kSweepThreads && lanes * packs < row && (lanes < 32 || p.samples * p.channels * lanes < threads))
+    lanes *= 2;
+  return lanes;
+}
+
+// Channels of an interleaved map: many, as what lies together is read together, fewer where multiprocessors would idle.
+inline GpuTile reduce_tile_of(const GpuProblem& p, const GpuLimits& gpu) {
+  GpuTile tile;
+  tile.lanes = lanes_of(p, gpu, 4), tile.positions = static_cast<int>(std::max<int64_t>(p.positions, 1));
+  const int64_t wanted = 3 * static_cast<int64_t>(gpu.multiprocessors);
+  int64_t channels = std::min(p.channels, static_cast<int64_t>(kSweepThreads));
+  while (channels > 32 && p.samples * parts(p.channels, channels) < wanted) channels = rounded_up(channels / 2, 8);
+  tile.channels = static_cast<int>(std::max<int64_t>(channels, 1));
+  return tile;
+}
+
+// Sixteen positions for each row of threads, fewer where multiprocessors would idle.
+inline GpuTile spread_tile_of(const GpuProblem& p, const GpuLimits& gpu) {
+  GpuTile tile;
+  tile.lanes = lanes_of(p, gpu, 2);
+  const int64_t channels = std::clamp(p.channels, int64_t{1}, static_cast<int64_t>(kSweepThreads));
+  const int64_t pack = p.aligned ? 16 / p.element_bytes : 1, rows = kSweepThreads / parts(channels, pack);
+  const int64_t wanted = 2 * static_cast<int64_t>(gpu.multiprocessors) * kSweepResident;
+  int64_t positions = 16 * rows;
+  while (positions > 2 * rows && p.samples * parts(p.channels, channels) * parts(p.positions, positions) < wanted)
+    positions /= 2;
+  tile.channels = static_cast<int>(channels), tile.positions = static_cast<int>(positions);
+  return tile;
 }
 
 // Of the norm's tables: statistics forward; what they were and their gradients backward.
@@ -234,7 +252,6 @@ inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu,
   plan.on_chip = false;
   plan.passes = work.passes + again;
   plan.bytes = plan.passes * map;
-  choose_tile(plan, p, gpu);
   // What the second sweep finds in the second-level cache: all of a chunk of samples that is small enough, or the last
   // part of a larger one, as it goes backwards. A batch's statistics need all samples first, and every chunk its
   // launches.

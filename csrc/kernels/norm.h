@@ -1,10 +1,12 @@
 // A norm in front of the step: what it does to means and gradients, and the kernels of its tables.
 //
-// x = ((z - shift) - d) scale + bias, a value of each channel. `shift` is near the mean and `d` the rest of the mean,
-// so that nothing cancels (docs/kernels.md, digits; arXiv:1502.03167, algorithm 1). Of a batch, from each sample's sum
-// about its own first value f_n and its squares m2_n about its own mean, with the shift f_0:
+// x = ((z - shift) - d) scale + bias, a value of each channel. `shift` is the float next to the mean and `d` the rest of
+// the mean, so that nothing cancels (docs/kernels.md, digits; arXiv:1502.03167, algorithm 1). Of a batch, in double, from
+// each sample's sum about its own first value f_n and its squares m2_n about its own mean:
 //
-//     d_n = (f_n - f_0) + sum_n / HW,  d = mean over n of d_n,  var = mean over n of (m2_n / HW + (d_n - d)^2)
+//     d_n = (f_n - f_0) + sum_n / HW,  mean = f_0 + mean over n of d_n,  var = mean over n of m2_n / HW + (d_n - mean d)^2
+//
+// A float of d_n would do for values of the map, not for the means p, which are smaller by the root of HW.
 //
 // The kernels give a warp's lanes neighbouring channels and its block's warps a part of the samples each; parts are
 // added in order, so the same bits come out every time. Tables of (N, C) are read twice.
@@ -62,12 +64,12 @@ DIA_DEVICE void for_channels(M& m, int samples, int channels, Body body) {
 }
 
 // The sum over the block's warps, for each lane; all threads get it.
-template <class M, class Array>
-DIA_DEVICE float sum_over_warps(M& m, const Array& scratch, float value) {
+template <class M, class V, class Array>
+DIA_DEVICE V sum_over_warps(M& m, const Array& scratch, V value) {
   m.sync_block();  // the sum before may still be read
   scratch[m.thread()] = value;
   m.sync_block();
-  float sum = 0;
+  V sum = 0;
   for (int warp = 0; warp < m.warps(); ++warp) sum += scratch[warp * 32 + m.lane()];
   return sum;
 }
@@ -75,7 +77,7 @@ DIA_DEVICE float sum_over_warps(M& m, const Array& scratch, float value) {
 struct BatchStatistics {
   int samples, channels, positions;
   float eps;
-  const float *first, *squares;                         // (N, C), f_n and m2_n
+  const float *first, *rest, *squares;                  // (N, C), f_n, what rounding took off the sum, and m2_n
   float* sum;                                           // (N, C), about f_n; left here about the shift
   const float *gamma, *beta;                            // (C), or null for 1 and 0
   float *shift, *d, *scale, *bias, *rstd, *mean, *var;  // (C)
@@ -83,34 +85,37 @@ struct BatchStatistics {
 
 template <class M>
 DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
-  const auto scratch = m.template shared<float>(m.threads());
-  const float positions = static_cast<float>(args.positions), count = positions * static_cast<float>(args.samples);
+  const auto scratch = m.template shared<double>(m.threads());
+  const double positions = args.positions, count = positions * args.samples;
   for_channels(m, args.samples, args.channels, [&](int channel, Part samples) {
     const bool there = channel < args.channels;
-    const float shift = there ? m.load(args.first + channel) : 0.0f;
-    float sum = 0;
+    const double origin = there ? m.load(args.first + channel) : 0.0f;
+    const auto about_origin = [&](int64_t at) {
+      return static_cast<double>(m.load(args.sum + at)) + static_cast<double>(m.load(args.rest + at)) +
+             positions * (static_cast<double>(m.load(args.first + at)) - origin);
+    };
+    double sum = 0;
+    for (int n = samples.begin; n < samples.end; ++n) sum += about_origin(row_at(n, args.channels) + channel);
+    const double off = sum_over_warps(m, scratch, sum) / count, mean = origin + off;
+    const float shift = static_cast<float>(mean);
+    // origin + off may itself be rounded: d from the differences.
+    const double d = origin - static_cast<double>(shift) + off;
+    double squares = 0;
     for (int n = samples.begin; n < samples.end; ++n) {
       const int64_t at = row_at(n, args.channels) + channel;
-      sum += m.load(args.sum + at) + positions * (m.load(args.first + at) - shift);
+      const double about = about_origin(at), apart = about / positions - off;
+      squares += static_cast<double>(m.load(args.squares + at)) + positions * apart * apart;
+      m.store(args.sum + at, static_cast<float>(about + positions * (origin - static_cast<double>(shift))));
     }
-    const float d = sum_over_warps(m, scratch, sum) / count;
-    float squares = 0;
-    for (int n = samples.begin; n < samples.end; ++n) {
-      const int64_t at = row_at(n, args.channels) + channel;
-      const float about_shift = m.load(args.sum + at) + positions * (m.load(args.first + at) - shift);
-      const float off = about_shift / positions - d;
-      squares += m.load(args.squares + at) + positions * off * off;
-      m.store(args.sum + at, about_shift);
-    }
-    const float var = sum_over_warps(m, scratch, squares) / count;
+    const float var = static_cast<float>(sum_over_warps(m, scratch, squares) / count);
     if (m.warp() != 0 || !there) return;
     const float rstd = 1.0f / M::sqrt(var + args.eps);
     m.store(args.shift + channel, shift);
-    m.store(args.d + channel, d);
+    m.store(args.d + channel, static_cast<float>(d));
     m.store(args.rstd + channel, rstd);
     m.store(args.scale + channel, args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd);
     m.store(args.bias + channel, args.beta != nullptr ? m.load(args.beta + channel) : 0.0f);
-    m.store(args.mean + channel, shift + d);
+    m.store(args.mean + channel, shift);
     m.store(args.var + channel, var);
   });
 }

@@ -78,8 +78,10 @@ DIA_DEVICE void run(M& m, const SplitGateGradients<kAffine>& args) {
 template <class Args>
 constexpr bool kHasTeams = requires(Args args) { args.teams; };
 
-// Threads of a block: of those that move a map or whose blocks share a cell, and of those that make tables.
+// Threads of a block: of those whose blocks share a cell, of those that sweep over a map, and of those that make tables.
 template <class Args>
-constexpr int kThreadsOf = kHasTeams<Args> || requires(Args args) { args.tile; } ? kGpuThreads : kTableThreads;
+constexpr int kThreadsOf = kHasTeams<Args>                        ? kGpuThreads
+                           : requires(Args args) { args.tile; } ? kSweepThreads
+                                                                : kTableThreads;
 
 }  // namespace dia::kernels

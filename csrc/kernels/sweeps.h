@@ -1,44 +1,42 @@
 // The sweeps over a map: what the split step and the folded batch norm consist of, but for the small tables between
 // them (docs/kernels.md). Two kernels with optional parts:
 //
-//   reduce   sums over each channel's positions          pool, moments, and the first sweeps of both gradients
+//   reduce   sums over each channel's positions            pool, moments, and the first sweeps of both gradients
 //   spread   a value of each sample and channel, applied   rescale, normalise, and the second sweeps of both gradients
 //
-// A block takes tiles in turn: some channels of a sample, and of a large map some positions of one channel. `reduce`
-// stages a tile in shared memory, wide accesses on one side and sums by channel on the other. Each map is read or
-// written once; a planar tile is one run, so that odd channels cost no sector twice but at its ends. `spread` goes from
-// the last tile to the first: what the second-level cache still holds of the first sweep is met first.
+// Each map is read or written once and goes through registers only (walk.h), with a few packs of each under way. No
+// barrier while a map is streamed; sums meet in shuffles, and of an interleaved map once a task in shared memory.
+// `spread` goes from the last tile to the first: what the second-level cache still holds of the first sweep is met
+// first.
+//
+// Tried before, on an H100: tiles staged in shared memory, wide accesses on one side and sums by channel on the other.
+// Every tile waited for its loads, then for its sums, and half of the instructions found places; 0.1 to 0.3 of the
+// bandwidth.
 #pragma once
 
 #include "gradient.h"
-#include "image.h"
-#include "sums.h"
+#include "walk.h"
 
 namespace dia::kernels {
-
-// A tile: channels at a time, positions at a time (fewer than all only with a single planar channel).
-struct Tile {
-  int channels, positions;
-};
 
 template <class T>
 struct Reduce {
   MapSize size;
-  Tile tile;
+  GpuTile tile;
   Samples<const T> x;      // (x - shift) is what is summed, alone or times g
   Samples<const T> dy, y;  // g = dy, where y > 0 if there is y; no dy: no g
   Samples<T> g;            // no data: not wanted
   const float* shift;      // (C), or null for 0
-  float* first;            // (N, C): instead, a sample's first value of each channel is its shift, and is written here
-  // (N, C): sums of g and of g (x - shift). Without dy of x - shift, and of squares about each sample's own mean, which
-  // takes the first. Null: not wanted.
-  float *sum, *product;
+  // (N, C), for the moments of a batch: a sample's first value of each channel is its shift, and is written here; and
+  // what rounding takes off the sum. Then `product` has the squares about each sample's own mean.
+  float *first, *rest;
+  float *sum, *product;  // (N, C): sums of g and of g (x - shift), without dy of x - shift. Null: not wanted.
 };
 
 template <class T>
 struct Spread {
   MapSize size;
-  Tile tile;
+  GpuTile tile;
   Samples<const T> dy, y;        // g, as above; no dy: no such term
   Samples<const T> x, shortcut;  // no data: no such term
   Samples<T> out;
@@ -47,192 +45,359 @@ struct Spread {
   bool relu;
 };
 
-// Calls `body(sample, channels)` for the tiles of this block. `backwards`: from the last to the first.
-template <class M, class Body>
-DIA_DEVICE void for_tiles(M& m, const MapSize& size, const Tile& tile, bool backwards, Body body) {
-  const int across = (size.channels + tile.channels - 1) / tile.channels;
-  const int64_t tasks = static_cast<int64_t>(size.samples) * across;
-  for (int64_t task = m.team(); task < tasks; task += m.teams()) {
-    const int64_t number = backwards ? tasks - 1 - task : task, sample = number / across;
-    const int begin = static_cast<int>(number - sample * across) * tile.channels;
-    body(sample, Part{begin, begin + tile.channels < size.channels ? begin + tile.channels : size.channels});
+// --- reduce --------------------------------------------------------------------------------------------------
+
+// Packs of each map that a thread has under way: of one map, and where there are more.
+constexpr int kPacksAlone = 4, kPacksOfEach = 2;
+
+// A thread's sums, one of each value of its packs.
+template <class W>
+struct Sums {
+  float shift[W::kValues] = {}, first[W::kValues] = {}, second[W::kValues] = {};
+};
+
+// Sums of all packs of a walk; writes g where it is wanted.
+template <bool kWithG, class M, class T, class W>
+DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
+  constexpr int kBatch = kWithG ? kPacksOfEach : kPacksAlone;
+  const bool with_x = args.x.data != nullptr, masked = args.y.data != nullptr, moments = args.first != nullptr;
+  for (int first = 0; first < walk.count; first += kBatch) {
+    Pack<T> x[kBatch]{}, g[kBatch]{};  // undefined ones would be carried from pass to pass, in memory
+    DIA_UNROLL
+    for (int b = 0; b < kBatch; ++b) {
+      if (first + b >= walk.count) continue;
+      if (with_x) x[b] = walk.load(m, args.x, first + b);
+      if (!kWithG) continue;
+      g[b] = walk.load(m, args.dy, first + b);
+      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, first + b));
+    }
+    if (!kWithG && moments && first == 0) {
+      DIA_UNROLL
+      for (int k = 0; k < W::kValues; ++k)
+        if (walk.holds(0, k)) sums.shift[k] = M::widen(x[0][k]);
+    }
+    DIA_UNROLL
+    for (int b = 0; b < kBatch; ++b) {
+      const int number = first + b;
+      if (number >= walk.count) continue;
+      if (kWithG && args.g.data != nullptr) walk.store(m, args.g, number, g[b]);
+      DIA_UNROLL
+      for (int k = 0; k < W::kValues; ++k) {
+        if (!walk.holds(number, k)) continue;
+        const float value = M::widen(x[b][k]) - sums.shift[k];
+        const float factor = kWithG ? M::widen(g[b][k]) : value;
+        sums.first[k] += factor;
+        sums.second[k] += factor * value;
+      }
+    }
+  }
+}
+template <class M, class T, class W>
+DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
+  if (args.dy.data != nullptr)
+    sum_up<true>(m, args, walk, sums);
+  else
+    sum_up<false>(m, args, walk, sums);
+}
+
+// Where the sums of a channel are put.
+template <class M, class T>
+DIA_DEVICE void put_sums(M& m, const Reduce<T>& args, int64_t at, float first, float second) {
+  if (args.sum != nullptr) m.store(args.sum + at, first);
+  if (args.product != nullptr) m.store(args.product + at, second);
+}
+
+// A thread's sums about its own shift, as sums about `first`: of n terms, S + n d and Q + d (2 S + n d), d the
+// difference. In double, where the squares about the mean then lose nothing.
+struct Moments {
+  double sum = 0, squares = 0;
+
+  DIA_DEVICE void add(float shift, float sum_of, float squares_of, int terms, float first) {
+    const double n = terms, d = static_cast<double>(shift) - static_cast<double>(first), s = sum_of;
+    sum += s + n * d;
+    squares += static_cast<double>(squares_of) + d * (2 * s + n * d);
+  }
+};
+
+template <class M, class T>
+DIA_DEVICE void put_moments(M& m, const Reduce<T>& args, int64_t at, float first, const Moments& moments) {
+  const float sum = static_cast<float>(moments.sum);
+  const double about_mean = moments.squares - moments.sum * moments.sum / static_cast<double>(args.size.positions);
+  m.store(args.first + at, first);
+  m.store(args.sum + at, sum);
+  m.store(args.rest + at, static_cast<float>(moments.sum - static_cast<double>(sum)));
+  m.store(args.product + at, about_mean < 0 ? 0.0f : static_cast<float>(about_mean));  // not a maximum: NaN passes
+}
+
+// The sum over the threads of a row: lanes of a warp by shuffles, and where more warps share it their parts in order.
+template <class M, class V, class Array>
+DIA_DEVICE V row_sum(M& m, int lanes, const Array& scratch, V value) {
+  if (lanes <= 32) return m.warp_sum(value, 1, lanes);
+  value = m.warp_sum(value);
+  m.sync_block();  // the sum before may still be read
+  if (m.lane() == 0) scratch[m.warp()] = value;
+  m.sync_block();
+  const int first = m.warp() / (lanes / 32) * (lanes / 32);
+  V sum = 0;
+  for (int warp = first; warp < first + lanes / 32; ++warp) sum += scratch[warp];
+  return sum;
+}
+
+template <bool kWide, class M, class T>
+DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
+  using W = Walk<T, kWide, false>;
+  const int lanes = args.tile.lanes, at_once = m.threads() / lanes;
+  const auto scratch = m.template shared<double>(m.warps());
+  const int64_t rows = static_cast<int64_t>(args.size.samples) * args.size.channels;
+  for (int64_t first = static_cast<int64_t>(m.team()) * at_once; first < rows;
+       first += static_cast<int64_t>(m.teams()) * at_once) {
+    const int64_t row = first + m.thread() / lanes;
+    const W walk = planar_walk<W>(m, args.size, lanes, row, args.x.data != nullptr ? args.x : args.dy);
+    const bool there = row < rows, writes = there && m.thread() % lanes == 0;
+    Sums<W> sums;
+    if (args.shift != nullptr && there) {
+      const float shift = m.load(args.shift + walk.channel);
+      DIA_UNROLL
+      for (int k = 0; k < W::kValues; ++k) sums.shift[k] = shift;
+    }
+    float value = 0;
+    if (args.first != nullptr && there && args.size.positions > 0)
+      value = M::widen(m.load(args.x.data + walk.sample * args.x.stride +
+                              static_cast<int64_t>(walk.channel) * args.size.positions));
+    sum_up(m, args, walk, sums);
+    if (args.first != nullptr) {
+      Moments moments;
+      DIA_UNROLL
+      for (int k = 0; k < W::kValues; ++k)
+        moments.add(sums.shift[k], sums.first[k], sums.second[k], walk.terms(k), value);
+      moments.sum = row_sum(m, lanes, scratch, moments.sum);
+      moments.squares = row_sum(m, lanes, scratch, moments.squares);
+      if (writes) put_moments(m, args, row, value, moments);
+      continue;
+    }
+    float total = 0, product = 0;
+    DIA_UNROLL
+    for (int k = 0; k < W::kValues; ++k) total += sums.first[k], product += sums.second[k];
+    if (args.sum != nullptr) total = row_sum(m, lanes, scratch, total);
+    if (args.product != nullptr) product = row_sum(m, lanes, scratch, product);
+    if (writes) put_sums(m, args, row, total, product);
   }
 }
 
-// Positions [begin, ...) of the tile.
-DIA_DEVICE Part range_of(const MapSize& size, const Tile& tile, int begin) {
-  return {begin, size.positions - begin > tile.positions ? begin + tile.positions : size.positions};
+// Sums of each channel of a task over the block's rows of threads: `value(k)` of this thread's channels, a sum for
+// thread j modulo the block's threads goes to done(j, sum). Two barriers.
+template <class W, class V, class M, class Array, class Value, class Done>
+DIA_DEVICE void sum_of_rows(M& m, const Rows<W>& rows, int owned, const Array& scratch, Value value, Done done) {
+  // A row that lies in a warp several times is added up there first.
+  const bool within = rows.across <= 16 && (rows.across & (rows.across - 1)) == 0;
+  const int count = within ? m.warps() : rows.count, row = within ? m.warp() : rows.row;
+  const bool writes = within ? m.lane() < rows.across : rows.there();
+  m.sync_block();  // the sums before may still be read
+  DIA_UNROLL
+  for (int k = 0; k < W::kValues; ++k) {
+    V sum = value(k);
+    if (within) sum = m.warp_sum(sum, rows.across);
+    if (writes && rows.column * W::kValues + k < owned) scratch[row * owned + rows.column * W::kValues + k] = sum;
+  }
+  m.sync_block();
+  for (int j = m.thread(); j < owned; j += m.threads()) {
+    V sum = 0;
+    for (int r = 0; r < count; ++r) sum += scratch[r * owned + j];
+    done(j, sum);
+  }
 }
 
-// g of a tile into the stage, with the phases of dy, and into memory.
-template <class M, class T, class Array>
-DIA_DEVICE void stage_gradient(M& m, const Reduce<T>& args, const Image<T>& image, int64_t sample, const Array& stage) {
-  const bool masked = args.y.data != nullptr, written = args.g.data != nullptr;
-  for_slots(
-      m, image, args.dy, sample, 1, (!masked || alike(args.dy, args.y)) && (!written || alike(args.dy, args.g)),
-      [&](const Place& at) {
-        Pack<T> g = m.load_pack(at.in(args.dy, sample));
-        if (masked) mask_pack<M>(g, m.load_pack(at.in(args.y, sample)));
-        stage.set_pack(at.place, g);
-        if (written) m.store_pack(at.in(args.g, sample), g);
-      },
-      [&](const Place& at) {
-        T g = m.load(at.in(args.dy, sample));
-        if (masked) mask<M>(g, m.load(at.in(args.y, sample)));
-        stage[at.place] = g;
-        if (written) m.store(at.in(args.g, sample), g);
-      });
+template <bool kWide, class M, class T>
+DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
+  using W = Walk<T, kWide, true>;
+  const MapSize& size = args.size;
+  const int most = args.tile.channels < size.channels ? args.tile.channels : size.channels;
+  const auto scratch = m.template shared<double>(m.threads() * W::kValues);
+  const auto totals = m.template shared<double>(args.first != nullptr ? most : 0);
+  const int across = (size.channels + args.tile.channels - 1) / args.tile.channels;
+  const int64_t tasks = static_cast<int64_t>(size.samples) * across;
+  for (int64_t task = m.team(); task < tasks; task += m.teams()) {
+    const int64_t sample = task / across;
+    const int begin = static_cast<int>(task - sample * across) * args.tile.channels;
+    const Part channels{begin, begin + args.tile.channels < size.channels ? begin + args.tile.channels : size.channels};
+    const Rows<W> rows(m, channels.size());
+    const W walk = interleaved_walk<W>(m, size, sample, channels, {0, size.positions});
+    const int64_t table = row_at(sample, size.channels) + channels.begin;
+    Sums<W> sums;
+    float value[W::kValues] = {};
+    if (rows.there()) {
+      DIA_UNROLL
+      for (int k = 0; k < W::kValues; ++k) {
+        if (walk.channel + k >= channels.end) continue;
+        if (args.shift != nullptr) sums.shift[k] = m.load(args.shift + walk.channel + k);
+        if (args.first != nullptr && size.positions > 0)
+          value[k] = M::widen(m.load(args.x.data + sample * args.x.stride + walk.channel + k));
+      }
+    }
+    sum_up(m, args, walk, sums);
+    if (args.first != nullptr) {
+      const auto moments = [&](int k) {
+        Moments of;
+        of.add(sums.shift[k], sums.first[k], sums.second[k], walk.terms(k), value[k]);
+        return of;
+      };
+      sum_of_rows<W, double>(
+          m, rows, channels.size(), scratch, [&](int k) { return moments(k).sum; },
+          [&](int j, double sum) { totals[j] = sum; });
+      sum_of_rows<W, double>(
+          m, rows, channels.size(), scratch, [&](int k) { return moments(k).squares; },
+          [&](int j, double squares) {
+            Moments of;
+            of.sum = totals[j], of.squares = squares;
+            const T* at = args.x.data + sample * args.x.stride + channels.begin + j;
+            put_moments(m, args, table + j, size.positions > 0 ? M::widen(m.load(at)) : 0.0f, of);
+          });
+      continue;
+    }
+    const auto put = [&](float* wanted, const float* of) {
+      if (wanted == nullptr) return;
+      sum_of_rows<W, float>(
+          m, rows, channels.size(), scratch, [&](int k) { return of[k]; },
+          [&](int j, float sum) { m.store(wanted + table + j, sum); });
+    };
+    put(args.sum, sums.first);
+    put(args.product, sums.second);
+  }
 }
 
 template <class M, class T>
 DIA_DEVICE void reduce(M& m, const Reduce<T>& args) {
-  constexpr int kPack = Pack<T>::size;
-  const MapSize& size = args.size;
-  const bool with_g = args.dy.data != nullptr, with_x = args.x.data != nullptr;
-  const int most = size.interleaved ? args.tile.positions * round_up(args.tile.channels + kPack - 1, kPack)
-                                    : round_up(args.tile.channels * args.tile.positions + kPack - 1, kPack);
-  const auto x_stage = m.template shared<T>(with_x ? most : 0);
-  const auto g_stage = m.template shared<T>(with_g ? most : 0);
-  const auto scratch = m.template shared<float>(position_scratch(m.warps(), args.tile.channels));
-  // Of the positions at hand: a sum, and for squares the means and the squares about them.
-  const bool centred = !with_g && args.product != nullptr;
-  const auto part = m.template shared<float>(args.tile.channels);
-  const auto means = m.template shared<float>(centred ? args.tile.channels : 0);
-  const auto squares = m.template shared<float>(centred ? args.tile.channels : 0);
-  const auto totals = m.template shared<float>(2 * args.tile.channels);
-  const auto shift = m.template shared<float>(args.tile.channels);
+  InPacks<T> packs(args.size, args.tile);
+  packs.add(args.x), packs.add(args.dy), packs.add(args.y), packs.add(args.g);
+  if (args.size.interleaved) {
+    if (packs.all())
+      reduce_interleaved<true>(m, args);
+    else
+      reduce_interleaved<false>(m, args);
+  } else if (packs.all()) {
+    reduce_planar<true>(m, args);
+  } else {
+    reduce_planar<false>(m, args);
+  }
+}
 
-  for_tiles(m, size, args.tile, false, [&](int64_t sample, Part channels) {
-    const int owned = channels.size();
-    for (int k = m.thread(); k < owned && args.first == nullptr; k += m.threads())
-      shift[k] = args.shift != nullptr ? m.load(args.shift + channels.begin + k) : 0.0f;
-    for (int begin = 0; begin < size.positions || begin == 0; begin += args.tile.positions) {
-      const Part range = range_of(size, args.tile, begin);
-      const T* x = with_x ? args.x.data + sample * args.x.stride : nullptr;
-      const T* dy = with_g ? args.dy.data + sample * args.dy.stride : nullptr;
-      const bool aligned = (!with_x || aligned_runs(size, channels, range, args.x.data, args.x.stride)) &&
-                           (!with_g || aligned_runs(size, channels, range, args.dy.data, args.dy.stride));
-      const Image<T> image(size, channels, range, aligned);
-      if (with_x) copy_in(m, image, args.x, sample, 1, x_stage);
-      if (with_g) stage_gradient(m, args, image, sample, g_stage);
-      const auto x_at = [&](int channel, int position) {
-        return M::widen(static_cast<T>(x_stage[image.place_of(x, channels.begin + channel, position)])) -
-               shift[channel];
-      };
-      const auto g_at = [&](int channel, int position) {
-        return M::widen(static_cast<T>(g_stage[image.place_of(dy, channels.begin + channel, position)]));
-      };
-      if (args.first != nullptr && begin == 0) {
-        m.sync_block();
-        for (int k = m.thread(); k < owned; k += m.threads()) {
-          const float value = M::widen(static_cast<T>(x_stage[image.place_of(x, channels.begin + k, 0)]));
-          shift[k] = value;
-          m.store(args.first + sample * size.channels + channels.begin + k, value);
-        }
+// --- spread --------------------------------------------------------------------------------------------------
+
+// What a thread applies to its channels: one in a planar map, those of a pack in an interleaved one.
+template <class W, bool kInterleaved>
+struct Factors {
+  static constexpr int kCount = kInterleaved ? W::kValues : 1;
+  float g[kCount] = {}, x[kCount] = {}, shift[kCount] = {}, offset[kCount] = {};
+
+  template <class M, class T>
+  DIA_DEVICE Factors(M& m, const Spread<T>& args, const W& walk) {
+    const int64_t table = row_at(walk.sample, args.size.channels) + walk.channel;
+    if (args.scale != nullptr) load(m, args.scale + table, g);
+    if (args.slope != nullptr) load(m, args.slope + walk.channel, x);
+    DIA_UNROLL
+    for (int k = 0; k < kCount; ++k)
+      if (args.slope == nullptr) x[k] = g[k];
+    if (args.shift != nullptr && args.x.data != nullptr) load(m, args.shift + walk.channel, shift);
+    if (args.offset != nullptr) load(m, args.offset + table, offset);
+  }
+
+ private:
+  template <class M>
+  DIA_DEVICE static void load(M& m, const float* from, float* to) {
+    if (kCount % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+      DIA_UNROLL
+      for (int k = 0; k < kCount / 4; ++k) {
+        const Pack<float> pack = m.load_pack(from + 4 * k);
+        DIA_UNROLL
+        for (int j = 0; j < 4; ++j) to[4 * k + j] = pack[j];
       }
-      // Adds what `part` has to what the positions before had; `joined(before, channel)` is what they have in common.
-      const auto add_up = [&](int which, const auto& part, float* wanted, auto joined) {
-        for (int k = m.thread(); k < owned; k += m.threads()) {
-          float sum = part[k];
-          if (begin > 0) sum += joined(static_cast<float>(totals[which * args.tile.channels + k]), k);
-          totals[which * args.tile.channels + k] = sum;
-          if (range.end == size.positions) m.store(wanted + sample * size.channels + channels.begin + k, sum);
-        }
-      };
-      const auto plain = [](float before, int) { return before; };
-      const float count = static_cast<float>(range.size()), before = static_cast<float>(begin);
-      if (with_g) {
-        if (args.sum != nullptr) {
-          sum_positions(m, image, 1, scratch, part, 0, [&](int, int c, int position) { return g_at(c, position); });
-          add_up(0, part, args.sum, plain);
-        }
-        if (args.product != nullptr) {
-          sum_positions(m, image, 1, scratch, part, 0,
-                        [&](int, int c, int position) { return g_at(c, position) * x_at(c, position); });
-          add_up(1, part, args.product, plain);
-        }
-        continue;
-      }
-      sum_positions(m, image, 1, scratch, part, 0, [&](int, int c, int position) { return x_at(c, position); });
-      if (centred) {
-        // About the mean of the positions at hand; two such sums differ by what their means do (Chan, Golub, LeVeque
-        // 1979, formula 2.1).
-        const auto joined = [&](float squares, int k) {
-          const float apart = means[k] - totals[k] / before;
-          return squares + apart * apart * (before * count / (before + count));
-        };
-        for (int k = m.thread(); k < owned; k += m.threads()) means[k] = part[k] / count;
-        sum_positions(m, image, 1, scratch, squares, 0, [&](int, int c, int position) {
-          const float d = x_at(c, position) - means[c];
-          return d * d;
-        });
-        add_up(1, squares, args.product, joined);
-      }
-      add_up(0, part, args.sum, plain);
+    } else {
+      DIA_UNROLL
+      for (int k = 0; k < kCount; ++k) to[k] = m.load(from + k);
     }
-  });
+  }
+};
+
+// All packs of a walk.
+template <bool kInterleaved, class M, class T, class W>
+DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
+  if (walk.count == 0) return;
+  const bool has_g = args.dy.data != nullptr, masked = has_g && args.y.data != nullptr;
+  const bool has_x = args.x.data != nullptr, added = args.shortcut.data != nullptr;
+  const Factors<W, kInterleaved> of(m, args, walk);
+  for (int first = 0; first < walk.count; first += kPacksOfEach) {
+    Pack<T> g[kPacksOfEach]{}, x[kPacksOfEach]{}, shortcut[kPacksOfEach]{};
+    DIA_UNROLL
+    for (int b = 0; b < kPacksOfEach; ++b) {
+      const int number = first + b;
+      if (number >= walk.count) continue;
+      if (has_g) g[b] = walk.load(m, args.dy, number);
+      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, number));
+      if (has_x) x[b] = walk.load(m, args.x, number);
+      if (added) shortcut[b] = walk.load(m, args.shortcut, number);
+    }
+    DIA_UNROLL
+    for (int b = 0; b < kPacksOfEach; ++b) {
+      const int number = first + b;
+      if (number >= walk.count) continue;
+      Pack<T> out{};
+      DIA_UNROLL
+      for (int k = 0; k < W::kValues; ++k) {
+        const int c = kInterleaved ? k : 0;
+        float sum = of.offset[c];
+        if (has_g) sum += M::widen(g[b][k]) * of.g[c];
+        if (has_x) sum += (M::widen(x[b][k]) - of.shift[c]) * of.x[c];
+        if (added) sum += M::widen(shortcut[b][k]);
+        out.set(k, M::template narrow<T>(args.relu && sum <= 0.0f ? 0.0f : sum));  // not a maximum: NaN passes
+      }
+      walk.store(m, args.out, number, out);
+    }
+  }
+}
+
+template <bool kWide, class M, class T>
+DIA_DEVICE void spread_planar(M& m, const Spread<T>& args) {
+  using W = Walk<T, kWide, false>;
+  const int lanes = args.tile.lanes, at_once = m.threads() / lanes;
+  const int64_t rows = static_cast<int64_t>(args.size.samples) * args.size.channels;
+  const int64_t tasks = (rows + at_once - 1) / at_once;
+  for (int64_t task = m.team(); task < tasks; task += m.teams())
+    apply<false>(m, args,
+                 planar_walk<W>(m, args.size, lanes, (tasks - 1 - task) * at_once + m.thread() / lanes, args.out));
+}
+
+template <bool kWide, class M, class T>
+DIA_DEVICE void spread_interleaved(M& m, const Spread<T>& args) {
+  using W = Walk<T, kWide, true>;
+  const MapSize& size = args.size;
+  const int across = (size.channels + args.tile.channels - 1) / args.tile.channels;
+  const int along = (size.positions + args.tile.positions - 1) / args.tile.positions;
+  const int64_t tasks = static_cast<int64_t>(size.samples) * along * across;
+  for (int64_t task = m.team(); task < tasks; task += m.teams()) {
+    const int64_t number = tasks - 1 - task, piece = number / across, sample = piece / along;
+    const int channel = static_cast<int>(number - piece * across) * args.tile.channels;
+    const int position = static_cast<int>(piece - sample * along) * args.tile.positions;
+    const auto end = [](int begin, int length, int most) { return most - begin > length ? begin + length : most; };
+    apply<true>(m, args,
+                interleaved_walk<W>(m, size, sample, {channel, end(channel, args.tile.channels, size.channels)},
+                                    {position, end(position, args.tile.positions, size.positions)}));
+  }
 }
 
 template <class M, class T>
 DIA_DEVICE void spread(M& m, const Spread<T>& args) {
-  const MapSize& size = args.size;
-  const bool has_g = args.dy.data != nullptr, masked = has_g && args.y.data != nullptr;
-  const bool has_x = args.x.data != nullptr, added = args.shortcut.data != nullptr;
-  const bool packs = (!has_g || alike(args.out, args.dy)) && (!masked || alike(args.out, args.y)) &&
-                     (!has_x || alike(args.out, args.x)) && (!added || alike(args.out, args.shortcut));
-  for_tiles(m, size, args.tile, true, [&](int64_t sample, Part channels) {
-    // Of a channel, in registers while a pack's elements belong to it.
-    struct Factors {
-      float g, x, shift, offset;
-    };
-    const auto factors_of = [&](int own) {
-      const int channel = channels.begin + own;
-      const int64_t at = sample * size.channels + channel;
-      Factors of{};
-      if (args.scale != nullptr) of.g = m.load(args.scale + at);
-      of.x = args.slope != nullptr ? m.load(args.slope + channel) : of.g;
-      if (has_x && args.shift != nullptr) of.shift = m.load(args.shift + channel);
-      if (args.offset != nullptr) of.offset = m.load(args.offset + at);
-      return of;
-    };
-    const auto value = [&](const Factors& of, T g, T x, T shortcut) {
-      float sum = of.offset;
-      if (has_g) sum += M::widen(g) * of.g;
-      if (has_x) sum += (M::widen(x) - of.shift) * of.x;
-      if (added) sum += M::widen(shortcut);
-      return M::template narrow<T>(args.relu && sum <= 0.0f ? 0.0f : sum);  // not a maximum: NaN passes
-    };
-    for (int begin = 0; begin < size.positions; begin += args.tile.positions) {
-      const Part range = range_of(size, args.tile, begin);
-      const Image<T> image(size, channels, range,
-                           aligned_runs(size, channels, range, static_cast<const T*>(args.out.data), args.out.stride));
-      for_slots(
-          m, image, args.out, sample, 1, packs,
-          [&](const Place& at) {
-            Pack<T> g{}, x{}, shortcut{};
-            if (has_g) g = m.load_pack(at.in(args.dy, sample));
-            if (has_x) x = m.load_pack(at.in(args.x, sample));
-            if (added) shortcut = m.load_pack(at.in(args.shortcut, sample));
-            if (masked) mask_pack<M>(g, m.load_pack(at.in(args.y, sample)));
-            ChannelWalk walk(image, at.element);
-            Factors of = factors_of(walk.channel);
-            DIA_UNROLL
-            for (int k = 0; k < Pack<T>::size; ++k) {
-              x.set(k, value(of, g[k], x[k], shortcut[k]));
-              if (k + 1 < Pack<T>::size && walk.next()) of = factors_of(walk.channel);
-            }
-            m.store_pack(at.in(args.out, sample), x);
-          },
-          [&](const Place& at) {
-            T g{}, x{}, shortcut{};
-            if (has_g) g = m.load(at.in(args.dy, sample));
-            if (has_x) x = m.load(at.in(args.x, sample));
-            if (added) shortcut = m.load(at.in(args.shortcut, sample));
-            if (masked) mask<M>(g, m.load(at.in(args.y, sample)));
-            m.store(at.in(args.out, sample), value(factors_of(image.channel_at(at.element)), g, x, shortcut));
-          });
-    }
-  });
+  InPacks<T> packs(args.size, args.tile);
+  packs.add(args.out), packs.add(args.dy), packs.add(args.y), packs.add(args.x), packs.add(args.shortcut);
+  if (args.size.interleaved) {
+    if (packs.all())
+      spread_interleaved<true>(m, args);
+    else
+      spread_interleaved<false>(m, args);
+  } else if (packs.all()) {
+    spread_planar<true>(m, args);
+  } else {
+    spread_planar<false>(m, args);
+  }
 }
 
 }  // namespace dia::kernels

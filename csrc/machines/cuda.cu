@@ -16,9 +16,11 @@ namespace {
 extern __shared__ __align__(16) char shared_memory[];
 
 // Two blocks of 512 threads a multiprocessor: one streams while the other waits for its team. Four of 256 of kernels
-// that make tables.
+// that make tables, three of sweeps, which keep packs of several maps and sums in registers.
 template <class Args>
-constexpr int kResidentOf = 2 * kGpuThreads / kernels::kThreadsOf<Args>;
+constexpr int kResidentOf = kernels::kHasTeams<Args>                 ? 2
+                            : requires(Args args) { args.tile; } ? kSweepResident
+                                                                 : 4;
 
 template <class Args, GpuTeam kTeam>
 __global__ void __launch_bounds__(kernels::kThreadsOf<Args>, kResidentOf<Args>)

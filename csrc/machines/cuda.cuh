@@ -93,8 +93,9 @@ class Machine {
     }
   }
 
-  __device__ __forceinline__ static float warp_sum(float value, int stride = 1) {
-    for (int step = 16; step >= stride; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  template <class V>
+  __device__ __forceinline__ static V warp_sum(V value, int stride = 1, int width = 32) {
+    for (int step = width / 2; step >= stride; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
     return value;
   }
 

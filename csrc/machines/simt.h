@@ -213,9 +213,11 @@ class Thread {
   void sync_team(std::source_location where = std::source_location::current()) { wait(kTeamScope, where); }
   void sync_grid(std::source_location where = std::source_location::current()) { wait(kGridScope, where); }
 
-  // The sum over the lanes that lie a multiple of `stride` (a power of two) apart, in each of them: lane l adds that of
-  // lane l ^ 16, then l ^ 8, ... The whole warp comes here together.
-  float warp_sum(float value, int stride = 1, std::source_location where = std::source_location::current());
+  // The sum over the lanes of a group of `width` neighbours that lie a multiple of `stride` apart (powers of two), in
+  // each of them: lane l adds that of lane l ^ width / 2, then l ^ width / 4, ... The whole warp comes here together.
+  template <class V>
+  V warp_sum(V value, int stride = 1, int width = kWarp,
+             std::source_location where = std::source_location::current());
 
   // An array in shared memory, the same for all threads of the block that ask in the same order.
   template <class T>
@@ -293,7 +295,7 @@ class Thread {
   bool waiting_ = false;
   int waits_for_ = 0;
   Site waits_at_{};
-  float value_ = 0;
+  double value_ = 0;
   TensorMemory* recent_ = nullptr;
   Fiber* fiber_ = nullptr;
 };
@@ -520,14 +522,15 @@ inline void Thread::wait(Scope scope, const std::source_location& where) {
   Fiber::pause();
 }
 
-inline float Thread::warp_sum(float value, int stride, std::source_location where) {
+template <class V>
+V Thread::warp_sum(V value, int stride, int width, std::source_location where) {
   value_ = value;
   wait(kWarpScope, where);
-  std::array<float, kWarp> values;
-  for (int lane = 0; lane < kWarp; ++lane) values[lane] = run_->lane_of(*this, lane).value_;
+  std::array<V, kWarp> values;
+  for (int lane = 0; lane < kWarp; ++lane) values[lane] = static_cast<V>(run_->lane_of(*this, lane).value_);
   wait(kWarpScope, where);  // nobody's value is replaced before all have read it
-  for (int step = kWarp / 2; step >= stride; step /= 2) {
-    const std::array<float, kWarp> before = values;
+  for (int step = width / 2; step >= stride; step /= 2) {
+    const std::array<V, kWarp> before = values;
     for (int lane = 0; lane < kWarp; ++lane) values[lane] = before[lane] + before[lane ^ step];
   }
   return values[lane()];

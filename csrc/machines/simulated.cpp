@@ -65,8 +65,9 @@ class Arguments {
     return {static_cast<int>(number("samples")), static_cast<int>(number("channels")),
             static_cast<int>(number("positions")), number("interleaved") != 0};
   }
-  kernels::Tile tile() const {
-    return {static_cast<int>(number("tile_channels")), static_cast<int>(number("tile_positions"))};
+  GpuTile tile() const {
+    return {static_cast<int>(number("tile_channels")), static_cast<int>(number("tile_positions")),
+            static_cast<int>(number("tile_lanes"))};
   }
   kernels::Teams teams() const { return {static_cast<int>(number("group")), static_cast<int>(number("quantum"))}; }
   kernels::ChannelAffine affine() {
@@ -147,7 +148,7 @@ auto reduce_kernel(Arguments& of) {
   args.size = of.size(), args.tile = of.tile();
   args.x = of.map<const T>("x"), args.dy = of.map<const T>("dy"), args.y = of.map<const T>("y"),
   args.g = of.map<T>("g");
-  args.shift = of.pointer<const float>("shift"), args.first = of.pointer<float>("first");
+  args.shift = of.pointer<const float>("shift"), args.first = of.pointer<float>("first"), args.rest = of.pointer<float>("rest");
   args.sum = of.pointer<float>("sum"), args.product = of.pointer<float>("product");
   return [args](Thread& m) { kernels::reduce(m, args); };
 }
@@ -191,6 +192,7 @@ auto batch_statistics_kernel(Arguments& of) {
                                       size.positions,
                                       of.real("eps"),
                                       of.pointer<const float>("first"),
+                                      of.pointer<const float>("rest"),
                                       of.pointer<const float>("squares"),
                                       of.pointer<float>("sum"),
                                       of.pointer<const float>("gamma"),

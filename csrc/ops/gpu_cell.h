@@ -200,26 +200,23 @@ class GpuCall {
   }
   kernels::Teams teams(const GpuPlan& plan) const { return {plan.group, plan.quantum}; }
 
+  // A sweep over args.size.samples samples.
   template <class T>
-  void launch_sweep(const kernels::Reduce<T>& args) {
-    const int stages = (args.x.data != nullptr ? 1 : 0) + (args.dy.data != nullptr ? 1 : 0);
-    launch_blocks(args, tiles(args.size, args.tile), 2,
-                  reduce_shared_bytes(args.tile.channels, args.tile.positions, args.size.interleaved, sizeof(T), stages,
-                                      kGpuThreads / 32));
+  void launch_sweep(kernels::Reduce<T> args) {
+    args.tile = detail::reduce_tile_of(swept(args.size, sizeof(T)), limits_);
+    const int64_t tasks = args.size.interleaved
+                              ? args.size.samples * detail::parts(args.size.channels, args.tile.channels)
+                              : rows_tasks(args.size, args.tile);
+    launch_blocks(args, tasks, kSweepResident, reduce_shared_bytes(args.tile, args.size.interleaved, sizeof(T)));
   }
   template <class T>
-  void launch_sweep(const kernels::Spread<T>& args) {
-    launch_blocks(args, tiles(args.size, args.tile), 2, 0);
-  }
-  kernels::Tile tile(const GpuPlan& plan) const { return {plan.tile_channels, plan.tile_positions}; }
-  // The tile of a sweep by itself.
-  kernels::Tile part_tile(int element_bytes) const {
-    GpuProblem problem{};
-    problem.samples = shape_.samples, problem.channels = shape_.channels, problem.positions = shape_.positions;
-    problem.element_bytes = element_bytes, problem.interleaved = shape_.interleaved;
-    GpuPlan plan;
-    detail::choose_tile(plan, problem, limits_);
-    return tile(plan);
+  void launch_sweep(kernels::Spread<T> args) {
+    args.tile = detail::spread_tile_of(swept(args.size, sizeof(T)), limits_);
+    const int64_t tasks = args.size.interleaved
+                              ? args.size.samples * detail::parts(args.size.channels, args.tile.channels) *
+                                    detail::parts(args.size.positions, args.tile.positions)
+                              : rows_tasks(args.size, args.tile);
+    launch_blocks(args, tasks, kSweepResident, 0);
   }
 
   // A kernel of `count` values of tables, one a thread.
@@ -228,7 +225,7 @@ class GpuCall {
   }
   // A kernel whose warps' lanes are channels.
   void launch_channels(const AnyKernel& kernel) {
-    launch_blocks(kernel, detail::parts(shape_.channels, 32), 8, floats(kernels::kTableThreads));
+    launch_blocks(kernel, detail::parts(shape_.channels, 32), 8, 2 * floats(kernels::kTableThreads));
   }
   void launch_weights(const kernels::WeightGradients& args) {
     int64_t tiles = 0;
@@ -251,8 +248,15 @@ class GpuCall {
     const int64_t most = static_cast<int64_t>(limits_.multiprocessors) * resident;
     device_.gpu().launch(kernel, {GpuTeam::block, 1, static_cast<int>(std::min(tasks, most)), shared_bytes}, nullptr);
   }
-  static int64_t tiles(const kernels::MapSize& size, const kernels::Tile& tile) {
-    return static_cast<int64_t>(size.samples) * detail::parts(size.channels, tile.channels);
+  static GpuProblem swept(const kernels::MapSize& size, int element_bytes) {
+    GpuProblem problem{};
+    problem.samples = size.samples, problem.channels = size.channels, problem.positions = size.positions;
+    problem.element_bytes = element_bytes, problem.interleaved = size.interleaved;
+    problem.aligned = (size.interleaved ? size.channels : size.positions) % (16 / element_bytes) == 0;
+    return problem;
+  }
+  static int64_t rows_tasks(const kernels::MapSize& size, const GpuTile& tile) {
+    return detail::parts(static_cast<int64_t>(size.samples) * size.channels, kSweepThreads / tile.lanes);
   }
   Tensor view(const float* data, int64_t rows, int64_t columns, int64_t row, int64_t column) const {
     int32_t type, index;

@@ -75,7 +75,7 @@ void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, co
     const int64_t count = std::min(plan.chunk, n - first);
     const auto rows = [&](float* table) { return rows_from(table, first, width); };
     kernels::Reduce<T> reduce{};
-    reduce.size = call.size(count), reduce.tile = call.tile(plan);
+    reduce.size = call.size(count);
     reduce.x = from_sample(maps.x, first), reduce.sum = rows(sum);
     if (kAffine) reduce.shift = norm.affine.shift;
     call.launch_sweep(reduce);
@@ -83,7 +83,7 @@ void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, co
     of_chunk.off = rows(norm.off);
     run_cell<kAffine>(call, plan, of_samples(cell.args, first, count), rows(sum), of_chunk, rows(factor), rows(added));
     kernels::Spread<T> spread{};
-    spread.size = reduce.size, spread.tile = reduce.tile;
+    spread.size = reduce.size;
     spread.x = reduce.x, spread.shortcut = from_sample(maps.shortcut, first), spread.out = from_sample(maps.y, first);
     spread.scale = rows(factor), spread.offset = rows(added), spread.shift = reduce.shift, spread.relu = relu;
     call.launch_sweep(spread);
@@ -206,10 +206,10 @@ struct NormOfGradient {
 
 // The first sweep: g, and what the cell's gradient begins with.
 template <class T>
-void run_reduce(GpuCall& call, const GpuPlan& plan, const BackwardMaps<T>& maps, int64_t first, int64_t count,
+void run_reduce(GpuCall& call, const BackwardMaps<T>& maps, int64_t first, int64_t count,
                 const float* shift, float* sum, float* product) {
   kernels::Reduce<T> reduce{};
-  reduce.size = call.size(count), reduce.tile = call.tile(plan);
+  reduce.size = call.size(count);
   reduce.dy = from_sample(maps.dy, first), reduce.y = from_sample(maps.y, first);
   reduce.x = from_sample(maps.x, first), reduce.g = from_sample(maps.dshortcut, first);
   reduce.shift = shift, reduce.sum = sum, reduce.product = product;
@@ -219,10 +219,10 @@ void run_reduce(GpuCall& call, const GpuPlan& plan, const BackwardMaps<T>& maps,
 // The second sweep: dx = g factor + (x - shift) slope + offset. What the first wrote is masked, and one map instead of
 // two.
 template <class T>
-void run_spread(GpuCall& call, const GpuPlan& plan, const BackwardMaps<T>& maps, int64_t first, int64_t count,
+void run_spread(GpuCall& call, const BackwardMaps<T>& maps, int64_t first, int64_t count,
                 const float* factor, const float* offset, const float* shift, const float* slope) {
   kernels::Spread<T> spread{};
-  spread.size = call.size(count), spread.tile = call.tile(plan);
+  spread.size = call.size(count);
   const bool reread = maps.dshortcut.data != nullptr && maps.dy.data != nullptr;
   spread.dy = reread ? Samples<const T>{maps.dshortcut.data, maps.dshortcut.stride} : maps.dy;
   spread.dy = from_sample(spread.dy, first);
@@ -259,7 +259,7 @@ void run_backward(GpuCall& call, const GpuPlan& plan, const BackwardCell& cell, 
   for (int64_t first = 0; first < n; first += plan.chunk) {
     const int64_t count = std::min(plan.chunk, n - first);
     const auto rows = [&](float* table) { return rows_from(table, first, width); };
-    run_reduce(call, plan, maps, first, count, norm.affine.shift, rows(norm.sum), rows(product));
+    run_reduce(call, maps, first, count, norm.affine.shift, rows(norm.sum), rows(product));
     run_cell_gradient<kAffine>(call, plan, of_samples(cell.args, first, count), rows(norm.sum), rows(product),
                                norm.affine, rows(dp), rows(factor));
     if (!has_dx) continue;
@@ -268,7 +268,7 @@ void run_backward(GpuCall& call, const GpuPlan& plan, const BackwardCell& cell, 
           kernels::MeanGradients{count * width, static_cast<int>(width), static_cast<int>(call.positions()), rows(dp),
                                  norm.affine.scale, rows(offset)},
           count * width);
-    run_spread<T>(call, plan, maps, first, count, rows(factor), rows(offset), nullptr, nullptr);
+    run_spread<T>(call, maps, first, count, rows(factor), rows(offset), nullptr, nullptr);
   }
 }
 
@@ -397,16 +397,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     }
     const Tensor batch_mean = call.table({width}), batch_var = call.table({width});
     const GpuPlan plan = forward_plan<T, true>(call, info, maps, relu, GpuNorm::batch);
-    float *sum = call.scratch(n * width), *squares = call.scratch(n * width), *first = call.scratch(n * width);
+    float *sum = call.scratch(n * width), *rest = call.scratch(n * width);
+    float *squares = call.scratch(n * width), *first = call.scratch(n * width);
     float *factor = call.scratch(n * width), *added = call.scratch(n * width);
     kernels::Reduce<T> reduce{};
-    reduce.size = call.size(n), reduce.tile = call.tile(plan);
-    reduce.x = maps.x, reduce.first = first, reduce.sum = sum, reduce.product = squares;
+    reduce.size = call.size(n);
+    reduce.x = maps.x, reduce.first = first, reduce.rest = rest, reduce.sum = sum, reduce.product = squares;
     call.launch_sweep(reduce);
     kernels::BatchStatistics statistics{};
     statistics.samples = static_cast<int>(n), statistics.channels = static_cast<int>(width);
     statistics.positions = static_cast<int>(call.positions()), statistics.eps = static_cast<float>(eps);
-    statistics.first = first, statistics.squares = squares, statistics.sum = sum;
+    statistics.first = first, statistics.squares = squares, statistics.sum = sum, statistics.rest = rest;
     statistics.gamma = data_of<float>(norm.gamma), statistics.beta = data_of<float>(norm.beta);
     statistics.shift = norm.shift, statistics.d = norm.d, statistics.scale = norm.scale, statistics.bias = norm.bias;
     statistics.rstd = norm.rstd, statistics.mean = data_of<float>(batch_mean),
@@ -414,7 +415,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     call.launch_channels(statistics);
     run_cell<true>(call, plan, cell.args, sum, {norm.affine(), tables.off}, factor, added);
     kernels::Spread<T> spread{};
-    spread.size = reduce.size, spread.tile = reduce.tile, spread.relu = relu;
+    spread.size = reduce.size, spread.relu = relu;
     spread.x = maps.x, spread.shortcut = maps.shortcut, spread.out = maps.y;
     spread.scale = factor, spread.offset = added, spread.shift = norm.shift;
     call.launch_sweep(spread);
@@ -457,11 +458,11 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
     if (wanted.x) factor = call.scratch(n * width), offset = call.scratch(n * width), slope = call.scratch(width);
     if (maps.maps.dy.data == nullptr)
       for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
-    run_reduce(call, plan, maps.maps, 0, n, tables.shift, norm.sum, norm.product);
+    run_reduce(call, maps.maps, 0, n, tables.shift, norm.sum, norm.product);
     run_cell_gradient<true>(call, plan, cell.args, norm.sum, norm.product, norm.affine, norm.dp, factor);
     gradients.offset = offset, gradients.slope = slope;
     call.launch_channels(gradients);
-    if (wanted.x) run_spread<T>(call, plan, maps.maps, 0, n, factor, offset, tables.shift, slope);
+    if (wanted.x) run_spread<T>(call, maps.maps, 0, n, factor, offset, tables.shift, slope);
   } else {
     run_backward<T, true>(call, backward_plan<T, true>(call, info, maps.maps, GpuNorm::given), cell, maps.maps, norm);
     if (wanted.affine) call.launch_channels(gradients);
@@ -514,7 +515,7 @@ Tensor pool(Tensor x, int64_t channel_dim) {
     const GpuMap<T> map(x, info);
     const Tensor p = call.table({n, width});
     kernels::Reduce<T> reduce{};
-    reduce.size = call.size(n), reduce.tile = call.part_tile(sizeof(T));
+    reduce.size = call.size(n);
     reduce.x = map.samples, reduce.sum = call.scratch(n * width);
     call.launch_sweep(reduce);
     call.launch_elements(kernels::SplitMeans<false>{static_cast<int>(n),
@@ -539,7 +540,7 @@ Tensor rescale(Tensor x, Tensor scale, OptionalTensor shortcut, int64_t channel_
     const OptionalGpuMap<T> s_map(shortcut, info);
     const GpuResult<T> y(true, x, info);
     kernels::Spread<T> spread{};
-    spread.size = call.size(call.samples()), spread.tile = call.part_tile(sizeof(T)), spread.relu = relu;
+    spread.size = call.size(call.samples()), spread.relu = relu;
     spread.x = map.samples, spread.shortcut = s_map.samples, spread.out = y.samples;
     spread.scale = static_cast<const float*>(scales.const_data_ptr());
     call.launch_sweep(spread);
@@ -563,12 +564,10 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(Tensor dy, Tensor x, Tensor 
     const OptionalGpuMap<T> y_map(y, info);
     const GpuResult<T> dx(need_x, x, info), dshortcut(need_shortcut, x, info);
     const BackwardMaps<T> maps{dy_map.samples, y_map.samples, x_map.samples, dshortcut.samples, dx.samples};
-    GpuPlan plan;
-    plan.tile_channels = call.part_tile(sizeof(T)).channels, plan.tile_positions = call.part_tile(sizeof(T)).positions;
     if (need_scale || need_shortcut)
-      run_reduce(call, plan, maps, 0, n, nullptr, nullptr, need_scale ? data_of<float>(dscale) : nullptr);
+      run_reduce(call, maps, 0, n, nullptr, nullptr, need_scale ? data_of<float>(dscale) : nullptr);
     if (need_x)
-      run_spread<T>(call, plan, maps, 0, n, static_cast<const float*>(scales.const_data_ptr()), nullptr, nullptr,
+      run_spread<T>(call, maps, 0, n, static_cast<const float*>(scales.const_data_ptr()), nullptr, nullptr,
                     nullptr);
     return std::make_tuple(dx.tensor, dscale, dshortcut.tensor);
   });

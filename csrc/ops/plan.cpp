@@ -49,7 +49,6 @@ extern "C" __attribute__((visibility("default"))) const char* dia_kernels_plan(
          << "\", \"ranks\": " << plan.ranks << ", \"teams\": " << plan.teams << ", \"group\": " << plan.group
          << ", \"quantum\": " << plan.quantum << ", \"resident\": " << plan.resident
          << ", \"shared_bytes\": " << plan.shared_bytes << ", \"chunk\": " << plan.chunk
-         << ", \"tile_channels\": " << plan.tile_channels << ", \"tile_positions\": " << plan.tile_positions
          << ", \"launches\": " << plan.launches << ", \"passes\": " << plan.passes << ", \"bytes\": " << plan.bytes
          << ", \"seconds\": " << plan.seconds << ", \"ideal_seconds\": " << plan.ideal << "}";
     static thread_local std::string text;

@@ -108,7 +108,7 @@ class Memory {
   void of(const kernels::Reduce<T>& a, int64_t) {
     const int64_t nc = static_cast<int64_t>(a.size.samples) * a.size.channels;
     map("x", a.x, a.size), map("dy", a.dy, a.size), map("y", a.y, a.size), map("g", a.g, a.size);
-    table("shift", a.shift, a.size.channels), table("first", a.first, nc);
+    table("shift", a.shift, a.size.channels), table("first", a.first, nc), table("rest", a.rest, nc);
     table("sum", a.sum, nc), table("product", a.product, nc);
   }
   template <class T>
@@ -160,7 +160,7 @@ class Memory {
   }
   void of(const kernels::BatchStatistics& a, int64_t) {
     const int64_t c = a.channels, nc = a.samples * c;
-    table("first", a.first, nc), table("squares", a.squares, nc), table("sum", a.sum, nc);
+    table("first", a.first, nc), table("rest", a.rest, nc), table("squares", a.squares, nc), table("sum", a.sum, nc);
     table("gamma", a.gamma, c), table("beta", a.beta, c), table("shift", a.shift, c), table("d", a.d, c);
     table("scale", a.scale, c), table("bias", a.bias, c), table("rstd", a.rstd, c);
     table("mean", a.mean, c), table("var", a.var, c);

@@ -133,13 +133,13 @@ void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
   const simt::Grid blocks{.teams = 2, .threads = 64, .shared_bytes = 16 << 10};
   if (sweeps) {
     kernels::Reduce<float> reduce{};
-    reduce.size = size, reduce.tile = {2, kPositions}, reduce.x = forward.x;
+    reduce.size = size, reduce.tile = {2, kPositions, 4}, reduce.x = forward.x;
     reduce.sum = memory.result("sum of x", kTable);
     memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, reduce); });
     const kernels::CellForwardLaunch<false> between{cell, {group, 1}, kPositions, reduce.sum, {}, nullptr, nullptr};
     memory.device.launch(grid, [&](Thread& m) { kernels::cell_forward(m, between); });
     kernels::Spread<float> spread{};
-    spread.size = size, spread.tile = {2, kPositions}, spread.relu = true;
+    spread.size = size, spread.tile = {2, kPositions, 4}, spread.relu = true;
     spread.x = forward.x, spread.shortcut = forward.shortcut, spread.out = forward.y, spread.scale = cell.new_h;
     memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, spread); });
   } else {
@@ -168,7 +168,7 @@ void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
   back.old_dh = memory.result("old_dh", kTable), back.old_dc = memory.result("old_dc", kTable);
   if (sweeps) {
     kernels::Reduce<float> reduce{};
-    reduce.size = size, reduce.tile = {1, 4}, reduce.dy = backward.dy, reduce.y = backward.y, reduce.x = backward.x;
+    reduce.size = size, reduce.tile = {1, 4, 4}, reduce.dy = backward.dy, reduce.y = backward.y, reduce.x = backward.x;
     reduce.g = backward.dshortcut, reduce.product = memory.result("product", kTable);
     memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, reduce); });
     kernels::CellBackwardLaunch<false> between{};
@@ -176,7 +176,7 @@ void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
     between.factor = memory.result("factor", kTable), between.offset = memory.result("offset", kTable);
     memory.device.launch(grid, [&](Thread& m) { kernels::cell_backward(m, between); });
     kernels::Spread<float> spread{};
-    spread.size = size, spread.tile = {1, 4}, spread.dy = {backward.dshortcut.data, stride}, spread.out = backward.dx;
+    spread.size = size, spread.tile = {1, 4, 4}, spread.dy = {backward.dshortcut.data, stride}, spread.out = backward.dx;
     spread.scale = between.factor, spread.offset = between.offset;
     memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, spread); });
   } else {
@@ -230,24 +230,19 @@ void sweeps_of_a_tiled_map() {
   Memory memory;
   const float* x = memory.add("x", in[kX]);
   kernels::Reduce<float> reduce{};
-  reduce.size = size, reduce.tile = {1, 4};
+  reduce.size = size, reduce.tile = {1, 4, 4};
   reduce.x = {x, stride};
-  reduce.sum = memory.result("sum", kTable), reduce.product = memory.result("product", kTable);
+  reduce.sum = memory.result("sum", kTable);
   const simt::Grid grid{.teams = 2, .threads = 64, .shared_bytes = 16 << 10};
   memory.device.launch(grid, [&](Thread& m) { kernels::reduce(m, reduce); });
-  Values sum(kTable), product(kTable), scaled(kMap);
+  Values sum(kTable), scaled(kMap);
   for (int k = 0; k < kMap; ++k) {
     sum[k / kPositions] += in[kX][k];
     scaled[k] = in[kX][k] * in[kH][k / kPositions] + in[kC][k / kPositions];
   }
-  for (int k = 0; k < kMap; ++k) {
-    const double off = in[kX][k] - sum[k / kPositions] / kPositions;
-    product[k / kPositions] += off * off;
-  }
   check_near(reduce.sum, sum, "sum");
-  check_near(reduce.product, product, "product");
   kernels::Spread<float> spread{};
-  spread.size = size, spread.tile = {1, 4};
+  spread.size = size, spread.tile = {1, 4, 4};
   spread.x = {x, stride}, spread.out = {memory.result("out", kMap), stride};
   spread.scale = memory.add("scale", in[kH]), spread.offset = memory.add("offset", in[kC]);
   memory.device.launch(grid, [&](Thread& m) { kernels::spread(m, spread); });
@@ -260,13 +255,14 @@ void tables_of_a_norm() {
   constexpr double kEps = 1e-3, kCount = static_cast<double>(kSamples) * kPositions;
   Memory memory;
   kernels::Reduce<float> reduce{};
-  reduce.size = {kSamples, kChannels, kPositions, false}, reduce.tile = {1, 3};
+  reduce.size = {kSamples, kChannels, kPositions, false}, reduce.tile = {1, 3, 4};
   reduce.x = {memory.add("z", in[kX]), kChannels * kPositions};
   reduce.first = memory.result("first", kTable), reduce.sum = memory.result("sum", kTable);
-  reduce.product = memory.result("squares", kTable);
+  reduce.product = memory.result("squares", kTable), reduce.rest = memory.result("rest", kTable);
   const simt::Grid grid{.teams = 2, .threads = 64, .shared_bytes = 16 << 10};
   memory.device.launch(grid, [&](Thread& m) { kernels::reduce(m, reduce); });
-  kernels::BatchStatistics of{kSamples, kChannels, kPositions, kEps, reduce.first, reduce.product, reduce.sum};
+  kernels::BatchStatistics of{kSamples,    kChannels,   kPositions,     kEps,
+                              reduce.first, reduce.rest, reduce.product, reduce.sum};
   const Values &gamma = in[kB2], &beta = in[kA2];
   of.gamma = memory.add("gamma", gamma), of.beta = memory.add("beta", beta);
   for (float** table : {&of.shift, &of.d, &of.scale, &of.bias, &of.rstd, &of.mean, &of.var})

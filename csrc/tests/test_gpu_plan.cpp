@@ -14,15 +14,15 @@ void check_sweeps(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu
   CHECK_EQUAL(plan.passes, least_passes(p) + (twice ? 2 : 1));
   CHECK(plan.chunk >= std::min<int64_t>(p.samples, 1) && plan.chunk <= std::max<int64_t>(p.samples, 1));
   CHECK(p.norm != GpuNorm::batch || plan.chunk == p.samples);
-  CHECK(plan.tile_channels >= 1 && plan.tile_channels <= p.channels);
-  CHECK(plan.tile_positions >= std::min<int64_t>(p.positions, 1) &&
-        plan.tile_positions <= std::max<int64_t>(p.positions, 1));
-  // Part of the positions only of a single planar channel.
-  CHECK(p.interleaved || plan.tile_channels == 1 || plan.tile_positions == std::max<int64_t>(p.positions, 1));
-  CHECK(2 * (reduce_shared_bytes(plan.tile_channels, plan.tile_positions, p.interleaved, p.element_bytes, 2,
-                                 kGpuThreads / 32) +
-             kReservedShared) <=
-        gpu.shared_per_multiprocessor);
+  const int64_t pack = 16 / p.element_bytes;
+  for (const GpuTile& tile : {detail::reduce_tile_of(p, gpu), detail::spread_tile_of(p, gpu)}) {
+    CHECK(tile.channels >= 1 && tile.channels <= std::min<int64_t>(std::max<int64_t>(p.channels, 1), kSweepThreads));
+    CHECK(tile.channels % pack == 0 || tile.channels >= p.channels);
+    CHECK(tile.positions >= 1);
+    CHECK(tile.lanes >= 1 && tile.lanes <= kSweepThreads && (tile.lanes & (tile.lanes - 1)) == 0);
+    CHECK(2 * (reduce_shared_bytes(tile, p.interleaved, p.element_bytes) + kReservedShared) <=
+          gpu.shared_per_multiprocessor);
+  }
 }
 
 // A kernel's teams are resident together and own every channel once. The owners' ranges are those of kernels/machine.h,

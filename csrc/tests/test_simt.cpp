@@ -203,7 +203,7 @@ void threads_must_come_to_the_same_barrier() {
     if (m.warp() == 0) m.sync_block();
   };
   const auto half_a_warp = [](Thread& m) {
-    if (m.lane() < 16) m.warp_sum(1);
+    if (m.lane() < 16) m.warp_sum(1.0f);
   };
   CHECK(has(complaint(device, {.threads = 64}, two_places), "divergence"));
   CHECK(has(complaint(device, {.threads = 64}, one_warp_only),
@@ -217,7 +217,7 @@ void sums_of_a_warp() {
   device.tensor("y", y.data, 64, false);
   device.launch({.threads = 64}, [&](Thread& m) {
     const float total = m.warp_sum(static_cast<float>(m.thread()));
-    m.store(y.data + m.thread(), total + m.warp_sum(1));
+    m.store(y.data + m.thread(), total + m.warp_sum(1.0f));
   });
   for (int k = 0; k < 64; ++k) CHECK_EQUAL(y.data[k], k < 32 ? 496.0f + 32 : 496.0f + 1024 + 32);
 }
