@@ -460,6 +460,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="one small case, few rounds, nothing compiled")
+    parser.add_argument("--layouts", choices=LAYOUTS, default="any", help="plans that `kernels` takes")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile among the peers")
     parser.add_argument("--seconds", type=float, default=450, help="begin no case after so many (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"))
@@ -484,6 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compiled = case.channels_last and shape in COMPILED_SHAPES and not options.no_compile
         return time_case(case, options.device, compiled, rounds)
 
+    choose(options.layouts)
     one = time_one if options.part == "times" else lambda case: profile_case(case, options.device)
     return 0 if part.run(cases(shapes, options.dtype), one) else 1
 

@@ -52,15 +52,15 @@ struct GpuProblem {
   GpuNorm norm = GpuNorm::none;
 };
 
-// Who makes the cell: teams of blocks of a kernel of ours, or a BLAS.
-enum class GpuTeam { block, cluster, grid, products };
+// Who makes the cell: with the map on chip teams of blocks; between sweeps kernels of tiles, or a BLAS.
+enum class GpuTeam { block, cluster, grid, tiles, products };
 
-// Which plans may be taken: any, or for tests and measurements of one kind alone. Where none of the kind fits, and
-// where a team does not fit on the device after all, a BLAS makes the cell between sweeps.
+// Which plans may be taken: any, or for tests and measurements of one kind alone (sweeps: with tiles). Where none of
+// the kind fits, and where a team does not fit on the device after all, there are sweeps with tiles.
 enum class GpuLayouts { any, on_chip, sweeps, products };
 
-// What a block of a sweep takes at a time, see kernels/walk.h. Planar: rows, `lanes` threads each. Interleaved: channels
-// of a sample, and of a spread some positions.
+// What a block of a sweep takes at a time, see kernels/walk.h. Planar: rows, `lanes` threads each. Interleaved:
+// channels of a sample, and of a spread some positions.
 struct GpuTile {
   int channels = 1, positions = 1, lanes = 1;
 };
@@ -68,7 +68,7 @@ struct GpuTile {
 struct GpuPlan {
   // Whether the map stays on chip: one kernel. Else there are sweeps, `chunk` samples at a time, with the cell between.
   bool on_chip = false;
-  GpuTeam team = GpuTeam::products;
+  GpuTeam team = GpuTeam::tiles;
   int ranks = 1, teams = 1;    // blocks of a team, and teams
   int group = 1, quantum = 1;  // samples at a time; an owner's channels begin at multiples of it
   int resident = 1;            // blocks of a multiprocessor
@@ -132,14 +132,6 @@ constexpr int64_t backward_shared_bytes(int64_t image, int element_bytes, int64_
          floats(2 * group * bottleneck) + (affine ? floats(group * owned) : 0);
 }
 
-// Of the cell's kernels between two sweeps.
-constexpr int64_t cell_shared_bytes(int64_t owned, int64_t bottleneck, int64_t group, int warps, bool backward) {
-  if (!backward)
-    return 2 * floats(group * owned) + floats(gathered(static_cast<int>(group), static_cast<int>(bottleneck)));
-  return floats(column_scratch(warps, static_cast<int>(group * std::max(owned, 2 * bottleneck)))) +
-         floats(group * owned) + floats(4 * group * owned) + floats(2 * group * bottleneck);
-}
-
 // Of the sweep that sums: a sum of each value of each thread's packs, twice for moments.
 constexpr int64_t reduce_shared_bytes(const GpuTile& tile, bool interleaved, int element_bytes) {
   if (!interleaved) return 8 * (kSweepThreads / 32);
@@ -176,8 +168,8 @@ inline Work work_of(const GpuProblem& p, const GpuLimits& gpu) {
   return work;
 }
 
-// Products in the kernels' own loops reach this part of the peak.
-constexpr double kLoopRate = 0.3;
+// Products in the loops of teams, and in tiles, reach this part of the peak.
+constexpr double kLoopRate = 0.3, kTileRate = 0.3;
 
 // One group of every team: its map, if that stays on chip, and the cell.
 inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu, const Work& work) {
@@ -186,8 +178,7 @@ inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLi
   const double group = static_cast<double>(std::min<int64_t>(plan.group, p.samples)), teams = plan.teams;
   const double groups = static_cast<double>(parts(parts(p.samples, plan.group), plan.teams));
   // A multiprocessor alone draws half as much again as its share of the bandwidth.
-  const double map =
-      plan.on_chip ? teams * group * work.sample_bytes * work.passes / (gpu.memory * std::min(1.0, 1.5 * share)) : 0;
+  const double map = teams * group * work.sample_bytes * work.passes / (gpu.memory * std::min(1.0, 1.5 * share));
   // What blocks of a team tell each other: parts of both bottlenecks are written and read once, the whole by each.
   const double shared = blocks * group * 6 * static_cast<double>(p.bottleneck) * 4;
   const double weights =
@@ -206,7 +197,8 @@ inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLi
 // Threads that share a row of a planar map, so that each has `packs` of it under way; more where there are so few rows
 // that multiprocessors would idle.
 inline int lanes_of(const GpuProblem& p, const GpuLimits& gpu, int64_t packs) {
-  const int64_t pack = 16 / p.element_bytes, row = parts(p.positions, pack) + (p.aligned && p.positions % pack == 0 ? 0 : 1);
+  const int64_t pack = 16 / p.element_bytes,
+                row = parts(p.positions, pack) + (p.aligned && p.positions % pack == 0 ? 0 : 1);
   const int64_t threads = static_cast<int64_t>(gpu.multiprocessors) * kSweepThreads * kSweepResident;
   int lanes = 1;
   while (lanes < kSweepThreads && lanes * packs < row && (lanes < 32 || p.samples * p.channels * lanes < threads))
@@ -279,73 +271,68 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts l
   const detail::Work work = detail::work_of(p, gpu);
   const double map_bytes = static_cast<double>(p.samples) * work.sample_bytes;
   const double rate = p.tf32 ? gpu.tf32 : gpu.flops;
-  GpuPlan best;
-  // Each product reads its weights once.
-  detail::add_sweeps(
-      best, p, gpu, work,
-      std::max(static_cast<double>(p.samples) * work.sample_flops / (0.6 * rate), work.weight_bytes / gpu.l2),
-      p.backward ? 7 : 8);
+  const double cell_flops = static_cast<double>(p.samples) * work.sample_flops;
+  const auto sweeps = [&](GpuTeam team) {
+    GpuPlan plan;
+    plan.team = team;
+    const bool blas = team == GpuTeam::products;
+    // Each product reads its weights once.
+    detail::add_sweeps(plan, p, gpu, work,
+                       std::max(cell_flops / ((blas ? 0.6 : detail::kTileRate) * rate), work.weight_bytes / gpu.l2),
+                       blas ? (p.backward ? 7 : 8) : (p.backward ? 3 : 2));
+    return plan;
+  };
+  GpuPlan best = sweeps(layouts == GpuLayouts::products ? GpuTeam::products : GpuTeam::tiles);
+  if (layouts == GpuLayouts::any)
+    if (const GpuPlan blas = sweeps(GpuTeam::products); blas.seconds < best.seconds) best = blas;
   const auto with_ideal = [&](GpuPlan plan) {
     plan.ideal = work.passes * map_bytes / gpu.memory;
     return plan;
   };
-  if (layouts == GpuLayouts::products || p.samples == 0 || p.positions == 0 || p.channels > INT32_MAX / 8 ||
+  if (layouts == GpuLayouts::products || layouts == GpuLayouts::sweeps) return with_ideal(best);
+  // The statistics of a batch are known only when all of it has been read.
+  if (p.samples == 0 || p.positions == 0 || p.norm == GpuNorm::batch || p.channels > INT32_MAX / 8 ||
       p.samples > INT32_MAX / 8 || p.channels * p.positions > INT32_MAX / 8 || p.bottleneck > INT32_MAX / 8)
     return with_ideal(best);
 
   const int pack = 16 / p.element_bytes, warps = kGpuThreads / 32;
   const bool affine = p.norm != GpuNorm::none;
-  // Owners begin at whole packs: of positions in a planar map, of channels in an interleaved one. Of tables at sectors.
-  const auto quantum_of = [&](bool on_chip) -> int64_t {
-    if (!on_chip) return 8;
-    return p.interleaved ? pack : pack / std::gcd(p.positions, static_cast<int64_t>(pack));
-  };
-  const auto consider = [&](bool on_chip, GpuTeam team, int64_t ranks, int64_t teams, int resident) {
-    const int64_t quantum = quantum_of(on_chip), quanta = detail::parts(p.channels, quantum);
+  // Owners begin at whole packs: of positions in a planar map, of channels in an interleaved one.
+  const int64_t quantum = p.interleaved ? pack : pack / std::gcd(p.positions, static_cast<int64_t>(pack));
+  const int64_t quanta = detail::parts(p.channels, quantum);
+  const auto consider = [&](GpuTeam team, int64_t ranks, int64_t teams, int resident) {
     if (ranks < 1 || teams < 1 || ranks > quanta) return;
     const int64_t owned = std::min(detail::parts(quanta, ranks) * quantum, p.channels);
-    const int64_t image = on_chip ? image_elements(owned, p.positions, p.interleaved, p.aligned, pack) : 0;
+    const int64_t image = image_elements(owned, p.positions, p.interleaved, p.aligned, pack);
     const int64_t room = std::min(gpu.shared_per_block, gpu.shared_per_multiprocessor / resident - kReservedShared);
     for (int64_t group = 1; group <= std::min<int64_t>(p.samples, 64); group *= 2) {
       if (group * image > INT32_MAX / 4) return;
       const int64_t shared =
-          !on_chip     ? cell_shared_bytes(owned, p.bottleneck, group, warps, p.backward)
-          : p.backward ? backward_shared_bytes(image, p.element_bytes, owned, p.bottleneck, group, warps, affine)
-                       : forward_shared_bytes(image, p.element_bytes, owned, p.bottleneck, group, warps, affine);
+          p.backward ? backward_shared_bytes(image, p.element_bytes, owned, p.bottleneck, group, warps, affine)
+                     : forward_shared_bytes(image, p.element_bytes, owned, p.bottleneck, group, warps, affine);
       if (shared > room) return;
       GpuPlan plan;
-      plan.on_chip = on_chip;
+      plan.on_chip = true;
       plan.team = team;
       plan.ranks = static_cast<int>(ranks);
       plan.teams = static_cast<int>(std::min(teams, detail::parts(p.samples, group)));
       plan.group = static_cast<int>(group), plan.quantum = static_cast<int>(quantum);
       plan.resident = resident;
       plan.shared_bytes = shared;
-      const double seconds = detail::team_seconds(plan, p, gpu, work);
-      if (on_chip) {
-        plan.launches = (p.backward ? 2 : 1) + detail::norm_launches(p);
-        plan.passes = work.passes;
-        plan.bytes = plan.passes * map_bytes;
-        plan.seconds = seconds + static_cast<double>(plan.launches) * gpu.launch + work.rest;
-      } else {
-        detail::add_sweeps(plan, p, gpu, work, seconds, 1);
-      }
-      if (plan.seconds < best.seconds || (layouts != GpuLayouts::any && best.team == GpuTeam::products)) best = plan;
+      plan.launches = (p.backward ? 2 : 1) + detail::norm_launches(p);
+      plan.passes = work.passes;
+      plan.bytes = plan.passes * map_bytes;
+      plan.seconds =
+          detail::team_seconds(plan, p, gpu, work) + static_cast<double>(plan.launches) * gpu.launch + work.rest;
+      if (plan.seconds < best.seconds || (layouts == GpuLayouts::on_chip && !best.on_chip)) best = plan;
     }
   };
-  for (bool on_chip : {true, false}) {
-    // The statistics of a batch are known only when all of it has been read.
-    if (on_chip && p.norm == GpuNorm::batch) continue;
-    if (layouts == (on_chip ? GpuLayouts::sweeps : GpuLayouts::on_chip)) continue;
-    for (int resident = 1; resident <= 2 && resident * kGpuThreads <= gpu.threads; ++resident) {
-      const int64_t blocks = static_cast<int64_t>(gpu.multiprocessors) * resident;
-      consider(on_chip, GpuTeam::block, 1, blocks, resident);
-      for (int ranks = 2; ranks <= gpu.cluster; ranks *= 2)
-        consider(on_chip, GpuTeam::cluster, ranks, blocks / ranks, resident);
-      for (int64_t teams = 1; teams <= blocks / 2; teams = teams < 4 ? teams + 1 : teams * 2)
-        consider(on_chip, GpuTeam::grid, std::min(blocks / teams, detail::parts(p.channels, quantum_of(on_chip))),
-                 teams, resident);
-    }
+  for (int resident = 1; resident <= 2 && resident * kGpuThreads <= gpu.threads; ++resident) {
+    const int64_t blocks = static_cast<int64_t>(gpu.multiprocessors) * resident;
+    consider(GpuTeam::block, 1, blocks, resident);
+    for (int ranks = 2; ranks <= gpu.cluster; ranks *= 2) consider(GpuTeam::cluster, ranks, blocks / ranks, resident);
+    for (int64_t teams = 1; teams <= blocks / 2; teams = teams < 4 ? teams + 1 : teams * 2)
+      consider(GpuTeam::grid, std::min(blocks / teams, quanta), teams, resident);
   }
   return with_ideal(best);
 }

@@ -90,44 +90,4 @@ DIA_DEVICE void backward_cell(M& m, const CellBackward& args, const Teams& teams
   if (need_means) down(args.weights.input_reduce, 0, done);
 }
 
-// The kernel between two sweeps. kAffine: with a norm in front; its gradients are the next kernel's (norm.h).
-template <bool kAffine>
-struct CellBackwardLaunch {
-  CellBackward cell;
-  Teams teams;
-  int positions;
-  const float* sum;      // (N, C), of g; with kAffine
-  float* product;        // (N, C), see map_gradient
-  ChannelAffine affine;  // with kAffine; and (N, C):
-  float* dp;
-  float *factor, *offset;  // (N, C): dx = g factor + offset; with kAffine the offset is made by norm_gradients
-};
-
-template <class M, bool kAffine>
-DIA_DEVICE void cell_backward(M& m, const CellBackwardLaunch<kAffine>& args) {
-  const int group = args.teams.group, channels = args.cell.channels, samples = args.cell.samples;
-  const Part owned = part_of(channels, m.rank(), m.ranks(), args.teams.quantum);
-  const int width = owned.size();
-  const auto memory = cell_gradient_memory(m, group, width, args.cell.bottleneck);
-  for (int sample = m.team() * group; sample < samples; sample += m.teams() * group) {
-    const int count = samples - sample < group ? samples - sample : group;
-    gate_gradients(
-        m, args.cell, owned, sample, count, memory,
-        [&](int, int channel, int64_t at) {
-          return map_gradient<kAffine>(m, args.affine, args.sum, args.product, channel, at);
-        },
-        [&](int channel) { return kAffine ? m.load(args.affine.scale + channel) : 1.0f; });
-    if (args.factor != nullptr)
-      for (int k = m.thread(); k < count * width; k += m.threads())
-        m.store(args.factor + row_at(sample + k / width, channels) + owned.begin + k % width,
-                static_cast<float>(memory.hidden[k]));
-    float* to = kAffine ? args.dp : args.offset;
-    backward_cell(m, args.cell, args.teams, owned, sample, count, memory, to != nullptr,
-                  [&](int index, int column, float dp) {
-                    m.store(to + row_at(sample + index, channels) + owned.begin + column,
-                            kAffine ? dp : dp / static_cast<float>(args.positions));
-                  });
-  }
-}
-
 }  // namespace dia::kernels

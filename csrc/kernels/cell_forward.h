@@ -118,47 +118,4 @@ DIA_DEVICE void forward_cell(M& m, const CellForward& args, const Teams& teams, 
   m.sync_block();
 }
 
-// The kernel between two sweeps. kAffine: with a norm in front, whose statistics are known.
-template <bool kAffine>
-struct CellForwardLaunch {
-  CellForward cell;
-  Teams teams;
-  int positions;
-  const float* sum;       // (N, C), over the positions, of x or with kAffine of x - shift
-  NormedMeans norm;       // with kAffine; and (N, C):
-  float *factor, *added;  // y = act((x - shift) factor + added + shortcut)
-};
-
-template <class M, bool kAffine>
-DIA_DEVICE void cell_forward(M& m, const CellForwardLaunch<kAffine>& args) {
-  const int group = args.teams.group, channels = args.cell.channels, samples = args.cell.samples;
-  const Part owned = part_of(channels, m.rank(), m.ranks(), args.teams.quantum);
-  const auto means = m.template shared<float>(group * owned.size());
-  const auto hidden = m.template shared<float>(group * owned.size());
-  const auto z = m.template shared<float>(gathered(group, args.cell.bottleneck));
-  for (int sample = m.team() * group; sample < samples; sample += m.teams() * group) {
-    const int count = samples - sample < group ? samples - sample : group;
-    const auto each = [&](auto body) {
-      for (int k = m.thread(); k < count * owned.size(); k += m.threads()) {
-        const int channel = owned.begin + k % owned.size();
-        body(k, channel, row_at(sample + k / owned.size(), channels) + channel);
-      }
-    };
-    each([&](int k, int channel, int64_t at) {
-      float p = m.load(args.sum + at) / static_cast<float>(args.positions);
-      if constexpr (kAffine) p = normed_mean(m, args.norm, channel, at, p);
-      means[k] = p;
-      m.store(args.cell.tables.p + at, p);
-    });
-    forward_cell(m, args.cell, args.teams, owned, sample, count, means, hidden, z);
-    if constexpr (kAffine) {
-      each([&](int k, int channel, int64_t at) {
-        const float h = hidden[k];
-        m.store(args.factor + at, m.load(args.norm.affine.scale + channel) * h);
-        m.store(args.added + at, added_of(m, args.norm.affine, channel, h));
-      });
-    }
-  }
-}
-
 }  // namespace dia::kernels

@@ -1,15 +1,16 @@
 // A norm in front of the step: what it does to means and gradients, and the kernels of its tables.
 //
-// x = ((z - shift) - d) scale + bias, a value of each channel. `shift` is the float next to the mean and `d` the rest of
-// the mean, so that nothing cancels (docs/kernels.md, digits; arXiv:1502.03167, algorithm 1). Of a batch, in double, from
-// each sample's sum about its own first value f_n and its squares m2_n about its own mean:
+// x = ((z - shift) - d) scale + bias, a value of each channel. `shift` is the float next to the mean and `d` the rest
+// of the mean, so that nothing cancels (docs/kernels.md, digits; arXiv:1502.03167, algorithm 1). Of a batch, in double,
+// from each sample's sum about its own first value f_n and its squares m2_n about its own mean:
 //
-//     d_n = (f_n - f_0) + sum_n / HW,  mean = f_0 + mean over n of d_n,  var = mean over n of m2_n / HW + (d_n - mean d)^2
+//     d_n = (f_n - f_0) + sum_n / HW,  mean = f_0 + mean over n of d_n,  var = mean over n of m2_n / HW + (d_n - mean
+//     d)^2
 //
 // A float of d_n would do for values of the map, not for the means p, which are smaller by the root of HW.
 //
-// The kernels give a warp's lanes neighbouring channels and its block's warps a part of the samples each; parts are
-// added in order, so the same bits come out every time. Tables of (N, C) are read twice.
+// The kernels give a block a sector of channels and its threads a part of the samples each, added in a fixed order: the
+// same bits every time. Tables of (N, C) are read twice.
 #pragma once
 
 #include "machine.h"
@@ -26,12 +27,17 @@ struct NormedMeans {
   float* off;
 };
 
-// The mean of x from that of z - shift.
+// The mean of x from that of (z - shift) - d.
+template <class M>
+DIA_DEVICE float normed_mean(M& m, const ChannelAffine& affine, int channel, float off) {
+  return off * m.load(affine.scale + channel) + m.load(affine.bias + channel);
+}
+// The same from that of z - shift, and keeps what the gradient needs.
 template <class M>
 DIA_DEVICE float normed_mean(M& m, const NormedMeans& norm, int channel, int64_t at, float mean) {
   const float off = mean - m.load(norm.affine.d + channel);
   m.store(norm.off + at, off);
-  return off * m.load(norm.affine.scale + channel) + m.load(norm.affine.bias + channel);
+  return normed_mean(m, norm.affine, channel, off);
 }
 
 // x h = (z - shift) (scale h) + this.
@@ -52,27 +58,39 @@ DIA_DEVICE float map_gradient(M& m, const ChannelAffine& affine, const float* su
   return m.load(affine.scale + channel) * product + m.load(affine.bias + channel) * sum;
 }
 
-// Calls `body(channel, samples)` for the channels of this block's lanes and the samples of this warp; all threads of a
-// block come along, with no samples where there is no such channel.
+// Channels of a block: a sector of a table's row.
+constexpr int kNormChannels = 8;
+
+// Calls `body(channel, samples)` for the block's channels, to each of which a quarter of every warp belongs, with some
+// of the samples; all threads of a block come along, with no samples where there is no such channel.
 template <class M, class Body>
 DIA_DEVICE void for_channels(M& m, int samples, int channels, Body body) {
+  constexpr int kParts = 32 / kNormChannels;
   const int blocks = m.teams() * m.ranks(), block = m.team() * m.ranks() + m.rank();
-  for (int first = block * 32; first < channels; first += blocks * 32) {
-    const int channel = first + m.lane();
-    body(channel, channel < channels ? part_of(samples, m.warp(), m.warps()) : Part{0, 0});
+  for (int first = block * kNormChannels; first < channels; first += blocks * kNormChannels) {
+    const int channel = first + m.lane() % kNormChannels, part = m.warp() * kParts + m.lane() / kNormChannels;
+    body(channel, channel < channels ? part_of(samples, part, m.warps() * kParts) : Part{0, 0});
   }
 }
+// Whether this thread writes its channel's values.
+template <class M>
+DIA_DEVICE bool writes_channel(const M& m) {
+  return m.thread() < kNormChannels;
+}
 
-// The sum over the block's warps, for each lane; all threads get it.
+// A channel's sum over the block's threads; all of them get it.
 template <class M, class V, class Array>
-DIA_DEVICE V sum_over_warps(M& m, const Array& scratch, V value) {
+DIA_DEVICE V sum_of_channel(M& m, const Array& scratch, V value) {
+  value = m.warp_sum(value, kNormChannels);
   m.sync_block();  // the sum before may still be read
-  scratch[m.thread()] = value;
+  if (m.lane() < kNormChannels) scratch[m.warp() * kNormChannels + m.lane()] = value;
   m.sync_block();
   V sum = 0;
-  for (int warp = 0; warp < m.warps(); ++warp) sum += scratch[warp * 32 + m.lane()];
+  for (int warp = 0; warp < m.warps(); ++warp) sum += scratch[warp * kNormChannels + m.lane() % kNormChannels];
   return sum;
 }
+// Shared memory of a block of so many threads.
+constexpr int64_t norm_shared_bytes(int threads) { return threads / 32 * kNormChannels * 8; }
 
 struct BatchStatistics {
   int samples, channels, positions;
@@ -85,7 +103,7 @@ struct BatchStatistics {
 
 template <class M>
 DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
-  const auto scratch = m.template shared<double>(m.threads());
+  const auto scratch = m.template shared<double>(m.warps() * kNormChannels);
   const double positions = args.positions, count = positions * args.samples;
   for_channels(m, args.samples, args.channels, [&](int channel, Part samples) {
     const bool there = channel < args.channels;
@@ -96,7 +114,7 @@ DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
     };
     double sum = 0;
     for (int n = samples.begin; n < samples.end; ++n) sum += about_origin(row_at(n, args.channels) + channel);
-    const double off = sum_over_warps(m, scratch, sum) / count, mean = origin + off;
+    const double off = sum_of_channel(m, scratch, sum) / count, mean = origin + off;
     const float shift = static_cast<float>(mean);
     // origin + off may itself be rounded: d from the differences.
     const double d = origin - static_cast<double>(shift) + off;
@@ -107,8 +125,8 @@ DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
       squares += static_cast<double>(m.load(args.squares + at)) + positions * apart * apart;
       m.store(args.sum + at, static_cast<float>(about + positions * (origin - static_cast<double>(shift))));
     }
-    const float var = static_cast<float>(sum_over_warps(m, scratch, squares) / count);
-    if (m.warp() != 0 || !there) return;
+    const float var = static_cast<float>(sum_of_channel(m, scratch, squares) / count);
+    if (!writes_channel(m) || !there) return;
     const float rstd = 1.0f / M::sqrt(var + args.eps);
     m.store(args.shift + channel, shift);
     m.store(args.d + channel, static_cast<float>(d));
@@ -160,7 +178,7 @@ struct NormGradients {
 
 template <class M>
 DIA_DEVICE void norm_gradients(M& m, const NormGradients& args) {
-  const auto scratch = m.template shared<float>(m.threads());
+  const auto scratch = m.template shared<double>(m.warps() * kNormChannels);
   for_channels(m, args.samples, args.channels, [&](int channel, Part samples) {
     float by_scale = 0, by_bias = 0;
     for (int n = samples.begin; n < samples.end; ++n) {
@@ -169,9 +187,9 @@ DIA_DEVICE void norm_gradients(M& m, const NormGradients& args) {
       by_scale += h * m.load(args.product + at) + dp * m.load(args.off + at);
       by_bias += h * m.load(args.sum + at) + dp;
     }
-    const bool there = channel < args.channels, first = there && m.warp() == 0;
+    const bool there = channel < args.channels, first = there && writes_channel(m);
     const float rstd = there && args.rstd != nullptr ? m.load(args.rstd + channel) : 1.0f;
-    const float dgamma = sum_over_warps(m, scratch, by_scale) * rstd, dbeta = sum_over_warps(m, scratch, by_bias);
+    const float dgamma = sum_of_channel(m, scratch, by_scale) * rstd, dbeta = sum_of_channel(m, scratch, by_bias);
     if (first) {
       m.store(args.dgamma + channel, dgamma);
       m.store(args.dbeta + channel, dbeta);

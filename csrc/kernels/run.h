@@ -1,10 +1,13 @@
 // Every kernel, by its arguments' type.
 #pragma once
 
+#include <type_traits>
+
 #include "split_cell.h"
 #include "step_backward.h"
 #include "step_forward.h"
 #include "sweeps.h"
+#include "tile_cell.h"
 #include "weight_gradients.h"
 
 namespace dia::kernels {
@@ -18,12 +21,20 @@ DIA_DEVICE void run(M& m, const StepBackward<T, kAffine>& args) {
   step_backward(m, args);
 }
 template <class M, bool kAffine>
-DIA_DEVICE void run(M& m, const CellForwardLaunch<kAffine>& args) {
-  cell_forward(m, args);
+DIA_DEVICE void run(M& m, const BottleneckSums<kAffine>& args) {
+  bottleneck_sums(m, args);
 }
 template <class M, bool kAffine>
-DIA_DEVICE void run(M& m, const CellBackwardLaunch<kAffine>& args) {
-  cell_backward(m, args);
+DIA_DEVICE void run(M& m, const CellStates<kAffine>& args) {
+  cell_states(m, args);
+}
+template <class M>
+DIA_DEVICE void run(M& m, const BottleneckGradientSums& args) {
+  bottleneck_gradient_sums(m, args);
+}
+template <class M>
+DIA_DEVICE void run(M& m, const CellGradients& args) {
+  cell_gradients(m, args);
 }
 template <class M, class T>
 DIA_DEVICE void run(M& m, const Reduce<T>& args) {
@@ -78,9 +89,14 @@ DIA_DEVICE void run(M& m, const SplitGateGradients<kAffine>& args) {
 template <class Args>
 constexpr bool kHasTeams = requires(Args args) { args.teams; };
 
-// Threads of a block: of those whose blocks share a cell, of those that sweep over a map, and of those that make tables.
+// Whether they make tiles of products, by just kTableThreads threads.
 template <class Args>
-constexpr int kThreadsOf = kHasTeams<Args>                        ? kGpuThreads
+constexpr bool kHasTiles = requires(Args args) { args.parts; } || std::is_same_v<Args, WeightGradients>;
+
+// Threads of a block: of those whose blocks share a cell, of those that sweep over a map, and of those that make
+// tables.
+template <class Args>
+constexpr int kThreadsOf = kHasTeams<Args>                      ? kGpuThreads
                            : requires(Args args) { args.tile; } ? kSweepThreads
                                                                 : kTableThreads;
 

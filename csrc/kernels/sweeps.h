@@ -162,8 +162,8 @@ DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
     }
     float value = 0;
     if (args.first != nullptr && there && args.size.positions > 0)
-      value = M::widen(m.load(args.x.data + walk.sample * args.x.stride +
-                              static_cast<int64_t>(walk.channel) * args.size.positions));
+      value = M::widen(
+          m.load(args.x.data + walk.sample * args.x.stride + static_cast<int64_t>(walk.channel) * args.size.positions));
     sum_up(m, args, walk, sums);
     if (args.first != nullptr) {
       Moments moments;

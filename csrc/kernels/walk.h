@@ -15,15 +15,15 @@
 
 namespace dia::kernels {
 
-// Whether all of these maps can be walked in packs. Planar: packs begin at the same elements of each. Interleaved: every
-// position begins one, and so does every task.
+// Whether all of these maps can be walked in packs. Planar: packs begin at the same elements of each. Interleaved:
+// every position begins one, and so does every task.
 template <class T>
 class InPacks {
  public:
   DIA_DEVICE InPacks(const MapSize& size, const GpuTile& tile)
       : size_(size),
-        so_far_(!size.interleaved || (size.channels % kPack == 0 &&
-                                      (tile.channels % kPack == 0 || tile.channels >= size.channels))) {}
+        so_far_(!size.interleaved ||
+                (size.channels % kPack == 0 && (tile.channels % kPack == 0 || tile.channels >= size.channels))) {}
   template <class E>
   DIA_DEVICE void add(const Samples<E>& map) {
     if (map.data == nullptr) return;

@@ -15,12 +15,12 @@ namespace {
 
 extern __shared__ __align__(16) char shared_memory[];
 
-// Two blocks of 512 threads a multiprocessor: one streams while the other waits for its team. Four of 256 of kernels
-// that make tables, three of sweeps, which keep packs of several maps and sums in registers.
+// Two blocks of 512 threads a multiprocessor: one streams while the other waits for its team. Of 256 threads three of
+// sweeps, which keep packs of several maps and sums in registers, two of tiles of products, four of others.
 template <class Args>
-constexpr int kResidentOf = kernels::kHasTeams<Args>                 ? 2
-                            : requires(Args args) { args.tile; } ? kSweepResident
-                                                                 : 4;
+constexpr int kResidentOf = kernels::kHasTeams<Args> || kernels::kHasTiles<Args> ? 2
+                            : requires(Args args) { args.tile; }                 ? kSweepResident
+                                                                                 : 4;
 
 template <class Args, GpuTeam kTeam>
 __global__ void __launch_bounds__(kernels::kThreadsOf<Args>, kResidentOf<Args>)

@@ -216,8 +216,7 @@ class Thread {
   // The sum over the lanes of a group of `width` neighbours that lie a multiple of `stride` apart (powers of two), in
   // each of them: lane l adds that of lane l ^ width / 2, then l ^ width / 4, ... The whole warp comes here together.
   template <class V>
-  V warp_sum(V value, int stride = 1, int width = kWarp,
-             std::source_location where = std::source_location::current());
+  V warp_sum(V value, int stride = 1, int width = kWarp, std::source_location where = std::source_location::current());
 
   // An array in shared memory, the same for all threads of the block that ask in the same order.
   template <class T>

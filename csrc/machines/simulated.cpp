@@ -148,7 +148,8 @@ auto reduce_kernel(Arguments& of) {
   args.size = of.size(), args.tile = of.tile();
   args.x = of.map<const T>("x"), args.dy = of.map<const T>("dy"), args.y = of.map<const T>("y"),
   args.g = of.map<T>("g");
-  args.shift = of.pointer<const float>("shift"), args.first = of.pointer<float>("first"), args.rest = of.pointer<float>("rest");
+  args.shift = of.pointer<const float>("shift"), args.first = of.pointer<float>("first"),
+  args.rest = of.pointer<float>("rest");
   args.sum = of.pointer<float>("sum"), args.product = of.pointer<float>("product");
   return [args](Thread& m) { kernels::reduce(m, args); };
 }

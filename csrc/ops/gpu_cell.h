@@ -166,9 +166,8 @@ class GpuCall {
     return std::exchange(next_, next_ + taken);
   }
 
-  // The plan for a direction, if its teams fit the device together; `kernel(on chip)` is what they would run.
-  template <class KernelOf>
-  GpuPlan plan(bool combined, bool backward, GpuNorm norm, int element_bytes, bool aligned, KernelOf kernel) {
+  // The plan for a direction, if its teams fit the device together; `on_chip` is what they would run.
+  GpuPlan plan(bool combined, bool backward, GpuNorm norm, int element_bytes, bool aligned, const AnyKernel& on_chip) {
     GpuProblem problem{};
     problem.samples = shape_.samples, problem.channels = shape_.channels, problem.positions = shape_.positions;
     problem.bottleneck = bottleneck_, problem.element_bytes = element_bytes, problem.interleaved = shape_.interleaved;
@@ -176,10 +175,10 @@ class GpuCall {
     problem.tf32 = false;  // whether torch allows it cannot be asked from here
     return known_plan(problem, [&] {
       const GpuPlan plan = plan_step(problem, limits_, layouts().load());
-      if (plan.team == GpuTeam::products || plan.team == GpuTeam::block) return plan;
+      if (!plan.on_chip || plan.team == GpuTeam::block) return plan;
       const int64_t blocks = static_cast<int64_t>(plan.ranks) * plan.teams;
-      if (blocks <= device_.gpu().resident(kernel(plan.on_chip), shape_of(plan))) return plan;
-      return plan_step(problem, limits_, GpuLayouts::products);
+      if (blocks <= device_.gpu().resident(on_chip, shape_of(plan))) return plan;
+      return plan_step(problem, limits_, GpuLayouts::sweeps);
     });
   }
 
@@ -223,9 +222,23 @@ class GpuCall {
   void launch_elements(const AnyKernel& kernel, int64_t count) {
     launch_blocks(kernel, detail::parts(count, kernels::kTableThreads), 8, 0);
   }
-  // A kernel whose warps' lanes are channels.
+  // A kernel whose blocks have some channels each.
   void launch_channels(const AnyKernel& kernel) {
-    launch_blocks(kernel, detail::parts(shape_.channels, 32), 8, 2 * floats(kernels::kTableThreads));
+    launch_blocks(kernel, detail::parts(shape_.channels, kernels::kNormChannels), 8,
+                  kernels::norm_shared_bytes(kernels::kTableThreads));
+  }
+  // A kernel of `tiles` of the cell's products.
+  void launch_tiles(const AnyKernel& kernel, int64_t tiles) {
+    launch_blocks(kernel, tiles, 4, kernels::kCellTileBytes);
+  }
+  // Memory for parts of both bottlenecks' sums of `inner` terms each: as many as multiprocessors wait for, of at least
+  // 64 terms.
+  kernels::BottleneckParts bottleneck_parts(int64_t samples, int64_t inner) {
+    const int64_t tiles =
+        2 * detail::parts(samples, kernels::kTileSamples) * detail::parts(bottleneck_, kernels::kTileBottleneck);
+    const int64_t count =
+        std::clamp(limits_.multiprocessors / std::max<int64_t>(tiles, 1), int64_t{1}, std::max<int64_t>(inner / 64, 1));
+    return {scratch(count * samples * 2 * bottleneck_), static_cast<int>(count)};
   }
   void launch_weights(const kernels::WeightGradients& args) {
     int64_t tiles = 0;
@@ -330,10 +343,11 @@ void run_cell(GpuCall& call, const GpuPlan& plan, const kernels::CellForward& ce
               const kernels::NormedMeans& norm, float* factor, float* added) {
   const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
   if (plan.team != GpuTeam::products) {
-    kernels::CellForwardLaunch<kAffine> args{
-        cell, call.teams(plan), static_cast<int>(call.positions()), sum, norm, factor, added};
-    args.cell.partial = call.team_parts(plan);
-    call.launch_teams(args, plan);
+    const kernels::BottleneckParts parts = call.bottleneck_parts(n, c);
+    const kernels::BottleneckSums<kAffine> sums{cell, static_cast<int>(call.positions()), sum, norm, parts};
+    call.launch_tiles(sums, parts.tasks(cell.samples, cell.bottleneck, cell.h != nullptr));
+    call.launch_tiles(kernels::CellStates<kAffine>{cell, parts, norm.affine, factor, added},
+                      detail::parts(n, kernels::kTileSamples) * detail::parts(c, kernels::kTileChannels));
     return;
   }
   call.launch_elements(kernels::SplitMeans<kAffine>{cell.samples, cell.channels, static_cast<int>(call.positions()),
@@ -358,16 +372,15 @@ template <bool kAffine>
 void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBackward& cell, const float* sum,
                        float* product, const kernels::ChannelAffine& affine, float* dp, float* factor) {
   const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
+  call.launch_elements(kernels::SplitGateGradients<kAffine>{cell, sum, product, affine, factor}, n * c);
+  const float scale = kAffine || call.positions() == 0 ? 1.0f : 1.0f / static_cast<float>(call.positions());
   if (plan.team != GpuTeam::products) {
-    kernels::CellBackwardLaunch<kAffine> args{};
-    args.cell = cell, args.teams = call.teams(plan), args.positions = static_cast<int>(call.positions());
-    args.sum = sum, args.product = product, args.affine = affine, args.factor = factor;
-    (kAffine ? args.dp : args.offset) = dp;
-    args.cell.partial = call.team_parts(plan);
-    call.launch_teams(args, plan);
+    const kernels::BottleneckParts parts = call.bottleneck_parts(n, 4 * c);
+    call.launch_tiles(kernels::BottleneckGradientSums{cell, parts}, parts.tasks(cell.samples, cell.bottleneck, true));
+    call.launch_tiles(kernels::CellGradients{cell, parts, dp, scale},
+                      2 * detail::parts(n, kernels::kTileSamples) * detail::parts(c, kernels::kTileGradients));
     return;
   }
-  call.launch_elements(kernels::SplitGateGradients<kAffine>{cell, sum, product, affine, factor}, n * c);
   const auto down = [&](float* dz, const float* expand, const float* z) {
     call.product(dz, cell.du, n, 4 * c, expand, m, false);
     call.launch_elements(kernels::Rectify{n * m, dz, nullptr, z, cell.bottleneck, false}, n * m);
@@ -375,9 +388,7 @@ void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBa
   down(cell.dzx, cell.weights.input_expand, cell.tables.zx);
   down(cell.dzh, cell.weights.hidden_expand, cell.tables.zh);
   if (cell.old_dh != nullptr) call.product(cell.old_dh, cell.dzh, n, m, cell.weights.hidden_reduce, c, false);
-  if (dp != nullptr)
-    call.product(dp, cell.dzx, n, m, cell.weights.input_reduce, c, false, false,
-                 kAffine || call.positions() == 0 ? 1.0 : 1.0 / static_cast<double>(call.positions()));
+  if (dp != nullptr) call.product(dp, cell.dzx, n, m, cell.weights.input_reduce, c, false, false, scale);
 }
 
 // --- gradients of the parameters ---------------------------------------------------------------------------

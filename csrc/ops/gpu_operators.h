@@ -94,10 +94,7 @@ template <class T, bool kAffine>
 GpuPlan forward_plan(GpuCall& call, const MapInfo& info, const ForwardMaps<T>& maps, bool relu, GpuNorm norm) {
   return call.plan(maps.shortcut.data != nullptr || relu, false, norm, sizeof(T),
                    aligned_maps<T>(info, {maps.x, maps.shortcut, {maps.y.data, maps.y.stride}}),
-                   [](bool on_chip) -> AnyKernel {
-                     if (on_chip) return kernels::StepForward<T, kAffine>{};
-                     return kernels::CellForwardLaunch<kAffine>{};
-                   });
+                   kernels::StepForward<T, kAffine>{});
 }
 
 template <class T>
@@ -206,8 +203,8 @@ struct NormOfGradient {
 
 // The first sweep: g, and what the cell's gradient begins with.
 template <class T>
-void run_reduce(GpuCall& call, const BackwardMaps<T>& maps, int64_t first, int64_t count,
-                const float* shift, float* sum, float* product) {
+void run_reduce(GpuCall& call, const BackwardMaps<T>& maps, int64_t first, int64_t count, const float* shift,
+                float* sum, float* product) {
   kernels::Reduce<T> reduce{};
   reduce.size = call.size(count);
   reduce.dy = from_sample(maps.dy, first), reduce.y = from_sample(maps.y, first);
@@ -219,8 +216,8 @@ void run_reduce(GpuCall& call, const BackwardMaps<T>& maps, int64_t first, int64
 // The second sweep: dx = g factor + (x - shift) slope + offset. What the first wrote is masked, and one map instead of
 // two.
 template <class T>
-void run_spread(GpuCall& call, const BackwardMaps<T>& maps, int64_t first, int64_t count,
-                const float* factor, const float* offset, const float* shift, const float* slope) {
+void run_spread(GpuCall& call, const BackwardMaps<T>& maps, int64_t first, int64_t count, const float* factor,
+                const float* offset, const float* shift, const float* slope) {
   kernels::Spread<T> spread{};
   spread.size = call.size(count);
   const bool reread = maps.dshortcut.data != nullptr && maps.dy.data != nullptr;
@@ -279,10 +276,7 @@ GpuPlan backward_plan(GpuCall& call, const MapInfo& info, const BackwardMaps<T>&
       aligned_maps<T>(
           info,
           {maps.x, maps.dy, maps.y, {maps.dx.data, maps.dx.stride}, {maps.dshortcut.data, maps.dshortcut.stride}}),
-      [](bool on_chip) -> AnyKernel {
-        if (on_chip) return kernels::StepBackward<T, kAffine>{};
-        return kernels::CellBackwardLaunch<kAffine>{};
-      });
+      kernels::StepBackward<T, kAffine>{});
 }
 
 // The maps of a gradient, and the copies that some may need.
@@ -567,8 +561,7 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(Tensor dy, Tensor x, Tensor 
     if (need_scale || need_shortcut)
       run_reduce(call, maps, 0, n, nullptr, nullptr, need_scale ? data_of<float>(dscale) : nullptr);
     if (need_x)
-      run_spread<T>(call, maps, 0, n, static_cast<const float*>(scales.const_data_ptr()), nullptr, nullptr,
-                    nullptr);
+      run_spread<T>(call, maps, 0, n, static_cast<const float*>(scales.const_data_ptr()), nullptr, nullptr, nullptr);
     return std::make_tuple(dx.tensor, dscale, dshortcut.tensor);
   });
 }

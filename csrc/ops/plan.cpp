@@ -15,6 +15,8 @@ const char* name_of(dia::GpuTeam team) {
       return "cluster";
     case dia::GpuTeam::grid:
       return "grid";
+    case dia::GpuTeam::tiles:
+      return "tiles";
     default:
       return "products";
   }

@@ -118,18 +118,24 @@ class Memory {
     map("out", a.out, a.size);
     table("scale", a.scale, nc), table("offset", a.offset, nc), table("shift", a.shift, c), table("slope", a.slope, c);
   }
-  template <bool kAffine>
-  void of(const kernels::CellForwardLaunch<kAffine>& a, int64_t blocks) {
-    cell(a.cell, blocks * a.teams.group);
-    affine(a.norm.affine, a.cell.channels), table("off", a.norm.off, area(a.cell));
-    table("sum", a.sum, area(a.cell)), table("factor", a.factor, area(a.cell)), table("added", a.added, area(a.cell));
+  void parts(const kernels::BottleneckParts& parts, int64_t samples, int64_t bottleneck) {
+    table("parts", parts.data, parts.count * samples * 2 * bottleneck);
   }
   template <bool kAffine>
-  void of(const kernels::CellBackwardLaunch<kAffine>& a, int64_t blocks) {
-    cell(a.cell, blocks * a.teams.group);
-    affine(a.affine, a.cell.channels);
-    table("sum", a.sum, area(a.cell)), table("product", a.product, area(a.cell)), table("dp", a.dp, area(a.cell));
-    table("factor", a.factor, area(a.cell)), table("offset", a.offset, area(a.cell));
+  void of(const kernels::BottleneckSums<kAffine>& a, int64_t) {
+    cell(a.cell, 0), parts(a.parts, a.cell.samples, a.cell.bottleneck), table("sum", a.sum, area(a.cell));
+    affine(a.norm.affine, a.cell.channels), table("off", a.norm.off, area(a.cell));
+  }
+  template <bool kAffine>
+  void of(const kernels::CellStates<kAffine>& a, int64_t) {
+    cell(a.cell, 0), parts(a.parts, a.cell.samples, a.cell.bottleneck), affine(a.affine, a.cell.channels);
+    table("factor", a.factor, area(a.cell)), table("added", a.added, area(a.cell));
+  }
+  void of(const kernels::BottleneckGradientSums& a, int64_t) {
+    cell(a.cell, 0), parts(a.parts, a.cell.samples, a.cell.bottleneck);
+  }
+  void of(const kernels::CellGradients& a, int64_t) {
+    cell(a.cell, 0), parts(a.parts, a.cell.samples, a.cell.bottleneck), table("dp", a.dp, area(a.cell));
   }
   template <bool kAffine>
   void of(const kernels::SplitMeans<kAffine>& a, int64_t) {
@@ -218,7 +224,7 @@ class SimulatedGpu final : public Gpu {
           simt::Grid grid;
           grid.teams = shape.teams, grid.ranks = shape.ranks;
           grid.threads = kernels::kThreadsOf<Args>;
-          if (!std::is_same_v<Args, kernels::WeightGradients>) grid.threads = std::min(grid.threads, most_threads);
+          if (!kernels::kHasTiles<Args>) grid.threads = std::min(grid.threads, most_threads);
           grid.shared_bytes = static_cast<size_t>(shape.shared_bytes);
           if (lie.barrier.line != 0 && name_of<Args>() == lie.kernel) grid.without = &lie.barrier;
           const auto report = device.launch(grid, [args](simt::Thread& m) { kernels::run(m, args); });

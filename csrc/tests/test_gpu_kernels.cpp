@@ -131,13 +131,17 @@ void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
   forward.x = {at[kX], stride}, forward.shortcut = {at[kShortcut], stride};
   forward.y = {memory.result("y", kMap), stride};
   const simt::Grid blocks{.teams = 2, .threads = 64, .shared_bytes = 16 << 10};
+  const simt::Grid tiles{.teams = teams, .threads = kernels::kTableThreads, .shared_bytes = kernels::kCellTileBytes};
   if (sweeps) {
     kernels::Reduce<float> reduce{};
     reduce.size = size, reduce.tile = {2, kPositions, 4}, reduce.x = forward.x;
     reduce.sum = memory.result("sum of x", kTable);
     memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, reduce); });
-    const kernels::CellForwardLaunch<false> between{cell, {group, 1}, kPositions, reduce.sum, {}, nullptr, nullptr};
-    memory.device.launch(grid, [&](Thread& m) { kernels::cell_forward(m, between); });
+    const kernels::BottleneckParts parts{memory.result("forward parts", 2 * ranks * kSamples * kBottleneck), ranks};
+    const kernels::BottleneckSums<false> sums{cell, kPositions, reduce.sum, {}, parts};
+    memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_sums(m, sums); });
+    const kernels::CellStates<false> states{cell, parts, {}, nullptr, nullptr};
+    memory.device.launch(tiles, [&](Thread& m) { kernels::cell_states(m, states); });
     kernels::Spread<float> spread{};
     spread.size = size, spread.tile = {2, kPositions, 4}, spread.relu = true;
     spread.x = forward.x, spread.shortcut = forward.shortcut, spread.out = forward.y, spread.scale = cell.new_h;
@@ -171,13 +175,18 @@ void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
     reduce.size = size, reduce.tile = {1, 4, 4}, reduce.dy = backward.dy, reduce.y = backward.y, reduce.x = backward.x;
     reduce.g = backward.dshortcut, reduce.product = memory.result("product", kTable);
     memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, reduce); });
-    kernels::CellBackwardLaunch<false> between{};
-    between.cell = back, between.teams = {group, 1}, between.positions = kPositions, between.product = reduce.product;
-    between.factor = memory.result("factor", kTable), between.offset = memory.result("offset", kTable);
-    memory.device.launch(grid, [&](Thread& m) { kernels::cell_backward(m, between); });
+    kernels::SplitGateGradients<false> gates{};
+    gates.cell = back, gates.product = reduce.product, gates.factor = memory.result("factor", kTable);
+    memory.device.launch(blocks, [&](Thread& m) { kernels::split_gate_gradients(m, gates); });
+    const kernels::BottleneckParts parts{memory.result("parts", 2 * ranks * kSamples * kBottleneck), ranks};
+    const kernels::BottleneckGradientSums sums{back, parts};
+    memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_gradient_sums(m, sums); });
+    const kernels::CellGradients gradients{back, parts, memory.result("offset", kTable), 1.0f / kPositions};
+    memory.device.launch(tiles, [&](Thread& m) { kernels::cell_gradients(m, gradients); });
     kernels::Spread<float> spread{};
-    spread.size = size, spread.tile = {1, 4, 4}, spread.dy = {backward.dshortcut.data, stride}, spread.out = backward.dx;
-    spread.scale = between.factor, spread.offset = between.offset;
+    spread.size = size, spread.tile = {1, 4, 4}, spread.dy = {backward.dshortcut.data, stride},
+    spread.out = backward.dx;
+    spread.scale = gates.factor, spread.offset = gradients.dp;
     memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, spread); });
   } else {
     memory.device.launch(grid, [&](Thread& m) { kernels::step_backward(m, backward); });
@@ -261,7 +270,7 @@ void tables_of_a_norm() {
   reduce.product = memory.result("squares", kTable), reduce.rest = memory.result("rest", kTable);
   const simt::Grid grid{.teams = 2, .threads = 64, .shared_bytes = 16 << 10};
   memory.device.launch(grid, [&](Thread& m) { kernels::reduce(m, reduce); });
-  kernels::BatchStatistics of{kSamples,    kChannels,   kPositions,     kEps,
+  kernels::BatchStatistics of{kSamples,     kChannels,   kPositions,     kEps,
                               reduce.first, reduce.rest, reduce.product, reduce.sum};
   const Values &gamma = in[kB2], &beta = in[kA2];
   of.gamma = memory.add("gamma", gamma), of.beta = memory.add("beta", beta);
