@@ -223,7 +223,7 @@ class Problem:
         shrink = shrink or {}
         arrays = {name: array(t, name in given, shrink.get(name, (0, 0))) for name, t in (given | results).items()}
         numbers = self.case.numbers()
-        if kernel == "weight_gradients":
+        if kernel.startswith("weight_gradients"):
             numbers["threads"] = WEIGHT_THREADS
         report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, numbers, without)
         return Result({k: v for k, v in results.items() if k in self.truth}, self.truth, self.scales, report)
@@ -275,7 +275,7 @@ class Problem:
         self.workspace = {k: results[k] for k in names}
         return result
 
-    def weight_gradients(self, **options) -> Result:
+    def weight_gradients(self, tile: int = 32, **options) -> Result:
         """After ``backward``, from what it left."""
         h = self.state.get("h", torch.zeros(self.case.samples, self.case.channels))
         given = (
@@ -284,7 +284,7 @@ class Problem:
             | {"h": h}
         )
         results = {f"d_{k}": torch.zeros_like(v) for k, v in self.weights().items()}
-        return self.launch("weight_gradients", given, results, **options)
+        return self.launch(f"weight_gradients {tile}", given, results, **options)
 
     def norm_gradients(self, **options) -> Result:
         """After ``forward`` and ``backward``, from what they left."""

@@ -47,7 +47,8 @@ def test_backward(shape, dtype, interleaved):
         case = case_of(shape, dtype=dtype, interleaved=interleaved, **teams, **options)
         problem = Problem(case)
         assert_right(case, problem.backward())
-        assert_right(case, problem.weight_gradients())
+        for tile in (32, 64):
+            assert_right(case, problem.weight_gradients(tile))
 
 
 @over_shapes_and_types
@@ -168,6 +169,7 @@ KERNELS = {
     "forward": lambda problem, **options: problem.forward(**options),
     "backward": lambda problem, **options: problem.backward(**options),
     "weight_gradients": lambda problem, **options: (problem.backward(), problem.weight_gradients(**options))[1],
+    "weight_gradients 64": lambda problem, **options: (problem.backward(), problem.weight_gradients(64, **options))[1],
 }
 
 

@@ -81,17 +81,19 @@ DIA_DEVICE float squashed(float new_c, bool tanh_output) {
                      : Cell<MachineMaths<M>, Output::sigmoid>::squash(new_c);
 }
 
-// Gates and state of one channel of one sample, from the products in its pre-activations. Returns h'.
+// Both biases of a channel's pre-activation.
 template <class M>
-DIA_DEVICE float make_state(M& m, const CellForward& args, int64_t row, int channel, const Gates<float>& products) {
+DIA_DEVICE float expand_bias(M& m, const CellForward& args, int gate, int channel) {
+  const int at = gate * args.channels + channel;
+  return m.load(args.weights.input_expand_bias + at) + m.load(args.weights.hidden_expand_bias + at);
+}
+
+// Gates and state of one channel of one sample, from its pre-activations. Returns h'.
+template <class M>
+DIA_DEVICE float make_state(M& m, const CellForward& args, int64_t row, int channel, const Gates<float>& u) {
   const int channels = args.channels;
-  const auto bias = [&](int gate) {
-    const int at = gate * channels + channel;
-    return m.load(args.weights.input_expand_bias + at) + m.load(args.weights.hidden_expand_bias + at);
-  };
   using Maths = Cell<MachineMaths<M>, Output::sigmoid>;  // the gates do not depend on the output's function
-  const Gates<float> gates =
-      Maths::activate({products.i + bias(0), products.f + bias(1), products.g + bias(2), products.o + bias(3)});
+  const Gates<float> gates = Maths::activate(u);
   const int64_t at = row_at(row, channels) + channel;
   const float new_c = Maths::next_c(gates, args.c != nullptr ? m.load(args.c + at) : 0.0f);
   const float new_h = gates.o * squashed<M>(new_c, args.tanh_output);

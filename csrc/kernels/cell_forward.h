@@ -77,9 +77,11 @@ DIA_DEVICE void make_states(M& m, const CellForward& args, Part owned, int sampl
       }
     }
     const int index = chunk * kChunk + m.lane();
-    if (m.lane() < kChunk && index < count)
+    if (m.lane() < kChunk && index < count) {
+      const auto u = [&](int gate) { return products[gate] + expand_bias(m, args, gate, channel); };
       hidden[index * owned.size() + channel - owned.begin] =
-          make_state(m, args, sample + index, channel, {products[0], products[1], products[2], products[3]});
+          make_state(m, args, sample + index, channel, {u(0), u(1), u(2), u(3)});
+    }
   }
 }
 

@@ -22,10 +22,13 @@
 #if defined(__CUDACC__)
 #define DIA_DEVICE __device__ __forceinline__
 #define DIA_UNROLL _Pragma("unroll")
+#define DIA_UNROLL_BY(count) DIA_PRAGMA(unroll count)
+#define DIA_PRAGMA(text) _Pragma(#text)
 #define DIA_NO_UNROLL _Pragma("unroll 1")
 #else
 #define DIA_DEVICE inline
 #define DIA_UNROLL
+#define DIA_UNROLL_BY(count)
 #define DIA_NO_UNROLL
 #endif
 

@@ -1,8 +1,6 @@
 // Every kernel, by its arguments' type.
 #pragma once
 
-#include <type_traits>
-
 #include "split_cell.h"
 #include "step_backward.h"
 #include "step_forward.h"
@@ -44,8 +42,8 @@ template <class M, class T>
 DIA_DEVICE void run(M& m, const Spread<T>& args) {
   spread(m, args);
 }
-template <class M>
-DIA_DEVICE void run(M& m, const WeightGradients& args) {
+template <class M, int kTile>
+DIA_DEVICE void run(M& m, const WeightGradients<kTile>& args) {
   weight_gradients(m, args);
 }
 template <class M>
@@ -91,7 +89,7 @@ constexpr bool kHasTeams = requires(Args args) { args.teams; };
 
 // Whether they make tiles of products, by just kTableThreads threads.
 template <class Args>
-constexpr bool kHasTiles = requires(Args args) { args.parts; } || std::is_same_v<Args, WeightGradients>;
+constexpr bool kHasTiles = requires(Args args) { args.parts; } || requires(Args args) { args.products[0].rows; };
 
 // Threads of a block: of those whose blocks share a cell, of those that sweep over a map, and of those that make
 // tables.

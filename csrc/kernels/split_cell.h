@@ -68,9 +68,10 @@ DIA_DEVICE void split_gates(M& m, const SplitGates<kAffine>& args) {
     const int64_t row = k / channels;
     const int channel = static_cast<int>(k - row * channels);
     const float* at = args.products + row * 4 * channels + channel;
-    const float h =
-        make_state(m, args.cell, row, channel,
-                   {m.load(at), m.load(at + channels), m.load(at + 2 * channels), m.load(at + 3 * channels)});
+    const auto u = [&](int gate) {
+      return m.load(at + static_cast<int64_t>(gate) * channels) + expand_bias(m, args.cell, gate, channel);
+    };
+    const float h = make_state(m, args.cell, row, channel, {u(0), u(1), u(2), u(3)});
     if constexpr (kAffine) {
       m.store(args.factor + k, m.load(args.affine.scale + channel) * h);
       m.store(args.added + k, added_of(m, args.affine, channel, h));

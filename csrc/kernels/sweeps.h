@@ -60,7 +60,7 @@ struct Sums {
 template <bool kWithG, class M, class T, class W>
 DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
   constexpr int kBatch = kWithG ? kPacksOfEach : kPacksAlone;
-  const bool with_x = args.x.data != nullptr, masked = args.y.data != nullptr, moments = args.first != nullptr;
+  const bool with_x = args.x.data != nullptr, masked = args.y.data != nullptr;
   for (int first = 0; first < walk.count; first += kBatch) {
     Pack<T> x[kBatch]{}, g[kBatch]{};  // undefined ones would be carried from pass to pass, in memory
     DIA_UNROLL
@@ -70,11 +70,6 @@ DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums
       if (!kWithG) continue;
       g[b] = walk.load(m, args.dy, first + b);
       if (masked) mask_pack<M>(g[b], walk.load(m, args.y, first + b));
-    }
-    if (!kWithG && moments && first == 0) {
-      DIA_UNROLL
-      for (int k = 0; k < W::kValues; ++k)
-        if (walk.holds(0, k)) sums.shift[k] = M::widen(x[0][k]);
     }
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
@@ -107,25 +102,15 @@ DIA_DEVICE void put_sums(M& m, const Reduce<T>& args, int64_t at, float first, f
   if (args.product != nullptr) m.store(args.product + at, second);
 }
 
-// A thread's sums about its own shift, as sums about `first`: of n terms, S + n d and Q + d (2 S + n d), d the
-// difference. In double, where the squares about the mean then lose nothing.
-struct Moments {
-  double sum = 0, squares = 0;
-
-  DIA_DEVICE void add(float shift, float sum_of, float squares_of, int terms, float first) {
-    const double n = terms, d = static_cast<double>(shift) - static_cast<double>(first), s = sum_of;
-    sum += s + n * d;
-    squares += static_cast<double>(squares_of) + d * (2 * s + n * d);
-  }
-};
-
+// A sample's moments of a channel about its first value, from those of its threads. In double, where the squares about
+// the mean lose nothing.
 template <class M, class T>
-DIA_DEVICE void put_moments(M& m, const Reduce<T>& args, int64_t at, float first, const Moments& moments) {
-  const float sum = static_cast<float>(moments.sum);
-  const double about_mean = moments.squares - moments.sum * moments.sum / static_cast<double>(args.size.positions);
+DIA_DEVICE void put_moments(M& m, const Reduce<T>& args, int64_t at, float first, double total, double squares) {
+  const float sum = static_cast<float>(total);
+  const double about_mean = squares - total * total / static_cast<double>(args.size.positions);
   m.store(args.first + at, first);
   m.store(args.sum + at, sum);
-  m.store(args.rest + at, static_cast<float>(moments.sum - static_cast<double>(sum)));
+  m.store(args.rest + at, static_cast<float>(total - static_cast<double>(sum)));
   m.store(args.product + at, about_mean < 0 ? 0.0f : static_cast<float>(about_mean));  // not a maximum: NaN passes
 }
 
@@ -154,30 +139,24 @@ DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
     const int64_t row = first + m.thread() / lanes;
     const W walk = planar_walk<W>(m, args.size, lanes, row, args.x.data != nullptr ? args.x : args.dy);
     const bool there = row < rows, writes = there && m.thread() % lanes == 0;
-    Sums<W> sums;
-    if (args.shift != nullptr && there) {
-      const float shift = m.load(args.shift + walk.channel);
-      DIA_UNROLL
-      for (int k = 0; k < W::kValues; ++k) sums.shift[k] = shift;
-    }
-    float value = 0;
+    float shift = 0;
+    if (args.shift != nullptr && there) shift = m.load(args.shift + walk.channel);
     if (args.first != nullptr && there && args.size.positions > 0)
-      value = M::widen(
+      shift = M::widen(
           m.load(args.x.data + walk.sample * args.x.stride + static_cast<int64_t>(walk.channel) * args.size.positions));
+    Sums<W> sums;
+    DIA_UNROLL
+    for (int k = 0; k < W::kValues; ++k) sums.shift[k] = shift;
     sum_up(m, args, walk, sums);
-    if (args.first != nullptr) {
-      Moments moments;
-      DIA_UNROLL
-      for (int k = 0; k < W::kValues; ++k)
-        moments.add(sums.shift[k], sums.first[k], sums.second[k], walk.terms(k), value);
-      moments.sum = row_sum(m, lanes, scratch, moments.sum);
-      moments.squares = row_sum(m, lanes, scratch, moments.squares);
-      if (writes) put_moments(m, args, row, value, moments);
-      continue;
-    }
     float total = 0, product = 0;
     DIA_UNROLL
     for (int k = 0; k < W::kValues; ++k) total += sums.first[k], product += sums.second[k];
+    if (args.first != nullptr) {
+      const double all = row_sum(m, lanes, scratch, static_cast<double>(total));
+      const double squares = row_sum(m, lanes, scratch, static_cast<double>(product));
+      if (writes) put_moments(m, args, row, shift, all, squares);
+      continue;
+    }
     if (args.sum != nullptr) total = row_sum(m, lanes, scratch, total);
     if (args.product != nullptr) product = row_sum(m, lanes, scratch, product);
     if (writes) put_sums(m, args, row, total, product);
@@ -224,33 +203,26 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
     const W walk = interleaved_walk<W>(m, size, sample, channels, {0, size.positions});
     const int64_t table = row_at(sample, size.channels) + channels.begin;
     Sums<W> sums;
-    float value[W::kValues] = {};
     if (rows.there()) {
       DIA_UNROLL
       for (int k = 0; k < W::kValues; ++k) {
         if (walk.channel + k >= channels.end) continue;
         if (args.shift != nullptr) sums.shift[k] = m.load(args.shift + walk.channel + k);
         if (args.first != nullptr && size.positions > 0)
-          value[k] = M::widen(m.load(args.x.data + sample * args.x.stride + walk.channel + k));
+          sums.shift[k] = M::widen(m.load(args.x.data + sample * args.x.stride + walk.channel + k));
       }
     }
     sum_up(m, args, walk, sums);
     if (args.first != nullptr) {
-      const auto moments = [&](int k) {
-        Moments of;
-        of.add(sums.shift[k], sums.first[k], sums.second[k], walk.terms(k), value[k]);
-        return of;
-      };
       sum_of_rows<W, double>(
-          m, rows, channels.size(), scratch, [&](int k) { return moments(k).sum; },
+          m, rows, channels.size(), scratch, [&](int k) { return sums.first[k]; },
           [&](int j, double sum) { totals[j] = sum; });
       sum_of_rows<W, double>(
-          m, rows, channels.size(), scratch, [&](int k) { return moments(k).squares; },
+          m, rows, channels.size(), scratch, [&](int k) { return sums.second[k]; },
           [&](int j, double squares) {
-            Moments of;
-            of.sum = totals[j], of.squares = squares;
             const T* at = args.x.data + sample * args.x.stride + channels.begin + j;
-            put_moments(m, args, table + j, size.positions > 0 ? M::widen(m.load(at)) : 0.0f, of);
+            put_moments(m, args, table + j, size.positions > 0 ? M::widen(m.load(at)) : 0.0f,
+                        static_cast<double>(totals[j]), squares);
           });
       continue;
     }

@@ -63,11 +63,6 @@ struct Walk {
     const int at = from + number * static_cast<int>(step);
     return at >= 0 && at + kValues <= length;
   }
-  // Packs that hold value k: all but perhaps the first and the last.
-  DIA_DEVICE int terms(int k) const {
-    if constexpr (!kWide || kInterleaved) return count;
-    return count - (count > 0 && !holds(0, k) ? 1 : 0) - (count > 1 && !holds(count - 1, k) ? 1 : 0);
-  }
   template <class E>
   DIA_DEVICE E* at(const Samples<E>& map, int number) const {
     return map.data + sample * map.stride + offset + number * step;

@@ -165,8 +165,9 @@ auto spread_kernel(Arguments& of) {
   return [args](Thread& m) { kernels::spread(m, args); };
 }
 
+template <int kTile>
 auto weights_kernel(Arguments& of) {
-  kernels::WeightGradients args{};
+  kernels::WeightGradients<kTile> args{};
   args.samples = static_cast<int>(of.number("samples"));
   const int channels = static_cast<int>(of.number("channels")), bottleneck = static_cast<int>(of.number("bottleneck"));
   const auto add = [&](const float* left, int rows, const float* right, int columns, const char* out) {
@@ -252,7 +253,8 @@ py::dict launch(const std::string& kernel, const std::string& dtype, const Array
     if (kernel == "norm_gradients") return run(norm_gradients_kernel(arguments));
     if (kernel == "reduce") return run(reduce_kernel<T>(arguments));
     if (kernel == "spread") return run(spread_kernel<T>(arguments));
-    if (kernel == "weight_gradients") return run(weights_kernel(arguments));
+    if (kernel == "weight_gradients 32") return run(weights_kernel<32>(arguments));
+    if (kernel == "weight_gradients 64") return run(weights_kernel<64>(arguments));
     throw std::invalid_argument("kernel: no " + kernel);
   };
   Report report;

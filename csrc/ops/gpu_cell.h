@@ -236,14 +236,12 @@ class GpuCall {
   kernels::BottleneckParts bottleneck_parts(int64_t samples, int64_t inner) {
     const int64_t tiles =
         2 * detail::parts(samples, kernels::kTileSamples) * detail::parts(bottleneck_, kernels::kTileBottleneck);
-    const int64_t count =
-        std::clamp(limits_.multiprocessors / std::max<int64_t>(tiles, 1), int64_t{1}, std::max<int64_t>(inner / 64, 1));
+    const int64_t count = std::clamp(limits_.multiprocessors / std::max<int64_t>(tiles, 1), int64_t{1},
+                                     std::clamp<int64_t>(inner / 64, 1, kernels::kMostParts));
     return {scratch(count * samples * 2 * bottleneck_), static_cast<int>(count)};
   }
-  void launch_weights(const kernels::WeightGradients& args) {
-    int64_t tiles = 0;
-    for (int k = 0; k < args.count; ++k) tiles += kernels::tiles_of(args.products[k]);
-    launch_blocks(args, tiles, 4, kernels::kWeightGradientBytes);
+  void launch_weights(const std::vector<kernels::WeightGradient>& products) {
+    if (!launch_weights<64>(products, limits_.multiprocessors)) launch_weights<32>(products, 0);
   }
 
   // out (rows, columns) = factor left right (+ out), all dense; `transposed`: the right one is (columns, inner).
@@ -260,6 +258,20 @@ class GpuCall {
     if (tasks == 0) return;
     const int64_t most = static_cast<int64_t>(limits_.multiprocessors) * resident;
     device_.gpu().launch(kernel, {GpuTeam::block, 1, static_cast<int>(std::min(tasks, most)), shared_bytes}, nullptr);
+  }
+  // Whether there were at least so many tiles.
+  template <int kTile>
+  bool launch_weights(const std::vector<kernels::WeightGradient>& products, int64_t least) {
+    kernels::WeightGradients<kTile> args{};
+    args.samples = static_cast<int>(shape_.samples);
+    int64_t tiles = 0;
+    for (const kernels::WeightGradient& product : products) {
+      args.products[args.count++] = product;
+      tiles += args.tiles_of(product);
+    }
+    if (tiles < least) return false;
+    launch_blocks(args, tiles, 4, args.kSharedBytes);
+    return true;
   }
   static GpuProblem swept(const kernels::MapSize& size, int element_bytes) {
     GpuProblem problem{};
@@ -404,11 +416,9 @@ struct GpuParameterGradients {
 
   void fill(GpuCall& call, const kernels::CellBackward& cell, const float* h) {
     const int c = cell.channels, m = cell.bottleneck;
-    kernels::WeightGradients args{};
-    args.samples = cell.samples;
+    std::vector<kernels::WeightGradient> products;
     const auto add = [&](const float* left, int rows, const float* right, int columns) {
-      args.products[args.count] = {left, right, data_of<float>(tensors[args.count]), rows, columns};
-      ++args.count;
+      products.push_back({left, right, data_of<float>(tensors[products.size()]), rows, columns});
     };
     add(cell.dzx, m, cell.tables.p, c);
     add(cell.dzx, m, nullptr, 1);
@@ -421,9 +431,10 @@ struct GpuParameterGradients {
     // With no state the old h is 0, and so is the gradient of what multiplies it.
     if (h == nullptr) {
       torch::stable::fill_(tensors[4], 0.0);
-      args.products[4] = args.products[--args.count];
+      products[4] = products.back();
+      products.pop_back();
     }
-    call.launch_weights(args);
+    call.launch_weights(products);
   }
 };
 

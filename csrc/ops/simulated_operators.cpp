@@ -156,7 +156,8 @@ class Memory {
     table("sum", a.sum, area(a.cell)), table("product", a.product, area(a.cell));
     table("factor", a.factor, area(a.cell));
   }
-  void of(const kernels::WeightGradients& a, int64_t) {
+  template <int kTile>
+  void of(const kernels::WeightGradients<kTile>& a, int64_t) {
     for (int k = 0; k < a.count; ++k) {
       const kernels::WeightGradient& p = a.products[k];
       table("left", p.left, static_cast<int64_t>(a.samples) * p.rows);

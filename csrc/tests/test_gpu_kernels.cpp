@@ -192,7 +192,7 @@ void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
     memory.device.launch(grid, [&](Thread& m) { kernels::step_backward(m, backward); });
   }
 
-  kernels::WeightGradients weights{};
+  kernels::WeightGradients<32> weights{};
   weights.samples = kSamples;
   std::vector<float*> gradients(kInputs);
   gradients[kX] = backward.dx.data, gradients[kShortcut] = backward.dshortcut.data;
@@ -209,7 +209,7 @@ void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
   add(back.dzh, kBottleneck, nullptr, 1, kA1);
   add(back.du, 4 * kChannels, cell.tables.zh, kBottleneck, kV2);
   add(back.du, 4 * kChannels, nullptr, 1, kA2);
-  memory.device.launch({.teams = 2, .threads = kernels::kTableThreads, .shared_bytes = kernels::kWeightGradientBytes},
+  memory.device.launch({.teams = 2, .threads = kernels::kTableThreads, .shared_bytes = weights.kSharedBytes},
                        [&](Thread& m) { kernels::weight_gradients(m, weights); });
 
   const auto loss = [&](const std::vector<Values>& inputs) {
