@@ -2,6 +2,7 @@
 
     python bench/gpu.py small                      small problems once through every kernel: for compute-sanitizer
     python bench/gpu.py times --out DIR            the step and the tail against their peers
+    python bench/gpu.py compile --out DIR          the same beside torch.compile, for some of the cases
     python bench/gpu.py kernels --out DIR          each kernel of ours alone
     python bench/gpu.py nets --out DIR             training steps of whole networks
     python bench/gpu.py report --out DIR           merges what the parts have left into report.json and report.md
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from dia_kernels import SharedAttention, backends, models, operators, plan
 
 LAYOUTS = ("any", "on chip", "sweeps", "products")
-#: N, C, side of the map, r. Those that torch.compile is timed at come first.
+#: N, C, side of the map, r.
 SHAPES = (
     (256, 256, 56, 4),
     (128, 64, 32, 4),
@@ -48,7 +49,9 @@ SHAPES = (
     (128, 256, 8, 4),
     (256, 1024, 14, 4),
 )
+#: Those that torch.compile is timed at, which takes a while to compile.
 COMPILED_SHAPES = SHAPES[:3]
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 QUICK_SHAPES = ((2, 8, 8, 4),)
 #: Passes over the map that nobody can avoid, with shortcut and ReLU: forward, and forward and backward.
 LEAST_PASSES = {"forward": 3, "forward + backward": 8}
@@ -186,9 +189,9 @@ def peers(problem: Problem, backward: bool, device: str, compiled: bool) -> dict
 
         return call
 
-    calls |= {f"ours, {kind}": with_layouts(kind) for kind in LAYOUTS}
+    calls |= {f"ours, {kind}": with_layouts(kind) for kind in (("any",) if compiled else LAYOUTS)}
     if compiled:
-        for mode in ("default", "reduce-overhead", "max-autotune"):
+        for mode in COMPILE_MODES:
             run = torch.compile(lambda: problem.forward(problem.eager, problem.norm), mode=mode)
             calls[f"compile, {mode}"] = problem.call(run, backward)
         plain = torch.compile(problem.plain)
@@ -408,7 +411,7 @@ class Part:
 
 def report(folder: Path) -> str:
     """All parts that are there, as Markdown; ``report.json`` beside it."""
-    files = {part: folder / f"{part}.json" for part in ("times", "kernels", "nets")}
+    files = {part: folder / f"{part}.json" for part in ("times", "compile", "kernels", "nets")}
     parts = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
     (folder / "report.json").write_text(json.dumps(parts, indent=1) + "\n")
     lines = ["# The CUDA backend on a card"]
@@ -456,12 +459,11 @@ def summary(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Checks and times the CUDA backend.")
-    parser.add_argument("part", choices=("small", "times", "kernels", "nets", "report"))
+    parser.add_argument("part", choices=("small", "times", "compile", "kernels", "nets", "report"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="one small case, few rounds, nothing compiled")
     parser.add_argument("--layouts", choices=LAYOUTS, default="any", help="plans that `kernels` takes")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile among the peers")
     parser.add_argument("--seconds", type=float, default=450, help="begin no case after so many (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"))
     options = parser.parse_args(arguments)
@@ -480,14 +482,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         networks = QUICK_NETWORKS if options.quick else NETWORKS
         return 0 if part.run(networks, lambda network: time_network(network, options.device, rounds)) else 1
 
-    def time_one(case: Case) -> dict[str, Any]:
-        shape = (case.samples, case.channels, case.side, case.reduction)
-        compiled = case.channels_last and shape in COMPILED_SHAPES and not options.no_compile
-        return time_case(case, options.device, compiled, rounds)
-
+    chosen = cases(shapes, options.dtype)
+    if options.part == "compile":
+        compiled = [case for case in cases(COMPILED_SHAPES, options.dtype) if case.channels_last]
+        return 0 if part.run(compiled, lambda case: time_case(case, options.device, True, rounds)) else 1
+    if options.part == "times":
+        return 0 if part.run(chosen, lambda case: time_case(case, options.device, False, rounds)) else 1
     choose(options.layouts)
-    one = time_one if options.part == "times" else lambda case: profile_case(case, options.device)
-    return 0 if part.run(cases(shapes, options.dtype), one) else 1
+    return 0 if part.run(chosen, lambda case: profile_case(case, options.device)) else 1
 
 
 if __name__ == "__main__":

@@ -30,17 +30,20 @@ build() {
 
 tests() { python3 -m pytest -q -m gpu tests/test_cuda.py -p no:cacheprovider; }
 
+# Our kernels alone, and each tensor in an allocation of its own, so that what lies behind it is nobody's.
 sanitize() {
   local tool status=0
   for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 1 python3 bench/gpu.py small || status=1
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --kernel-name kernel_substring=dia \
+      --error-exitcode 1 python3 bench/gpu.py small || status=1
   done
   return $status
 }
 
 times() {
   local status=0
-  python3 bench/gpu.py times --out "$out" || status=1
+  python3 bench/gpu.py times --out "$out" --seconds 120 || status=1
+  python3 bench/gpu.py compile --out "$out" --seconds 240 || status=1
   # The pytest-benchmark suite, on the card.
   python3 -m pytest bench/test_step_bench.py --device cuda --dtype bfloat16 --layouts channels_last \
     --shapes 32x256x56x56,32x512x28x28,128x64x32x32 --benchmark-json "$out/step-bench.json" \

@@ -34,7 +34,7 @@ SHAPES = (
 
 def layout(p: Plan) -> str:
     """Where the map is, and who makes the cell."""
-    cell = "products" if p.team == "products" else f"{p.teams} x {p.ranks} {p.team}, {p.group} samples"
+    cell = f"{p.teams} x {p.ranks} {p.team}, {p.group} samples" if p.on_chip else p.team
     return f"on chip, {cell}, {p.resident} resident" if p.on_chip else f"sweeps of {p.chunk}, {cell}"
 
 

@@ -126,8 +126,8 @@ def plan(
 
 
 def _who_makes_the_cell(p: Plan) -> str:
-    if p.team == "products":
-        return "matrix products"
+    if not p.on_chip:
+        return {"tiles": "kernels of tiles", "products": "a BLAS"}[p.team]
     blocks = {"block": "one block", "cluster": f"a cluster of {p.ranks}", "grid": f"{p.ranks} blocks"}[p.team]
     return (
         f"{p.teams} teams of {blocks}, {p.resident} a multiprocessor, {p.group} samples at a time, owners at multiples "

@@ -228,8 +228,9 @@ def test_only_what_is_asked_for(layouts):
     ("layout", "norm", "forward", "backward"),
     [
         ("on chip", None, ["StepForward"], ["StepBackward", "WeightGradients"]),
-        ("sweeps", "batch", ["Reduce", "BatchStatistics", "BottleneckSums", "CellStates", "Spread"],
-         ["NormAgain", "Reduce", "SplitGateGradients", "BottleneckGradientSums", "CellGradients", "NormGradients", "Spread",
+        ("sweeps", "batch", ["Reduce", "BatchStatistics", "BottleneckSums", "JoinParts", "CellStates", "Spread"],
+         ["NormAgain", "Reduce", "SplitGateGradients", "BottleneckGradientSums", "JoinParts", "CellGradients",
+          "NormGradients", "Spread",
           "WeightGradients"]),
         ("on chip", "running", ["GivenStatistics", "StepForward"],
          ["NormAgain", "StepBackward", "NormGradients", "WeightGradients"]),

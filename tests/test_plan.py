@@ -18,7 +18,7 @@ def test_a_plan_for_every_gpu():
     for name in names:
         for backward, norm in itertools.product((False, True), plan.NORMS):
             p = plan.plan((32, 256, 56, 56), name, backward=backward, norm=norm)
-            assert p.team in ("block", "cluster", "grid", "products")
+            assert p.team in ("block", "cluster", "grid", "tiles", "products")
             assert p.seconds >= p.ideal_seconds > 0
             assert p.bytes == p.passes * 32 * 256 * 56 * 56 * 2
             if norm == "batch":

@@ -144,6 +144,11 @@ namespace detail {
 
 inline int64_t parts(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
+// Products reach this part of the peak: in the loops of teams, in tiles, by a BLAS. Teams are slow for the latency of
+// their loops; measured on an H100 (docs/kernels.md), as is the part of the bandwidth that they draw.
+constexpr double kLoopRate = 0.03, kTileRate = 0.15, kBlasRate = 0.3;
+constexpr double kTeamBandwidth = 0.45;
+
 // Times of what does not depend on the layout.
 struct Work {
   double sample_bytes;  // of one map
@@ -163,13 +168,10 @@ inline Work work_of(const GpuProblem& p, const GpuLimits& gpu) {
   work.sample_flops = 20 * c * m;
   if (p.backward) {
     const double flops = n * work.sample_flops, rate = p.tf32 ? gpu.tf32 : gpu.flops;
-    work.rest = std::max(flops / (0.5 * rate), (n * (5 * c + 4 * m) * 8 + work.weight_bytes) / gpu.l2);
+    work.rest = std::max(flops / (kTileRate * rate), (n * (5 * c + 4 * m) * 8 + work.weight_bytes) / gpu.l2);
   }
   return work;
 }
-
-// Products in the loops of teams, and in tiles, reach this part of the peak.
-constexpr double kLoopRate = 0.3, kTileRate = 0.3;
 
 // One group of every team: its map, if that stays on chip, and the cell.
 inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu, const Work& work) {
@@ -178,7 +180,8 @@ inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLi
   const double group = static_cast<double>(std::min<int64_t>(plan.group, p.samples)), teams = plan.teams;
   const double groups = static_cast<double>(parts(parts(p.samples, plan.group), plan.teams));
   // A multiprocessor alone draws half as much again as its share of the bandwidth.
-  const double map = teams * group * work.sample_bytes * work.passes / (gpu.memory * std::min(1.0, 1.5 * share));
+  const double map =
+      teams * group * work.sample_bytes * work.passes / (kTeamBandwidth * gpu.memory * std::min(1.0, 1.5 * share));
   // What blocks of a team tell each other: parts of both bottlenecks are written and read once, the whole by each.
   const double shared = blocks * group * 6 * static_cast<double>(p.bottleneck) * 4;
   const double weights =
@@ -209,7 +212,7 @@ inline int lanes_of(const GpuProblem& p, const GpuLimits& gpu, int64_t packs) {
 // Channels of an interleaved map: many, as what lies together is read together, fewer where multiprocessors would idle.
 inline GpuTile reduce_tile_of(const GpuProblem& p, const GpuLimits& gpu) {
   GpuTile tile;
-  tile.lanes = lanes_of(p, gpu, 4), tile.positions = static_cast<int>(std::max<int64_t>(p.positions, 1));
+  tile.lanes = lanes_of(p, gpu, 4), tile.positions = static_cast<int>(std::clamp<int64_t>(p.positions, 1, INT32_MAX));
   const int64_t wanted = 3 * static_cast<int64_t>(gpu.multiprocessors);
   int64_t channels = std::min(p.channels, static_cast<int64_t>(kSweepThreads));
   while (channels > 32 && p.samples * parts(p.channels, channels) < wanted) channels = rounded_up(channels / 2, 8);
@@ -277,9 +280,10 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts l
     plan.team = team;
     const bool blas = team == GpuTeam::products;
     // Each product reads its weights once.
-    detail::add_sweeps(plan, p, gpu, work,
-                       std::max(cell_flops / ((blas ? 0.6 : detail::kTileRate) * rate), work.weight_bytes / gpu.l2),
-                       blas ? (p.backward ? 7 : 8) : (p.backward ? 3 : 2));
+    detail::add_sweeps(
+        plan, p, gpu, work,
+        std::max(cell_flops / ((blas ? detail::kBlasRate : detail::kTileRate) * rate), work.weight_bytes / gpu.l2),
+        blas ? (p.backward ? 7 : 8) : (p.backward ? 4 : 3));
     return plan;
   };
   GpuPlan best = sweeps(layouts == GpuLayouts::products ? GpuTeam::products : GpuTeam::tiles);

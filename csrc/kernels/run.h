@@ -27,6 +27,10 @@ DIA_DEVICE void run(M& m, const CellStates<kAffine>& args) {
   cell_states(m, args);
 }
 template <class M>
+DIA_DEVICE void run(M& m, const JoinParts& args) {
+  join_parts(m, args);
+}
+template <class M>
 DIA_DEVICE void run(M& m, const BottleneckGradientSums& args) {
   bottleneck_gradient_sums(m, args);
 }
@@ -89,7 +93,17 @@ constexpr bool kHasTeams = requires(Args args) { args.teams; };
 
 // Whether they make tiles of products, by just kTableThreads threads.
 template <class Args>
-constexpr bool kHasTiles = requires(Args args) { args.parts; } || requires(Args args) { args.products[0].rows; };
+constexpr bool kHasTiles = false;
+template <bool kAffine>
+constexpr bool kHasTiles<BottleneckSums<kAffine>> = true;
+template <bool kAffine>
+constexpr bool kHasTiles<CellStates<kAffine>> = true;
+template <>
+constexpr bool kHasTiles<BottleneckGradientSums> = true;
+template <>
+constexpr bool kHasTiles<CellGradients> = true;
+template <int kTile>
+constexpr bool kHasTiles<WeightGradients<kTile>> = true;
 
 // Threads of a block: of those whose blocks share a cell, of those that sweep over a map, and of those that make
 // tables.

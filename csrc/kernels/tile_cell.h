@@ -1,15 +1,18 @@
-// The cell between two sweeps, by products of ours: everything that lies between the products happens as their sides
-// are fetched and their results put away.
+// The cell between two sweeps, by products of ours: what lies between them happens as their sides are fetched and their
+// results put away.
 //
 //     forward    bottleneck_sums: means, both products W1 p and V1 h, in parts of their terms
-//                cell_states: the parts through bias and ReLU, W2 zx + V2 zh, gates, state, what the sweep applies
+//                join_parts: the parts through bias and ReLU, an element to a thread
+//                cell_states: W2 zx + V2 zh, gates, state, what the sweep applies
 //     backward   split_gate_gradients (split_cell.h), an element to a thread
 //                bottleneck_gradient_sums: both products du W2 and du V2, in parts
-//                cell_gradients: the parts through the ReLU, dp = dzx W1 and dh = dzh V1
+//                join_parts: through the ReLU
+//                cell_gradients: dp = dzx W1 and dh = dzh V1
 //
-// Two launches and three, where a BLAS takes ten and nine. Parts are there because the first products have few results
+// Three launches and four, where a BLAS takes ten and nine. Parts are there because the first products have few results
 // and many terms: blocks would be too few otherwise. Tables move through the second-level cache: each side once for
-// every tile of the other.
+// every tile of the other. (Parts joined as the next product fetched them saved a launch, but every tile did it again:
+// twice the instructions of the product itself.)
 #pragma once
 
 #include <algorithm>
@@ -17,6 +20,7 @@
 #include "cell.h"
 #include "norm.h"
 #include "products.h"
+#include "split_cell.h"
 
 namespace dia::kernels {
 
@@ -30,31 +34,52 @@ using GradientTile = TileProduct<kTileSamples, kTileGradients>;
 constexpr int64_t kCellTileBytes = 4 * std::max({BottleneckTile::kFloats, StateTile::kFloats, GradientTile::kFloats});
 
 // Parts of a sum, at most.
-constexpr int kMostParts = 4;
+constexpr int kMostParts = 8;
 
 // Where parts of both bottlenecks' sums are: (parts, N, 2 m), the input's first.
 struct BottleneckParts {
   float* data;
   int count;
 
-  // All parts of a sum; zero those that there are not.
-  struct Loaded {
-    float of[kMostParts];
-    DIA_DEVICE float sum() const { return (of[0] + of[1]) + (of[2] + of[3]); }
-  };
-  template <class M>
-  DIA_DEVICE Loaded load(M& m, int samples, int width, int64_t row, int column) const {
-    Loaded parts{};
-    DIA_UNROLL
-    for (int part = 0; part < kMostParts; ++part)
-      if (part < count) parts.of[part] = m.load(data + (row_at(part, samples) + row) * width + column);
-    return parts;
-  }
   // Tiles of both sides, or of the input's alone.
   DIA_DEVICE int tasks(int samples, int bottleneck, bool both) const {
     return (both ? 2 : 1) * count * tiles_along(samples, kTileSamples) * tiles_along(bottleneck, kTileBottleneck);
   }
 };
+
+// One side of the bottleneck from its parts: through `bias` and its own ReLU, or through the ReLU that let z through.
+struct JoinedSide {
+  const float *bias, *z;  // (m), (N, m); null: none
+  float* out;             // (N, m)
+  bool summed;            // whether there are parts: else zero
+};
+
+struct JoinParts {
+  int samples, bottleneck;
+  BottleneckParts parts;
+  JoinedSide input, hidden;
+};
+
+template <class M>
+DIA_DEVICE void join_parts(M& m, const JoinParts& args) {
+  const int width = 2 * args.bottleneck;
+  for_elements(m, row_at(args.samples, width), [&](int64_t k) {
+    const int64_t row = k / width;
+    const int column = static_cast<int>(k - row * width);
+    const bool hidden = column >= args.bottleneck;
+    const JoinedSide& side = hidden ? args.hidden : args.input;
+    const int j = hidden ? column - args.bottleneck : column;
+    const int64_t at = row_at(row, args.bottleneck) + j;
+    float sum = 0;
+    if (side.summed) {
+      DIA_UNROLL
+      for (int part = 0; part < kMostParts; ++part)
+        if (part < args.parts.count) sum += m.load(args.parts.data + row_at(part, args.samples) * width + k);
+    }
+    if (side.bias != nullptr) sum += m.load(side.bias + j);
+    m.store(side.out + at, rectified(sum, side.z != nullptr ? m.load(side.z + at) : sum));
+  });
+}
 
 // A task of products into parts: which side, tile and part.
 struct PartTask {
@@ -68,30 +93,6 @@ struct PartTask {
     part = task % parts, hidden = task / parts > 0;
   }
 };
-
-// A side of samples, from `first` on: what is loaded of a sample and term, the value made of it, and where that is kept
-// if `keeps`.
-template <class RawOf, class Load, class Value, class Keep>
-struct SampleSide {
-  using Raw = RawOf;
-  int first, samples;
-  bool keeps;
-  Load load_of;
-  Value value_of;
-  Keep keep;
-
-  DIA_DEVICE Raw load(int row, int k) const { return load_of(first + row < samples ? first + row : samples - 1, k); }
-  DIA_DEVICE float make(const Raw& raw, int row, int k, bool there) const {
-    const float value = value_of(raw, k);
-    if (keeps && there && first + row < samples) keep(value, raw, first + row, k);
-    return first + row < samples ? value : 0.0f;
-  }
-};
-template <class Raw, class Load, class Value, class Keep>
-DIA_DEVICE SampleSide<Raw, Load, Value, Keep> sample_side(int first, int samples, bool keeps, Load load, Value value,
-                                                          Keep keep) {
-  return {first, samples, keeps, load, value, keep};
-}
 
 // A tile of both bottlenecks' parts: the sum over `inner` of left(sample, k) weight(j, k).
 template <bool kAlong, class M, class Array, class Left, class Right>
@@ -123,17 +124,40 @@ struct BottleneckSums {
   BottleneckParts parts;
 };
 
-// What a mean is made of, see norm.h; or a state's own value.
-template <bool kAffine>
-struct MeanOrState {
-  float value;
-  DIA_DEVICE float mean(int positions) const { return value / static_cast<float>(positions); }
-};
-template <>
-struct MeanOrState<true> {
-  float value, d, scale, bias;
-  DIA_DEVICE float off(int positions) const { return value / static_cast<float>(positions) - d; }
-  DIA_DEVICE float mean(int positions) const { return off(positions) * scale + bias; }
+// The side of the means, of samples from `first` on; or of the state's own values. Keeps the means if `keeps`.
+template <class M, bool kAffine>
+struct MeanSide {
+  struct Raw {
+    float value, d, scale, bias;  // the last three with kAffine, see norm.h
+  };
+  M& m;
+  const BottleneckSums<kAffine>& args;
+  const float* from;  // (N, C)
+  int first;
+  bool hidden, keeps;
+
+  DIA_DEVICE Raw load(int row, int channel) const {
+    const int samples = args.cell.samples, sample = first + row < samples ? first + row : samples - 1;
+    Raw raw{m.load(from + row_at(sample, args.cell.channels) + channel), 0, 0, 0};
+    if constexpr (kAffine) {
+      raw.d = m.load(args.norm.affine.d + channel);
+      raw.scale = m.load(args.norm.affine.scale + channel), raw.bias = m.load(args.norm.affine.bias + channel);
+    }
+    return raw;
+  }
+  DIA_DEVICE float make(const Raw& raw, int row, int channel, bool there) const {
+    if (first + row >= args.cell.samples) return 0.0f;
+    if (hidden) return raw.value;
+    float mean = raw.value / static_cast<float>(args.positions);
+    const float off = mean - raw.d;
+    if constexpr (kAffine) mean = off * raw.scale + raw.bias;
+    if (keeps && there) {
+      const int64_t at = row_at(first + row, args.cell.channels) + channel;
+      m.store(args.cell.tables.p + at, mean);
+      if constexpr (kAffine) m.store(args.norm.off + at, off);
+    }
+    return mean;
+  }
 };
 
 template <class M, bool kAffine>
@@ -143,44 +167,20 @@ DIA_DEVICE void bottleneck_sums(M& m, const BottleneckSums<kAffine>& args) {
   const int channels = cell.channels;
   for_tasks(m, args.parts.tasks(cell.samples, cell.bottleneck, cell.h != nullptr), [&](int number) {
     const PartTask task(number, cell.samples, cell.bottleneck, args.parts.count);
-    const bool keeps = !task.hidden && task.column == 0;
     const float* weight = task.hidden ? cell.weights.hidden_reduce : cell.weights.input_reduce;
-    part_product<true>(
-        m, memory, task, args.parts, cell.samples, cell.bottleneck, part_of(channels, task.part, args.parts.count),
-        sample_side<MeanOrState<kAffine>>(
-            task.sample, cell.samples, !task.hidden && task.column == 0,
-            [&](int sample, int channel) {
-              MeanOrState<kAffine> raw{};
-              raw.value = m.load((task.hidden ? cell.h : args.sum) + row_at(sample, channels) + channel);
-              if constexpr (kAffine) {
-                raw.d = m.load(args.norm.affine.d + channel);
-                raw.scale = m.load(args.norm.affine.scale + channel);
-                raw.bias = m.load(args.norm.affine.bias + channel);
-              }
-              return raw;
-            },
-            [&](const MeanOrState<kAffine>& raw, int) { return task.hidden ? raw.value : raw.mean(args.positions); },
-            [&](float mean, const MeanOrState<kAffine>& raw, int sample, int channel) {
-              const int64_t at = row_at(sample, channels) + channel;
-              m.store(cell.tables.p + at, mean);
-              if constexpr (kAffine) m.store(args.norm.off + at, raw.off(args.positions));
-            }),
-        [&](int j, int channel) { return m.load(weight + row_at(j, channels) + channel); });
+    part_product<true>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
+                       part_of(channels, task.part, args.parts.count),
+                       MeanSide<M, kAffine>{m, args, task.hidden ? cell.h : args.sum, task.sample, task.hidden,
+                                            !task.hidden && task.column == 0},
+                       [&](int j, int channel) { return m.load(weight + row_at(j, channels) + channel); });
   });
 }
 
 template <bool kAffine>
 struct CellStates {
   CellForward cell;
-  BottleneckParts parts;
   ChannelAffine affine;   // with kAffine; and (N, C):
   float *factor, *added;  // y = act((x - shift) factor + added + shortcut)
-};
-
-// Of a bottleneck: its parts and its bias.
-struct BottleneckRaw {
-  BottleneckParts::Loaded parts;
-  float bias;
 };
 
 template <class M, bool kAffine>
@@ -198,21 +198,11 @@ DIA_DEVICE void cell_states(M& m, const CellStates<kAffine>& args) {
     StateTile tile(m);
     tile.template add<true, true>(
         m, memory, {0, 2 * bottleneck},
-        sample_side<BottleneckRaw>(
-            first, cell.samples, channel == 0,
-            [&](int sample, int k) {
-              const float* bias = k < bottleneck ? cell.weights.input_reduce_bias + k
-                                                 : cell.weights.hidden_reduce_bias + (k - bottleneck);
-              return BottleneckRaw{args.parts.load(m, cell.samples, 2 * bottleneck, sample, k), m.load(bias)};
-            },
-            [&](const BottleneckRaw& raw, int k) {
-              const float sum = (k < bottleneck || cell.h != nullptr ? raw.parts.sum() : 0.0f) + raw.bias;
-              return rectified(sum, sum);
-            },
-            [&](float z, const BottleneckRaw&, int sample, int k) {
-              float* to = k < bottleneck ? cell.tables.zx + k : cell.tables.zh + (k - bottleneck);
-              m.store(to + row_at(sample, bottleneck), z);
-            }),
+        Plain{first, cell.samples,
+              [&](int sample, int k) {
+                const float* z = k < bottleneck ? cell.tables.zx + k : cell.tables.zh + (k - bottleneck);
+                return m.load(z + row_at(sample, bottleneck));
+              }},
         Plain{4 * channel, 4 * channels, [&](int row, int k) {
                 const float* weight =
                     k < bottleneck ? cell.weights.input_expand + k : cell.weights.hidden_expand + (k - bottleneck);
@@ -250,23 +240,14 @@ DIA_DEVICE void bottleneck_gradient_sums(M& m, const BottleneckGradientSums& arg
     const float* weight = task.hidden ? cell.weights.hidden_expand : cell.weights.input_expand;
     part_product<false>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
                         part_of(rows, task.part, args.parts.count),
-                        sample_side<float>(
-                            task.sample, cell.samples, false,
-                            [&](int sample, int row) { return m.load(cell.du + row_at(sample, rows) + row); },
-                            [](float raw, int) { return raw; }, [](float, float, int, int) {}),
+                        Plain{task.sample, cell.samples,
+                              [&](int sample, int row) { return m.load(cell.du + row_at(sample, rows) + row); }},
                         [&](int j, int row) { return m.load(weight + row_at(row, cell.bottleneck) + j); });
   });
 }
 
-// Of a bottleneck's gradient: its parts, and the value that its ReLU let through or not.
-struct GradientParts {
-  BottleneckParts::Loaded parts;
-  float z;
-};
-
 struct CellGradients {
   CellBackward cell;
-  BottleneckParts parts;
   float* dp;    // (N, C), or null
   float scale;  // of dp
 };
@@ -277,34 +258,23 @@ DIA_DEVICE void cell_gradients(M& m, const CellGradients& args) {
   const auto memory = m.template shared<float>(GradientTile::kFloats);
   const int channels = cell.channels, bottleneck = cell.bottleneck, down = tiles_along(cell.samples, kTileSamples);
   const int across = tiles_along(channels, kTileGradients);
-  // Of a side whose result is not wanted one tile across, for the bottleneck's own gradient.
-  const int inputs = args.dp != nullptr ? across : 1, hiddens = cell.old_dh != nullptr ? across : 1;
-  for_tasks(m, down * (inputs + hiddens), [&](int task) {
-    const bool hidden = task >= down * inputs;
-    const int of_side = hidden ? task - down * inputs : task, width = hidden ? hiddens : inputs;
-    const int first = of_side / width * kTileSamples, channel = of_side % width * kTileGradients;
+  const int tiles = down * across, inputs = args.dp != nullptr ? tiles : 0;
+  for_tasks(m, inputs + (cell.old_dh != nullptr ? tiles : 0), [&](int task) {
+    const bool hidden = task >= inputs;
+    const int of_side = hidden ? task - inputs : task;
+    const int first = of_side / across * kTileSamples, channel = of_side % across * kTileGradients;
     const float* weight = hidden ? cell.weights.hidden_reduce : cell.weights.input_reduce;
-    const float* z = hidden ? cell.tables.zh : cell.tables.zx;
-    float *dz = hidden ? cell.dzh : cell.dzx, *out = hidden ? cell.old_dh : args.dp;
+    const float* dz = hidden ? cell.dzh : cell.dzx;
+    float* out = hidden ? cell.old_dh : args.dp;
     GradientTile tile(m);
     tile.template add<true, false>(
         m, memory, {0, bottleneck},
-        sample_side<GradientParts>(
-            first, cell.samples, channel == 0,
-            [&](int sample, int j) {
-              return GradientParts{
-                  args.parts.load(m, cell.samples, 2 * bottleneck, sample, hidden ? bottleneck + j : j),
-                  m.load(z + row_at(sample, bottleneck) + j)};
-            },
-            [&](const GradientParts& raw, int) { return rectified(raw.parts.sum(), raw.z); },
-            [&](float value, const GradientParts&, int sample, int j) {
-              m.store(dz + row_at(sample, bottleneck) + j, value);
-            }),
+        Plain{first, cell.samples, [&](int sample, int j) { return m.load(dz + row_at(sample, bottleneck) + j); }},
         Plain{channel, channels, [&](int column, int j) { return m.load(weight + row_at(j, channels) + column); }});
     tile.finish(m, memory, [&](int row, int column, const auto& values) {
       DIA_UNROLL
       for (int k = 0; k < GradientTile::kThread; ++k) {
-        if (out == nullptr || first + row >= cell.samples || channel + column + k >= channels) continue;
+        if (first + row >= cell.samples || channel + column + k >= channels) continue;
         const int64_t at = row_at(first + row, channels) + channel + column + k;
         m.store(out + at, hidden ? values[k] : values[k] * args.scale);
       }

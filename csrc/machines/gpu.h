@@ -26,11 +26,11 @@ using AnyKernel = std::variant<
     kernels::StepBackward<BFloat16, true>, kernels::StepBackward<Float16, false>, kernels::StepBackward<Float16, true>,
     kernels::Reduce<float>, kernels::Reduce<BFloat16>, kernels::Reduce<Float16>, kernels::Spread<float>,
     kernels::Spread<BFloat16>, kernels::Spread<Float16>, kernels::BottleneckSums<false>, kernels::BottleneckSums<true>,
-    kernels::CellStates<false>, kernels::CellStates<true>, kernels::BottleneckGradientSums, kernels::CellGradients,
-    kernels::SplitMeans<false>, kernels::SplitMeans<true>, kernels::SplitGates<false>, kernels::SplitGates<true>,
-    kernels::SplitGateGradients<false>, kernels::SplitGateGradients<true>, kernels::WeightGradients<32>,
-    kernels::WeightGradients<64>, kernels::BatchStatistics, kernels::GivenStatistics, kernels::MeanGradients,
-    kernels::NormAgain, kernels::NormGradients, kernels::Rectify>;
+    kernels::CellStates<false>, kernels::CellStates<true>, kernels::JoinParts, kernels::BottleneckGradientSums,
+    kernels::CellGradients, kernels::SplitMeans<false>, kernels::SplitMeans<true>, kernels::SplitGates<false>,
+    kernels::SplitGates<true>, kernels::SplitGateGradients<false>, kernels::SplitGateGradients<true>,
+    kernels::WeightGradients<32>, kernels::WeightGradients<64>, kernels::BatchStatistics, kernels::GivenStatistics,
+    kernels::MeanGradients, kernels::NormAgain, kernels::NormGradients, kernels::Rectify>;
 
 // The current device, and the stream that work is put on. A function that fails raises std::runtime_error with what the
 // runtime said.

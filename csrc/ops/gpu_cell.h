@@ -358,7 +358,14 @@ void run_cell(GpuCall& call, const GpuPlan& plan, const kernels::CellForward& ce
     const kernels::BottleneckParts parts = call.bottleneck_parts(n, c);
     const kernels::BottleneckSums<kAffine> sums{cell, static_cast<int>(call.positions()), sum, norm, parts};
     call.launch_tiles(sums, parts.tasks(cell.samples, cell.bottleneck, cell.h != nullptr));
-    call.launch_tiles(kernels::CellStates<kAffine>{cell, parts, norm.affine, factor, added},
+    call.launch_elements(
+        kernels::JoinParts{cell.samples,
+                           cell.bottleneck,
+                           parts,
+                           {cell.weights.input_reduce_bias, nullptr, cell.tables.zx, true},
+                           {cell.weights.hidden_reduce_bias, nullptr, cell.tables.zh, cell.h != nullptr}},
+        2 * n * m);
+    call.launch_tiles(kernels::CellStates<kAffine>{cell, norm.affine, factor, added},
                       detail::parts(n, kernels::kTileSamples) * detail::parts(c, kernels::kTileChannels));
     return;
   }
@@ -389,8 +396,15 @@ void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBa
   if (plan.team != GpuTeam::products) {
     const kernels::BottleneckParts parts = call.bottleneck_parts(n, 4 * c);
     call.launch_tiles(kernels::BottleneckGradientSums{cell, parts}, parts.tasks(cell.samples, cell.bottleneck, true));
-    call.launch_tiles(kernels::CellGradients{cell, parts, dp, scale},
-                      2 * detail::parts(n, kernels::kTileSamples) * detail::parts(c, kernels::kTileGradients));
+    call.launch_elements(kernels::JoinParts{cell.samples,
+                                            cell.bottleneck,
+                                            parts,
+                                            {nullptr, cell.tables.zx, cell.dzx, true},
+                                            {nullptr, cell.tables.zh, cell.dzh, true}},
+                         2 * n * m);
+    const int64_t sides = (dp != nullptr ? 1 : 0) + (cell.old_dh != nullptr ? 1 : 0);
+    call.launch_tiles(kernels::CellGradients{cell, dp, scale},
+                      sides * detail::parts(n, kernels::kTileSamples) * detail::parts(c, kernels::kTileGradients));
     return;
   }
   const auto down = [&](float* dz, const float* expand, const float* z) {

@@ -126,17 +126,21 @@ class Memory {
     cell(a.cell, 0), parts(a.parts, a.cell.samples, a.cell.bottleneck), table("sum", a.sum, area(a.cell));
     affine(a.norm.affine, a.cell.channels), table("off", a.norm.off, area(a.cell));
   }
+  void of(const kernels::JoinParts& a, int64_t) {
+    const int64_t nm = static_cast<int64_t>(a.samples) * a.bottleneck;
+    parts(a.parts, a.samples, a.bottleneck);
+    for (const kernels::JoinedSide* side : {&a.input, &a.hidden})
+      table("bias", side->bias, a.bottleneck), table("z", side->z, nm), table("joined", side->out, nm);
+  }
   template <bool kAffine>
   void of(const kernels::CellStates<kAffine>& a, int64_t) {
-    cell(a.cell, 0), parts(a.parts, a.cell.samples, a.cell.bottleneck), affine(a.affine, a.cell.channels);
+    cell(a.cell, 0), affine(a.affine, a.cell.channels);
     table("factor", a.factor, area(a.cell)), table("added", a.added, area(a.cell));
   }
   void of(const kernels::BottleneckGradientSums& a, int64_t) {
     cell(a.cell, 0), parts(a.parts, a.cell.samples, a.cell.bottleneck);
   }
-  void of(const kernels::CellGradients& a, int64_t) {
-    cell(a.cell, 0), parts(a.parts, a.cell.samples, a.cell.bottleneck), table("dp", a.dp, area(a.cell));
-  }
+  void of(const kernels::CellGradients& a, int64_t) { cell(a.cell, 0), table("dp", a.dp, area(a.cell)); }
   template <bool kAffine>
   void of(const kernels::SplitMeans<kAffine>& a, int64_t) {
     const int64_t nc = static_cast<int64_t>(a.samples) * a.channels;

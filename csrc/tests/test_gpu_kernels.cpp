@@ -6,9 +6,11 @@
 #include <random>
 
 #include "check.h"
+#include "kernels/split_cell.h"
 #include "kernels/step_backward.h"
 #include "kernels/step_forward.h"
 #include "kernels/sweeps.h"
+#include "kernels/tile_cell.h"
 #include "kernels/weight_gradients.h"
 #include "machines/simt.h"
 
@@ -140,7 +142,13 @@ void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
     const kernels::BottleneckParts parts{memory.result("forward parts", 2 * ranks * kSamples * kBottleneck), ranks};
     const kernels::BottleneckSums<false> sums{cell, kPositions, reduce.sum, {}, parts};
     memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_sums(m, sums); });
-    const kernels::CellStates<false> states{cell, parts, {}, nullptr, nullptr};
+    const kernels::JoinParts join{kSamples,
+                                  kBottleneck,
+                                  parts,
+                                  {cell.weights.input_reduce_bias, nullptr, cell.tables.zx, true},
+                                  {cell.weights.hidden_reduce_bias, nullptr, cell.tables.zh, true}};
+    memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, join); });
+    const kernels::CellStates<false> states{cell, {}, nullptr, nullptr};
     memory.device.launch(tiles, [&](Thread& m) { kernels::cell_states(m, states); });
     kernels::Spread<float> spread{};
     spread.size = size, spread.tile = {2, kPositions, 4}, spread.relu = true;
@@ -181,7 +189,13 @@ void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
     const kernels::BottleneckParts parts{memory.result("parts", 2 * ranks * kSamples * kBottleneck), ranks};
     const kernels::BottleneckGradientSums sums{back, parts};
     memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_gradient_sums(m, sums); });
-    const kernels::CellGradients gradients{back, parts, memory.result("offset", kTable), 1.0f / kPositions};
+    const kernels::JoinParts join{kSamples,
+                                  kBottleneck,
+                                  parts,
+                                  {nullptr, cell.tables.zx, back.dzx, true},
+                                  {nullptr, cell.tables.zh, back.dzh, true}};
+    memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, join); });
+    const kernels::CellGradients gradients{back, memory.result("offset", kTable), 1.0f / kPositions};
     memory.device.launch(tiles, [&](Thread& m) { kernels::cell_gradients(m, gradients); });
     kernels::Spread<float> spread{};
     spread.size = size, spread.tile = {1, 4, 4}, spread.dy = {backward.dshortcut.data, stride},
