@@ -22,9 +22,6 @@ WEIGHTS = {f"{path}_{part}_weight" for path in ("input", "hidden") for part in (
 NOT_USED = {
     "StepBackward<float, false>": {"p"},
     "StepBackward<float, true>": {"p"},
-    "CellBackwardLaunch<false>": {"p"},
-    "CellBackwardLaunch<true>": {"p", "shift"},
-    "CellForwardLaunch<true>": {"shift"},
     "SplitGates<false>": WEIGHTS | {"p", "zx", "zh", "h", "input_reduce_bias", "hidden_reduce_bias"},
     "SplitGates<true>": WEIGHTS | {"p", "zx", "zh", "h", "shift", "input_reduce_bias", "hidden_reduce_bias"},
     "SplitGateGradients<false>": WEIGHTS | {"p", "zx", "zh", "dzx", "dzh", "old_dh"},
@@ -49,7 +46,7 @@ def run(norm: str) -> None:
 
 
 #: Teams of several blocks, and few of them, so that a team has several groups.
-DEVICES = ({"multiprocessors": 8, "flops": 1e9, "cluster": 4, "l2": 64 << 20}, {"multiprocessors": 1, "cluster": 1})
+DEVICES = ({"multiprocessors": 8, "flops": 1e10, "cluster": 4, "l2": 64 << 20}, {"multiprocessors": 2, "cluster": 1})
 
 
 @pytest.fixture(params=["on chip", "sweeps", "products"])

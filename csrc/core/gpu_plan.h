@@ -213,11 +213,18 @@ inline int lanes_of(const GpuProblem& p, const GpuLimits& gpu, int64_t packs) {
 inline GpuTile reduce_tile_of(const GpuProblem& p, const GpuLimits& gpu) {
   GpuTile tile;
   tile.lanes = lanes_of(p, gpu, 4), tile.positions = static_cast<int>(std::clamp<int64_t>(p.positions, 1, INT32_MAX));
-  const int64_t wanted = 3 * static_cast<int64_t>(gpu.multiprocessors);
-  int64_t channels = std::min(p.channels, static_cast<int64_t>(kSweepThreads));
-  while (channels > 32 && p.samples * parts(p.channels, channels) < wanted) channels = rounded_up(channels / 2, 8);
-  tile.channels = static_cast<int>(std::max<int64_t>(channels, 1));
-  return tile;
+  const int64_t at_once = kSweepResident * static_cast<int64_t>(gpu.multiprocessors);
+  // The part of the blocks that work, over all turns; two sectors at least lie together.
+  const int64_t most = std::clamp<int64_t>(p.channels, 1, kSweepThreads);
+  double best = 0;
+  tile.channels = static_cast<int>(most);
+  for (int64_t channels = most;; channels = rounded_up(channels / 2, 8)) {
+    const int64_t tasks = p.samples * parts(p.channels, channels);
+    const double busy =
+        static_cast<double>(tasks) / static_cast<double>(std::max<int64_t>(parts(tasks, at_once), 1) * at_once);
+    if (busy > 1.05 * best) best = busy, tile.channels = static_cast<int>(channels);
+    if (channels <= 32 || busy == 0) return tile;
+  }
 }
 
 // Sixteen positions for each row of threads, fewer where multiprocessors would idle.

@@ -121,26 +121,45 @@ class Memory {
   void parts(const kernels::BottleneckParts& parts, int64_t samples, int64_t bottleneck) {
     table("parts", parts.data, parts.count * samples * 2 * bottleneck);
   }
+  void reduce_weights(const kernels::CellWeights& w, int64_t c, int64_t m) {
+    table("input_reduce_weight", w.input_reduce, m * c), table("hidden_reduce_weight", w.hidden_reduce, m * c);
+  }
+  void expand_weights(const kernels::CellWeights& w, int64_t c, int64_t m) {
+    table("input_expand_weight", w.input_expand, 4 * c * m), table("hidden_expand_weight", w.hidden_expand, 4 * c * m);
+  }
   template <bool kAffine>
   void of(const kernels::BottleneckSums<kAffine>& a, int64_t) {
-    cell(a.cell, 0), parts(a.parts, a.cell.samples, a.cell.bottleneck), table("sum", a.sum, area(a.cell));
-    affine(a.norm.affine, a.cell.channels), table("off", a.norm.off, area(a.cell));
+    const int64_t n = a.cell.samples, c = a.cell.channels, m = a.cell.bottleneck;
+    parts(a.parts, n, m), reduce_weights(a.cell.weights, c, m), table("sum", a.sum, n * c);
+    table("h", a.cell.h, n * c), table("p", a.cell.tables.p, n * c), table("off", a.norm.off, n * c);
+    table("d", a.norm.affine.d, c), table("scale", a.norm.affine.scale, c), table("bias", a.norm.affine.bias, c);
   }
   void of(const kernels::JoinParts& a, int64_t) {
-    const int64_t nm = static_cast<int64_t>(a.samples) * a.bottleneck;
-    parts(a.parts, a.samples, a.bottleneck);
-    for (const kernels::JoinedSide* side : {&a.input, &a.hidden})
-      table("bias", side->bias, a.bottleneck), table("z", side->z, nm), table("joined", side->out, nm);
+    const int64_t n = a.samples, m = a.bottleneck;
+    parts(a.parts, n, m);
+    table("input bias", a.input.bias, m), table("hidden bias", a.hidden.bias, m);
+    table("input z", a.input.z, n * m), table("hidden z", a.hidden.z, n * m);
+    table("input", a.input.out, n * m), table("hidden", a.hidden.out, n * m);
   }
   template <bool kAffine>
   void of(const kernels::CellStates<kAffine>& a, int64_t) {
-    cell(a.cell, 0), affine(a.affine, a.cell.channels);
-    table("factor", a.factor, area(a.cell)), table("added", a.added, area(a.cell));
+    const int64_t n = a.cell.samples, c = a.cell.channels, m = a.cell.bottleneck;
+    table("zx", a.cell.tables.zx, n * m), table("zh", a.cell.tables.zh, n * m), expand_weights(a.cell.weights, c, m);
+    table("input_expand_bias", a.cell.weights.input_expand_bias, 4 * c);
+    table("hidden_expand_bias", a.cell.weights.hidden_expand_bias, 4 * c);
+    table("c", a.cell.c, n * c), table("new_h", a.cell.new_h, n * c), table("new_c", a.cell.new_c, n * c);
+    table("gates", a.cell.tables.gates, n * 4 * c), table("d", a.affine.d, c), table("scale", a.affine.scale, c);
+    table("bias", a.affine.bias, c), table("factor", a.factor, n * c), table("added", a.added, n * c);
   }
   void of(const kernels::BottleneckGradientSums& a, int64_t) {
-    cell(a.cell, 0), parts(a.parts, a.cell.samples, a.cell.bottleneck);
+    const int64_t n = a.cell.samples, c = a.cell.channels, m = a.cell.bottleneck;
+    parts(a.parts, n, m), expand_weights(a.cell.weights, c, m), table("du", a.cell.du, n * 4 * c);
   }
-  void of(const kernels::CellGradients& a, int64_t) { cell(a.cell, 0), table("dp", a.dp, area(a.cell)); }
+  void of(const kernels::CellGradients& a, int64_t) {
+    const int64_t n = a.cell.samples, c = a.cell.channels, m = a.cell.bottleneck;
+    table("dzx", a.cell.dzx, n * m), table("dzh", a.cell.dzh, n * m), reduce_weights(a.cell.weights, c, m);
+    table("old_dh", a.cell.old_dh, n * c), table("dp", a.dp, n * c);
+  }
   template <bool kAffine>
   void of(const kernels::SplitMeans<kAffine>& a, int64_t) {
     const int64_t nc = static_cast<int64_t>(a.samples) * a.channels;
