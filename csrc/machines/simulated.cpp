@@ -177,13 +177,13 @@ auto weights_kernel(Arguments& of) {
   const float *du = of.pointer<const float>("du"), *dzx = of.pointer<const float>("dzx"),
               *dzh = of.pointer<const float>("dzh");
   add(dzx, bottleneck, of.pointer<const float>("p"), channels, "d_input_reduce_weight");
-  add(dzx, bottleneck, nullptr, 1, "d_input_reduce_bias");
+  add(dzx, bottleneck, nullptr, 0, "d_input_reduce_bias");
   add(du, 4 * channels, of.pointer<const float>("zx"), bottleneck, "d_input_expand_weight");
-  add(du, 4 * channels, nullptr, 1, "d_input_expand_bias");
+  add(du, 4 * channels, nullptr, 0, "d_input_expand_bias");
   add(dzh, bottleneck, of.pointer<const float>("h"), channels, "d_hidden_reduce_weight");
-  add(dzh, bottleneck, nullptr, 1, "d_hidden_reduce_bias");
+  add(dzh, bottleneck, nullptr, 0, "d_hidden_reduce_bias");
   add(du, 4 * channels, of.pointer<const float>("zh"), bottleneck, "d_hidden_expand_weight");
-  add(du, 4 * channels, nullptr, 1, "d_hidden_expand_bias");
+  add(du, 4 * channels, nullptr, 0, "d_hidden_expand_bias");
   return [args](Thread& m) { kernels::weight_gradients(m, args); };
 }
 

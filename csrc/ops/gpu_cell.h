@@ -236,7 +236,7 @@ class GpuCall {
   kernels::BottleneckParts bottleneck_parts(int64_t samples, int64_t inner) {
     const int64_t tiles =
         2 * detail::parts(samples, kernels::kTileSamples) * detail::parts(bottleneck_, kernels::kTileBottleneck);
-    const int64_t count = std::clamp(limits_.multiprocessors / std::max<int64_t>(tiles, 1), int64_t{1},
+    const int64_t count = std::clamp(4 * limits_.multiprocessors / std::max<int64_t>(tiles, 1), int64_t{1},
                                      std::clamp<int64_t>(inner / 64, 1, kernels::kMostParts));
     return {scratch(count * samples * 2 * bottleneck_), static_cast<int>(count)};
   }
@@ -435,13 +435,13 @@ struct GpuParameterGradients {
       products.push_back({left, right, data_of<float>(tensors[products.size()]), rows, columns});
     };
     add(cell.dzx, m, cell.tables.p, c);
-    add(cell.dzx, m, nullptr, 1);
+    add(cell.dzx, m, nullptr, 0);
     add(cell.du, 4 * c, cell.tables.zx, m);
-    add(cell.du, 4 * c, nullptr, 1);
+    add(cell.du, 4 * c, nullptr, 0);
     add(cell.dzh, m, h, c);
-    add(cell.dzh, m, nullptr, 1);
+    add(cell.dzh, m, nullptr, 0);
     add(cell.du, 4 * c, cell.tables.zh, m);
-    add(cell.du, 4 * c, nullptr, 1);
+    add(cell.du, 4 * c, nullptr, 0);
     // With no state the old h is 0, and so is the gradient of what multiplies it.
     if (h == nullptr) {
       torch::stable::fill_(tensors[4], 0.0);

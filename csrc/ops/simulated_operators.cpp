@@ -185,7 +185,7 @@ class Memory {
       const kernels::WeightGradient& p = a.products[k];
       table("left", p.left, static_cast<int64_t>(a.samples) * p.rows);
       table("right", p.right, static_cast<int64_t>(a.samples) * p.columns);
-      table("gradient", p.out, static_cast<int64_t>(p.rows) * p.columns);
+      table("gradient", p.out, static_cast<int64_t>(p.rows) * std::max(p.columns, 1));
     }
   }
   void of(const kernels::BatchStatistics& a, int64_t) {

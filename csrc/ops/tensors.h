@@ -16,6 +16,11 @@
 #include "../core/layout.h"
 #include "../cpu/kernels.h"
 
+// Older headers, those of torch 2.11 say, have only a check that loses the error's message.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace dia::ops {
 
 using torch::stable::Tensor;

@@ -216,13 +216,13 @@ void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
     weights.products[weights.count++] = {left, right, gradients[out], rows, columns};
   };
   add(back.dzx, kBottleneck, cell.tables.p, kChannels, kW1);
-  add(back.dzx, kBottleneck, nullptr, 1, kB1);
+  add(back.dzx, kBottleneck, nullptr, 0, kB1);
   add(back.du, 4 * kChannels, cell.tables.zx, kBottleneck, kW2);
-  add(back.du, 4 * kChannels, nullptr, 1, kB2);
+  add(back.du, 4 * kChannels, nullptr, 0, kB2);
   add(back.dzh, kBottleneck, at[kH], kChannels, kV1);
-  add(back.dzh, kBottleneck, nullptr, 1, kA1);
+  add(back.dzh, kBottleneck, nullptr, 0, kA1);
   add(back.du, 4 * kChannels, cell.tables.zh, kBottleneck, kV2);
-  add(back.du, 4 * kChannels, nullptr, 1, kA2);
+  add(back.du, 4 * kChannels, nullptr, 0, kA2);
   memory.device.launch({.teams = 2, .threads = kernels::kTableThreads, .shared_bytes = weights.kSharedBytes},
                        [&](Thread& m) { kernels::weight_gradients(m, weights); });
 
