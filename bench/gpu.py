@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import environment
+import report as tables
 import torch
 from timing import L2_FILLER_BYTES, Clock, clock_of, interleaved, synchronised_seconds_a_call
 from torch import Tensor, nn
@@ -403,7 +404,7 @@ class Part:
             print("   ", summary(results[-1]), flush=True)
             self.write({"environment": environment_, "results": results})
         self.write({"environment": environment_, "results": results})
-        return not any(r.get("error") or r.get("wrong") for r in results)
+        return not any(map(failure, results))
 
     def write(self, document: dict[str, Any]) -> None:
         (self.folder / f"{self.name}.json").write_text(json.dumps(document, indent=1) + "\n")
@@ -411,32 +412,84 @@ class Part:
 
 def report(folder: Path) -> str:
     """All parts that are there, as Markdown; ``report.json`` beside it."""
-    files = {part: folder / f"{part}.json" for part in ("times", "compile", "kernels", "nets")}
+    files = {part: folder / f"{part}.json" for part in TABLES}
     parts = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
     (folder / "report.json").write_text(json.dumps(parts, indent=1) + "\n")
-    lines = ["# The CUDA backend on a card"]
+    sections = ["# The CUDA backend on a card"]
     for part, document in parts.items():
-        lines += ["", f"## {part}", "", ", ".join(f"{k}: {v}" for k, v in document["environment"].items()), ""]
-        for result in document["results"]:
-            lines += [f"* **{result['name']}**: {summary(result)}"]
+        sections += [f"## {part}", ", ".join(f"{k}: {v}" for k, v in document["environment"].items())]
+        good = [r for r in document["results"] if not failure(r)]
+        sections += TABLES[part](good) if good else []
+        sections += [f"* **{r['name']}** failed: {failure(r)}" for r in document["results"] if failure(r)]
     for log in sorted(folder.glob("*.log")):
         tail = log.read_text(errors="replace").strip().splitlines()[-3:]
-        lines += ["", f"## {log.stem}", "", *(f"    {line}" for line in tail)]
-    text = "\n".join(lines) + "\n"
+        sections += [f"## {log.stem}", "\n".join(f"    {line}" for line in tail)]
+    text = "\n\n".join(sections) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
     return text
+
+
+def failure(result: dict[str, Any]) -> str | None:
+    """In a line why there are no results."""
+    return result.get("wrong") or (result["error"].strip().splitlines()[-1] if result.get("error") else None)
+
+
+def tables_of_times(results: list[dict[str, Any]]) -> list[str]:
+    """Microseconds of every implementation, by mode: the device's, and of calls one after another."""
+    sections = []
+    for mode, passes in LEAST_PASSES.items():
+        names = list(dict.fromkeys(name for r in results for name in r["seconds"][mode]["median"]))
+        device, calls = [], []
+        for result in results:
+            seconds = result["seconds"][mode]
+            model = f"{seconds['predicted'] * 1e6:.0f}" if seconds["predicted"] else "-"
+            device.append([result["name"], *microseconds(seconds["median"], names), f"{seconds['of_copy']:.0%}", model])
+            calls.append([result["name"], *microseconds(seconds["one after another"], names)])
+        sections += [
+            f"### {mode}, microseconds of the device",
+            f"Of copy: the time of {passes} passes over the map at a copy's bandwidth, over ours; model: the plan's.",
+            tables.table(["case", *names, "of copy", "model"], device),
+            f"### {mode}, microseconds of calls one after another",
+            tables.table(["case", *names], calls),
+        ]
+    return sections
+
+
+def microseconds(seconds: dict[str, float], names: Sequence[str]) -> list[str]:
+    return [f"{seconds[name] * 1e6:.0f}" if name in seconds else "-" for name in names]
+
+
+def tables_of_kernels(results: list[dict[str, Any]]) -> list[str]:
+    return ["\n".join(f"* **{r['name']}**: {summary(r)}" for r in results)]
+
+
+def tables_of_nets(results: list[dict[str, Any]]) -> list[str]:
+    """A training step of each variant, beside the plain network's, and peak memory."""
+    names = list(results[0]["seconds"])
+    rows = []
+    for r in results:
+        plain = r["seconds"]["plain"]
+        row = [r["name"], *(f"{r['seconds'][n] * 1e3:.2f}" for n in names), f"{r['seconds']['ours'] / plain:.3f}"]
+        rows.append(row + [f"{r['peak_bytes'][n] / 2**30:.2f}" if n in r["peak_bytes"] else "-" for n in names])
+    header = ["network", *(f"{n}, ms" for n in names), "ours / plain", *(f"{n}, GiB" for n in names)]
+    return [tables.table(header, rows)]
+
+
+TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
+    "times": tables_of_times, "compile": tables_of_times, "kernels": tables_of_kernels, "nets": tables_of_nets,
+}  # fmt: skip
 
 
 def short(kernel: str) -> str:
     """The kernel's own name and types, out of the symbol's."""
     for part in ("void ", "dia::cuda::", "(anonymous namespace)::", "dia::kernels::", "dia::"):
         kernel = kernel.replace(part, "")
-    return kernel.partition("(")[0].removeprefix("kernel")
+    return kernel.partition("(")[0].removeprefix("kernel<").rstrip(", ")
 
 
 def summary(result: dict[str, Any]) -> str:
-    if result.get("error") or result.get("wrong"):
-        return "failed: " + (result.get("wrong") or result["error"].strip().splitlines()[-1])
+    if failure(result):
+        return f"failed: {failure(result)}"
     if "kernels" in result:
         return ", ".join(f"{short(k['name'])} {k['seconds'] * 1e6:.1f}" for k in result["kernels"]) + " us"
     if "peak_bytes" in result:

@@ -134,7 +134,9 @@ def test_reduce(shape, kind):
             assert torch.equal(layout.back(results["g"]), masked)
         bytes_of_map = x.numel() * torch.empty(0, dtype=layout.dtype).element_size()
         # Of moments a row's threads each look at its first value, too.
-        threads = 2 * layout.threads * layout.samples * layout.channels * torch.empty(0, dtype=layout.dtype).element_size()
+        threads = (
+            2 * layout.threads * layout.samples * layout.channels * torch.empty(0, dtype=layout.dtype).element_size()
+        )
         for name in maps:
             read = report["tensors"][name][0]
             assert bytes_of_map <= read <= bytes_of_map + threads * ("first" in results), name

@@ -28,14 +28,14 @@ struct GpuLimits {
 
 // One GPU of each supported architecture, by NVIDIA's data sheets; memory and tf32 at 0.87 and 0.6 of the peak.
 inline constexpr GpuLimits kGpus[] = {
-    {"t4", 75, 40, 1024, 64 << 10, 64 << 10, 1, 4 << 20, 0.28e12, 1.0e12, 8.1e12, 8.1e12, 1.5e-6, 0, 3e-6},
-    {"a100", 80, 108, 2048, 163 << 10, 164 << 10, 1, 40 << 20, 1.35e12, 4.0e12, 19.5e12, 94e12, 1.5e-6, 0, 3e-6},
-    {"a10", 86, 72, 1536, 99 << 10, 100 << 10, 1, 6 << 20, 0.52e12, 2.0e12, 31e12, 37e12, 1.5e-6, 0, 3e-6},
-    {"l4", 89, 58, 1536, 99 << 10, 100 << 10, 1, 48 << 20, 0.26e12, 2.0e12, 30e12, 36e12, 1.5e-6, 0, 3e-6},
-    {"h100", 90, 132, 2048, 227 << 10, 228 << 10, 8, 50 << 20, 2.9e12, 5.5e12, 67e12, 297e12, 1.5e-6, 0.5e-6, 3e-6},
-    {"b200", 100, 148, 2048, 227 << 10, 228 << 10, 8, 126 << 20, 6.9e12, 10e12, 75e12, 660e12, 1.5e-6, 0.5e-6, 3e-6},
+    {"t4", 75, 40, 1024, 64 << 10, 64 << 10, 1, 4 << 20, 0.28e12, 1.0e12, 8.1e12, 8.1e12, 1.5e-6, 0, 5e-6},
+    {"a100", 80, 108, 2048, 163 << 10, 164 << 10, 1, 40 << 20, 1.35e12, 4.0e12, 19.5e12, 94e12, 1.5e-6, 0, 5e-6},
+    {"a10", 86, 72, 1536, 99 << 10, 100 << 10, 1, 6 << 20, 0.52e12, 2.0e12, 31e12, 37e12, 1.5e-6, 0, 5e-6},
+    {"l4", 89, 58, 1536, 99 << 10, 100 << 10, 1, 48 << 20, 0.26e12, 2.0e12, 30e12, 36e12, 1.5e-6, 0, 5e-6},
+    {"h100", 90, 132, 2048, 227 << 10, 228 << 10, 8, 50 << 20, 2.8e12, 5.5e12, 67e12, 297e12, 1.5e-6, 0.5e-6, 5e-6},
+    {"b200", 100, 148, 2048, 227 << 10, 228 << 10, 8, 126 << 20, 6.9e12, 10e12, 75e12, 660e12, 1.5e-6, 0.5e-6, 5e-6},
     {"rtx5090", 120, 170, 1536, 99 << 10, 100 << 10, 8, 96 << 20, 1.55e12, 6.0e12, 105e12, 125e12, 1.5e-6, 0.5e-6,
-     3e-6},
+     5e-6},
 };
 
 // What lies before the step: nothing, a norm of given statistics, or one of the batch's own.
@@ -146,8 +146,10 @@ inline int64_t parts(int64_t value, int64_t unit) { return (value + unit - 1) / 
 
 // Products reach this part of the peak: in the loops of teams, in tiles, by a BLAS. Teams are slow for the latency of
 // their loops; measured on an H100 (docs/kernels.md), as is the part of the bandwidth that they draw.
-constexpr double kLoopRate = 0.03, kTileRate = 0.15, kBlasRate = 0.3;
+constexpr double kLoopRate = 0.03, kTileRate = 0.2, kBlasRate = 0.3;
 constexpr double kTeamBandwidth = 0.45;
+// Of a group of a team, whatever its size.
+constexpr double kTeamLatency = 40e-6;
 
 // Times of what does not depend on the layout.
 struct Work {
@@ -190,7 +192,7 @@ inline double team_seconds(const GpuPlan& plan, const GpuProblem& p, const GpuLi
   const double barrier = plan.team == GpuTeam::grid      ? gpu.barrier
                          : plan.team == GpuTeam::cluster ? gpu.cluster_barrier
                                                          : 0.1e-6;
-  const double other = std::max(weights, flops) + 2 * barrier;
+  const double other = std::max(weights, flops) + 2 * barrier + kTeamLatency;
   // Two resident blocks of different teams hide each other's waiting.
   const double one =
       plan.resident > 1 && plan.teams > 1 ? std::max(map, other) + 0.25 * std::min(map, other) : map + other;
@@ -213,18 +215,11 @@ inline int lanes_of(const GpuProblem& p, const GpuLimits& gpu, int64_t packs) {
 inline GpuTile reduce_tile_of(const GpuProblem& p, const GpuLimits& gpu) {
   GpuTile tile;
   tile.lanes = lanes_of(p, gpu, 4), tile.positions = static_cast<int>(std::clamp<int64_t>(p.positions, 1, INT32_MAX));
-  const int64_t at_once = kSweepResident * static_cast<int64_t>(gpu.multiprocessors);
-  // The part of the blocks that work, over all turns; two sectors at least lie together.
-  const int64_t most = std::clamp<int64_t>(p.channels, 1, kSweepThreads);
-  double best = 0;
-  tile.channels = static_cast<int>(most);
-  for (int64_t channels = most;; channels = rounded_up(channels / 2, 8)) {
-    const int64_t tasks = p.samples * parts(p.channels, channels);
-    const double busy =
-        static_cast<double>(tasks) / static_cast<double>(std::max<int64_t>(parts(tasks, at_once), 1) * at_once);
-    if (busy > 1.05 * best) best = busy, tile.channels = static_cast<int>(channels);
-    if (channels <= 32 || busy == 0) return tile;
-  }
+  const int64_t wanted = kSweepResident * static_cast<int64_t>(gpu.multiprocessors);
+  int64_t channels = std::clamp<int64_t>(p.channels, 1, kSweepThreads);
+  while (channels > 32 && p.samples * parts(p.channels, channels) < wanted) channels = rounded_up(channels / 2, 8);
+  tile.channels = static_cast<int>(channels);
+  return tile;
 }
 
 // Sixteen positions for each row of threads, fewer where multiprocessors would idle.
@@ -290,7 +285,7 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts l
     detail::add_sweeps(
         plan, p, gpu, work,
         std::max(cell_flops / ((blas ? detail::kBlasRate : detail::kTileRate) * rate), work.weight_bytes / gpu.l2),
-        blas ? (p.backward ? 7 : 8) : (p.backward ? 4 : 3));
+        blas ? (p.backward ? 11 : 12) : (p.backward ? 4 : 3));  // with those of sums split among blocks
     return plan;
   };
   GpuPlan best = sweeps(layouts == GpuLayouts::products ? GpuTeam::products : GpuTeam::tiles);
