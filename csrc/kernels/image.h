@@ -35,21 +35,17 @@ struct Image {
 
   // `aligned`: all runs of the maps begin at whole packs (see `aligned_runs`); the image then has no slot too many.
   DIA_DEVICE Image(const MapSize& size, Part channels, bool aligned)
-      : Image(size, channels, {0, size.positions}, aligned) {}
-  // The same of some positions only; of a planar map then of a single channel.
-  DIA_DEVICE Image(const MapSize& size, Part channels, Part range, bool aligned)
       : channels(channels),
-        positions(range.size()),
+        positions(size.positions),
         interleaved(size.interleaved),
         runs(interleaved ? positions : 1),
         length(interleaved ? channels.size() : channels.size() * positions),
-        first(first_run(size, channels, range)),
+        first(first_run(size, channels)),
         step(interleaved ? size.channels : 0),
         pitch(round_up(aligned ? length : length + kPack - 1, kPack)) {}
 
-  DIA_DEVICE static int64_t first_run(const MapSize& size, Part channels, Part range) {
-    return size.interleaved ? static_cast<int64_t>(range.begin) * size.channels + channels.begin
-                            : static_cast<int64_t>(channels.begin) * size.positions + range.begin;
+  DIA_DEVICE static int64_t first_run(const MapSize& size, Part channels) {
+    return static_cast<int64_t>(channels.begin) * (size.interleaved ? 1 : size.positions);
   }
   DIA_DEVICE int elements() const { return runs * pitch; }
   DIA_DEVICE int slots() const { return elements() / kPack; }
@@ -76,15 +72,11 @@ struct Image {
 
 // Whether all runs of a part of the map begin at whole packs, in every sample.
 template <class T>
-DIA_DEVICE bool aligned_runs(const MapSize& size, Part channels, Part range, const T* data, int64_t stride) {
+DIA_DEVICE bool aligned_runs(const MapSize& size, Part channels, const T* data, int64_t stride) {
   constexpr int kPack = Pack<T>::size;
   const int64_t step = size.interleaved ? size.channels : 0;
   return Image<T>::phase(data) == 0 && stride % kPack == 0 && step % kPack == 0 &&
-         Image<T>::first_run(size, channels, range) % kPack == 0;
-}
-template <class T>
-DIA_DEVICE bool aligned_runs(const MapSize& size, Part channels, const T* data, int64_t stride) {
-  return aligned_runs(size, channels, {0, size.positions}, data, stride);
+         Image<T>::first_run(size, channels) % kPack == 0;
 }
 
 // Whether packs of both maps lie at the same places of every run.
