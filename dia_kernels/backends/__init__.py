@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import autograd, autograd_tail, operators
+from . import triton
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,19 @@ def missing(name: str) -> str | None:
     return None if name == "reference" else _backends[name].missing()
 
 
-def add(name: str, device: str, kernels: Mapping[str, Callable[..., Any]], *, float64: bool = True) -> None:
+def add(
+    name: str,
+    device: str,
+    kernels: Mapping[str, Callable[..., Any]],
+    *,
+    float64: bool = True,
+    missing: Callable[[], str | None] = lambda: None,
+) -> None:
     """Makes ``kernels`` a backend for tensors on ``device``: an implementation for each name in ``operators.SCHEMAS``.
 
     They have a set of operators to themselves, with the gradients of all others. A native library may implement some,
     under their names and ``_<name>``. Where a kernel is missing, the reference stands in; without ``float64`` for such
-    maps too.
+    maps too. ``missing()`` says why the backend cannot run here.
 
     Raises:
         ValueError: there is such a backend, or no such operator.
@@ -71,7 +79,7 @@ def add(name: str, device: str, kernels: Mapping[str, Callable[..., Any]], *, fl
         operators.library.impl(operator + added.suffix, kernel, torch._C._dispatch_key_for_device(device))
     autograd.register(added)
     autograd_tail.register(added)
-    _backends[name] = Backend(device, added, float64=float64)
+    _backends[name] = Backend(device, added, missing, float64)
 
 
 def check(backend: str | None, device: torch.device) -> None:
@@ -99,4 +107,14 @@ def operators_of(backend: str | None, x: Tensor) -> operators.Operators:
         found = _backends.get(backend or x.device.type)
         if found is not None and not found.float64:
             return operators.plain
-    return operators.native if backend is None else _backends[backend].operators
+    if backend is not None:
+        return _backends[backend].operators
+    return _of_cuda if x.device.type == "cuda" else operators.native
+
+
+add("triton", "cuda", triton.KERNELS, float64=False, missing=triton.missing)
+
+#: What serves CUDA tensors where nobody asks for a backend: the native library, else Triton, else the reference.
+_of_cuda = operators.native
+if triton.INSTALLED and (operators.library_error is not None or not operators.library_has_cuda()):
+    _of_cuda = _backends["triton"].operators

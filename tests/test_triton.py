@@ -1,0 +1,192 @@
+"""The Triton backend in Triton's interpreter, on CPU tensors.
+
+The interpreter checks no bounds and truncates float32 to bfloat16: maps lie between NaN, and bfloat16 results may err
+by an ulp more.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dia_kernels import SharedAttention, backends, functional
+from dia_kernels.backends import triton as triton_backend
+from dia_kernels.layout import output_format
+
+pytestmark = [
+    pytest.mark.skipif(not triton_backend.INSTALLED, reason="Triton is not installed"),
+    pytest.mark.usefixtures("one_thread", "interpreted"),
+]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CASES = [(torch.float32, kind) for kind in ("none", "batch", "running", "bare")]
+CASES += [(dtype, kind) for dtype in DTYPES[1:] for kind in ("none", "batch")]
+SHAPES = [(3, 12, 7, 7), (2, 25, 9, 5), (5, 102, 1, 1), (2, 3, 40, 40), (33, 16, 2), (2, 5, 3, 4, 2)]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> None:
+    """``"interpreted"`` as a backend of this process."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("there is a GPU, where tests/test_cuda.py runs the kernels themselves")
+    if "interpreted" not in backends.names():
+        kernels = importlib.import_module("dia_kernels.backends.triton.operators").KERNELS
+        backends.add("interpreted", "cpu", kernels, float64=False)
+
+
+def between_nans(t: Tensor, phase: int = 0) -> Tensor:
+    """A copy with the same strides, in memory whose other elements are NaN: before, behind and between the samples."""
+    outer = sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) + 1
+    apart = outer + 5
+    memory = torch.full((phase + 7 + t.shape[0] * apart + 9,), float("nan"), dtype=t.dtype)
+    view = memory.as_strided(t.shape, (apart, *t.stride()[1:]), phase + 7)
+    return view.copy_(t)
+
+
+def maps(shape, dtype, channels_last: bool) -> list[Tensor]:
+    format_ = torch.contiguous_format
+    if channels_last:
+        format_ = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape), format_)
+    drawn = [(2 + torch.randn(shape)).to(dtype).contiguous(memory_format=format_) for _ in range(2)]
+    return [between_nans(t, phase).requires_grad_() for phase, t in enumerate(drawn)]
+
+
+def results(attention: nn.Module, norm: nn.Module | None, x: Tensor, s: Tensor) -> dict[str, Tensor]:
+    """Two blocks of a stage; every result and gradient, by name."""
+    y, state = attention(x, shortcut=s, activation="relu", norm=norm)
+    z, (h, c) = attention(y * 0.5, state, norm=norm)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    loss = sum(t.to(wide).square().sum() for t in (z, h, c))
+    leaves = {"x": x, "s": s} | dict(attention.named_parameters())
+    leaves |= {} if norm is None else {f"norm {k}": v for k, v in norm.named_parameters()}
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    buffers = {} if norm is None else {f"norm {k}": v.float() for k, v in norm.named_buffers()}
+    return {"z": z, "h": h, "c": c} | {f"d {k}": g for k, g in zip(leaves, gradients, strict=True)} | buffers
+
+
+def norm_of(kind: str, channels: int, dims: int) -> nn.Module | None:
+    if kind == "none":
+        return None
+    norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims](channels, affine=kind != "bare")
+    with torch.no_grad():
+        for t in norm.parameters():
+            t.uniform_(0.5, 1.5)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return norm.train(kind != "running")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("dtype", "kind"), CASES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_accurate_as_eager(shape, dtype, kind, channels_last):
+    """Over draws each result errs at most twice as much as eager PyTorch in the same dtype, plus an ulp of the largest
+    value; behind a map that the interpreter has truncated, all of whose values err the same way, some ulps."""
+    # A gradient through a batch's statistics is what three terms of the map's size leave of each other.
+    ulps = {torch.float32: 16 if kind in ("batch", "bare") else 8, torch.bfloat16: 8, torch.float16: 1}[dtype]
+    errors: dict[str, list[tuple[float, float, float]]] = {}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        attention = SharedAttention(shape[1], min(3, shape[1] // 2), backend="interpreted")
+        norm = norm_of(kind, shape[1], len(shape) - 2)
+        x, s = maps(shape, dtype, channels_last)
+        found = results(attention, copy.deepcopy(norm), x, s)
+        eager, truth = (copy.deepcopy(attention) for _ in range(2))
+        eager.backend = truth.backend = "reference"
+        yardstick = results(eager, copy.deepcopy(norm), x, s)
+        wide = [t.detach().double().requires_grad_() for t in (x, s)]
+        true = results(truth.double(), None if norm is None else copy.deepcopy(norm).double(), *wide)
+        for name, value in true.items():
+            ours, theirs = ((t[name].double() - value).abs().max().item() for t in (found, yardstick))
+            errors.setdefault(name, []).append((ours, theirs, value.abs().max().item()))
+            assert found[name].dtype == yardstick[name].dtype
+        assert found["z"].is_contiguous(memory_format=output_format(x, 1))
+        assert found["d x"].is_contiguous(memory_format=output_format(x, 1))
+    for name, drawn in errors.items():
+        ours, theirs, scale = (max(values) for values in zip(*drawn, strict=True))
+        assert ours <= 2 * theirs + ulps * torch.finfo(dtype).eps * scale, (name, drawn)
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+def test_tokens_and_tanh(tanh):
+    attention = SharedAttention(10, 2, channel_dim=-1, output="tanh" if tanh else "sigmoid", backend="interpreted")
+    eager = copy.deepcopy(attention)
+    eager.backend = "reference"
+    x, s = maps((3, 7, 10), torch.float32, False)
+    found, expected = results(attention, None, x, s), results(eager, None, x, s)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_in_place_writes_nothing_else(channels_last):
+    attention = SharedAttention(12, 3, backend="interpreted").requires_grad_(False)
+    x, s = (t.detach() for t in maps((3, 12, 5, 7), torch.float32, channels_last))
+    expected, _ = attention(x, shortcut=s, activation="relu")
+    memory = x.as_strided((x.untyped_storage().size() // 4,), (1,), 0)
+    outside = memory.isnan()
+    y, _ = attention(x, shortcut=s, activation="relu", inplace=True)
+    assert y.data_ptr() == x.data_ptr()
+    assert torch.equal(y, expected)
+    assert torch.equal(memory.isnan(), outside)
+
+
+def test_stacked_layers_take_the_parts():
+    """pool, rescale and its gradient."""
+    attention = SharedAttention(6, 2, num_layers=2, backend="interpreted")
+    eager = copy.deepcopy(attention)
+    eager.backend = "reference"
+    x, s = maps((2, 6, 3, 5), torch.float32, True)
+    found, expected = results(attention, None, x, s), results(eager, None, x, s)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_nan_passes_and_empty_batches():
+    attention = SharedAttention(6, 2, backend="interpreted")
+    x = torch.randn(2, 6, 3, 3)
+    x[1, 2, 1, 1] = float("nan")
+    y, (h, _) = attention(x, activation="relu")
+    assert y[1].isnan().all()
+    assert h[1].isnan().all()
+    assert not y[0].isnan().any()
+    empty = torch.randn(0, 6, 3, 3, requires_grad=True)
+    y, (h, _) = attention(empty)
+    y.sum().backward()
+    assert y.shape == (0, 6, 3, 3)
+    assert h.shape == (0, 6)
+    assert all(p.grad is not None and not p.grad.any() for p in attention.parameters())
+
+
+def test_the_same_bits_every_time():
+    attention = SharedAttention(25, 4, backend="interpreted")
+    norm = nn.BatchNorm2d(25, track_running_stats=False)
+    x, s = maps((4, 25, 6, 6), torch.bfloat16, True)
+    first = results(attention, norm, x, s)
+    for name, value in results(attention, norm, x, s).items():
+        assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_statistics_keep_their_digits(mean):
+    """A channel of deviation 1e-2 at a mean of 1e4, of which a float holds a tenth of the deviation."""
+    norm = nn.BatchNorm2d(4, momentum=1.0)
+    attention = SharedAttention(4, 2, backend="interpreted")
+    x = mean + 0.01 * torch.randn(5, 4, 10, 10)
+    attention(x, norm=norm)
+    true = x.double()
+    torch.testing.assert_close(norm.running_mean.double(), true.mean((0, 2, 3)), rtol=2**-23, atol=1e-8)
+    torch.testing.assert_close(norm.running_var.double(), true.var((0, 2, 3)), rtol=1e-4, atol=0.0)
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert backends.missing("triton") == "torch finds no GPU"
+    with pytest.raises(ValueError, match="backend: 'triton' serves cuda tensors, x is on cpu"):
+        functional.step(torch.randn(1, 6, 2, 2), SharedAttention(6, 2).lstm_parameters(), backend="triton")
