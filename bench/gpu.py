@@ -118,6 +118,8 @@ class Problem:
         self.norm = nn.BatchNorm2d(case.channels).to(device)
         self.eager = copy.deepcopy(self.attention)
         self.eager.backend = "reference"
+        self.triton = copy.deepcopy(self.attention)
+        self.triton.backend = "triton"
         shape = (case.samples, case.channels, case.side, case.side)
         format_ = torch.channels_last if case.channels_last else torch.contiguous_format
         dtype = getattr(torch, case.dtype)
@@ -190,6 +192,8 @@ def peers(problem: Problem, backward: bool, device: str, compiled: bool) -> dict
 
         return call
 
+    if backends.missing("triton") is None:
+        calls["triton"] = problem.call(lambda: problem.forward(problem.triton, problem.norm), backward)
     calls |= {f"ours, {kind}": with_layouts(kind) for kind in (("any",) if compiled else LAYOUTS)}
     if compiled:
         for mode in COMPILE_MODES:

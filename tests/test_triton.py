@@ -9,13 +9,16 @@ from __future__ import annotations
 import copy
 import importlib
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dia_kernels import SharedAttention, backends, functional
+from dia_kernels import SharedAttention, backends, functional, operators
 from dia_kernels.backends import triton as triton_backend
+from dia_kernels.backends.triton.plan import tile_of
 from dia_kernels.layout import output_format
 
 pytestmark = [
@@ -182,6 +185,33 @@ def test_statistics_keep_their_digits(mean):
     true = x.double()
     torch.testing.assert_close(norm.running_mean.double(), true.mean((0, 2, 3)), rtol=2**-23, atol=1e-8)
     torch.testing.assert_close(norm.running_var.double(), true.var((0, 2, 3)), rtol=1e-4, atol=0.0)
+
+
+def test_what_serves_cuda_tensors():
+    """The native library first, then Triton, then the reference, which stands behind the native operators."""
+    of_triton = backends._backends["triton"].operators
+    assert backends.serving_cuda(native=True, has_triton=True) is operators.native
+    assert backends.serving_cuda(native=False, has_triton=True) is of_triton
+    assert backends.serving_cuda(native=False, has_triton=False) is operators.native
+    assert of_triton.suffix == "_triton"
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_tiles(interleaved):
+    """Of a power of two of elements, within the registers, and no longer than the map's own next power of two."""
+    for channels in (1, 3, 25, 64, 256, 2048):
+        for positions in (1, 49, 196, 784, 3136, 200704):
+            tile = tile_of(channels, positions, interleaved)
+            assert tile.channels & (tile.channels - 1) == 0
+            assert tile.positions & (tile.positions - 1) == 0
+            assert tile.channels * tile.positions <= 2048
+            assert tile.channels < 2 * channels
+            assert tile.positions < 2 * positions
+
+
+def test_importing_the_library_imports_no_triton():
+    command = [sys.executable, "-c", "import sys, dia_kernels; sys.exit('triton' in sys.modules)"]
+    assert subprocess.run(command).returncode == 0
 
 
 def test_without_a_gpu_it_says_so():

@@ -14,8 +14,11 @@ from dia_kernels.backends import triton as triton_backend
 
 ROOT = Path(__file__).parents[1]
 TARGETS = [("cuda", "80"), ("cuda", "90"), ("cuda", "100"), ("cuda", "120"), ("hip", "gfx942")]
-#: Four warps a program: so many registers leave four programs a multiprocessor, eight of those that keep less.
-MOST_REGISTERS = 128
+#: Four warps a program: so many registers leave four programs a multiprocessor, or three where odd sizes make every
+#: element an address of its own.
+MOST_REGISTERS, MOST_REGISTERS_OF_ODD_SIZES = 128, 168
+#: Bytes of a thread's stack: a register or two.
+MOST_STACK = 16
 #: Bytes of shared memory: what a sum over a tile takes.
 MOST_SHARED = 4 << 10
 
@@ -35,8 +38,9 @@ def test_every_kernel_compiles_within_its_budget(backend, architecture):
     kernels = json.loads(finished.stdout.splitlines()[-1])
     assert len(kernels) == 3 * 3 * 10 + 4
     for name, figures in kernels.items():
-        assert figures["registers"] <= MOST_REGISTERS, (name, figures)
-        assert figures["spilled"] == 0, (name, figures)
+        most = MOST_REGISTERS_OF_ODD_SIZES if "odd" in name else MOST_REGISTERS
+        assert figures["registers"] <= most, (name, figures)
+        assert figures["spilled"] <= MOST_STACK, (name, figures)
         assert figures["shared"] <= MOST_SHARED, (name, figures)
         if "contiguous" in name or "channels_last" in name:
             assert figures["wide"] > 0, f"{name}: no load of sixteen bytes"

@@ -76,7 +76,7 @@ def compiled(target: GPUTarget, kernel, there: set[str] | None, element: str, co
 
 
 def resources(cubin: bytes) -> dict:
-    """Registers and bytes of local memory, by cuobjdump: beside nvcc or in Triton's wheel."""
+    """Registers and bytes of the stack, by cuobjdump: beside nvcc or in Triton's wheel."""
     tool = shutil.which("cuobjdump") or str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -94,16 +94,13 @@ def main(backend: str, architecture: str) -> None:
     for layout, (channels, positions) in SIZES.items():
         tile = tile_of(channels, positions, layout == "channels_last")
         of_tile = {"CHANNELS": tile.channels, "POSITIONS": tile.positions}
+        sweeps = [(f"reduce: {name}", kernels.reduce, there, of_tile) for name, there in REDUCE.items()]
+        for name, there in SPREAD.items():
+            sweeps.append((f"spread: {name}", kernels.spread, there, {"RELU": "shortcut" in there, **of_tile}))
+        sweeps.append(("moments", kernels.moments, None, of_tile))
         for element in ELEMENTS:
-
-            def add(name, kernel, there, **constants):
+            for name, kernel, there, constants in sweeps:
                 found[f"{name}, {layout}, {element}"] = compiled(target, kernel, there, element, constants, layout)
-
-            for name, there in REDUCE.items():
-                add(f"reduce: {name}", kernels.reduce, there, **of_tile)
-            for name, there in SPREAD.items():
-                add(f"spread: {name}", kernels.spread, there, RELU="shortcut" in there, **of_tile)
-            add("moments", kernels.moments, None, **of_tile)
     tables = {"CHANNELS": CHANNEL_BLOCK, "SAMPLES": SAMPLE_BLOCK}
     for name, kernel, constants in (
         ("gates", kernels.gates, {"TANH": True, "BLOCK": ELEMENT_BLOCK}),

@@ -114,7 +114,13 @@ def operators_of(backend: str | None, x: Tensor) -> operators.Operators:
 
 add("triton", "cuda", triton.KERNELS, float64=False, missing=triton.missing)
 
-#: What serves CUDA tensors where nobody asks for a backend: the native library, else Triton, else the reference.
-_of_cuda = operators.native
-if triton.INSTALLED and (operators.library_error is not None or not operators.library_has_cuda()):
-    _of_cuda = _backends["triton"].operators
+
+def serving_cuda(native: bool, has_triton: bool) -> operators.Operators:
+    """What serves CUDA tensors where nobody asks for a backend: the native library, else Triton, else the reference.
+
+    The reference stands behind the native library's operators wherever that has no kernel.
+    """
+    return _backends["triton"].operators if has_triton and not native else operators.native
+
+
+_of_cuda = serving_cuda(operators.library_error is None and operators.library_has_cuda(), triton.INSTALLED)
