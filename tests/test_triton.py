@@ -175,6 +175,19 @@ def test_the_same_bits_every_time():
         assert torch.equal(value, first[name]), name
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_operators_keep_their_promises(channels_last):
+    """Schemas, fakes (shapes, dtypes and strides of the results) and gradients under torch.compile."""
+    ops = backends._backends["interpreted"].operators
+    x, s = maps((3, 12, 3, 5), torch.float32, channels_last)
+    weights = [p.detach() for p in SharedAttention(12, 3).lstm_parameters()]
+    h, c = torch.rand(3, 12), torch.rand(3, 12)
+    torch.library.opcheck(ops.step, (x, s, h, c, *weights, 1, True, False, True))
+    torch.library.opcheck(ops.tail, (x, s, h, c, None, None, None, None, 1e-5, *weights, 1, True, False))
+    torch.library.opcheck(ops.pool, (x.detach(), 1))
+    torch.library.opcheck(ops.rescale, (x.detach(), h, s.detach(), 1, True))
+
+
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 def test_statistics_keep_their_digits(mean):
     """A channel of deviation 1e-2 at a mean of 1e4, of which a float holds a tenth of the deviation."""

@@ -23,7 +23,7 @@ from dia_kernels.backends.triton import kernels
 from dia_kernels.backends.triton.plan import CHANNEL_BLOCK, ELEMENT_BLOCK, SAMPLE_BLOCK, tile_of
 
 #: Of a map, by its layout: channels, positions.
-SIZES = {"contiguous": (256, 784), "channels_last": (256, 784), "odd": (25, 49)}
+SIZES = {"contiguous": (256, 784), "channels_last": (256, 784), "odd": (25, 49), "one position": (256, 1)}
 ELEMENTS = ("fp32", "bf16", "fp16")
 #: Which arguments are there: the kinds of launches that the operators make.
 REDUCE = {
@@ -49,6 +49,8 @@ def compiled(target: GPUTarget, kernel, there: set[str] | None, element: str, co
         if name in constants:
             signature[name], values[(place,)] = "constexpr", constants[name]
         elif name in ("sc", "sl") and (name == "sc") == (layout == "channels_last"):
+            signature[name], values[(place,)] = "constexpr", 1  # as Triton takes every number that is one
+        elif layout == "one position" and name in ("length", "sc"):
             signature[name], values[(place,)] = "constexpr", 1
         elif name in ("count", "length", "rows", "samples", "sc", "sl") or name.endswith("_stride"):
             signature[name] = "i32"

@@ -31,7 +31,10 @@ def missing() -> str | None:
 
 
 def _run(name: str, *args: Any) -> Any:
-    return importlib.import_module(".operators", __name__).KERNELS[name](*args)
+    """The operator, on the device of its tensors: Triton launches on the current one."""
+    kernel = importlib.import_module(".operators", __name__).KERNELS[name]
+    with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):
+        return kernel(*args)
 
 
 KERNELS: dict[str, Callable[..., Any]] = {name: partial(_run, name) for name in NAMES}

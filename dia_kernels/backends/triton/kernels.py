@@ -6,8 +6,8 @@ from channel to channel and ``sl`` from position to position, one of which is 1.
 positions in registers; nothing is staged, and each map is read or written once. Sums are trees of a fixed shape: the
 same bits every time. Tables are float32.
 
-What is absent is a ``constexpr`` None or False, so that sizes alone never compile anything anew but where Triton itself
-tells multiples of sixteen and ones from other numbers.
+What is absent is None. Sizes alone compile nothing anew but where Triton itself tells multiples of sixteen and ones
+from other numbers, which kernels of tables do not ask for.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _tanh(x):
     return tl.where(x < 0.0, -value, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "count"])
 def gates(
     u, bias, c, of_gates, new_c, new_h, d, scale, beta, factor, added, rows, count,
     TANH: tl.constexpr, BLOCK: tl.constexpr,
@@ -194,7 +194,7 @@ def gates(
         tl.store(of_gates + at + 3 * count, o, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "count"])
 def gate_gradients(
     total, product, dh, dc, c, new_c, of_gates, du, old_dc, new_h, d, scale, beta, factor, rows, count,
     TANH: tl.constexpr, BLOCK: tl.constexpr,
@@ -242,7 +242,7 @@ def gate_gradients(
         tl.store(factor + k, tl.load(scale + channel, mask=known) * o * s, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "count", "length"])
 def batch_statistics(
     first, total, squares, gamma, beta, shift, d, rstd, scale, bias, mean, var, off, p, samples, count, length, eps,
     CHANNELS: tl.constexpr, SAMPLES: tl.constexpr,
@@ -301,7 +301,7 @@ def batch_statistics(
         tl.store(p + at, from_mean.to(tl.float32) * factor[None, :] + added[None, :], mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "count", "length"])
 def norm_gradients(
     total, product, dp, off, new_h, d, scale, rstd, dgamma, dbeta, offset, slope, samples, count, length,
     BATCH: tl.constexpr, CHANNELS: tl.constexpr, SAMPLES: tl.constexpr,
