@@ -121,7 +121,9 @@ template <class W, class M, class Like>
 DIA_DEVICE W planar_walk(M& m, const MapSize& size, int lanes, int64_t row, const Samples<Like>& like) {
   using T = std::remove_const_t<Like>;
   W walk{};
-  const int64_t sample = row / size.channels;
+  // In 32 bits where they hold it: a division of 64 costs as much as a pack's sums.
+  const int64_t sample =
+      row <= INT32_MAX ? static_cast<uint32_t>(row) / static_cast<uint32_t>(size.channels) : row / size.channels;
   if (sample >= size.samples) return walk;
   walk.sample = sample, walk.channel = static_cast<int>(row - sample * size.channels), walk.length = size.positions;
   const int64_t begin = static_cast<int64_t>(walk.channel) * size.positions;
