@@ -10,8 +10,8 @@
 // first.
 //
 // Tried before, on an H100: tiles staged in shared memory, wide accesses on one side and sums by channel on the other.
-// Every tile waited for its loads, then for its sums, and half of the instructions found places; 0.1 to 0.3 of the
-// bandwidth.
+// Every tile waited for its loads, then for its sums, and half of the instructions found places; two to five times as
+// slow, more with few samples.
 #pragma once
 
 #include "gradient.h"
