@@ -393,12 +393,12 @@ class Part:
     seconds: float
 
     def run(self, subjects: Sequence[Any], function: Callable[[Any], dict[str, Any]]) -> bool:
-        """Whether all subjects gave what they should. Those for which there is no time are listed without results."""
+        """Whether no subject failed. Those for which there is no time are listed without results."""
         self.folder.mkdir(parents=True, exist_ok=True)
         environment_, results, begin = environment.describe(self.device), [], time.monotonic()
         for subject in subjects:
             if time.monotonic() - begin > self.seconds:
-                results.append({"name": subject.name, "error": "no time was left"})
+                results.append({"name": subject.name, "skipped": "no time was left"})
                 continue
             print(subject.name, "...", flush=True)
             try:
@@ -422,9 +422,10 @@ def report(folder: Path) -> str:
     sections = ["# The CUDA backend on a card"]
     for part, document in parts.items():
         sections += [f"## {part}", ", ".join(f"{k}: {v}" for k, v in document["environment"].items())]
-        good = [r for r in document["results"] if not failure(r)]
+        good = [r for r in document["results"] if not failure(r) and "skipped" not in r]
         sections += TABLES[part](good) if good else []
         sections += [f"* **{r['name']}** failed: {failure(r)}" for r in document["results"] if failure(r)]
+        sections += [f"* **{r['name']}** was left out: {r['skipped']}" for r in document["results"] if "skipped" in r]
     for log in sorted(folder.glob("*.log")):
         tail = log.read_text(errors="replace").strip().splitlines()[-3:]
         sections += [f"## {log.stem}", "\n".join(f"    {line}" for line in tail)]

@@ -58,6 +58,20 @@ def test_one_failure_leaves_the_rest(gpu, tmp_path, monkeypatch):
     assert text.count("| step 2x8x8") == 8  # two layouts, in two modes with two clocks
 
 
+def test_what_there_is_no_time_for_is_left_out(gpu, tmp_path):
+    assert gpu.main(["times", "--device", "cpu", "--quick", "--seconds", "-1", "--out", str(tmp_path)]) == 0
+    assert gpu.report(tmp_path).count("was left out: no time was left") == 4
+
+
+@pytest.mark.skipif(backends.missing("cpu") is not None, reason=f"{backends.missing('cpu')}")
+def test_predictions_are_those_of_the_card(gpu):
+    case = gpu.Case(256, 256, 56, 4, True, "bfloat16", tail=True)
+    of_h100 = gpu.predicted(case, "NVIDIA H100 80GB HBM3")
+    assert 0 < of_h100["forward"] < of_h100["forward + backward"]
+    assert of_h100 != gpu.predicted(case, "NVIDIA A100-SXM4-40GB")
+    assert gpu.predicted(case, "an abacus") == {}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(gpu, capsys):
     with pytest.raises(SystemExit):

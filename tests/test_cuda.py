@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 
 import pytest
 import torch
 from torch import nn
+from two_blocks import assert_as_accurate, captured, errors, results
 
 from dia_kernels import SharedAttention, backends, models, operators
 
@@ -38,17 +38,6 @@ def maps(shape, dtype, channels_last: bool) -> list[torch.Tensor]:
     return [t.requires_grad_() for t in drawn]
 
 
-def results(attention: SharedAttention, norm: nn.Module | None, x, s) -> dict[str, torch.Tensor]:
-    """Two blocks of a stage; every result and gradient, by name."""
-    y, state = attention(x, shortcut=s, activation="relu", norm=norm)
-    z, (h, c) = attention(y * 0.5, state, shortcut=y, norm=norm)
-    loss = sum(t.to(torch.float64 if t.dtype == torch.float64 else torch.float32).square().sum() for t in (z, h, c))
-    leaves = {"x": x, "s": s} | dict(attention.named_parameters())
-    leaves |= {} if norm is None else {f"norm {k}": v for k, v in norm.named_parameters()}
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return {"z": z, "h": h, "c": c} | {f"d {k}": g for k, g in zip(leaves, gradients, strict=True)}
-
-
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("norm", ["none", "batch", "running"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -58,21 +47,8 @@ def test_as_accurate_as_eager(shape, dtype, norm, channels_last, layouts):
     torch.manual_seed(0)
     attention = SharedAttention(shape[1], 4, backend="cuda").cuda()
     module = None if norm == "none" else nn.BatchNorm2d(shape[1]).cuda().train(norm == "batch")
-    x, s = maps(shape, dtype, channels_last)
-    found = results(attention, module, x, s)
-    eager, truth = (copy.deepcopy(attention) for _ in range(2))
-    eager.backend = truth.backend = "reference"
-    yardstick = results(eager, copy.deepcopy(module), x, s)
-    wide = [t.detach().double().requires_grad_() for t in (x, s)]
-    true = results(truth.double(), None if module is None else copy.deepcopy(module).double(), *wide)
-    for name, value in true.items():
-        scale = value.abs().max().item()
-        error, allowed = ((t[name].double() - value).abs().max().item() for t in (found, yardstick))
-        ulp = torch.finfo(found[name].dtype).eps * scale
-        # What follows from the maps between, which are rounded to their type, errs by as much in whatever type.
-        ulp = max(ulp, torch.finfo(dtype).eps * scale if dtype != torch.float32 else 8 * ulp)
-        assert error <= 2 * allowed + ulp, (name, error, allowed)
-        assert found[name].dtype == yardstick[name].dtype
+    of, _ = errors(attention, module, *maps(shape, dtype, channels_last))
+    assert_as_accurate([of], dtype)
 
 
 def test_double_maps(layouts):
@@ -117,15 +93,7 @@ def test_a_captured_graph(norm, layouts):
         y, state = attention(x, shortcut=s, activation="relu", norm=module)
         return attention(y, state, shortcut=s, activation="relu", norm=module)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = call()
+    graph, y = captured(call)
     for seed in range(3):
         torch.manual_seed(seed)
         x.copy_(torch.randn_like(x))

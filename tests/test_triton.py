@@ -15,6 +15,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from two_blocks import assert_as_accurate, errors, results
 
 from dia_kernels import SharedAttention, backends, functional, operators
 from dia_kernels.backends import triton as triton_backend
@@ -59,19 +60,6 @@ def maps(shape, dtype, channels_last: bool) -> list[Tensor]:
     return [between_nans(t, phase).requires_grad_() for phase, t in enumerate(drawn)]
 
 
-def results(attention: nn.Module, norm: nn.Module | None, x: Tensor, s: Tensor) -> dict[str, Tensor]:
-    """Two blocks of a stage; every result and gradient, by name."""
-    y, state = attention(x, shortcut=s, activation="relu", norm=norm)
-    z, (h, c) = attention(y * 0.5, state, norm=norm)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    loss = sum(t.to(wide).square().sum() for t in (z, h, c))
-    leaves = {"x": x, "s": s} | dict(attention.named_parameters())
-    leaves |= {} if norm is None else {f"norm {k}": v for k, v in norm.named_parameters()}
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    buffers = {} if norm is None else {f"norm {k}": v.float() for k, v in norm.named_buffers()}
-    return {"z": z, "h": h, "c": c} | {f"d {k}": g for k, g in zip(leaves, gradients, strict=True)} | buffers
-
-
 def norm_of(kind: str, channels: int, dims: int) -> nn.Module | None:
     if kind == "none":
         return None
@@ -88,31 +76,17 @@ def norm_of(kind: str, channels: int, dims: int) -> nn.Module | None:
 @pytest.mark.parametrize(("dtype", "kind"), CASES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_accurate_as_eager(shape, dtype, kind, channels_last):
-    """Over draws each result errs at most twice as much as eager PyTorch in the same dtype, plus an ulp of the largest
-    value; behind a map that the interpreter has truncated, all of whose values err the same way, some ulps."""
-    # A gradient through a batch's statistics is what three terms of the map's size leave of each other.
-    ulps = {torch.float32: 16 if kind in ("batch", "bare") else 8, torch.bfloat16: 8, torch.float16: 1}[dtype]
-    errors: dict[str, list[tuple[float, float, float]]] = {}
+    """Over draws; of a bfloat16 map that the interpreter has truncated all values err the same way, by up to an ulp."""
+    draws = []
     for seed in range(3):
         torch.manual_seed(seed)
         attention = SharedAttention(shape[1], min(3, shape[1] // 2), backend="interpreted")
-        norm = norm_of(kind, shape[1], len(shape) - 2)
         x, s = maps(shape, dtype, channels_last)
-        found = results(attention, copy.deepcopy(norm), x, s)
-        eager, truth = (copy.deepcopy(attention) for _ in range(2))
-        eager.backend = truth.backend = "reference"
-        yardstick = results(eager, copy.deepcopy(norm), x, s)
-        wide = [t.detach().double().requires_grad_() for t in (x, s)]
-        true = results(truth.double(), None if norm is None else copy.deepcopy(norm).double(), *wide)
-        for name, value in true.items():
-            ours, theirs = ((t[name].double() - value).abs().max().item() for t in (found, yardstick))
-            errors.setdefault(name, []).append((ours, theirs, value.abs().max().item()))
-            assert found[name].dtype == yardstick[name].dtype
+        of, found = errors(attention, norm_of(kind, shape[1], len(shape) - 2), x, s)
+        draws.append(of)
         assert found["z"].is_contiguous(memory_format=output_format(x, 1))
         assert found["d x"].is_contiguous(memory_format=output_format(x, 1))
-    for name, drawn in errors.items():
-        ours, theirs, scale = (max(values) for values in zip(*drawn, strict=True))
-        assert ours <= 2 * theirs + ulps * torch.finfo(dtype).eps * scale, (name, drawn)
+    assert_as_accurate(draws, dtype, ulps=8 if dtype == torch.bfloat16 else 1)
 
 
 @pytest.mark.parametrize("tanh", [False, True])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from test_cuda import DTYPES, SHAPES, maps, results
+from test_cuda import DTYPES, SHAPES, maps
 from torch import nn
+from two_blocks import assert_as_accurate, captured, errors, results
 
 from dia_kernels import SharedAttention, backends, models
 
@@ -26,20 +25,8 @@ def test_as_accurate_as_eager(shape, dtype, norm, channels_last):
     torch.manual_seed(0)
     attention = SharedAttention(shape[1], 4, backend="triton").cuda()
     module = None if norm == "none" else nn.BatchNorm2d(shape[1]).cuda().train(norm == "batch")
-    x, s = maps(shape, dtype, channels_last)
-    found = results(attention, copy.deepcopy(module), x, s)
-    eager, truth = (copy.deepcopy(attention) for _ in range(2))
-    eager.backend = truth.backend = "reference"
-    yardstick = results(eager, copy.deepcopy(module), x, s)
-    wide = [t.detach().double().requires_grad_() for t in (x, s)]
-    true = results(truth.double(), None if module is None else copy.deepcopy(module).double(), *wide)
-    for name, value in true.items():
-        scale = value.abs().max().item()
-        error, allowed = ((t[name].double() - value).abs().max().item() for t in (found, yardstick))
-        # What follows from the maps between, which are rounded to their type, errs by as much in whatever type.
-        ulp = torch.finfo(dtype).eps * scale * (16 if dtype == torch.float32 else 1)
-        assert error <= 2 * allowed + ulp, (name, error, allowed)
-        assert found[name].dtype == yardstick[name].dtype
+    of, _ = errors(attention, module, *maps(shape, dtype, channels_last))
+    assert_as_accurate([of], dtype)
 
 
 def test_the_same_bits_every_time():
@@ -52,7 +39,7 @@ def test_the_same_bits_every_time():
             assert torch.equal(value, first[name]), name
 
 
-def test_a_side_stream_and_a_captured_graph():
+def test_a_captured_graph():
     attention = SharedAttention(64, 4, backend="triton").cuda().requires_grad_(False)
     module = nn.BatchNorm2d(64).cuda().requires_grad_(False)
     x, s = (t.detach() for t in maps((8, 64, 16, 16), torch.float32, True))
@@ -60,15 +47,7 @@ def test_a_side_stream_and_a_captured_graph():
     def call() -> torch.Tensor:
         return attention(x, shortcut=s, activation="relu", norm=module)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = call()
+    graph, y = captured(call)
     x.copy_(torch.randn_like(x))
     graph.replay()
     torch.testing.assert_close(y.clone(), call())

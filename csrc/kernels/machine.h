@@ -3,9 +3,8 @@
 //   thread() threads() lane() warp() warps()      of this block; 32 lanes a warp
 //   rank() ranks() team() teams()                 of this block in its team, and of the team in the grid
 //   sync_warp() sync_block() sync_team()          barriers; what was written before is seen by all who were there
-//   warp_sum(value, stride = 1, width = 32)       sum over the lanes of a group of `width` neighbours that lie a
-//   multiple
-//                                                 of `stride` apart (powers of two)
+//   warp_sum(value, stride = 1, width = 32)       sum over the lanes that lie a multiple of `stride` apart, of a group
+//                                                 of `width` neighbours (powers of two)
 //   shared<T>(count)                              the next array in shared memory: [i], pack(i), set_pack(i, pack)
 //   load(p) store(p, v) load_pack(p) store_pack   global memory; a pack is sixteen aligned bytes
 //   widen(element) narrow<T>(float)               conversions

@@ -1,11 +1,11 @@
 // A norm in front of the step: what it does to means and gradients, and the kernels of its tables.
 //
 // x = ((z - shift) - d) scale + bias, a value of each channel. `shift` is the float next to the mean and `d` the rest
-// of the mean, so that nothing cancels (docs/kernels.md, digits; arXiv:1502.03167, algorithm 1). Of a batch, in double,
+// of the mean, so that nothing cancels (docs/kernels.md; arXiv:1502.03167, algorithm 1). Of a batch, in double,
 // from each sample's sum about its own first value f_n and its squares m2_n about its own mean:
 //
-//     d_n = (f_n - f_0) + sum_n / HW,  mean = f_0 + mean over n of d_n,  var = mean over n of m2_n / HW + (d_n - mean
-//     d)^2
+//     d_n = (f_n - f_0) + sum_n / HW,  D = mean over n of d_n,  mean = f_0 + D
+//     var = mean over n of (m2_n / HW + (d_n - D)^2)
 //
 // A float of d_n would do for values of the map, not for the means p, which are smaller by the root of HW.
 //
@@ -27,17 +27,12 @@ struct NormedMeans {
   float* off;
 };
 
-// The mean of x from that of (z - shift) - d.
-template <class M>
-DIA_DEVICE float normed_mean(M& m, const ChannelAffine& affine, int channel, float off) {
-  return off * m.load(affine.scale + channel) + m.load(affine.bias + channel);
-}
-// The same from that of z - shift, and keeps what the gradient needs.
+// The mean of x from that of z - shift; keeps what the gradient needs.
 template <class M>
 DIA_DEVICE float normed_mean(M& m, const NormedMeans& norm, int channel, int64_t at, float mean) {
   const float off = mean - m.load(norm.affine.d + channel);
   m.store(norm.off + at, off);
-  return normed_mean(m, norm.affine, channel, off);
+  return off * m.load(norm.affine.scale + channel) + m.load(norm.affine.bias + channel);
 }
 
 // x h = (z - shift) (scale h) + this.

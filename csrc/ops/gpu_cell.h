@@ -203,19 +203,14 @@ class GpuCall {
   template <class T>
   void launch_sweep(kernels::Reduce<T> args) {
     args.tile = detail::reduce_tile_of(swept(args.size, sizeof(T)), limits_);
-    const int64_t tasks = args.size.interleaved
-                              ? args.size.samples * detail::parts(args.size.channels, args.tile.channels)
-                              : rows_tasks(args.size, args.tile);
-    launch_blocks(args, tasks, kSweepResident, reduce_shared_bytes(args.tile, args.size.interleaved, sizeof(T)));
+    launch_blocks(args, sweep_tasks(args.size, args.tile), kSweepResident,
+                  reduce_shared_bytes(args.tile, args.size.interleaved, sizeof(T)));
   }
   template <class T>
   void launch_sweep(kernels::Spread<T> args) {
     args.tile = detail::spread_tile_of(swept(args.size, sizeof(T)), limits_);
-    const int64_t tasks = args.size.interleaved
-                              ? args.size.samples * detail::parts(args.size.channels, args.tile.channels) *
-                                    detail::parts(args.size.positions, args.tile.positions)
-                              : rows_tasks(args.size, args.tile);
-    launch_blocks(args, tasks, kSweepResident, 0);
+    const int64_t along = args.size.interleaved ? detail::parts(args.size.positions, args.tile.positions) : 1;
+    launch_blocks(args, along * sweep_tasks(args.size, args.tile), kSweepResident, 0);
   }
 
   // A kernel of `count` values of tables, one a thread.
@@ -280,7 +275,9 @@ class GpuCall {
     problem.aligned = (size.interleaved ? size.channels : size.positions) % (16 / element_bytes) == 0;
     return problem;
   }
-  static int64_t rows_tasks(const kernels::MapSize& size, const GpuTile& tile) {
+  // Of a sweep whose tasks take all positions.
+  static int64_t sweep_tasks(const kernels::MapSize& size, const GpuTile& tile) {
+    if (size.interleaved) return size.samples * detail::parts(size.channels, tile.channels);
     return detail::parts(static_cast<int64_t>(size.samples) * size.channels, kSweepThreads / tile.lanes);
   }
   Tensor view(const float* data, int64_t rows, int64_t columns, int64_t row, int64_t column) const {

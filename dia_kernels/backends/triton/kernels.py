@@ -76,7 +76,8 @@ def reduce(
 def moments(x, first, total, squares, count, length, sc, sl, x_stride, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):
     """Of each sample and channel: its first value, the sum about it, and the squares about its own mean.
 
-    Two sums about the first value; what rounding leaves of the squares is never negative. NaN passes.
+    Two sums about the first value, float64 where lanes meet and so in their tables; what rounding leaves of the squares
+    is never negative. NaN passes.
     """
     sample = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -90,8 +91,8 @@ def moments(x, first, total, squares, count, length, sc, sl, x_stride, CHANNELS:
         value = tl.where(inside, _tile(x, sample, x_stride, channels, positions, sc, sl, inside) - origin[:, None], 0.0)
         sums += value
         products += value * value
-    of_all = tl.sum(sums, 1)
-    about = tl.sum(products, 1) - of_all * (of_all / length)
+    of_all = tl.sum(sums.to(tl.float64), 1)
+    about = tl.sum(products.to(tl.float64), 1) - of_all * (of_all / length)
     at = sample * count + channels
     tl.store(first + at, origin, mask=known)
     tl.store(total + at, of_all, mask=known)
@@ -242,63 +243,53 @@ def gate_gradients(
         tl.store(factor + k, tl.load(scale + channel, mask=known) * o * s, mask=known)
 
 
+@triton.jit
+def _rows(begin, samples, channels, count, SAMPLES: tl.constexpr):
+    """Places in a table (N, C) of some samples' rows from ``begin`` on, and whether they are there."""
+    rows = begin + tl.arange(0, SAMPLES)
+    at = rows.to(tl.int64)[:, None] * count + channels[None, :]
+    return at, (rows < samples)[:, None] & (channels < count)[None, :]
+
+
+@triton.jit
+def _about(first, total, at, inside, origin, length):
+    """Each sample's mean less ``origin``, in float64; zero outside."""
+    apart = tl.load(first + at, mask=inside, other=0.0).to(tl.float64) - origin[None, :]
+    return tl.where(inside, tl.load(total + at, mask=inside, other=0.0) / length + apart, 0.0)
+
+
 @triton.jit(do_not_specialize=["samples", "count", "length"])
 def batch_statistics(
-    first, total, squares, gamma, beta, shift, d, rstd, scale, bias, mean, var, off, p, samples, count, length, eps,
+    first, total, squares, shift, d, rstd, mean, var, off, samples, count, length, eps,
     CHANNELS: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """The norm's tables of a batch and the means of its result, from the ``moments`` of each sample.
+    """The norm's tables of a batch, from the ``moments`` of each sample.
 
     In float64, from each sample's sum about its own first value and its squares about its own mean (see
     ``csrc/kernels/norm.h``): ``shift`` is the float next to the mean, ``d`` the rest of it, ``off`` each sample's mean
-    less the mean, p = off scale + bias. A program has some channels, and all samples.
+    less the mean. A program has some channels, and all samples.
     """
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channels < count
     origin = tl.load(first + channels, mask=known, other=0.0).to(tl.float64)
-    of_all = tl.zeros([CHANNELS], tl.float64)
+    means = tl.zeros([CHANNELS], tl.float64)
     for begin in range(0, samples, SAMPLES):
-        rows = begin + tl.arange(0, SAMPLES)
-        at = rows.to(tl.int64)[:, None] * count + channels[None, :]
-        inside = (rows < samples)[:, None] & known[None, :]
-        apart = tl.load(first + at, mask=inside, other=0.0).to(tl.float64) - origin[None, :]
-        about = tl.load(total + at, mask=inside, other=0.0).to(tl.float64) + length * apart
-        of_all += tl.sum(tl.where(inside, about, 0.0), 0)
-    values = samples * (length * 1.0).to(tl.float64)
-    rest = of_all / values
+        at, inside = _rows(begin, samples, channels, count, SAMPLES)
+        means += tl.sum(_about(first, total, at, inside, origin, length), 0)
+    rest = means / samples
     center = (origin + rest).to(tl.float32)
     of_squares = tl.zeros([CHANNELS], tl.float64)
     for begin in range(0, samples, SAMPLES):
-        rows = begin + tl.arange(0, SAMPLES)
-        at = rows.to(tl.int64)[:, None] * count + channels[None, :]
-        inside = (rows < samples)[:, None] & known[None, :]
-        apart = tl.load(first + at, mask=inside, other=0.0).to(tl.float64) - origin[None, :]
-        from_mean = tl.load(total + at, mask=inside, other=0.0).to(tl.float64) / length + apart - rest[None, :]
-        own = tl.load(squares + at, mask=inside, other=0.0).to(tl.float64) + length * from_mean * from_mean
-        of_squares += tl.sum(tl.where(inside, own, 0.0), 0)
-        tl.store(off + at, from_mean.to(tl.float32), mask=inside)
-    variance = (of_squares / values).to(tl.float32)
-    inverse = 1.0 / tl.sqrt(variance + eps)
-    factor = inverse
-    if gamma is not None:
-        factor = tl.load(gamma + channels, mask=known, other=0.0) * inverse
-    added = tl.zeros([CHANNELS], tl.float32)
-    if beta is not None:
-        added = tl.load(beta + channels, mask=known, other=0.0)
+        at, inside = _rows(begin, samples, channels, count, SAMPLES)
+        apart = tl.where(inside, _about(first, total, at, inside, origin, length) - rest[None, :], 0.0)
+        of_squares += tl.sum(tl.load(squares + at, mask=inside, other=0.0) / length + apart * apart, 0)
+        tl.store(off + at, apart.to(tl.float32), mask=inside)
+    variance = (of_squares / samples).to(tl.float32)
     tl.store(shift + channels, center, mask=known)
     tl.store(d + channels, (origin - center.to(tl.float64) + rest).to(tl.float32), mask=known)
-    tl.store(rstd + channels, inverse, mask=known)
-    tl.store(scale + channels, factor, mask=known)
-    tl.store(bias + channels, added, mask=known)
+    tl.store(rstd + channels, 1.0 / tl.sqrt(variance + eps), mask=known)
     tl.store(mean + channels, center, mask=known)
     tl.store(var + channels, variance, mask=known)
-    for begin in range(0, samples, SAMPLES):
-        rows = begin + tl.arange(0, SAMPLES)
-        at = rows.to(tl.int64)[:, None] * count + channels[None, :]
-        inside = (rows < samples)[:, None] & known[None, :]
-        apart = tl.load(first + at, mask=inside, other=0.0).to(tl.float64) - origin[None, :]
-        from_mean = tl.load(total + at, mask=inside, other=0.0).to(tl.float64) / length + apart - rest[None, :]
-        tl.store(p + at, from_mean.to(tl.float32) * factor[None, :] + added[None, :], mask=inside)
 
 
 @triton.jit(do_not_specialize=["samples", "count", "length"])
@@ -317,9 +308,7 @@ def norm_gradients(
     by_scale = tl.zeros([CHANNELS], tl.float32)
     by_bias = tl.zeros([CHANNELS], tl.float32)
     for begin in range(0, samples, SAMPLES):
-        rows = begin + tl.arange(0, SAMPLES)
-        at = rows.to(tl.int64)[:, None] * count + channels[None, :]
-        inside = (rows < samples)[:, None] & known[None, :]
+        at, inside = _rows(begin, samples, channels, count, SAMPLES)
         of_h = tl.load(new_h + at, mask=inside, other=0.0)
         of_p = tl.load(dp + at, mask=inside, other=0.0)
         sums = tl.load(total + at, mask=inside, other=0.0)
@@ -339,8 +328,6 @@ def norm_gradients(
             common = -factor * by_bias / values - of_z * rest
             tl.store(slope + channels, of_z, mask=known)
         for begin in range(0, samples, SAMPLES):
-            rows = begin + tl.arange(0, SAMPLES)
-            at = rows.to(tl.int64)[:, None] * count + channels[None, :]
-            inside = (rows < samples)[:, None] & known[None, :]
+            at, inside = _rows(begin, samples, channels, count, SAMPLES)
             of_p = tl.load(dp + at, mask=inside, other=0.0)
             tl.store(offset + at, factor[None, :] * of_p / length + common[None, :], mask=inside)

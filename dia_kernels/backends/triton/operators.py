@@ -112,7 +112,7 @@ class Norm:
     bias: Tensor
 
     @classmethod
-    def again(cls, shift: Tensor, d: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Norm:
+    def of(cls, shift: Tensor, d: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Norm:
         scale = rstd if gamma is None else gamma * rstd
         return cls(shift, d, rstd, scale, torch.zeros_like(rstd) if beta is None else beta.contiguous())
 
@@ -233,7 +233,7 @@ def _cell_gradients(given: Incoming, total, product, weights, tanh_output, need_
 
 def _spread_gradient(given: Incoming, g: Tensor | None, dx: Tensor, factor, offset, shift=None, slope=None) -> None:
     """dx from the masked gradient ``g`` that the first sweep wrote, or from dy and y again."""
-    dy, mask = (g, None) if g is not None else (given.dy, given.y if given.dy is not None else None)
+    dy, mask = (g, None) if g is not None else (given.dy, given.y)
     x = given.x if slope is not None else None
     _spread(given.maps, x, dy, mask, None, dx, factor if dy is not None else None, offset, False, shift, slope)
 
@@ -287,15 +287,6 @@ def _parameter_gradients(du, dzx, dzh, p, zx, zh, h) -> list[Tensor]:
 # --- the tail ----------------------------------------------------------------------------------------------
 
 
-def _given(mean: Tensor, var: Tensor, eps: float, norm: Norm, gamma, beta) -> None:
-    """Fills the norm from statistics in whatever dtype."""
-    norm.shift.copy_(mean)
-    norm.d.copy_(mean.double() - norm.shift.double())
-    norm.rstd.copy_((var.double() + eps).float().rsqrt())
-    norm.scale.copy_(norm.rstd if gamma is None else gamma * norm.rstd)
-    norm.bias.zero_() if beta is None else norm.bias.copy_(beta)
-
-
 def _norm_views(tables: Tensor, cell: int, n: int, c: int) -> tuple[Tensor, ...]:
     """off (N, C), shift, d and rstd (C), out of the tables of ``tail``."""
     off, *others = tables[cell:].split([n * c, c, c, c])
@@ -311,23 +302,26 @@ def tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
         tables = z.new_empty(of_cell + n * width + 3 * width, dtype=torch.float32)
         p, zx, zh, of_gates = _views(tables[:of_cell], n, width, m)
         off, shift, d, rstd = _norm_views(tables, of_cell, n, width)
-        norm = Norm(shift, d, rstd, torch.empty_like(rstd), torch.empty_like(rstd))
-        z_map, gamma, beta = maps.dense(z), _float(gamma), _float(beta)
-        total = torch.empty_like(p)
+        z_map = maps.dense(z)
         if mean is None:
-            first, squares = torch.empty_like(p), torch.empty_like(p)
+            first, total, squares = (
+                torch.empty_like(p, dtype=t) for t in (torch.float32, torch.float64, torch.float64)
+            )
             maps.sweep(kernels.moments, False, z_map, first, total, squares, *maps.sizes, z_map.stride(0))
-            statistics = (torch.empty_like(norm.shift), torch.empty_like(norm.shift))
+            statistics = (torch.empty_like(shift), torch.empty_like(shift))
             _channels(
-                kernels.batch_statistics, maps, first, total, squares, gamma, beta, norm.shift, norm.d, norm.rstd,
-                norm.scale, norm.bias, *statistics, off, p, n, width, length, eps,
+                kernels.batch_statistics, maps, first, total, squares, shift, d, rstd, *statistics, off, n, width,
+                length, eps,
             )  # fmt: skip
         else:
             statistics = (p.new_empty(0), p.new_empty(0))
-            _given(mean, var, eps, norm, gamma, beta)
-            _reduce(maps, z_map, None, None, None, total, None, norm.shift)
-            torch.sub(total.div_(length), norm.d, out=off)
-            torch.addcmul(norm.bias, off, norm.scale, out=p)
+            shift.copy_(mean)
+            d.copy_(mean.double() - shift.double())
+            rstd.copy_((var.double() + eps).float().rsqrt())
+            _reduce(maps, z_map, None, None, None, off, None, shift)
+            off.div_(length).sub_(d)
+        norm = Norm.of(shift, d, rstd, gamma, beta)
+        torch.addcmul(norm.bias, off, norm.scale, out=p)
         new_h, new_c, factor, added = _cell(p, zx, zh, of_gates, h, c, parameters, tanh_output, norm)
         y = empty_map(z, channel_dim)
         s_map = None if shortcut is None else maps.dense(shortcut)
@@ -346,7 +340,7 @@ def tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
         maps = given.maps
         cell = sum(t.numel() for t in given.tables)
         off, shift, d, rstd = _norm_views(tables, cell, maps.samples, maps.channels)
-        norm = Norm.again(shift, d, rstd, gamma, beta)
+        norm = Norm.of(shift, d, rstd, gamma, beta)
         dz, dshortcut = _map_results(given, channel_dim, need_z, need_shortcut)
         g = dshortcut if need_shortcut and dy is not None else None
         total, product = torch.empty_like(off), torch.empty_like(off)

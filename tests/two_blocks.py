@@ -1,0 +1,71 @@
+"""Two blocks of a stage, and the accuracy contract over them. Imports nothing but torch and the library, for a bare
+machine with a GPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dia_kernels import SharedAttention
+
+#: Error of a result of ours, that of eager PyTorch's, and the largest true value.
+Errors = dict[str, tuple[float, float, float]]
+
+
+def results(attention: SharedAttention, norm: nn.Module | None, x: Tensor, s: Tensor) -> dict[str, Tensor]:
+    """Every result, gradient and buffer of two blocks, by name."""
+    y, state = attention(x, shortcut=s, activation="relu", norm=norm)
+    z, (h, c) = attention(y * 0.5, state, shortcut=y, norm=norm)
+    loss = sum(t.to(torch.float64 if t.dtype == torch.float64 else torch.float32).square().sum() for t in (z, h, c))
+    leaves = {"x": x, "s": s} | dict(attention.named_parameters())
+    leaves |= {} if norm is None else {f"norm {k}": v for k, v in norm.named_parameters()}
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    buffers = {} if norm is None else {f"norm {k}": v.float() for k, v in norm.named_buffers()}
+    return {"z": z, "h": h, "c": c} | {f"d {k}": g for k, g in zip(leaves, gradients, strict=True)} | buffers
+
+
+def errors(
+    attention: SharedAttention, norm: nn.Module | None, x: Tensor, s: Tensor
+) -> tuple[Errors, dict[str, Tensor]]:
+    """Those of ``attention`` and of eager PyTorch in the same dtype against float64; and the results of ours."""
+    found = results(attention, copy.deepcopy(norm), x, s)
+    eager, truth = (copy.deepcopy(attention) for _ in range(2))
+    eager.backend = truth.backend = "reference"
+    yardstick = results(eager, copy.deepcopy(norm), x, s)
+    wide = [t.detach().double().requires_grad_() for t in (x, s)]
+    true = results(truth.double(), None if norm is None else copy.deepcopy(norm).double(), *wide)
+    of = {}
+    for name, value in true.items():
+        assert found[name].dtype == yardstick[name].dtype, name
+        ours, theirs = ((t[name].double() - value).abs().max().item() for t in (found, yardstick))
+        of[name] = ours, theirs, value.abs().max().item()
+    return of, found
+
+
+def assert_as_accurate(draws: Sequence[Errors], dtype: torch.dtype, ulps: float = 1) -> None:
+    """Over ``draws`` ours err at most twice as much as eager, plus ``ulps`` of the largest value.
+
+    In the maps' dtype: what follows from the maps between, which are rounded to it, errs by as much in whatever type.
+    Of float32 maps eight more often than one: sums of as many terms in another order.
+    """
+    ulps = ulps * (8 if dtype == torch.float32 else 1)
+    for name in draws[0]:
+        ours, theirs, scale = (max(values) for values in zip(*(of[name] for of in draws), strict=True))
+        assert ours <= 2 * theirs + ulps * torch.finfo(dtype).eps * scale, (name, [of[name] for of in draws])
+
+
+def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """``call`` in a CUDA graph, after it has run on a side stream, and where the graph leaves its result."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+    return graph, y
