@@ -174,6 +174,41 @@ def test_statistics_keep_their_digits(mean):
     torch.testing.assert_close(norm.running_var.double(), true.var((0, 2, 3)), rtol=1e-4, atol=0.0)
 
 
+def test_a_far_first_value_spoils_no_variance():
+    """All values of a channel but the first lie together: squares about the first are a thousand times the variance."""
+    norm = nn.BatchNorm2d(2, momentum=1.0)
+    x = 1e-3 * torch.randn(2, 2, 32, 32)
+    x[:, :, 0, 0] = 1.0
+    SharedAttention(2, 1, backend="interpreted")(x, norm=norm)
+    torch.testing.assert_close(norm.running_var.double(), x.double().var((0, 2, 3)), rtol=1e-5, atol=0.0)
+
+
+def test_gradients_at_a_far_mean():
+    """The float next to a mean of 1e4 is off by some hundredths of the deviation, which the gradient must not miss."""
+    gradients = []
+    attention, norm = SharedAttention(4, 2, backend="interpreted"), nn.BatchNorm2d(4)
+    x = 1e4 + 0.01 * torch.randn(3, 4, 6, 6)
+    weight = torch.randn_like(x)
+    for dtype in (torch.float32, torch.float64):
+        module, of = copy.deepcopy(attention).to(dtype), copy.deepcopy(norm).to(dtype)
+        module.backend = "interpreted" if dtype == torch.float32 else "reference"
+        z = x.to(dtype).requires_grad_()
+        y, _ = module(z, norm=of)
+        gradients.append(torch.autograd.grad((y * weight.to(dtype)).sum(), [z, of.weight, of.bias]))
+    for found, true in zip(*gradients, strict=True):
+        assert (found.double() - true).abs().max() <= 1e-3 * true.abs().max()
+
+
+@pytest.mark.parametrize(("into", "added"), [(0, 1), (1, 0)])
+def test_in_place_with_a_shortcut_in_the_same_memory(into, added):
+    attention = SharedAttention(6, 2, backend="interpreted").requires_grad_(False)
+    memory = torch.randn(5, 6, 3, 3)
+    x, s = memory[into : into + 4], memory[added : added + 4]
+    expected, _ = attention(x.clone(), shortcut=s.clone())
+    y, _ = attention(x, shortcut=s, inplace=True)
+    torch.testing.assert_close(y, expected)
+
+
 def test_what_serves_cuda_tensors():
     """The native library first, then Triton, then the reference, which stands behind the native operators."""
     of_triton = backends._backends["triton"].operators

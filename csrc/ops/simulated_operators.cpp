@@ -249,6 +249,11 @@ class SimulatedGpu final : public Gpu {
           grid.teams = shape.teams, grid.ranks = shape.ranks;
           grid.threads = kernels::kThreadsOf<Args>;
           if (!kernels::kHasTiles<Args>) grid.threads = std::min(grid.threads, most_threads);
+          // A sweep's tile was chosen for all threads: those that share a row, or take its channels, must be there.
+          if constexpr (requires { args.tile; })
+            grid.threads = std::max(
+                grid.threads,
+                static_cast<int>(rounded_up(args.size.interleaved ? args.tile.channels : args.tile.lanes, 32)));
           grid.shared_bytes = static_cast<size_t>(shape.shared_bytes);
           if (lie.barrier.line != 0 && name_of<Args>() == lie.kernel) grid.without = &lie.barrier;
           const auto report = device.launch(grid, [args](simt::Thread& m) { kernels::run(m, args); });

@@ -160,7 +160,7 @@ def step_(x, shortcut, h, c, *rest):
     *parameters, channel_dim, relu, tanh_output = rest
     with torch.autocast(x.device.type, enabled=False):
         # Whoever writes an element of y has read that of x. Of a shortcut in the same memory that is not so.
-        if shortcut is not None:
+        if shortcut is not None and shortcut.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
             shortcut = shortcut.clone()
         y, new_h, new_c, _ = _forward(x, shortcut, h, c, parameters, channel_dim, relu, tanh_output, False, True)
         if y is not x:
