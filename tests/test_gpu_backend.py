@@ -257,6 +257,13 @@ def test_a_team_that_does_not_fit_is_not_launched():
         assert "BottleneckSums" in launches()
 
 
+def test_bottlenecks_in_parts():
+    """Channels enough for sums of both bottlenecks, forward and backward, that several blocks share."""
+    x, s = maps((3, 130, 2, 3))
+    with device("sweeps"):
+        assert_gradients_agree(SharedAttention(130, 20, backend="simulated"), nn.BatchNorm2d(130), x, s)
+
+
 def test_a_far_first_value_spoils_no_variance():
     """All values of a channel but the first lie together: squares about the first are a thousand times the variance."""
     norm = nn.BatchNorm2d(2, momentum=1.0)

@@ -36,9 +36,9 @@ class Layout:
         return t.to(self.dtype).double()
 
     def rows(self, values: Tensor, number: int) -> Tensor:
-        """The map as the kernels see it, each one at another phase."""
+        """The map as the kernels see it, each one at another phase, or its samples another distance apart."""
         values = values.movedim(1, 2) if self.interleaved else values
-        return placed(values.to(self.dtype).contiguous(), (self.phase * number) % 16, self.gap)
+        return placed(values.to(self.dtype).contiguous(), (self.phase * number) % 16, self.gap * (1 + number % 2))
 
     def back(self, rows: Tensor) -> Tensor:
         shape = (self.samples, self.channels, self.positions)
@@ -75,6 +75,7 @@ def layouts(shape) -> list[Layout]:
             found.append(Layout(*shape, dtype, interleaved))
             found.append(Layout(*shape, dtype, interleaved, tile=(5, 7, 64), phase=3, gap=5))
             found.append(Layout(*shape, dtype, interleaved, tile=(64, 3, 1), gap=8))
+            found.append(Layout(*shape, dtype, interleaved, tile=(8, 10**6, 2), gap=3))
     return found
 
 
