@@ -19,7 +19,7 @@ from two_blocks import assert_as_accurate, errors, results
 
 from dia_kernels import SharedAttention, backends, functional, operators
 from dia_kernels.backends import triton as triton_backend
-from dia_kernels.backends.triton.plan import tile_of
+from dia_kernels.backends.triton import plan
 from dia_kernels.layout import output_format
 
 pytestmark = [
@@ -70,6 +70,52 @@ def norm_of(kind: str, channels: int, dims: int) -> nn.Module | None:
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
     return norm.train(kind != "running")
+
+
+@pytest.fixture
+def split(monkeypatch) -> None:
+    """Every step by sweeps, as large samples are."""
+    monkeypatch.setattr(importlib.import_module("dia_kernels.backends.triton.operators"), "sample_tile_of", _no_tile)
+
+
+def _no_tile(*_: int) -> None:
+    return None
+
+
+@pytest.fixture
+def in_parts(monkeypatch) -> None:
+    """Every sample in tiles of 64 elements."""
+    monkeypatch.setattr(plan, "WHOLE", 64)
+    monkeypatch.setattr(plan, "PART", 64)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("path", ["split", "in_parts"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_split_or_in_parts(shape, dtype, path, channels_last, request):
+    """The ways of a step that small shapes do not take by themselves."""
+    request.getfixturevalue(path)
+    test_as_accurate_as_eager(shape, dtype, "none", channels_last)
+
+
+def test_which_steps_have_a_program_a_sample():
+    """Samples that registers hold, or twice as much, and weights that do not cost more than the maps."""
+    assert plan.sample_tile_of(64, 1024, 16, 2) == (64, 16, 128, 8)
+    assert plan.sample_tile_of(128, 256, 32, 2) == (128, 32, 64, 8)
+    assert plan.sample_tile_of(256, 64, 12, 2) == (256, 16, 64, 8)
+    assert plan.sample_tile_of(256, 64, 64, 4) is None
+    assert plan.sample_tile_of(2048, 49, 512, 2) is None
+    assert plan.sample_tile_of(256, 3136, 12, 2) is None
+    for channels in (1, 3, 25, 64, 256, 2048):
+        for positions in (0, 1, 49, 196, 784, 3136):
+            for width in (0, 1, 12, 64):
+                tile = plan.sample_tile_of(channels, positions, width, 4)
+                if tile is not None:
+                    assert tile.channels * tile.positions <= plan.WHOLE
+                    assert tile.channels >= channels
+                    assert tile.width >= width
+                    assert tile.positions >= positions or tile.channels * tile.positions <= plan.PART
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -223,12 +269,57 @@ def test_tiles(interleaved):
     """Of a power of two of elements, within the registers, and no longer than the map's own next power of two."""
     for channels in (1, 3, 25, 64, 256, 2048):
         for positions in (1, 49, 196, 784, 3136, 200704):
-            tile = tile_of(channels, positions, interleaved)
-            assert tile.channels & (tile.channels - 1) == 0
-            assert tile.positions & (tile.positions - 1) == 0
-            assert tile.channels * tile.positions <= 2048
-            assert tile.channels < 2 * channels
-            assert tile.positions < 2 * positions
+            planned = plan.tile_of(channels, positions, interleaved)
+            assert planned.channels * planned.positions <= 2048
+            candidates = plan.candidates_of(channels, positions, interleaved)
+            assert candidates[0] == planned
+            assert len(set(candidates)) == len(candidates) <= 19
+            for tile in candidates:
+                assert tile.channels & (tile.channels - 1) == 0
+                assert tile.positions & (tile.positions - 1) == 0
+                assert tile.channels * tile.positions <= 32 * 32 * tile.warps
+                assert tile.channels < 2 * channels
+                assert tile.positions < 2 * positions
+
+
+@pytest.mark.usefixtures("split")
+def test_tiles_are_timed_on_request_once_for_some_sizes(monkeypatch):
+    """The candidates in turn, the fastest thereafter; results and what lies in place stay what they are."""
+    from dia_kernels.backends.triton import kernels, tuning
+
+    timed = []
+
+    def benchmark(call, quantiles):
+        call()
+        timed.append(None)
+        return [100.0 - len(timed)] * 3
+
+    monkeypatch.setattr(tuning, "_time", benchmark)
+    tuning.tuned.cache_clear()
+    attention = SharedAttention(12, 3, backend="interpreted").requires_grad_(False)
+    x, s = torch.randn(2, 2, 12, 5, 8)
+    expected, _ = attention(x, shortcut=s)
+    assert not timed
+    monkeypatch.setenv("DIA_KERNELS_AUTOTUNE", "1")
+    found, _ = attention(x, shortcut=s)
+    torch.testing.assert_close(found, expected)
+    candidates = plan.candidates_of(12, 40, False)
+    assert len(timed) == 2 * len(candidates)  # of reduce, of spread
+    assert tuning.tuned(kernels.reduce).best_config.kwargs["POSITIONS"] == candidates[-1].positions
+    attention(x[:1], shortcut=s[:1])
+    assert len(timed) == 2 * len(candidates)
+    y, _ = attention(x, shortcut=s, inplace=True)
+    torch.testing.assert_close(y, expected)
+    tuning.tuned.cache_clear()
+
+
+def test_nothing_is_timed_in_a_capture(monkeypatch):
+    from dia_kernels.backends.triton import tuning
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"DIA_KERNELS_AUTOTUNE: .* run the same call once before the capture"):
+        tuning._time(None, None)
 
 
 def test_importing_the_library_imports_no_triton():

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dia_kernels.backends.triton import kernels
-from dia_kernels.backends.triton.plan import CHANNEL_BLOCK, ELEMENT_BLOCK, SAMPLE_BLOCK, tile_of
+from dia_kernels.backends.triton.plan import CHANNEL_BLOCK, ELEMENT_BLOCK, SAMPLE_BLOCK, sample_tile_of, tile_of
 
 #: Of a map, by its layout: channels, positions.
 SIZES = {"contiguous": (256, 784), "channels_last": (256, 784), "odd": (25, 49), "one position": (256, 1)}
@@ -39,10 +39,18 @@ SPREAD = {
     "masked gradient": {"dy", "y", "scale", "offset"},
     "through a norm": {"dy", "x", "scale", "offset", "shift", "slope"},
 }
-MAPS = {"x", "dy", "y", "g", "shortcut", "out"}
+MAPS = {"x", "dy", "y", "g", "shortcut", "out", "dx"}
+#: Of the steps with a program a sample, by its layout: channels, positions, width of the bottlenecks.
+SAMPLES = {
+    "contiguous": [(64, 1024, 16), (128, 256, 32), (256, 64, 12)],
+    "channels_last": [(64, 1024, 16), (128, 256, 32), (256, 64, 12)],
+    "odd": [(25, 49, 3)],
+}
 
 
-def compiled(target: GPUTarget, kernel, there: set[str] | None, element: str, constants: dict, layout: str) -> dict:
+def compiled(
+    target: GPUTarget, kernel, there: set[str] | None, element: str, constants: dict, layout: str, warps: int = 4
+) -> dict:
     """One kernel with the arguments that are ``there`` (None: all), every number and pointer a multiple of sixteen."""
     signature, values, aligned = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -52,7 +60,7 @@ def compiled(target: GPUTarget, kernel, there: set[str] | None, element: str, co
             signature[name], values[(place,)] = "constexpr", 1  # as Triton takes every number that is one
         elif layout == "one position" and name in ("length", "sc"):
             signature[name], values[(place,)] = "constexpr", 1
-        elif name in ("count", "length", "rows", "samples", "sc", "sl") or name.endswith("_stride"):
+        elif name in ("count", "width", "length", "rows", "samples", "sc", "sl") or name.endswith("_stride"):
             signature[name] = "i32"
             if layout != "odd":
                 aligned[(place,)] = [["tt.divisibility", 16]]
@@ -64,7 +72,7 @@ def compiled(target: GPUTarget, kernel, there: set[str] | None, element: str, co
             signature[name] = f"*{element if name in MAPS else 'fp32'}"
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
-    result = triton.compile(source, target=target, options={"num_warps": 4})
+    result = triton.compile(source, target=target, options={"num_warps": warps})
     found = {"shared": result.metadata.shared}
     if "cubin" in result.asm:
         found |= resources(result.asm["cubin"])
@@ -103,6 +111,19 @@ def main(backend: str, architecture: str) -> None:
         for element in ELEMENTS:
             for name, kernel, there, constants in sweeps:
                 found[f"{name}, {layout}, {element}"] = compiled(target, kernel, there, element, constants, layout)
+    for layout, sizes in SAMPLES.items():
+        for channels, positions, width in sizes:
+            for element in ELEMENTS:
+                tile = sample_tile_of(channels, positions, width, 4 if element == "fp32" else 2)
+                of_tile = {"CHANNELS": tile.channels, "WIDTH": tile.width, "POSITIONS": tile.positions}
+                of_tile |= {"MORE": positions > tile.positions, "TANH": False}
+                name = f"{channels} x {positions}, {layout}, {element}"
+                found[f"sample: {name}"] = compiled(
+                    target, kernels.step_of_sample, None, element, {"RELU": True, **of_tile}, layout, tile.warps
+                )
+                found[f"gradient of a sample: {name}"] = compiled(
+                    target, kernels.step_of_sample_backward, None, element, of_tile, layout, tile.warps
+                )
     tables = {"CHANNELS": CHANNEL_BLOCK, "SAMPLES": SAMPLE_BLOCK}
     for name, kernel, constants in (
         ("gates", kernels.gates, {"TANH": True, "BLOCK": ELEMENT_BLOCK}),

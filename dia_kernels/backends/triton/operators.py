@@ -1,7 +1,9 @@
 """The operators by Triton's kernels: what ``backends.add`` takes, see ``SCHEMAS`` in ``dia_kernels/operators.py``.
 
     step      reduce: sums of x | means, cell | spread: y = act(x h' + shortcut)
+              or, of small samples and weights: step_of_sample
     gradient  reduce: g, sums of g x | gates, cell | spread: dx = g h' + dp / HW | the weights' gradients
+              or: step_of_sample_backward | the weights' gradients
     tail      moments | the batch's statistics | cell | spread: y = act((z - shift) factor + added + shortcut)
     gradient  reduce: g, sums of g and g (z - shift) | gates, cell | the norm's gradients |
               spread: dz = g factor + (z - shift) slope + offset | the weights' gradients
@@ -20,8 +22,8 @@ from torch import Tensor
 
 from ...layout import channels, empty_map, output_format, spatial_size
 from ...operators import table_sizes
-from . import kernels
-from .plan import CHANNEL_BLOCK, ELEMENT_BLOCK, SAMPLE_BLOCK, tile_of
+from . import kernels, tuning
+from .plan import CHANNEL_BLOCK, ELEMENT_BLOCK, SAMPLE_BLOCK, SampleTile, sample_tile_of, tile_of
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,28 @@ class Maps:
     def sizes(self) -> tuple[int, int, int, int]:
         return self.channels, self.positions, self.between_channels, self.between_positions
 
-    def sweep(self, kernel: Any, pieces: bool, *args: Any, **options: Any) -> None:
+    def sweep(self, kernel: Any, pieces: bool, *args: Any, in_place: bool = False, **options: Any) -> None:
         """Launches a sweep; with ``pieces`` a program has one tile of positions, else all of them."""
         if self.samples == 0 or self.channels == 0 or (pieces and self.positions == 0):
             return
-        tile = tile_of(self.channels, self.positions, self.between_channels == 1)
-        along = -(-self.positions // tile.positions) if pieces else 1
-        grid = (self.samples * along, -(-self.channels // tile.channels))
-        kernel[grid](*args, **options, CHANNELS=tile.channels, POSITIONS=tile.positions, num_warps=tile.warps)
+
+        def grid(tile: dict[str, int]) -> tuple[int, int]:
+            along = -(-self.positions // tile["POSITIONS"]) if pieces else 1
+            return self.samples * along, -(-self.channels // tile["CHANNELS"])
+
+        if tuning.requested() and not in_place:
+            tuning.tuned(kernel)[grid](*args, **options)
+        else:
+            tile = tile_of(self.channels, self.positions, self.between_channels == 1)
+            sizes = {"CHANNELS": tile.channels, "POSITIONS": tile.positions}
+            kernel[grid(sizes)](*args, **options, **sizes, num_warps=tile.warps)
+
+    def samplewise(self, kernel: Any, tile: SampleTile, *args: Any, **options: Any) -> None:
+        """Launches a kernel whose programs have a sample each."""
+        if self.samples > 0:
+            sizes = {"CHANNELS": tile.channels, "WIDTH": tile.width, "POSITIONS": tile.positions}
+            more = self.positions > tile.positions
+            kernel[(self.samples,)](*args, **options, **sizes, MORE=more, num_warps=tile.warps)
 
 
 def _stride(t: Tensor | None) -> int:
@@ -75,8 +91,9 @@ def _reduce(maps: Maps, x, dy, y, g, total, product, shift=None) -> None:
 def _spread(maps: Maps, x, dy, y, shortcut, out, scale, offset, relu: bool = False, shift=None, slope=None) -> None:
     strides = (_stride(t) for t in (x, dy, y, shortcut, out))
     maps.sweep(
-        kernels.spread, True, x, dy, y, shortcut, out, scale, offset, shift, slope, *maps.sizes, *strides, RELU=relu
-    )
+        kernels.spread, True, x, dy, y, shortcut, out, scale, offset, shift, slope, *maps.sizes, *strides,
+        RELU=relu, in_place=x is out,
+    )  # fmt: skip
 
 
 def _channels(kernel: Any, maps: Maps, *args: Any, **options: Any) -> None:
@@ -140,13 +157,22 @@ def _forward(x, shortcut, h, c, parameters, channel_dim, relu, tanh_output, keep
     maps = Maps.of(x, channel_dim)
     x_map, s_map = maps.dense(x), None if shortcut is None else maps.dense(shortcut)
     n, width, m = maps.samples, maps.channels, parameters[0].shape[0]
-    tables = x.new_empty(sum(table_sizes(n, width, m)), dtype=torch.float32)
-    p, zx, zh, of_gates = _views(tables, n, width, m)
-    _reduce(maps, x_map, None, None, None, p, None)
-    p.div_(maps.positions)
-    new_h, new_c, *_ = _cell(p, zx, zh, of_gates if keep_tables else None, h, c, parameters, tanh_output)
     y = x_map if out else empty_map(x, channel_dim)
-    _spread(maps, x_map, None, None, s_map, y, new_h, None, relu)
+    tile = sample_tile_of(width, maps.positions, m, x.element_size())
+    tables = x.new_empty(sum(table_sizes(n, width, m)) if keep_tables or tile is None else 0, dtype=torch.float32)
+    p, zx, zh, of_gates = _views(tables, n, width, m) if tables.numel() > 0 else (None,) * 4
+    if tile is not None:
+        new_h, new_c = (x.new_empty((n, width), dtype=torch.float32) for _ in range(2))
+        maps.samplewise(
+            kernels.step_of_sample, tile, x_map, s_map, _float(h), _float(c), *map(_float, parameters), y, new_h, new_c,
+            p, zx, zh, of_gates, width, m, *maps.sizes[1:], *map(_stride, (x_map, s_map, y)),
+            RELU=relu, TANH=tanh_output,
+        )  # fmt: skip
+    else:
+        _reduce(maps, x_map, None, None, None, p, None)
+        p.div_(maps.positions)
+        new_h, new_c, *_ = _cell(p, zx, zh, of_gates if keep_tables else None, h, c, parameters, tanh_output)
+        _spread(maps, x_map, None, None, s_map, y, new_h, None, relu)
     return y, new_h, new_c, tables if keep_tables else tables.new_empty(0)
 
 
@@ -203,14 +229,20 @@ class Incoming:
 
 @dataclass(frozen=True)
 class CellGradients:
-    """Of the pre-activations, bottlenecks, means and old state; h' again; what dz takes of g."""
+    """Of the pre-activations, bottlenecks and old state."""
 
     du: Tensor
     dzx: Tensor
     dzh: Tensor
-    dp: Tensor | None
     dh: Tensor | None
     dc: Tensor | None
+
+
+@dataclass(frozen=True)
+class ForMap:
+    """What the map's gradient takes of the cell: that of the means, h' again, the factor of g."""
+
+    dp: Tensor | None
     new_h: Tensor
     factor: Tensor
 
@@ -228,7 +260,7 @@ def _cell_gradients(given: Incoming, total, product, weights, tanh_output, need_
     )  # fmt: skip
     dzx, dzh = (_through_relu(du @ w, z) for w, z in ((w2, zx), (v2, zh)))
     dp, dh = dzx @ w1 if need_p else None, dzh @ v1 if need_state else None
-    return CellGradients(du, dzx, dzh, dp, dh, old_dc, new_h, new_h if factor is None else factor)
+    return CellGradients(du, dzx, dzh, dh, old_dc), ForMap(dp, new_h, new_h if factor is None else factor)
 
 
 def _spread_gradient(given: Incoming, g: Tensor | None, dx: Tensor, factor, offset, shift=None, slope=None) -> None:
@@ -253,14 +285,31 @@ def step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
         given = Incoming.of(dy, dh, dc, x, y, h, c, new_c, tables, weights[0].shape[0], channel_dim)
         dx, dshortcut = _map_results(given, channel_dim, need_x, need_shortcut)
         g = dshortcut if need_shortcut and dy is not None else None
-        product = None
-        if dy is not None:
-            product = torch.empty_like(given.new_c)
-            _reduce(given.maps, given.x, given.dy, given.y, g, None, product)
-        of = _cell_gradients(given, None, product, weights, tanh_output, need_x, need_state)
-        if need_x:
-            _spread_gradient(given, g, dx, of.factor, of.dp.div_(given.maps.positions))
+        tile = sample_tile_of(given.maps.channels, given.maps.positions, weights[0].shape[0], x.element_size())
+        if tile is not None and dy is not None:
+            of = _samplewise_gradients(given, tile, dx if need_x else None, g, weights, tanh_output, need_state)
+        else:
+            product = None
+            if dy is not None:
+                product = torch.empty_like(given.new_c)
+                _reduce(given.maps, given.x, given.dy, given.y, g, None, product)
+            of, for_map = _cell_gradients(given, None, product, weights, tanh_output, need_x, need_state)
+            if need_x:
+                _spread_gradient(given, g, dx, for_map.factor, for_map.dp.div_(given.maps.positions))
         return dx, dshortcut, *_state_and_parameters(given, of, need_parameters)
+
+
+def _samplewise_gradients(given: Incoming, tile: SampleTile, dx, g, weights, tanh_output, need_state) -> CellGradients:
+    """Those of the cell; and of the maps, into ``dx`` and ``g``."""
+    maps, (p, zx, zh, of_gates) = given.maps, given.tables
+    du, dzx, dzh = torch.empty_like(of_gates), torch.empty_like(zx), torch.empty_like(zh)
+    old_dh, old_dc = (torch.empty_like(p) if need_state else None for _ in range(2))
+    maps.samplewise(
+        kernels.step_of_sample_backward, tile, given.x, given.dy, given.y, given.dh, given.dc, given.c, given.new_c,
+        zx, zh, of_gates, *map(_float, weights), dx, g, du, dzx, dzh, old_dh, old_dc, maps.channels, zx.shape[1],
+        *maps.sizes[1:], *map(_stride, (given.x, given.dy, given.y, dx, g)), TANH=tanh_output,
+    )  # fmt: skip
+    return CellGradients(du, dzx, dzh, old_dh, old_dc)
 
 
 def _state_and_parameters(given: Incoming, of: CellGradients, need_parameters: bool) -> list[Tensor]:
@@ -348,15 +397,17 @@ def tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
             _reduce(maps, given.x, given.dy, given.y, g, total, product, norm.shift)
         else:
             total.zero_(), product.zero_()
-        of = _cell_gradients(given, total, product, weights, tanh_output, True, need_state, norm)
+        of, for_map = _cell_gradients(given, total, product, weights, tanh_output, True, need_state, norm)
         dgamma, dbeta, slope = (torch.empty_like(norm.scale) for _ in range(3))
         offset = torch.empty_like(off) if need_z else None
         _channels(
-            kernels.norm_gradients, maps, total, product, of.dp, off, of.new_h, norm.d, norm.scale, norm.rstd, dgamma,
-            dbeta, offset, slope if batch else None, maps.samples, maps.channels, maps.positions, BATCH=batch,
+            kernels.norm_gradients, maps, total, product, for_map.dp, off, for_map.new_h, norm.d, norm.scale, norm.rstd,
+            dgamma, dbeta, offset, slope if batch else None, maps.samples, maps.channels, maps.positions, BATCH=batch,
         )  # fmt: skip
         if need_z:
-            _spread_gradient(given, g, dz, of.factor, offset, norm.shift if batch else None, slope if batch else None)
+            _spread_gradient(
+                given, g, dz, for_map.factor, offset, norm.shift if batch else None, slope if batch else None
+            )
         old_dh, old_dc, *parameters = _state_and_parameters(given, of, need_parameters)
         affine = (dgamma, dbeta) if need_affine else (dgamma.new_empty(0), dbeta.new_empty(0))
         return dz, dshortcut, old_dh, old_dc, *affine, *parameters

@@ -1,0 +1,91 @@
+"""Launches the operators' Triton kernels at many sizes on a GPU that is not there, and prints what would be compiled.
+
+Triton's own launcher decides what is a new kernel; only the compiler and the driver are stand-ins. As JSON: for each
+series of shapes how many kernels its first shape compiled, and how many all of them.
+
+A process of its own: Triton decides at import whether it interprets.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from dia_kernels import SharedAttention, backends
+from dia_kernels.backends.triton import operators
+
+#: Series of maps: shapes that differ in samples and positions.
+SERIES = {
+    "large, in fours": [(n, 256, side, side) for side in (32, 56, 60, 128) for n in (1, 2, 3, 17, 256)],
+    "odd": [(n, 25, side, side) for side in (101, 103, 131, 151) for n in (1, 2, 3, 17)],
+    "a program a sample": [(n, 64, side, side) for side in (12, 16) for n in (1, 2, 3, 17, 256)],
+    "a program an odd sample": [(n, 25, side, side) for side in (23, 25, 27, 31) for n in (1, 2, 3, 17)],
+}
+
+
+class StandInDriver:
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+class Kernel:
+    """What a compiled kernel is to its launcher."""
+
+    function = packed_metadata = None
+
+    def launch_metadata(self, *_: Any) -> None:
+        return None
+
+    def run(self, *_: Any) -> None:
+        return None
+
+
+compiled: list[tuple[str, str]] = []
+
+
+def compile_(self: JITFunction, key: str, signature: Any, device: int, *_: Any) -> Kernel:
+    compiled.append((self.__name__, key))
+    kernel = self.device_caches[device][0][key] = Kernel()
+    return kernel
+
+
+def train(shape: tuple[int, ...], channels_last: bool) -> None:
+    """Every kernel of a step and of a tail."""
+    format_ = torch.channels_last if channels_last else torch.contiguous_format
+    x, s = (torch.empty(shape).contiguous(memory_format=format_).requires_grad_() for _ in range(2))
+    attention = SharedAttention(shape[1], 4, backend="counted")
+    for norm in (None, nn.BatchNorm2d(shape[1])):
+        y, state = attention(x, shortcut=s, activation="relu", norm=norm)
+        y, _ = attention(y, state, shortcut=y, activation="relu", norm=norm)
+        y.sum().backward()
+
+
+def main() -> None:
+    driver.set_active(StandInDriver())
+    JITFunction._do_compile = compile_
+    backends.add("counted", "cpu", operators.KERNELS, float64=False)
+    found = {}
+    for name, shapes in SERIES.items():
+        for channels_last in (False, True):
+            before = len(compiled)
+            train(shapes[0], channels_last)
+            first = len(compiled)
+            for shape in shapes:
+                train(shape, channels_last)
+            found[f"{name}, channels_last={channels_last}"] = (first - before, [k for k, _ in compiled[first:]])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
