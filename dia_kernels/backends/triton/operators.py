@@ -160,15 +160,15 @@ def _forward(x, shortcut, h, c, parameters, channel_dim, relu, tanh_output, keep
     y = x_map if out else empty_map(x, channel_dim)
     tile = sample_tile_of(width, maps.positions, m, x.element_size())
     tables = x.new_empty(sum(table_sizes(n, width, m)) if keep_tables or tile is None else 0, dtype=torch.float32)
-    p, zx, zh, of_gates = _views(tables, n, width, m) if tables.numel() > 0 else (None,) * 4
     if tile is not None:
         new_h, new_c = (x.new_empty((n, width), dtype=torch.float32) for _ in range(2))
+        parts = _views(tables, n, width, m) if keep_tables else (None,) * 4
         maps.samplewise(
             kernels.step_of_sample, tile, x_map, s_map, _float(h), _float(c), *map(_float, parameters), y, new_h, new_c,
-            p, zx, zh, of_gates, width, m, *maps.sizes[1:], *map(_stride, (x_map, s_map, y)),
-            RELU=relu, TANH=tanh_output,
+            *parts, width, m, *maps.sizes[1:], *map(_stride, (x_map, s_map, y)), RELU=relu, TANH=tanh_output,
         )  # fmt: skip
     else:
+        p, zx, zh, of_gates = _views(tables, n, width, m)
         _reduce(maps, x_map, None, None, None, p, None)
         p.div_(maps.positions)
         new_h, new_c, *_ = _cell(p, zx, zh, of_gates if keep_tables else None, h, c, parameters, tanh_output)
