@@ -57,6 +57,12 @@ def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
     return None
 
 
+def folds(norm: nn.Module) -> bool:
+    """Whether ``norm`` before a step is folded into it, of a map with the channels in dimension 1."""
+    frozen = type(norm).__name__ == "FrozenBatchNorm2d" and type(norm).__module__.startswith("torchvision.")
+    return (frozen or type(norm) in _BATCH_NORMS) and not _is_hooked(norm)
+
+
 def _is_hooked(norm: nn.Module) -> bool:
     """Whether something waits for the norm to be called: then it must be."""
     return bool(

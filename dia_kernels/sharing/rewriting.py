@@ -1,0 +1,299 @@
+"""A block whose tail calls attention: the graph with the tail replaced, as the forward of a subclass of its class.
+
+``isinstance``, attributes, state-dict keys and hooks survive, as the object is the same. State goes along with the map:
+the first block of a stage takes the map and returns (map, state), those in the middle take and return such a pair, the
+last returns the map alone. So ``nn.Sequential`` and loops over blocks hand it on without knowing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import linecache
+import operator
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+from torch import Tensor, fx, nn
+
+from ..functional import State
+from .tails import Tail, drops_samples, module_of, source
+
+#: Attributes that a converted block has.
+ATTENTION, EXTRA_NORM = "attention", "attention_norm"
+#: Attribute of a converted block's class.
+RECIPE = "_dia_kernels_recipe"
+
+
+@dataclass(frozen=True)
+class Role:
+    """Whether a block begins or ends its stage."""
+
+    first: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """A forward as Python text, and what the names in it mean."""
+
+    text: str
+    names: tuple[tuple[str, Any], ...]
+
+    def function(self) -> Any:
+        names = {name: _from_portable(value) for name, value in self.names}
+        path = f"<dia_kernels.sharing {next(_numbers)}>"
+        linecache.cache[path] = (len(self.text), None, self.text.splitlines(keepends=True), path)
+        exec(compile(self.text, path, "exec"), names)
+        return names["forward"]
+
+
+_numbers = count()
+
+
+def _portable(value: Any) -> Any:
+    """What pickle can hold: modules and the like by their name."""
+    return ("module", value.__name__) if isinstance(value, types.ModuleType) else ("value", value)
+
+
+def _from_portable(value: tuple[str, Any]) -> Any:
+    kind, what = value
+    return importlib.import_module(what) if kind == "module" else what
+
+
+# --- what the text of a rewritten block calls ---------------------------------------------------------------
+
+
+def with_state(carried: Any) -> tuple[Tensor, State]:
+    """The map and the state that the block before hands on.
+
+    Raises:
+        RuntimeError: the block was called with the map alone.
+    """
+    if type(carried) is not tuple or len(carried) != 2:
+        raise RuntimeError(
+            "this block stands in the middle of a stage and shares the stage's attention: it takes the pair "
+            "(map, state) that the block before returns, not a map alone; call the stage from its first block on"
+        )
+    return carried
+
+
+def sample_scale(drop: nn.Module, x: Tensor) -> Tensor | None:
+    """The factor (N,) that stochastic depth draws for each sample; None where it drops nothing.
+
+    ``drop`` draws it itself, of ones: the same random numbers as before.
+    """
+    if not drop.training or getattr(drop, "p", getattr(drop, "drop_prob", None)) == 0:
+        return None
+    return drop(x.new_ones((x.shape[0], 1))).view(-1)
+
+
+class Attend(Protocol):
+    """The stage's attention, as an adapter's forward calls it."""
+
+    def __call__(self, x: Tensor, **options: Any) -> Tensor:
+        """``SharedAttention.forward`` without its state: the options are shortcut, activation, norm, sample_scale."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How a block that cannot be traced calls attention; for ``share_attention(adapters={Class: Adapter(...)})``.
+
+    Attributes:
+        forward: ``forward(block, attend, *args, **kwargs)``, what the block's own forward computes with one or more
+            ``attend(x, shortcut=..., activation=..., norm=...)`` in it. A function of a module, for pickle's sake.
+        channels: of a block, C of the maps that it hands to ``attend``.
+        channel_dim: of those maps.
+        begins_stage: of a block, whether it may not go on with the state of the block before.
+    """
+
+    forward: Callable[..., Tensor]
+    channels: Callable[[nn.Module], int]
+    channel_dim: int = 1
+    begins_stage: Callable[[nn.Module], bool] | None = None
+
+
+class _Attending:
+    def __init__(self, attention: nn.Module, state: State | None) -> None:
+        self.attention, self.state, self.calls = attention, state, 0
+
+    def __call__(self, x: Tensor, **options: Any) -> Tensor:
+        y, self.state = self.attention(x, self.state, **options)
+        self.calls += 1
+        return y
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A forward by an adapter."""
+
+    adapter: Adapter
+    role: Role
+
+    @property
+    def text(self) -> tuple[Adapter, Role]:
+        return self.adapter, self.role
+
+    def function(self) -> Callable[..., Any]:
+        def forward(block: Any, carried: Any, *args: Any, **kwargs: Any) -> Any:
+            x, state = (carried, None) if self.role.first else with_state(carried)
+            attend = _Attending(getattr(block, ATTENTION), state)
+            y = self.adapter.forward(block, attend, x, *args, **kwargs)
+            if attend.calls == 0:
+                raise RuntimeError(f"adapters: the forward given for {type(block).__name__} did not call attend")
+            return y if self.role.last else (y, attend.state)
+
+        return forward
+
+
+# --- the graph ------------------------------------------------------------------------------------------------
+
+
+def rewrite(root: nn.Module, graph: fx.Graph, tails: list[Tail], role: Role, extra_norm: bool) -> None:
+    """Makes ``graph`` that of the block with attention in its tails."""
+    carried, pair, state = (None, None, None) if role.first else _take_state(graph)
+    for tail in tails:
+        state = _attend(root, graph, tail, state, extra_norm)
+    if pair is not None:
+        x = next(iter(pair.users))
+        carried.replace_all_uses_with(x, delete_user_cb=lambda user: user is not pair)
+    if not role.last:
+        output = next(node for node in graph.nodes if node.op == "output")
+        output.args = ((output.args[0], state),)
+
+
+def _take_state(graph: fx.Graph) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Unpacks what the block before hands on, before anything else: that argument, the pair, the state.
+
+    The pair's first user is the map, which has to take the argument's place when all else is done.
+    """
+    carried = next(node for node in graph.nodes if node.op == "placeholder")
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        pair = graph.call_function(with_state, (carried,))
+    with graph.inserting_after(pair):
+        x = graph.call_function(operator.getitem, (pair, 0))
+    with graph.inserting_after(x):
+        state = graph.call_function(operator.getitem, (pair, 1))
+    carried.type = None
+    return carried, pair, state
+
+
+def _attend(root: nn.Module, graph: fx.Graph, tail: Tail, state: fx.Node | None, extra_norm: bool) -> fx.Node:
+    samples = [drop for drop in tail.drops if drops_samples(module_of(root, drop))]  # type: ignore[arg-type]
+    fusible = len(samples) == len(tail.drops) <= 1
+    with graph.inserting_before(tail.addition):
+        options: dict[str, Any] = {}
+        x = tail.x
+        if tail.norm is not None:
+            options["norm"] = graph.get_attr(str(tail.norm.target))
+            x = source(tail.norm)
+        elif extra_norm:
+            options["norm"] = graph.get_attr(EXTRA_NORM)
+        if fusible:
+            options["shortcut"] = tail.shortcut
+            if tail.relu is not None:
+                options["activation"] = "relu"
+            if samples:
+                options["sample_scale"] = graph.call_function(
+                    sample_scale, (graph.get_attr(str(samples[0].target)), x)
+                )
+        pair = graph.call_module(ATTENTION, (x, state), options)
+        # The state first: tools take a module's last node for its output.
+        new_state = graph.call_function(operator.getitem, (pair, 1))
+        y = graph.call_function(operator.getitem, (pair, 0))
+    if fusible:
+        (tail.relu or tail.addition).replace_all_uses_with(y)
+        erased = [tail.relu, tail.addition, *reversed(tail.drops)]
+    else:
+        first = tail.drops[0]
+        first.args = (y,)
+        # They run before the addition, but maybe before the attention as well.
+        for drop in tail.drops:
+            tail.addition.prepend(drop)
+        erased = []
+    erased += [tail.x if tail.norm is not None else None]
+    if tail.attention is not None and tail.attention is not tail.x:
+        erased.insert(-1, tail.attention)
+    for node in erased:
+        if node is not None and not node.users:
+            graph.erase_node(node)
+    return new_state
+
+
+# --- the class ------------------------------------------------------------------------------------------------
+
+
+def source_of(graph: fx.Graph) -> Source:
+    """``graph`` as text."""
+    code = graph.python_code("self")
+    names = {name: value for name, value in code.globals.items() if name in code.src}
+    return Source(code.src, tuple((name, _portable(value)) for name, value in names.items()))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that makes the class of a converted block: pickle holds this."""
+
+    base: type[nn.Module]
+    training: Source | Adapted
+    evaluation: Source | None
+
+
+_classes: dict[tuple, type[nn.Module]] = {}
+
+
+def class_of(recipe: Recipe) -> type[nn.Module]:
+    """The subclass of ``recipe.base`` with the rewritten forward; the same one for the same recipe."""
+    texts = [None if source is None else source.text for source in (recipe.training, recipe.evaluation)]
+    key = (recipe.base, *texts)
+    if key not in _classes:
+        _classes[key] = _new_class(recipe)
+    return _classes[key]
+
+
+def _new_class(recipe: Recipe) -> type[nn.Module]:
+    base = recipe.base
+    members: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        "_replicate_for_data_parallel": _refuse_replica,
+        RECIPE: recipe,
+    }
+    if recipe.evaluation is None:
+        members["forward"] = recipe.training.function()
+    else:
+        members["_forward_in_training"] = recipe.training.function()
+        members["_forward_in_evaluation"] = recipe.evaluation.function()
+        members["forward"] = _forward_by_mode
+    return type(base.__name__, (base,), members)
+
+
+def _forward_by_mode(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return (self._forward_in_training if self.training else self._forward_in_evaluation)(*args, **kwargs)
+
+
+def _refuse_replica(self: nn.Module) -> nn.Module:
+    raise RuntimeError(
+        "nn.DataParallel copies blocks one by one, and the copies would share the first device's attention; use "
+        "nn.parallel.DistributedDataParallel"
+    )
+
+
+def _reduce(self: Any, protocol: Any) -> tuple:
+    """The class is made here, so pickle gets what makes it."""
+    return _rebuild, (getattr(type(self), RECIPE),), object.__reduce_ex__(self, 2)[2]
+
+
+def _rebuild(recipe: Recipe) -> nn.Module:
+    cls = class_of(recipe)
+    return cls.__new__(cls)
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether ``module`` is a block that shares attention."""
+    return hasattr(type(module), RECIPE)

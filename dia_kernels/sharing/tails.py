@@ -1,0 +1,365 @@
+"""The tail of a residual block in its graph: the addition that closes it, and what can be fused with it.
+
+An addition of two tensors closes a block if both come from one place (the fork), and one of them, the residual side, by
+way of more convolutions than the other, the shortcut.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from .. import norms
+from .tracing import Untraceable, trace
+
+#: Of these a branch is made; more of them make the residual side.
+WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_PRODUCTS = (operator.mul, operator.imul, torch.mul)
+_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+_SHAPE_METHODS = ("size", "dim", "ndimension", "numel", "stride")
+_SHAPE_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+#: Names of modules that drop a whole sample's branch, and scale what is left: torchvision's, timm's and others'.
+_STOCHASTIC_DEPTHS = ("StochasticDepth", "DropPath", "DropConnect")
+
+
+class Rejected(Exception):
+    """Why an addition is no tail that attention can join."""
+
+
+@dataclass
+class Tail:
+    """One tail, as nodes of the block's graph.
+
+    Attributes:
+        x: what attention rescales: before the drops, before the norm if that is folded.
+        shortcut: the other operand of the addition.
+        addition: the sum itself.
+        relu: the ReLU behind it, if the sum has no other user.
+        norm: the folded norm; None where there is none, or where attention's input is no norm's result.
+        drops: between x and the sum, in order: stochastic depth, or dropout.
+        attention: attention that is already there, right before the drops; ``x`` is its result.
+        channels, channel_dim: of x.
+        strided: whether the shortcut changes the positions, as at the beginning of a stage.
+        scale: the parameter that x was multiplied by last (a layer scale), or None.
+    """
+
+    x: fx.Node
+    shortcut: fx.Node
+    addition: fx.Node
+    relu: fx.Node | None
+    norm: fx.Node | None
+    drops: list[fx.Node]
+    attention: fx.Node | None
+    channels: int
+    channel_dim: int
+    strided: bool
+    scale: fx.Node | None
+
+
+def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The child that ``node`` calls."""
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+# --- where values come from --------------------------------------------------------------------------------
+
+
+def _is_shape(node: fx.Node) -> bool:
+    """Whether the value is a size or the like, through which no data flows."""
+    if node.op == "call_method":
+        return node.target in _SHAPE_METHODS
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in _SHAPE_ATTRIBUTES
+    return False
+
+
+def _ancestors(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+    """Of each node the nodes that its data come from, and itself; parameters are none of them."""
+    found: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        sources = set() if _is_shape(node) or node.op == "get_attr" else set(node.all_input_nodes)
+        found[node] = {node}.union(*(found[source] for source in sources)) if sources else {node}
+        if _is_shape(node) or node.op == "get_attr":
+            found[node] = set()
+    return found
+
+
+def _is_addition(node: fx.Node) -> bool:
+    called = (node.op == "call_function" and node.target in _ADDITIONS) or (
+        node.op == "call_method" and node.target in ("add", "add_")
+    )
+    return (
+        called
+        and len(node.args) == 2
+        and all(isinstance(a, fx.Node) for a in node.args)
+        and node.kwargs.get("alpha", 1) == 1
+    )
+
+
+def _is_product(node: fx.Node) -> bool:
+    called = (node.op == "call_function" and node.target in _PRODUCTS) or (
+        node.op == "call_method" and node.target in ("mul", "mul_")
+    )
+    return called and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+
+
+def _weighted(root: nn.Module, nodes: set[fx.Node]) -> int:
+    """Convolutions and linears in ``nodes``."""
+    count = 0
+    for node in nodes:
+        module = module_of(root, node)
+        if module is not None:
+            count += sum(isinstance(child, WEIGHTED) for child in module.modules())
+        elif node.op == "call_function" and node.target in _CONVOLUTIONS:
+            count += 1
+    return count
+
+
+def _strides(root: nn.Module, nodes: set[fx.Node]) -> bool:
+    """Whether anything in ``nodes`` takes only some positions."""
+    for node in nodes:
+        for child in (module_of(root, node) or nn.Identity()).modules():
+            stride = getattr(child, "stride", 1)
+            if any(s != 1 for s in (stride if isinstance(stride, (tuple, list)) else (stride,))):
+                return True
+    return False
+
+
+# --- tails -------------------------------------------------------------------------------------------------
+
+
+def find(
+    root: nn.Module, graph: fx.Graph, blocks: set[nn.Module], replace: bool = False
+) -> tuple[list[Tail], list[str]]:
+    """The tails of ``graph``, in order, and why other additions are none. Sequentials before a tail are taken apart.
+
+    Args:
+        root: the module that ``graph`` is of.
+        blocks: modules that are known to be residual blocks.
+        replace: attention that is there already is to go: ``x`` is what it takes, not what it returns.
+    """
+    tails, reasons = [], []
+    additions = [node for node in graph.nodes if _is_addition(node)]
+    ancestors = _ancestors(graph)
+    for addition in additions:
+        if not all(ancestors[operand] for operand in addition.args):  # type: ignore[index]
+            continue  # of sizes, or of a parameter: nobody would look for a block there
+        try:
+            residual, shortcut, strided = _sides(root, graph, ancestors, addition, blocks)
+            tails.append(_tail(root, graph, addition, residual, shortcut, strided, replace))
+        except Rejected as reason:
+            reasons.append(f"{addition.name}: {reason}")
+    return tails, reasons
+
+
+def _sides(
+    root: nn.Module,
+    graph: fx.Graph,
+    ancestors: dict[fx.Node, set[fx.Node]],
+    addition: fx.Node,
+    blocks: set[nn.Module],
+) -> tuple[fx.Node, fx.Node, bool]:
+    """The residual operand, the shortcut, and whether the latter has a stride."""
+    first, second = addition.args
+    assert isinstance(first, fx.Node)
+    assert isinstance(second, fx.Node)
+    common = ancestors[first] & ancestors[second]
+    if not common:
+        raise Rejected("its operands have nothing in common")
+    fork = [node for node in graph.nodes if node in common][-1]
+    if any(user.op == "call_function" and user.target is operator.getitem for user in fork.users):
+        raise Rejected("its operands come out of one tuple or dict")
+    # Between the fork and an operand: what comes from the fork.
+    between = [{node for node in ancestors[o] - common if fork in ancestors[node]} for o in (first, second)]
+    counts = [_weighted(root, nodes) for nodes in between]
+    if counts[0] == counts[1]:
+        raise Rejected(f"both operands pass {counts[0]} convolutions: neither is the shortcut")
+    of_residual, of_shortcut = between if counts[0] > counts[1] else between[::-1]
+    residual, shortcut = (first, second) if counts[0] > counts[1] else (second, first)
+    if min(counts) > 1:
+        raise Rejected(f"the shortcut has {min(counts)} convolutions")
+    if any(_is_addition(node) for node in of_shortcut):
+        raise Rejected("there is an addition in the shortcut")
+    called = [module for node in of_residual | of_shortcut if (module := module_of(root, node)) is not None]
+    if any(child in blocks for module in called for child in module.modules()):
+        raise Rejected("a branch holds residual blocks itself")
+    if residual in of_shortcut or len(residual.users) > 1:
+        raise Rejected("the residual branch is used elsewhere, too")
+    return residual, shortcut, _strides(root, of_shortcut)
+
+
+def _tail(
+    root: nn.Module,
+    graph: fx.Graph,
+    addition: fx.Node,
+    residual: fx.Node,
+    shortcut: fx.Node,
+    strided: bool,
+    replace: bool,
+) -> Tail:
+    x, drops = _before_drops(root, graph, residual)
+    attention = x if _is_attention(root, x) else None
+    below = x if attention is None else _taken_apart(root, graph, _gated_by(attention))
+    channels, channel_dim = _channels(root, graph, below)
+    if replace:
+        x = below
+    norm = x if _folds(root, x) else None
+    parameters = [a for a in x.args if isinstance(a, fx.Node) and a.op == "get_attr"] if _is_product(x) else []
+    users = list(addition.users)
+    return Tail(
+        x=x,
+        shortcut=shortcut,
+        addition=addition,
+        relu=users[0] if len(users) == 1 and _is_relu(root, users[0]) else None,
+        norm=norm,
+        drops=drops,
+        attention=attention,
+        channels=channels,
+        channel_dim=channel_dim,
+        strided=strided,
+        scale=parameters[0] if len(parameters) == 1 else None,
+    )
+
+
+def _gated_by(attention: fx.Node) -> fx.Node:
+    """What the attention that is there takes: its argument, or of a product written out the older factor."""
+    return min((a for a in attention.args if isinstance(a, fx.Node)), key=list(attention.graph.nodes).index)
+
+
+def source(node: fx.Node) -> fx.Node:
+    """What ``node``, a call of a module or of a product with a parameter, takes its map from."""
+    return next(a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr")
+
+
+def _before_drops(root: nn.Module, graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """Back over Identity, dropout and stochastic depth; the last two are returned, in order."""
+    drops: list[fx.Node] = []
+    while True:
+        node = _taken_apart(root, graph, node)
+        module = module_of(root, node)
+        if module is None or len(node.args) != 1 or len(node.users) != 1:
+            return node, drops
+        if drops_samples(module) or isinstance(module, _DROPOUTS):
+            drops.insert(0, node)
+        elif type(module) is not nn.Identity:
+            return node, drops
+        node = source(node)
+
+
+def drops_samples(module: nn.Module) -> bool:
+    """Whether ``module`` is stochastic depth: one factor for all values of a sample."""
+    return type(module).__name__ in _STOCHASTIC_DEPTHS
+
+
+def _taken_apart(root: nn.Module, graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The last call in a Sequential that ``node`` calls, whose children the graph then calls one by one."""
+    module = module_of(root, node)
+    while module is not None and _is_chain(module) and len(module) > 0 and len(node.args) == 1 and not node.kwargs:  # type: ignore[arg-type]
+        value = node.args[0]
+        with graph.inserting_before(node):
+            for name, _ in module.named_children():
+                value = graph.call_module(f"{node.target}.{name}", (value,))
+        node.replace_all_uses_with(value)  # type: ignore[arg-type]
+        graph.erase_node(node)
+        node = value  # type: ignore[assignment]
+        module = module_of(root, node)
+    return node
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """Whether a call of ``module`` is a call of its children in turn, and nobody waits for it."""
+    return type(module).forward is nn.Sequential.forward and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _folds(root: nn.Module, node: fx.Node) -> bool:
+    module = module_of(root, node)
+    return module is not None and norms.folds(module) and len(node.args) == 1 and len(node.users) == 1
+
+
+def _is_relu(root: nn.Module, node: fx.Node) -> bool:
+    return (
+        type(module_of(root, node)) is nn.ReLU
+        or (node.op == "call_function" and node.target in _RELUS)
+        or (node.op == "call_method" and node.target in ("relu", "relu_"))
+    )
+
+
+def _is_attention(root: nn.Module, node: fx.Node) -> bool:
+    """Whether the value is x times a gate that parameters make of x: by a child, or written out in the block."""
+    module = module_of(root, node)
+    if module is None:
+        return _is_gated(root, node, node.graph)
+    if isinstance(module, WEIGHTED):
+        return False
+    try:
+        graph = trace(module)
+    except Untraceable:
+        return False
+    result = next(n for n in graph.nodes if n.op == "output").args[0]
+    return isinstance(result, fx.Node) and _is_gated(module, result, graph, whole=True)
+
+
+def _is_gated(root: nn.Module, node: fx.Node, graph: fx.Graph, whole: bool = False) -> bool:
+    """``whole``: and x is the graph's input."""
+    if not _is_product(node):
+        return False
+    ancestors = _ancestors(graph)
+    for x, gate in (node.args, node.args[::-1]):
+        assert isinstance(x, fx.Node)
+        assert isinstance(gate, fx.Node)
+        if whole and x.op != "placeholder":
+            continue
+        made_of_x = x in ancestors[gate]
+        if made_of_x and _weighted(root, ancestors[gate] - ancestors[x]) > 0:
+            return True
+    return False
+
+
+def _channels(root: nn.Module, graph: fx.Graph, x: fx.Node) -> tuple[int, int]:
+    """Number and dimension of the channels of ``x``: those of the last norm, convolution or linear before it."""
+    node, moved = x, False
+    while True:
+        module = module_of(root, node)
+        layers = [] if module is None else list(reversed(list(_flat(module))))
+        for layer in layers:
+            moved = moved or type(layer).__name__ == "Permute" and tuple(layer.dims) == (0, 3, 1, 2)  # type: ignore[attr-defined]
+            found = _width(layer)
+            if found is not None:
+                width, last = found
+                return width, -1 if last and not moved else 1
+        if node.op == "call_method" and node.target == "permute":
+            moved = moved or tuple(node.args[1:]) == (0, 3, 1, 2)
+        sources = [n for n in node.all_input_nodes if n.op != "get_attr" and not _is_shape(n)]
+        if not sources or node.op == "placeholder":
+            raise Rejected("no norm, convolution or linear tells how many channels it has")
+        # Of x * gate(x) the map: the older one.
+        node = min(sources, key=list(graph.nodes).index)
+
+
+def _flat(module: nn.Module) -> Iterator[nn.Module]:
+    return (child for child in module.modules() if not any(True for _ in child.children()) or _width(child))
+
+
+def _width(layer: nn.Module) -> tuple[int, bool] | None:
+    """How many channels come out of ``layer``, and whether they are its last dimension."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return layer.out_channels, False
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, True
+    if isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
+        return layer.num_features, False
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_channels, False
+    if isinstance(layer, nn.LayerNorm):
+        return layer.normalized_shape[-1], not type(layer).__name__.endswith("2d")
+    if type(layer).__name__ == "FrozenBatchNorm2d":
+        return layer.weight.shape[0], False  # type: ignore[union-attr, return-value]
+    return None
