@@ -109,9 +109,10 @@ def _traced(
         found.untraceable_modules[name] = module
         return None
     graphs = []
-    for graph in (training, evaluation):
+    for graph, is_training in ((training, True), (evaluation, False)):
         if graph is not None:
-            of_graph, reasons = tails.find(module, graph, blocks, replace)
+            with mode(module, is_training):
+                of_graph, reasons = tails.find(module, graph, blocks, replace)
             graphs.append((graph, of_graph))
             if reasons:
                 found.rejected[name] = reasons

@@ -260,23 +260,48 @@ def drops_samples(module: nn.Module) -> bool:
 
 
 def _taken_apart(root: nn.Module, graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """The last call in a Sequential that ``node`` calls, whose children the graph then calls one by one."""
+    """The last call within the child that ``node`` calls, whose own calls stand in the graph then.
+
+    Done to what ends in a call of a child of its own: a Sequential, or a module like it.
+    """
     module = module_of(root, node)
-    while module is not None and _is_chain(module) and len(module) > 0 and len(node.args) == 1 and not node.kwargs:  # type: ignore[arg-type]
-        value = node.args[0]
+    while module is not None and len(node.args) == 1 and not node.kwargs:
+        of_child = _ends_in_a_call(module)
+        if of_child is None:
+            break
+        places = {next(n for n in of_child.nodes if n.op == "placeholder"): node.args[0]}
         with graph.inserting_before(node):
-            for name, _ in module.named_children():
-                value = graph.call_module(f"{node.target}.{name}", (value,))
-        node.replace_all_uses_with(value)  # type: ignore[arg-type]
+            value = graph.graph_copy(_prefixed(of_child, str(node.target)), places)  # type: ignore[arg-type]
+        assert isinstance(value, fx.Node)
+        node.replace_all_uses_with(value)
         graph.erase_node(node)
-        node = value  # type: ignore[assignment]
+        node = value
         module = module_of(root, node)
     return node
 
 
-def _is_chain(module: nn.Module) -> bool:
-    """Whether a call of ``module`` is a call of its children in turn, and nobody waits for it."""
-    return type(module).forward is nn.Sequential.forward and not (module._forward_hooks or module._forward_pre_hooks)
+def _ends_in_a_call(module: nn.Module) -> fx.Graph | None:
+    """The graph of ``module`` if it is one of a single argument that ends in a call of a child; else None."""
+    if module._forward_hooks or module._forward_pre_hooks or next(module.children(), None) is None:
+        return None
+    if isinstance(module, (*WEIGHTED, nn.modules.batchnorm._BatchNorm)):
+        return None
+    try:
+        graph = trace(module)
+    except Untraceable:
+        return None
+    result = next(n for n in graph.nodes if n.op == "output").args[0]
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    ends = isinstance(result, fx.Node) and result.op == "call_module"
+    return graph if ends and len(inputs) == 1 else None
+
+
+def _prefixed(graph: fx.Graph, prefix: str) -> fx.Graph:
+    """``graph`` as its module's parent sees it."""
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = f"{prefix}.{node.target}"
+    return graph
 
 
 def _folds(root: nn.Module, node: fx.Node) -> bool:

@@ -28,7 +28,12 @@ def require_default(value: Any, default: Any, name: str) -> None:
 
 
 class _BlockTracer(fx.Tracer):
-    """Children are leaves; what is called without being registered is traced through."""
+    """Children are leaves; what is called without being registered is traced through.
+
+    Buffers are proxies too: a norm that counts its batches writes the count down, instead of counting the trace.
+    """
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -71,11 +76,16 @@ def trace(module: nn.Module) -> fx.Graph:
     forward = type(module).forward
     if forward is nn.Module.forward or "forward" in vars(module):
         raise Untraceable("it has no forward of its class's own")
+    before = dict(vars(module))
     try:
         return _BlockTracer().trace(module)
     except Exception as error:  # whatever the module's own code raises when it meets a Proxy
         reason = str(error).strip().splitlines()
         raise Untraceable(f"{type(error).__name__}: {reason[0] if reason else ''}") from error
+    finally:
+        # A forward that keeps something in its module has kept a Proxy.
+        vars(module).clear()
+        vars(module).update(before)
 
 
 @contextmanager
