@@ -1,4 +1,4 @@
-"""Attention placed by hand: hooks on a network's own modules, and the network that ``share_attention`` makes beside it."""
+"""Attention placed by hand, by hooks on a network's own modules: what ``share_attention`` has to agree with."""
 
 from __future__ import annotations
 
@@ -15,30 +15,41 @@ from dia_kernels import sharing
 Places = Sequence[Sequence[str]]
 
 
-def hook(model: nn.Module, units: Sequence[nn.Module], places: Places) -> nn.Module:
-    """``model`` with each of ``units`` called at the places of its stage; the units are its own."""
-    for index, (unit, names) in enumerate(zip(units, places, strict=True)):
-        carried: dict[str, Any] = {}
-        model.add_module(f"hooked_{index}", unit)
-        for place, name in enumerate(names):
+class Hooked(nn.Module):
+    """``model`` with each of ``units`` called at the places of its stage."""
 
-            def attend(x: Tensor, unit=unit, carried=carried, first=place == 0) -> Tensor:
-                y, carried["state"] = unit(x, None if first else carried["state"])
-                return y
+    def __init__(self, model: nn.Module, units: Sequence[nn.Module], places: Places) -> None:
+        super().__init__()
+        self.model, self.units = model, nn.ModuleList(units)
+        for unit, names in zip(units, places, strict=True):
+            carried: dict[str, Any] = {}
+            for place, name in enumerate(names):
 
-            if name.startswith("< "):
-                model.get_submodule(name[2:]).register_forward_pre_hook(lambda _, args, attend=attend: attend(args[0]))
-            else:
-                model.get_submodule(name).register_forward_hook(lambda _, args, y, attend=attend: attend(y))
-    return model
+                def attend(x: Tensor, unit=unit, carried=carried, first=place == 0) -> Tensor:
+                    y, carried["state"] = unit(x, None if first else carried["state"])
+                    return y
+
+                module = model.get_submodule(name.removeprefix("< "))
+                if name.startswith("< "):
+                    module.register_forward_pre_hook(lambda _, args, attend=attend: attend(args[0]))
+                else:
+                    module.register_forward_hook(lambda _, args, y, attend=attend: attend(y))
+
+    def forward(self, *args: Any) -> Any:
+        return self.model(*args)
 
 
-def pair(model: nn.Module, places: Places, share: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, nn.Module]:
+def hook(plain: nn.Module, shared: nn.Module, places: Places) -> Hooked:
+    """``plain`` with copies of the units of ``shared``, at ``places``."""
+    units = [copy.deepcopy(shared.get_submodule(stage.attention)) for stage in sharing.report(shared).stages]
+    return Hooked(plain, units, places)
+
+
+def pair(model: nn.Module, places: Places, share: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, Hooked]:
     """The network that ``share`` makes of ``model``, and a copy with the same units hooked in."""
     plain = copy.deepcopy(model)
     shared = share(model)
-    units = [copy.deepcopy(shared.get_submodule(stage.attention)) for stage in sharing.report(shared).stages]
-    return shared, hook(plain, units, places)
+    return shared, hook(plain, shared, places)
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -56,7 +67,7 @@ def loss_of(result: Any) -> Tensor:
     return sum(t.square().mean() for t in tensors(result) if t.is_floating_point())  # type: ignore[return-value]
 
 
-def assert_same(shared: nn.Module, hooked: nn.Module, call: Callable[[nn.Module], Any], training: bool) -> None:
+def assert_same(shared: nn.Module, hooked: Hooked, call: Callable[[nn.Module], Any], training: bool) -> None:
     """The same results; in training also the same gradients of every parameter, and the same buffers after it.
 
     In float64: both sum the same values, in other orders.
@@ -75,17 +86,14 @@ def assert_same(shared: nn.Module, hooked: nn.Module, call: Callable[[nn.Module]
     of_shared = dict(shared.named_parameters())
     stages = sharing.report(shared).stages
     units = [p for stage in stages for p in shared.get_submodule(stage.attention).parameters()]
-    of_hooked = dict(hooked.named_parameters())
-    by_hand = [p for name, p in of_hooked.items() if name.startswith("hooked_")]
-    for ours, theirs in zip(units, by_hand, strict=True):
+    for ours, theirs in zip(units, hooked.units.parameters(), strict=True):
         assert_close(ours.grad, theirs.grad, "attention")
-    for name, parameter in of_hooked.items():
-        if not name.startswith("hooked_"):
-            assert (parameter.grad is None) == (of_shared[name].grad is None), name
-            if parameter.grad is not None:
-                assert_close(of_shared[name].grad, parameter.grad, name)
+    for name, parameter in hooked.model.named_parameters():
+        assert (parameter.grad is None) == (of_shared[name].grad is None), name
+        if parameter.grad is not None:
+            assert_close(of_shared[name].grad, parameter.grad, name)
     buffers = dict(shared.named_buffers())
-    for name, buffer in hooked.named_buffers():
+    for name, buffer in hooked.model.named_buffers():
         assert_close(buffers[name], buffer, name)
 
 

@@ -21,6 +21,8 @@ from torch import nn
 
 from dia_kernels import sharing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def _images(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -37,10 +39,6 @@ class Case:
     places: Places
     shape: tuple[int, ...] = (2, 3, 64, 64)
     options: dict[str, Any] | None = None
-
-
-def _without_se(name: str) -> nn.Module:
-    return timm.create_model(name, num_classes=7)
 
 
 def _of_timm(name: str, **options: Any) -> Callable[[], nn.Module]:

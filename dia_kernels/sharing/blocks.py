@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 from torch import fx, nn
 
@@ -182,11 +183,11 @@ def _owner(model: nn.Module, name: str) -> str:
 
 def _chain(module: nn.Module) -> Iterator[tuple[str, str]]:
     names = [name for name, _ in module.named_children()]
-    return zip(names, names[1:], strict=False)
+    return pairwise(names)
 
 
 def _calls(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Of the modules that ``module`` calls pairs where one's result goes to the other alone; none if nobody can tell."""
+    """Pairs of the modules that ``module`` calls, the one's result going to the other alone; none if none can tell."""
     try:
         with mode(module, True):
             graph = trace(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, overload
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,25 +32,6 @@ CellSpec = str | Callable[[int], nn.Module]
 _REPORT = "_dia_kernels_report"
 
 
-@overload
-def share_attention(model: nn.Module, cell: CellSpec = ..., reduction: int = ..., *, dry_run: Literal[True]) -> Report: ...
-@overload
-def share_attention(
-    model: nn.Module,
-    cell: CellSpec = ...,
-    reduction: int = ...,
-    *,
-    existing: Literal["keep", "replace", "error"] = ...,
-    extra_norm: Literal["batch"] | None = ...,
-    min_blocks: int = ...,
-    include: Iterable[Pattern] | Pattern | None = ...,
-    exclude: Iterable[Pattern] | Pattern = ...,
-    init: Literal["default", "preserve"] = ...,
-    adapters: Mapping[type[nn.Module], Adapter] | None = ...,
-    per_block: bool = ...,
-    backend: str | None = ...,
-    dry_run: Literal[False] = ...,
-) -> nn.Module: ...
 def share_attention(
     model: nn.Module,
     cell: CellSpec = "lstm",
@@ -66,7 +47,7 @@ def share_attention(
     per_block: bool = False,
     backend: str | None = None,
     dry_run: bool = False,
-) -> nn.Module | Report:
+) -> Any:
     """Gives each stage of a residual network one attention unit that all its blocks share, in place.
 
     A block's tail, ``act(norm(z) + shortcut)``, becomes ``act(norm(z) * h + shortcut)`` in one fused call
@@ -103,9 +84,7 @@ def share_attention(
     _check(model, reduction, existing, extra_norm, min_blocks, init)
     include, exclude = None if include is None else _tuple(include), _tuple(exclude)
     adapters = adapters or {}
-    found = blocks.find(
-        model, include=include, exclude=exclude, replace=existing == "replace", adapters=adapters
-    )
+    found = blocks.find(model, include=include, exclude=exclude, replace=existing == "replace", adapters=adapters)
     _check_siblings(found)
     runs = [[c] for c in found.candidates] if per_block else blocks.stages(model, found.candidates)
     for run in runs:
@@ -118,7 +97,9 @@ def share_attention(
     name = cell if isinstance(cell, str) else getattr(cell, "__name__", type(cell).__name__)
     report = Report(name, [], found.rejected, found.untraceable, found.left, existing)
     units = [_unit(run, cell, reduction, backend) for run in runs]
-    report.stages = [_described(model, run, unit, extra_norm is not None, reduction) for run, unit in zip(runs, units, strict=True)]
+    report.stages = [
+        _described(run, unit, extra_norm is not None, reduction) for run, unit in zip(runs, units, strict=True)
+    ]
     if dry_run:
         return report
     if init == "preserve":
@@ -175,8 +156,9 @@ def _check_siblings(found: blocks.Found) -> None:
     for name, module in found.untraceable_modules.items():
         if type(module) in classes:
             raise SharingError(
-                f"{name}: cannot be traced ({found.untraceable[name]}), but other blocks of its class {type(module).__name__} can: its "
-                "stage would be shorter without a word; exclude the class, or give an adapter"
+                f"{name}: cannot be traced ({found.untraceable[name]}), but other blocks of its class "
+                f"{type(module).__name__} can: its stage would be shorter without a word; exclude the class, or give "
+                "an adapter"
             )
 
 
@@ -184,7 +166,9 @@ def _check_blocks(runs: list[list[Candidate]], existing: str, extra_norm: str | 
     for candidate in (c for run in runs for c in run):
         for attribute in (ATTENTION, EXTRA_NORM) if extra_norm else (ATTENTION,):
             if hasattr(candidate.module, attribute):
-                raise SharingError(f"{candidate.name}: has an attribute {attribute!r} already, where attention would go")
+                raise SharingError(
+                    f"{candidate.name}: has an attribute {attribute!r} already, where attention would go"
+                )
         if existing == "error" and isinstance(candidate.how, Traced) and candidate.how.graphs[0][1][0].attention:
             raise SharingError(
                 f"{candidate.name}: has attention at its tail already; say existing='keep' or existing='replace'"
@@ -212,7 +196,7 @@ def _unit(run: list[Candidate], cell: CellSpec, reduction: int, backend: str | N
     return unit.to(device=like.device, dtype=like.dtype).train(first.module.training)
 
 
-def _described(model: nn.Module, run: list[Candidate], unit: nn.Module, extra_norm: bool, reduction: int) -> Stage:
+def _described(run: list[Candidate], unit: nn.Module, extra_norm: bool, reduction: int) -> Stage:
     width = run[0].channels // reduction if hasattr(unit, "reduction") else None
     return Stage(
         blocks=tuple(_described_block(c, extra_norm) for c in run),

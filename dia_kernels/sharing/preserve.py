@@ -1,13 +1,14 @@
 """``init="preserve"``: a converted network computes what it computed before.
 
-Attention begins as a constant: with its expansions' weights at zero every scale is a value of each channel and block that
-depends on no map. The layer that makes a block's x, its norm for the most part, is divided by it. From there fine-tuning
-goes on where the pretrained network stood; the weights at zero learn, as their gradients are not zero.
+Attention begins as a constant: with its expansions' weights at zero every scale is a value of each channel and block
+that depends on no map. The layer that makes a block's x, its norm for the most part, is divided by it. From there
+fine-tuning goes on where the pretrained network stood; the weights at zero learn, as their gradients are not zero.
 """
 
 from __future__ import annotations
 
 import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -79,7 +80,8 @@ def _scales(unit: SharedAttention, calls: int) -> list[Tensor]:
         scales.append(y.view(-1))
     if min(scale.min().item() for scale in scales) < _LEAST:
         raise SharingError(
-            f"init: 'preserve' would divide by less than {_LEAST}: the unit's biases were drawn that low; try another seed"
+            f"init: 'preserve' would divide by less than {_LEAST}: the unit's biases were drawn that low; take another "
+            "seed"
         )
     return scales
 
@@ -94,4 +96,4 @@ def _divisible(root: nn.Module, tail: Tail) -> list[Tensor]:
     if layer is None or not affine or getattr(layer, "weight", None) is None:
         return []
     transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-    return [] if transposed else [t for t in (layer.weight, layer.bias) if t is not None]  # type: ignore[list-item]
+    return [] if transposed else [t for t in (layer.weight, layer.bias) if isinstance(t, Tensor)]

@@ -73,7 +73,9 @@ class Report:
         return sum(stage.parameters for stage in self.stages)
 
     def __str__(self) -> str:
-        lines = [f"{self.cell}: {self.blocks} blocks in {len(self.stages)} stages, {self.parameters:,} parameters added"]
+        lines = [
+            f"{self.cell}: {self.blocks} blocks in {len(self.stages)} stages, {self.parameters:,} parameters added"
+        ]
         for stage in self.stages:
             width = "" if stage.width is None else f", m = {stage.width}"
             lines.append(f"  {stage.attention}: C = {stage.channels}{width}, {stage.parameters:,} parameters")

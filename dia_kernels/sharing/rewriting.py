@@ -153,22 +153,21 @@ class Adapted:
 
 def rewrite(root: nn.Module, graph: fx.Graph, tails: list[Tail], role: Role, extra_norm: bool) -> None:
     """Makes ``graph`` that of the block with attention in its tails."""
-    carried, pair, state = (None, None, None) if role.first else _take_state(graph)
+    state: fx.Node | None = None
+    if not role.first:
+        carried, pair, x, state = _take_state(graph)
     for tail in tails:
         state = _attend(root, graph, tail, state, extra_norm)
-    if pair is not None:
-        x = next(iter(pair.users))
+    if not role.first:
+        # Last of all: the tails know the argument, not what takes its place.
         carried.replace_all_uses_with(x, delete_user_cb=lambda user: user is not pair)
     if not role.last:
         output = next(node for node in graph.nodes if node.op == "output")
         output.args = ((output.args[0], state),)
 
 
-def _take_state(graph: fx.Graph) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Unpacks what the block before hands on, before anything else: that argument, the pair, the state.
-
-    The pair's first user is the map, which has to take the argument's place when all else is done.
-    """
+def _take_state(graph: fx.Graph) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node]:
+    """Unpacks what the block before hands on, before anything else: that argument, the pair, the map, the state."""
     carried = next(node for node in graph.nodes if node.op == "placeholder")
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
@@ -178,7 +177,7 @@ def _take_state(graph: fx.Graph) -> tuple[fx.Node, fx.Node, fx.Node]:
     with graph.inserting_after(x):
         state = graph.call_function(operator.getitem, (pair, 1))
     carried.type = None
-    return carried, pair, state
+    return carried, pair, x, state
 
 
 def _attend(root: nn.Module, graph: fx.Graph, tail: Tail, state: fx.Node | None, extra_norm: bool) -> fx.Node:
@@ -197,9 +196,7 @@ def _attend(root: nn.Module, graph: fx.Graph, tail: Tail, state: fx.Node | None,
             if tail.relu is not None:
                 options["activation"] = "relu"
             if samples:
-                options["sample_scale"] = graph.call_function(
-                    sample_scale, (graph.get_attr(str(samples[0].target)), x)
-                )
+                options["sample_scale"] = graph.call_function(sample_scale, (graph.get_attr(str(samples[0].target)), x))
         pair = graph.call_module(ATTENTION, (x, state), options)
         # The state first: tools take a module's last node for its output.
         new_state = graph.call_function(operator.getitem, (pair, 1))

@@ -97,10 +97,7 @@ def _is_addition(node: fx.Node) -> bool:
         node.op == "call_method" and node.target in ("add", "add_")
     )
     return (
-        called
-        and len(node.args) == 2
-        and all(isinstance(a, fx.Node) for a in node.args)
-        and node.kwargs.get("alpha", 1) == 1
+        called and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args) and "alpha" not in node.kwargs
     )
 
 
@@ -150,7 +147,7 @@ def find(
     additions = [node for node in graph.nodes if _is_addition(node)]
     ancestors = _ancestors(graph)
     for addition in additions:
-        if not all(ancestors[operand] for operand in addition.args):  # type: ignore[index]
+        if not all(ancestors[operand] for operand in addition.args):
             continue  # of sizes, or of a parameter: nobody would look for a block there
         try:
             residual, shortcut, strided = _sides(root, graph, ancestors, addition, blocks)
@@ -355,7 +352,7 @@ def _channels(root: nn.Module, graph: fx.Graph, x: fx.Node) -> tuple[int, int]:
         module = module_of(root, node)
         layers = [] if module is None else list(reversed(list(_flat(module))))
         for layer in layers:
-            moved = moved or type(layer).__name__ == "Permute" and tuple(layer.dims) == (0, 3, 1, 2)  # type: ignore[attr-defined]
+            moved = moved or getattr(layer, "dims", None) in ([0, 3, 1, 2], (0, 3, 1, 2))
             found = _width(layer)
             if found is not None:
                 width, last = found
@@ -386,5 +383,5 @@ def _width(layer: nn.Module) -> tuple[int, bool] | None:
     if isinstance(layer, nn.LayerNorm):
         return layer.normalized_shape[-1], not type(layer).__name__.endswith("2d")
     if type(layer).__name__ == "FrozenBatchNorm2d":
-        return layer.weight.shape[0], False  # type: ignore[union-attr, return-value]
+        return len(layer.get_buffer("weight")), False
     return None

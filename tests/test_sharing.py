@@ -1,0 +1,570 @@
+"""``share_attention``: its options, its errors, and what users do with a converted network."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import sharing_processes
+import timm
+import torch
+import torchvision.models as vision
+from hooked import assert_close, assert_same, hook, loss_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import FrozenBatchNorm2d
+
+import dia_kernels
+from dia_kernels import SharedAttention, sharing
+from dia_kernels.sharing import Adapter, SharingError, share_attention
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int = 6, stride: int = 1, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(channels, 4, 3, stride, 1), nn.ReLU(), nn.Conv2d(4, channels, 1))
+        self.norm = norm(channels)
+        self.relu = nn.ReLU()
+        self.down = nn.Conv2d(channels, channels, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.conv(x)) + self.down(x))
+
+
+def small(*strides: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *(Block(stride=s) for s in strides or (1, 1, 2, 1)))
+
+
+def names(model: nn.Module) -> list[list[str]]:
+    return [[block.name for block in stage.blocks] for stage in sharing.report(model).stages]
+
+
+# --- stages and options --------------------------------------------------------------------------------------------
+
+
+def test_a_stage_begins_where_the_shortcut_has_a_stride():
+    model = small(1, 1, 2, 1)
+    assert share_attention(model, reduction=2) is model
+    assert names(model) == [["1", "2"], ["3", "4"]]
+    assert "1.attention.input_reduce_weight" in model.state_dict()
+    assert not any(key.startswith(("2.attention", "4.attention")) for key in model.state_dict())
+    assert model[1].attention is model[2].attention is not model[3].attention
+    assert isinstance(model[1], Block)
+
+
+def test_blocks_called_one_by_one_in_a_forward():
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+            self.last = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            y = self.last(x)
+            return x + y.mean()
+
+    model = share_attention(Network(), reduction=2)
+    # The last block's input goes elsewhere too, so the third block has to return a map.
+    assert names(model) == [["blocks.0", "blocks.1", "blocks.2"], ["last"]]
+    assert model(torch.randn(2, 6, 5, 5)).shape == (2, 6, 5, 5)
+
+
+def test_blocks_that_nobody_can_follow_have_units_of_their_own():
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                if x.sum() > 0:
+                    x = block(x)
+            return x
+
+    model = share_attention(Network(), reduction=2)
+    assert names(model) == [["blocks.0"], ["blocks.1"], ["blocks.2"]]
+    assert model(torch.rand(2, 6, 5, 5)).shape == (2, 6, 5, 5)
+
+
+def test_include_exclude_min_blocks():
+    assert names(share_attention(small(), reduction=2, include="[12]")) == [["1", "2"]]
+    assert names(share_attention(small(), reduction=2, exclude=["1", "3"])) == [["2"], ["4"]]
+    model = share_attention(small(1, 1, 2), reduction=2, min_blocks=2)
+    assert names(model) == [["1", "2"]]
+    assert sharing.report(model).left == {"3": "its stage has 1 of at least 2 blocks"}
+    assert names(share_attention(nn.Sequential(small(1), Block()), reduction=2, include=Block)) == [["0.1"], ["1"]]
+    with pytest.raises(SharingError, match="excluded"):
+        share_attention(small(), exclude=Block)
+
+
+def test_per_block():
+    model = share_attention(small(), "lstm", 2, per_block=True)
+    assert names(model) == [["1"], ["2"], ["3"], ["4"]]
+    assert len({id(model[k].attention) for k in (1, 2, 3, 4)}) == 4
+
+
+def test_a_dry_run_changes_nothing():
+    model = small()
+    before, classes = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    report = share_attention(model, reduction=2, dry_run=True)
+    assert [type(m) for m in model.modules()] == classes
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert report.blocks == 4
+    assert report.parameters == 2 * sum(p.numel() for p in SharedAttention(6, 2).parameters())
+    assert "lstm: 4 blocks in 2 stages" in str(report)
+    assert "1 to 2 (Block): fused norm, shortcut, relu" in str(report)
+    share_attention(model, reduction=2)
+
+
+def test_an_extra_norm_where_no_norm_ends_the_branch():
+    model = timm.create_model("resnetv2_50", num_classes=3)
+    share_attention(model, reduction=16, extra_norm="batch")
+    block = model.stages[1].blocks[2]
+    assert type(block.attention_norm) is nn.BatchNorm2d
+    assert "stages.1.blocks.2.attention_norm.weight" in model.state_dict()
+    places = [[f"stages.{s}.blocks.{i}.attention_norm" for i in range(n)] for s, n in enumerate((3, 4, 6, 3))]
+    assert names(model) == [[place.rpartition(".")[0] for place in stage] for stage in places]
+    assert model.train()(IMAGES).shape == (2, 3)
+    assert block.attention_norm.num_batches_tracked == 1
+    untouched = share_attention(vision.resnet18(), reduction=16, extra_norm="batch")
+    assert not any("attention_norm" in key for key in untouched.state_dict())
+
+
+def test_elementwise_dropout_before_the_addition_stays_outside():
+    class Dropping(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.dropout(self.norm(self.conv(x))) + x)
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(Dropping(), Dropping()).double()
+    shared = share_attention(copy.deepcopy(plain), reduction=2)
+    assert "shortcut apart: Dropout between" in str(sharing.report(shared))
+    hooked = hook(plain, shared, [["0.norm", "1.norm"]])
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    assert_same(shared, hooked, lambda model: model(x), training=True)
+
+
+class Moody(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x)) + x
+        return F.dropout(self.relu(y), 0.5, self.training)
+
+
+def test_forwards_that_differ_between_training_and_evaluation():
+    torch.manual_seed(0)
+    plain = nn.Sequential(Moody(), Moody()).double()
+    shared = share_attention(copy.deepcopy(plain), reduction=2)
+    hooked = hook(plain, shared, [["0.norm", "1.norm"]])
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    assert_same(shared, hooked, lambda model: model(x), training=False)
+    assert_same(shared, hooked, lambda model: model(x), training=True)
+    again = pickle.loads(pickle.dumps(shared.eval()))
+    torch.testing.assert_close(again(x), shared(x))
+
+
+def test_an_argument_with_a_default():
+    class Conditional(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None, *rest: Any, gain: float = 1.0) -> Tensor:
+            y = self.norm(self.conv(x))
+            if mask is not None:
+                y = y * mask
+            return self.relu(y * gain + x)
+
+    model = share_attention(nn.Sequential(Conditional(), Conditional()), reduction=2)
+    x = torch.randn(2, 6, 5, 5)
+    first = model[0](x, None, gain=1.0)
+    assert type(first) is tuple
+    with pytest.raises(TypeError, match="mask: this block was converted for calls without it"):
+        model[0](x, torch.ones(1))
+    with pytest.raises(TypeError, match="gain: this block was converted for calls without it"):
+        model[0](x, gain=2.0)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "sync", "none"])
+def test_other_norms(kind):
+    def norm(channels: int) -> nn.Module:
+        if kind == "frozen":
+            made = FrozenBatchNorm2d(channels)
+            made.running_mean.normal_()
+            made.running_var.uniform_(0.5, 2)
+            made.weight.uniform_(0.5, 2)
+            return made
+        return nn.SyncBatchNorm(channels) if kind == "sync" else nn.GroupNorm(2, channels)
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(Block(norm=norm), Block(norm=norm)).double()
+    shared = share_attention(copy.deepcopy(plain), reduction=2)
+    assert ("fused norm" in str(sharing.report(shared))) == (kind != "none")
+    hooked = hook(plain, shared, [["0.norm", "1.norm"]])
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    assert_same(shared, hooked, lambda model: model(x), training=False)
+    if kind != "sync":  # which wants a GPU in training
+        assert_same(shared, hooked, lambda model: model(x), training=True)
+
+
+def test_an_untraceable_block_with_an_adapter():
+    adapters = {Branching: Adapter(adapted, channels=width)}
+    torch.manual_seed(0)
+    plain = nn.Sequential(Branching(), Branching(), Branching()).double()
+    with pytest.raises(SharingError, match="0: cannot be traced"):
+        share_attention(copy.deepcopy(plain))
+    shared = share_attention(copy.deepcopy(plain), reduction=2, adapters=adapters)
+    assert names(shared) == [["0", "1", "2"]]
+    hooked = hook(plain, shared, [["0.norm", "1.norm", "2.norm"]])
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    assert_same(shared, hooked, lambda model: model(x), training=True)
+    again = pickle.loads(pickle.dumps(shared.eval()))
+    torch.testing.assert_close(again(x), shared(x))
+
+
+class Branching(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        return self.relu(self.norm(self.conv(x)) + x)
+
+
+def width(block: nn.Module) -> int:
+    return block.conv[2].out_channels
+
+
+def adapted(block: Branching, attend: sharing.Attend, x: Tensor) -> Tensor:
+    return attend(block.conv(x), shortcut=x, norm=block.norm, activation="relu")
+
+
+def test_an_adapter_that_does_not_attend():
+    adapters = {Branching: Adapter(lambda block, attend, x: x, channels=lambda block: 6)}
+    model = share_attention(nn.Sequential(Branching()), reduction=2, adapters=adapters)
+    with pytest.raises(RuntimeError, match="adapters: the forward given for Branching did not call attend"):
+        model(torch.randn(1, 6, 3, 3))
+
+
+# --- attention that is there already -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["seresnet50", "ecaresnet50d"])
+def test_existing_attention_replaced(name):
+    """As the network without it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, layers=(1, 2, 1, 1)).double()
+    plain = copy.deepcopy(model)
+    for block in plain.modules():
+        if getattr(block, "se", None) is not None:
+            block.se = None
+    shared = share_attention(model, reduction=16, existing="replace")
+    assert "replaced" in str(sharing.report(shared))
+    assert not any(".se." in key for key in shared.state_dict())
+    places = [[f"layer{s}.{i}.bn3" for i in range(n)] for s, n in enumerate((1, 2, 1, 1), 1)]
+    hooked = hook(plain, shared, places)
+    x = IMAGES.double()
+    assert_same(shared, hooked, lambda m: m(x), training=False)
+    assert_same(shared, hooked, lambda m: m(x), training=True)
+
+
+def test_existing_attention_is_an_error_if_asked():
+    with pytest.raises(SharingError, match=r"layer4.0: has attention at its tail already|layer1.0: has attention"):
+        share_attention(timm.create_model("seresnet18"), existing="error")
+    share_attention(vision.resnet18(), existing="error")
+
+
+# --- transformers --------------------------------------------------------------------------------------------------
+
+
+def transformer() -> nn.Module:
+    return vision.VisionTransformer(
+        image_size=16, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=3
+    )
+
+
+def test_a_transformer_only_if_asked():
+    with pytest.raises(SharingError, match=r"2 tails in one block, as in transformers: .* name the block in include"):
+        share_attention(transformer())
+    torch.manual_seed(0)
+    plain = transformer().double()
+    shared = share_attention(copy.deepcopy(plain), reduction=2, include="encoder.layers.*")
+    assert names(shared) == [["encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"]]
+    unit = shared.encoder.layers[0].attention
+    assert unit.channel_dim == -1
+    places = [[f"encoder.layers.encoder_layer_{i}.{part}" for i in range(2) for part in ("dropout", "mlp")]]
+    hooked = hook(plain, shared, places)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    assert_same(shared, hooked, lambda m: m(x), training=False)
+    assert_same(shared, hooked, lambda m: m(x), training=True)
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_errors():
+    with pytest.raises(TypeError, match=r"model: expected an nn.Module, got list"):
+        share_attention([])
+    for options, message in (
+        ({"existing": "drop"}, "existing: expected one of"),
+        ({"extra_norm": "layer"}, "extra_norm: expected one of"),
+        ({"init": "zero"}, "init: expected one of"),
+        ({"min_blocks": 0}, "min_blocks: expected at least 1"),
+        ({"cell": "gru"}, "cell: expected"),
+        ({"reduction": 7}, "reduction: expected at most"),
+        ({"backend": "tpu"}, "backend: expected"),
+    ):
+        model = small()
+        with pytest.raises(ValueError, match=message):
+            share_attention(model, **options)
+        assert not any(sharing.rewriting.is_converted(m) for m in model.modules())
+    with pytest.raises(TypeError, match="reduction: expected an int"):
+        share_attention(small(), reduction=2.0)
+    with pytest.raises(SharingError, match="found no residual blocks"):
+        share_attention(vision.vgg11())
+    model = share_attention(small(), reduction=2)
+    with pytest.raises(SharingError, match=r"already converted: 1 and 3 other blocks"):
+        share_attention(model)
+    with pytest.raises(ValueError, match="expected a network that share_attention has converted"):
+        sharing.report(small())
+    with pytest.raises(SharingError, match="convert the network before DataParallel wraps it"):
+        share_attention(nn.DataParallel(small()))
+
+
+def test_a_name_that_is_taken():
+    model = small()
+    model[2].attention = nn.Identity()
+    with pytest.raises(SharingError, match="2: has an attribute 'attention' already"):
+        share_attention(model, reduction=2)
+    assert type(model[1]) is Block
+
+
+def test_a_sibling_that_cannot_be_traced():
+    class Odd(Block):
+        def __init__(self, odd: bool) -> None:
+            super().__init__()
+            self.odd = odd
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.odd and x.sum() > 0:
+                return x
+            return self.relu(self.norm(self.conv(x)) + x)
+
+    with pytest.raises(SharingError, match=r"1: cannot be traced .* Odd can: .* exclude the class, or give an adapter"):
+        share_attention(nn.Sequential(Odd(False), Odd(True)), reduction=2)
+
+
+def test_a_middle_block_called_without_the_state():
+    model = share_attention(small(), reduction=2)
+    with pytest.raises(RuntimeError, match=r"stands in the middle of a stage .* takes the pair \(map, state\)"):
+        model[2](torch.randn(2, 6, 5, 5))
+
+
+def test_data_parallel_is_refused():
+    model = share_attention(small(), reduction=2)
+    with pytest.raises(RuntimeError, match=r"use nn.parallel.DistributedDataParallel"):
+        model[1]._replicate_for_data_parallel()
+
+
+# --- what users do with a converted network ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def converted() -> nn.Module:
+    return share_attention(vision.resnet18(num_classes=5), reduction=16).eval()
+
+
+def test_copies_pickles_and_checkpoints(converted):
+    expected = converted(IMAGES)
+    for other in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        assert torch.equal(other(IMAGES), expected)
+        assert other.layer1[1].attention is other.layer1[0].attention
+        assert other.layer1[0].attention is not converted.layer1[0].attention
+        assert type(other.layer1[1]) is type(converted.layer1[1])
+        assert names(other) == names(converted)
+    memory = io.BytesIO()
+    torch.save(converted, memory)
+    memory.seek(0)
+    assert torch.equal(torch.load(memory, weights_only=False)(IMAGES), expected)
+    fresh = share_attention(vision.resnet18(num_classes=5), reduction=16).eval()
+    assert not torch.equal(fresh(IMAGES), expected)
+    fresh.load_state_dict(converted.state_dict())
+    assert torch.equal(fresh(IMAGES), expected)
+    assert {k for k in converted.state_dict() if "attention" in k} == {
+        f"layer{s}.0.attention.{name}" for s in (1, 2, 3, 4) for name in SharedAttention(4).state_dict()
+    }
+
+
+def test_compiled_as_one_graph(converted):
+    with torch.no_grad():
+        expected = converted(IMAGES)
+        found = torch.compile(converted, fullgraph=True, backend="aot_eager")(IMAGES)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    trained = copy.deepcopy(converted).train()
+    eager = copy.deepcopy(trained)
+    loss_of(torch.compile(trained, fullgraph=True, backend="aot_eager")(IMAGES)).backward()
+    loss_of(eager(IMAGES)).backward()
+    for (name, ours), theirs in zip(trained.named_parameters(), eager.parameters(), strict=True):
+        size = theirs.grad.abs().max().item()
+        assert (ours.grad - theirs.grad).abs().max() <= 1e-3 * size + 1e-6, name
+
+
+def test_exported(converted):
+    exported = torch.export.export(converted, (IMAGES,)).module()
+    torch.testing.assert_close(exported(IMAGES), converted(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+def test_feature_extraction(converted):
+    extractor = create_feature_extractor(converted, {"layer1": "a", "layer2.1": "b", "layer3.0": "c"})
+    features = extractor(IMAGES)
+    x = converted.maxpool(converted.relu(converted.bn1(converted.conv1(IMAGES))))
+    a = converted.layer1(x)
+    b = converted.layer2(a)
+    c, _ = converted.layer3[0](b)
+    for name, expected in (("a", a), ("b", b), ("c", c)):
+        torch.testing.assert_close(features[name], expected, msg=name)
+
+
+def test_timms_features():
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet18", features_only=True).double().eval()
+    shared = share_attention(copy.deepcopy(plain), reduction=16)
+    hooked = hook(plain, shared, [[f"layer{s}.{i}.bn2" for i in range(2)] for s in (1, 2, 3, 4)])
+    assert len(shared(IMAGES.double())) == 5
+    assert_same(shared, hooked, lambda m: m(IMAGES.double()), training=False)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    torch.manual_seed(0)
+    model = share_attention(small(1, 1, 1), reduction=2).double()
+    again = copy.deepcopy(model)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    model(x).square().mean().backward()
+    value = again[0](x)
+    for block in list(again)[1:]:
+        if reentrant:
+            value = torch.utils.checkpoint.checkpoint_sequential([block], 1, value, use_reentrant=False)
+        else:
+            value = torch.utils.checkpoint.checkpoint(block, value, use_reentrant=False)
+    value.square().mean().backward()
+    for (name, ours), theirs in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad, name)
+
+
+def test_distributed_data_parallel(tmp_path):
+    """Two processes: the mean of their gradients, and no parameter that DDP waits for in vain."""
+    torch.multiprocessing.spawn(sharing_processes.run, (str(tmp_path),), nprocs=2)
+    alone = [sharing_processes.gradients(sharing_processes.network(), rank) for rank in range(2)]
+    for rank in range(2):
+        for name, gradient in torch.load(tmp_path / f"gradients{rank}.pt").items():
+            assert_close(gradient, (alone[0][name] + alone[1][name]) / 2, name)
+
+
+def test_functional_call(converted):
+    parameters = {name: p.detach().clone() for name, p in converted.named_parameters()}
+    expected = converted(IMAGES)
+    found = torch.func.functional_call(converted, parameters, (IMAGES,))
+    torch.testing.assert_close(found, expected)
+    assert all(isinstance(p, nn.Parameter) for p in converted.parameters())
+
+
+def test_a_detector_trains():
+    torch.manual_seed(0)
+    model = vision.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64, trainable_backbone_layers=5
+    )
+    plain = copy.deepcopy(model).double()
+    shared = share_attention(model.double(), reduction=16)
+    places = [[f"backbone.body.layer{s}.{i}.bn3" for i in range(n)] for s, n in enumerate((3, 4, 6, 3), 1)]
+    hooked = hook(plain, shared, places)
+    image = torch.rand(3, 64, 64, dtype=torch.float64)
+    target = {
+        "boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0], [10.0, 20.0, 60.0, 50.0]], dtype=torch.float64),
+        "labels": torch.tensor([1, 2]),
+    }
+    assert_same(shared, hooked, lambda m: m([image]), training=False)
+    assert_same(shared, hooked, lambda m: m([image], [target]), training=True)
+
+
+# --- init="preserve" -----------------------------------------------------------------------------------------------
+
+
+def pretrained(model: nn.Module) -> nn.Module:
+    """With weights and running statistics as if it had learned something."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+NETWORKS = {
+    "resnet18": lambda: vision.resnet18(num_classes=7),
+    "resnet50": lambda: vision.resnet50(num_classes=7),
+    "mobilenet_v3_small": lambda: vision.mobilenet_v3_small(num_classes=7),
+    "efficientnet_b0": lambda: vision.efficientnet_b0(num_classes=7),
+    "convnext_tiny": lambda: vision.convnext_tiny(num_classes=7),
+    "regnet_y_400mf": lambda: vision.regnet_y_400mf(num_classes=7),
+    "resnetv2_50": lambda: timm.create_model("resnetv2_50", num_classes=7),
+}
+
+
+@pytest.mark.parametrize("cell", ["lstm", "lstm_tanh"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_pretrained_networks_output_is_preserved(name, cell):
+    model = pretrained(NETWORKS[name]())
+    wide = copy.deepcopy(model).double()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, true = model(x), wide(x.double())
+        found = share_attention(model, cell, reduction=8, init="preserve")(x)
+        found_wide = share_attention(wide, cell, reduction=8, init="preserve")(x.double())
+    # What rounding makes of the plain network in float32 bounds what can be asked for.
+    rounding, size = (expected.double() - true).abs().max().item(), true.abs().max().item()
+    assert (found_wide - true).abs().max().item() <= 1e-10 * size
+    assert (found.double() - true).abs().max().item() <= 4 * rounding + 1e-6 * size
+
+
+def test_a_preserved_network_learns():
+    """The weights at zero have gradients."""
+    model = share_attention(pretrained(vision.resnet18(num_classes=7)), reduction=16, init="preserve").train()
+    loss_of(model(torch.randn(4, 3, 64, 64))).backward()
+    for name, parameter in model.layer2[0].attention.named_parameters():
+        if "expand" in name:
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_what_cannot_be_preserved():
+    kept = timm.create_model("seresnet18")
+    with pytest.raises(SharingError, match=r"'preserve' divides the norm, convolution or layer scale .* ends in"):
+        share_attention(kept, reduction=16, init="preserve")
+    assert not any(sharing.rewriting.is_converted(m) for m in kept.modules())
+    with pytest.raises(SharingError, match=r"'preserve' is for"):
+        share_attention(small(), lambda channels: Constant(), init="preserve")
+    bare = small()
+    bare[1].norm = nn.BatchNorm2d(6, affine=False)
+    weights = copy.deepcopy(bare.state_dict())
+    with pytest.raises(SharingError, match=r"'preserve' divides"):
+        share_attention(bare, reduction=2, init="preserve")
+    assert all(torch.equal(value, weights[key]) for key, value in bare.state_dict().items())
+
+
+class Constant(nn.Module):
+    def forward(self, x, state=None, *, shortcut=None, activation=None, inplace=False, norm=None, sample_scale=None):
+        return x, None
+
+
+def test_the_packages_own_name():
+    assert dia_kernels.share_attention is share_attention
