@@ -1,8 +1,9 @@
 """The norm before the step: which ones are folded into the tail, with which statistics, and their buffers.
 
-Folded are ``nn.BatchNorm1d/2d/3d``, ``nn.SyncBatchNorm``, torchvision's ``FrozenBatchNorm2d`` and a bare
-``(scale, bias)``. Their semantics are those of the modules themselves: batch statistics (of all processes, for a
-SyncBatchNorm) in training or where there are no running ones, running ones otherwise, buffers updated in training.
+Folded are ``nn.BatchNorm1d/2d/3d``, ``nn.SyncBatchNorm``, torchvision's ``FrozenBatchNorm2d``, timm's
+``BatchNormAct2d`` without activation and a bare ``(scale, bias)``. Their semantics are those of the modules themselves:
+batch statistics (of all processes, for a SyncBatchNorm) in training or where there are no running ones, running ones
+otherwise, buffers updated in training.
 """
 
 from __future__ import annotations
@@ -50,17 +51,27 @@ def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
         raise TypeError(f"norm: expected a norm module, a function or a pair (scale, bias), got {type(norm).__name__}")
     if channel_dim != 1 or not isinstance(norm, nn.Module) or _is_hooked(norm):
         return None
-    if type(norm).__name__ == "FrozenBatchNorm2d" and type(norm).__module__.startswith("torchvision."):
+    if _is_frozen(norm):
         return Folded(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)  # type: ignore[arg-type]
-    if type(norm) in _BATCH_NORMS:
+    if _is_batch_norm(norm):
         return _fold_batch_norm(norm, z)  # type: ignore[arg-type]
     return None
 
 
 def folds(norm: nn.Module) -> bool:
     """Whether ``norm`` before a step is folded into it, of a map with the channels in dimension 1."""
-    frozen = type(norm).__name__ == "FrozenBatchNorm2d" and type(norm).__module__.startswith("torchvision.")
-    return (frozen or type(norm) in _BATCH_NORMS) and not _is_hooked(norm)
+    return (_is_frozen(norm) or _is_batch_norm(norm)) and not _is_hooked(norm)
+
+
+def _is_frozen(norm: nn.Module) -> bool:
+    return type(norm).__name__ == "FrozenBatchNorm2d" and type(norm).__module__.startswith("torchvision.")
+
+
+def _is_batch_norm(norm: nn.Module) -> bool:
+    """Whether ``norm`` computes what PyTorch's batch norms compute: timm's with activation has none, now and then."""
+    if type(norm).__name__ == "BatchNormAct2d" and type(norm).__module__.startswith("timm."):
+        return type(norm.act) is nn.Identity and type(norm.drop) is nn.Identity
+    return type(norm) in _BATCH_NORMS
 
 
 def _is_hooked(norm: nn.Module) -> bool:

@@ -254,6 +254,40 @@ def test_an_adapter_that_does_not_attend():
         model(torch.randn(1, 6, 3, 3))
 
 
+@pytest.mark.parametrize("per_block", [False, True])
+@pytest.mark.parametrize("cell", dia_kernels.CELLS)
+def test_every_cell(cell, per_block):
+    torch.manual_seed(0)
+    plain = vision.resnet18(num_classes=3).double()
+    shared = share_attention(copy.deepcopy(plain), cell, 16, per_block=per_block)
+    blocks = [f"layer{s}.{i}.bn2" for s in (1, 2, 3, 4) for i in range(2)]
+    places = [[name] for name in blocks] if per_block else [blocks[k : k + 2] for k in range(0, 8, 2)]
+    hooked = hook(plain, shared, places)
+    x = IMAGES.double()
+    assert_same(shared, hooked, lambda m: m(x), training=True)
+    assert_same(shared, hooked, lambda m: m(x), training=False)
+    again = pickle.loads(pickle.dumps(shared))
+    assert torch.equal(again(x), shared(x))
+
+
+def test_a_users_own_cell():
+    class Gate(dia_kernels.Cell):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(channels))
+
+        def forward(self, pooled: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+            state = pooled if state is None else state + pooled
+            return torch.sigmoid(self.weight * state), state
+
+    torch.manual_seed(0)
+    plain = vision.resnet18(num_classes=3).double()
+    shared = share_attention(copy.deepcopy(plain), Gate)
+    assert str(sharing.report(shared)).startswith("Gate: 8 blocks in 4 stages")
+    hooked = hook(plain, shared, [[f"layer{s}.{i}.bn2" for i in range(2)] for s in (1, 2, 3, 4)])
+    assert_same(shared, hooked, lambda m: m(IMAGES.double()), training=True)
+
+
 # --- attention that is there already -------------------------------------------------------------------------------
 
 
@@ -480,7 +514,7 @@ def test_functional_call(converted):
 def test_a_detector_trains():
     torch.manual_seed(0)
     model = vision.detection.fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64, trainable_backbone_layers=5
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64
     )
     plain = copy.deepcopy(model).double()
     shared = share_attention(model.double(), reduction=16)

@@ -113,6 +113,7 @@ CASES = {
             *([f"up_layers.{s}.0.conv2"] for s in range(3)),
         ],
         (1, 1, 16, 16, 16),
+        {"reduction": 4},
     ),
     "segmentation_models_pytorch U-Net": Case(
         lambda: segmentation_models_pytorch.Unet("resnet34", encoder_weights=None),

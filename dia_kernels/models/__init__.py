@@ -1,10 +1,14 @@
-"""The networks of the papers, by name: ``create("resnet164", num_classes=100, attention="dia")``."""
+"""The networks of the papers, by name: ``create("resnet164", num_classes=100, attention="dia")``.
+
+Those are for small images; ``resnet18`` to ``resnet152`` are torchvision's for ImageNet, with attention.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 
+from .imagenet import resnet18, resnet34, resnet50, resnet101, resnet152
 from .parts import Attention, Network, Options
 from .preresnet import PreResNet
 from .resnet import ResNet
@@ -22,6 +26,11 @@ __all__ = [
     "WideResNet",
     "create",
     "names",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
 ]
 
 _FAMILIES: dict[str, Callable[..., Network]] = {

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..attention import create_attention
+from ..attention import SharedAttention, create_attention
 from . import blocks, preserve
 from .blocks import Candidate, Pattern, Traced
 from .errors import SharingError
@@ -198,8 +198,9 @@ def _unit(run: list[Candidate], cell: CellSpec, reduction: int, backend: str | N
 
 def _described(run: list[Candidate], unit: nn.Module, extra_norm: bool, reduction: int) -> Stage:
     width = run[0].channels // reduction if hasattr(unit, "reduction") else None
+    folds = isinstance(unit, SharedAttention) and unit.num_layers == 1
     return Stage(
-        blocks=tuple(_described_block(c, extra_norm) for c in run),
+        blocks=tuple(_described_block(c, extra_norm, folds) for c in run),
         channels=run[0].channels,
         width=width,
         parameters=sum(p.numel() for p in unit.parameters()),
@@ -207,7 +208,7 @@ def _described(run: list[Candidate], unit: nn.Module, extra_norm: bool, reductio
     )
 
 
-def _described_block(candidate: Candidate, extra_norm: bool) -> Block:
+def _described_block(candidate: Candidate, extra_norm: bool, folds: bool) -> Block:
     kind = type(candidate.module).__name__
     if isinstance(candidate.how, Adapter):
         return Block(candidate.name, kind, (), ("by an adapter",))
@@ -215,17 +216,18 @@ def _described_block(candidate: Candidate, extra_norm: bool) -> Block:
     root = candidate.module
     fused, apart = [], []
     if tail.norm is not None or extra_norm:
-        fused.append("norm")
+        (fused if folds else apart).append("norm" if folds else "norm called by itself")
     else:
         apart.append(f"no norm: its branch ends in {_called(root, tail)}")
-    others = [type(module_of(root, d)).__name__ for d in tail.drops if not drops_samples(module_of(root, d))]  # type: ignore[arg-type]
-    if others or len(tail.drops) > 1:
+    drops = tail.drops(root)
+    others = [type(module_of(root, d)).__name__ for d in drops if not drops_samples(module_of(root, d))]  # type: ignore[arg-type]
+    if others or len(drops) > 1:
         apart.append(f"shortcut apart: {', '.join(others) or 'two drops'} between")
     else:
         fused.append("shortcut")
         if tail.relu is not None:
             fused.append("relu")
-        if tail.drops:
+        if drops:
             fused.append("stochastic depth")
     there = None if tail.attention is None else _called(root, tail, tail.attention)
     return Block(candidate.name, kind, tuple(fused), tuple(apart), there)

@@ -90,6 +90,16 @@ def sample_scale(drop: nn.Module, x: Tensor) -> Tensor | None:
     return drop(x.new_ones((x.shape[0], 1))).view(-1)
 
 
+def attend(attention: nn.Module, x: Tensor, state: State | None, **options: Any) -> tuple[Tensor, State]:
+    """The stage's attention.
+
+    Tools that trace the network take the last node within a module for its result. What the shared unit does for any
+    block would count as the first block's, which registers it; so under a trace its forward is called, not itself.
+    """
+    call = attention.forward if isinstance(x, fx.Proxy) else attention
+    return call(x, state, **options)
+
+
 class Attend(Protocol):
     """The stage's attention, as an adapter's forward calls it."""
 
@@ -120,7 +130,7 @@ class _Attending:
         self.attention, self.state, self.calls = attention, state, 0
 
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
-        y, self.state = self.attention(x, self.state, **options)
+        y, self.state = attend(self.attention, x, self.state, **options)
         self.calls += 1
         return y
 
@@ -181,8 +191,9 @@ def _take_state(graph: fx.Graph) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node]:
 
 
 def _attend(root: nn.Module, graph: fx.Graph, tail: Tail, state: fx.Node | None, extra_norm: bool) -> fx.Node:
-    samples = [drop for drop in tail.drops if drops_samples(module_of(root, drop))]  # type: ignore[arg-type]
-    fusible = len(samples) == len(tail.drops) <= 1
+    drops = tail.drops(root)
+    samples = [drop for drop in drops if drops_samples(module_of(root, drop))]  # type: ignore[arg-type]
+    fusible = len(samples) == len(drops) <= 1
     with graph.inserting_before(tail.addition):
         options: dict[str, Any] = {}
         x = tail.x
@@ -197,26 +208,25 @@ def _attend(root: nn.Module, graph: fx.Graph, tail: Tail, state: fx.Node | None,
                 options["activation"] = "relu"
             if samples:
                 options["sample_scale"] = graph.call_function(sample_scale, (graph.get_attr(str(samples[0].target)), x))
-        pair = graph.call_module(ATTENTION, (x, state), options)
+        pair = graph.call_function(attend, (graph.get_attr(ATTENTION), x, state), options)
         # The state first: tools take a module's last node for its output.
         new_state = graph.call_function(operator.getitem, (pair, 1))
         y = graph.call_function(operator.getitem, (pair, 0))
+    erased: list[fx.Node | None] = []
     if fusible:
         (tail.relu or tail.addition).replace_all_uses_with(y)
-        erased = [tail.relu, tail.addition, *reversed(tail.drops)]
+        erased += [tail.relu, tail.addition, *reversed(tail.passed)]
     else:
-        first = tail.drops[0]
-        first.args = (y,)
+        tail.passed[0].args = (y,)
         # They run before the addition, but maybe before the attention as well.
-        for drop in tail.drops:
-            tail.addition.prepend(drop)
-        erased = []
-    erased += [tail.x if tail.norm is not None else None]
+        for node in tail.passed:
+            tail.addition.prepend(node)
     if tail.attention is not None and tail.attention is not tail.x:
-        erased.insert(-1, tail.attention)
-    for node in erased:
-        if node is not None and not node.users:
-            graph.erase_node(node)
+        erased.append(tail.attention)
+    erased.append(tail.norm)
+    for gone in erased:
+        if gone is not None:
+            graph.erase_node(gone)  # which raises if anything still uses it: a norm called twice would count twice
     return new_state
 
 

@@ -44,7 +44,7 @@ class Tail:
         addition: the sum itself.
         relu: the ReLU behind it, if the sum has no other user.
         norm: the folded norm; None where there is none, or where attention's input is no norm's result.
-        drops: between x and the sum, in order: stochastic depth, or dropout.
+        passed: what lies between x and the sum, in order: stochastic depth, dropout, nothing at all.
         attention: attention that is already there, right before the drops; ``x`` is its result.
         channels, channel_dim: of x.
         strided: whether the shortcut changes the positions, as at the beginning of a stage.
@@ -56,12 +56,16 @@ class Tail:
     addition: fx.Node
     relu: fx.Node | None
     norm: fx.Node | None
-    drops: list[fx.Node]
+    passed: list[fx.Node]
     attention: fx.Node | None
     channels: int
     channel_dim: int
     strided: bool
     scale: fx.Node | None
+
+    def drops(self, root: nn.Module) -> list[fx.Node]:
+        """Of ``passed`` what is not nothing."""
+        return [node for node in self.passed if type(module_of(root, node)) is not nn.Identity]
 
 
 def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -202,7 +206,7 @@ def _tail(
     strided: bool,
     replace: bool,
 ) -> Tail:
-    x, drops = _before_drops(root, graph, residual)
+    x, passed = _before_drops(root, graph, residual)
     attention = x if _is_attention(root, x) else None
     below = x if attention is None else _taken_apart(root, graph, _gated_by(attention))
     channels, channel_dim = _channels(root, graph, below)
@@ -217,7 +221,7 @@ def _tail(
         addition=addition,
         relu=users[0] if len(users) == 1 and _is_relu(root, users[0]) else None,
         norm=norm,
-        drops=drops,
+        passed=passed,
         attention=attention,
         channels=channels,
         channel_dim=channel_dim,
@@ -237,17 +241,16 @@ def source(node: fx.Node) -> fx.Node:
 
 
 def _before_drops(root: nn.Module, graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """Back over Identity, dropout and stochastic depth; the last two are returned, in order."""
-    drops: list[fx.Node] = []
+    """Back over Identity, dropout and stochastic depth, which are returned in order."""
+    passed: list[fx.Node] = []
     while True:
         node = _taken_apart(root, graph, node)
         module = module_of(root, node)
         if module is None or len(node.args) != 1 or len(node.users) != 1:
-            return node, drops
-        if drops_samples(module) or isinstance(module, _DROPOUTS):
-            drops.insert(0, node)
-        elif type(module) is not nn.Identity:
-            return node, drops
+            return node, passed
+        if not (drops_samples(module) or isinstance(module, (*_DROPOUTS, nn.Identity))):
+            return node, passed
+        passed.insert(0, node)
         node = source(node)
 
 
