@@ -392,3 +392,25 @@ def test_dropout_of_the_wide_network():
 def test_wrong_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("attention", "reduction"), [(None, None), ("se", None), ("dia", None), ("dia", 4)])
+def test_networks_for_imagenet(attention, reduction):
+    """torchvision's parameters, and those of a unit a stage (r = 20, or as asked) or a block (r = 16)."""
+    network = models.resnet50(attention=attention, reduction=reduction, num_classes=10)
+    plain = models.resnet50(attention=None, num_classes=10)
+    added = count(network) - count(plain)
+    widths = {256: 3, 512: 4, 1024: 6, 2048: 3}
+
+    def bottlenecks(c: int, m: int, paths: int, gates: int) -> int:
+        return paths * (c * m + m + gates * c * m + gates * c)
+
+    expected = {
+        None: 0,
+        "se": sum(n * bottlenecks(c, c // 16, 1, 1) for c, n in widths.items()),
+        "dia": sum(bottlenecks(c, c // (reduction or 20), 2, 4) for c in widths),
+    }[attention]
+    assert added == expected
+    assert network.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+    with pytest.raises(ValueError, match=r"attention: expected None"):
+        models.resnet18(attention="lstm")

@@ -476,8 +476,8 @@ def test_timms_features():
     assert_same(shared, hooked, lambda m: m(IMAGES.double()), training=False)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant):
+@pytest.mark.parametrize("sequential", [False, True])
+def test_activation_checkpointing(sequential):
     torch.manual_seed(0)
     model = share_attention(small(1, 1, 1), reduction=2).double()
     again = copy.deepcopy(model)
@@ -485,7 +485,7 @@ def test_activation_checkpointing(reentrant):
     model(x).square().mean().backward()
     value = again[0](x)
     for block in list(again)[1:]:
-        if reentrant:
+        if sequential:
             value = torch.utils.checkpoint.checkpoint_sequential([block], 1, value, use_reentrant=False)
         else:
             value = torch.utils.checkpoint.checkpoint(block, value, use_reentrant=False)

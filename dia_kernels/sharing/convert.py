@@ -214,7 +214,8 @@ def _described_block(candidate: Candidate, extra_norm: bool, folds: bool) -> Blo
         return Block(candidate.name, kind, (), ("by an adapter",))
     tail = candidate.how.graphs[0][1][0]
     root = candidate.module
-    fused, apart = [], []
+    fused: list[str] = []
+    apart: list[str] = []
     if tail.norm is not None or extra_norm:
         (fused if folds else apart).append("norm" if folds else "norm called by itself")
     else:
