@@ -107,6 +107,15 @@ def test_include_exclude_min_blocks():
         share_attention(small(), exclude=Block)
 
 
+def test_a_network_that_is_one_block():
+    torch.manual_seed(0)
+    plain = Block().double()
+    shared = share_attention(copy.deepcopy(plain), reduction=2)
+    assert sharing.report(shared).stages[0].attention == "attention"
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    assert_same(shared, hook(plain, shared, [["norm"]]), lambda model: model(x), training=True)
+
+
 def test_per_block():
     model = share_attention(small(), "lstm", 2, per_block=True)
     assert names(model) == [["1"], ["2"], ["3"], ["4"]]
@@ -116,7 +125,11 @@ def test_per_block():
 def test_a_dry_run_changes_nothing():
     model = small()
     before, classes = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    torch.manual_seed(3)
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
     report = share_attention(model, reduction=2, dry_run=True)
+    assert torch.equal(torch.rand(1), drawn)
     assert [type(m) for m in model.modules()] == classes
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -146,7 +146,7 @@ def stages(model: nn.Module, candidates: list[Candidate]) -> list[list[Candidate
     runs: list[list[Candidate]] = []
     run_of: dict[str, list[Candidate]] = {}
     for candidate in candidates:
-        previous = by_name.get(before.get(candidate.name, ""))
+        previous = by_name[before[candidate.name]] if before.get(candidate.name) in by_name else None
         joins = (
             previous is not None
             and not candidate.begins_stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -96,12 +97,16 @@ def share_attention(
     _check_blocks(runs, existing, extra_norm)
     name = cell if isinstance(cell, str) else getattr(cell, "__name__", type(cell).__name__)
     report = Report(name, [], found.rejected, found.untraceable, found.left, existing)
-    units = [_unit(run, cell, reduction, backend) for run in runs]
+    # Nothing is drawn for a dry run.
+    with torch.device("meta") if dry_run else nullcontext():
+        units = [_unit(run, cell, reduction, backend) for run in runs]
     report.stages = [
         _described(run, unit, extra_norm is not None, reduction) for run, unit in zip(runs, units, strict=True)
     ]
     if dry_run:
         return report
+    for run, unit in zip(runs, units, strict=True):
+        _like_block(unit, run[0].module)
     if init == "preserve":
         preserve.hold(list(zip(runs, units, strict=True)))
     for run, unit in zip(runs, units, strict=True):
@@ -189,11 +194,15 @@ def _nothing(found: blocks.Found) -> str:
 def _unit(run: list[Candidate], cell: CellSpec, reduction: int, backend: str | None) -> nn.Module:
     first = run[0]
     calls = sum(1 if isinstance(c.how, Adapter) else len(c.how.graphs[0][1]) for c in run)
-    unit = create_attention(
+    return create_attention(
         cell, first.channels, reduction, blocks=calls, channel_dim=first.channel_dim, backend=backend
     )
-    like = next((p for p in first.module.parameters() if p.is_floating_point()), torch.empty(0))
-    return unit.to(device=like.device, dtype=like.dtype).train(first.module.training)
+
+
+def _like_block(unit: nn.Module, block: nn.Module) -> None:
+    """Puts ``unit`` where ``block`` is, in its dtype and mode."""
+    like = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
+    unit.to(device=like.device, dtype=like.dtype).train(block.training)
 
 
 def _described(run: list[Candidate], unit: nn.Module, extra_norm: bool, reduction: int) -> Stage:
@@ -204,7 +213,7 @@ def _described(run: list[Candidate], unit: nn.Module, extra_norm: bool, reductio
         channels=run[0].channels,
         width=width,
         parameters=sum(p.numel() for p in unit.parameters()),
-        attention=f"{run[0].name}.{ATTENTION}",
+        attention=f"{run[0].name}.{ATTENTION}".lstrip("."),
     )
 
 
