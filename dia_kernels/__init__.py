@@ -1,8 +1,28 @@
 """Dense-and-Implicit Attention that costs next to nothing: fused shared-attention steps for PyTorch."""
 
-from . import functional
-from .attention import SharedAttention
-from .cells import LSTMParameters, StackedLayer
+from . import checkpoints, functional, sharing
+from .attention import CELLS, SharedAttention, create_attention
+from .cell_attention import CellAttention
+from .cells import CBAM, DSU, ECA, SE, SRM, Cell, LSTMParameters, StackedLayer
+from .sharing import share_attention
 from .version import __version__
 
-__all__ = ["LSTMParameters", "SharedAttention", "StackedLayer", "__version__", "functional"]
+__all__ = [
+    "CBAM",
+    "CELLS",
+    "DSU",
+    "ECA",
+    "SE",
+    "SRM",
+    "Cell",
+    "CellAttention",
+    "LSTMParameters",
+    "SharedAttention",
+    "StackedLayer",
+    "__version__",
+    "checkpoints",
+    "create_attention",
+    "functional",
+    "share_attention",
+    "sharing",
+]

@@ -1,16 +1,36 @@
-"""``SharedAttention``: the attention unit that all blocks of a stage share, as an nn.Module."""
+"""``SharedAttention``: the attention unit that all blocks of a stage share, as an nn.Module.
+
+``create_attention`` makes it, or its relatives with another cell, from a name.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from . import backends, functional
-from .cells import OUTPUTS, LSTMParameters, StackedLayer
+from . import functional
+from .cell_attention import CellAttention, check_placement
+from .cells import (
+    CBAM,
+    DSU,
+    ECA,
+    OUTPUTS,
+    SE,
+    SRM,
+    Cell,
+    LSTMParameters,
+    StackedLayer,
+    check_bottleneck,
+    check_positive,
+)
 from .functional import Activation, Output, State
 from .norms import Norm
+
+#: The cells that ``create_attention`` knows by name.
+CELLS = ("lstm", "lstm_tanh", "dsu", "se", "eca", "srm", "cbam")
 
 
 class SharedAttention(nn.Module):
@@ -54,21 +74,13 @@ class SharedAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("reduction", reduction), ("num_layers", num_layers)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if channels // reduction == 0:
-            raise ValueError(f"reduction: expected at most channels = {channels}, got {reduction} (C // r would be 0)")
+        check_positive("num_layers", num_layers)
+        check_bottleneck(channels, reduction)
         if output not in OUTPUTS:
             raise ValueError(f'output: expected "sigmoid" or "tanh", got {output!r}')
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-        if channel_dim not in (1, -1):
-            raise ValueError(f"channel_dim: expected 1 or -1, got {channel_dim!r}")
-        if backend is not None and backend not in backends.names():
-            raise ValueError(f"backend: expected None or one of {', '.join(backends.names())}, got {backend!r}")
+        check_placement(channel_dim, backend)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
         self.channels = channels
@@ -126,6 +138,7 @@ class SharedAttention(nn.Module):
         activation: Activation = None,
         inplace: bool = False,
         norm: Norm | None = None,
+        sample_scale: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """``y = activation(x * h + shortcut)`` with the new state's h; see ``functional.step``.
 
@@ -136,11 +149,14 @@ class SharedAttention(nn.Module):
             activation: None or ``"relu"``.
             inplace: write y over x. Inference only.
             norm: the batch norm (or another norm) of x that comes first; a batch norm costs no pass of its own.
+            sample_scale: (N,), a factor for the scale of each sample, as stochastic depth draws it; the state is not
+                scaled. The norm is then called by itself.
 
         Returns:
             ``(y, state)``: hand the state to the next block of the stage.
         """
-        return functional.step(
+        x, norm = functional._called_if_traced(norm, x)
+        result = functional.step(
             x,
             self.lstm_parameters(),
             state,
@@ -152,8 +168,11 @@ class SharedAttention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             inplace=inplace,
             norm=norm,
+            sample_scale=sample_scale,
             backend=self.backend,
         )
+        state = result[1]  # before y: where a graph is traced, its last node stands for the module
+        return result[0], state
 
     def extra_repr(self) -> str:
         text = f"{self.channels}, reduction={self.reduction}"
@@ -161,3 +180,58 @@ class SharedAttention(nn.Module):
             value = getattr(self, name)
             text += f", {name}={value!r}" if value != default else ""
         return text
+
+
+def create_attention(
+    cell: str | Callable[[int], nn.Module],
+    channels: int,
+    reduction: int = 4,
+    *,
+    blocks: int = 1,
+    spatial: int = 2,
+    channel_dim: int = 1,
+    backend: str | None = None,
+) -> nn.Module:
+    """An attention module for maps of ``channels`` channels, called as ``SharedAttention`` is.
+
+    Args:
+        cell: a name out of ``CELLS``, or what makes from a number of channels a ``Cell`` (which ``CellAttention`` then
+            pools and rescales for) or a whole attention module (which is used as it is).
+        channels: C of the feature maps.
+        reduction: r of the bottleneck; the cells ``"eca"`` and ``"srm"`` have none.
+        blocks: that will share the module; ``"srm"`` keeps the statistics of each.
+        spatial: number of the maps' spatial dimensions, which ``"cbam"`` convolves over.
+        channel_dim, backend: as for ``SharedAttention``; a whole attention module has its own.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+    """
+    check_placement(channel_dim, backend)
+    check_positive("channels", channels)
+    check_positive("blocks", blocks)
+    if not isinstance(cell, str):
+        return _made_attention(cell, channels, channel_dim, backend)
+    if cell not in CELLS:
+        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, or a function of the channels, got {cell!r}")
+    if cell in ("lstm", "lstm_tanh"):
+        output: Output = "tanh" if cell == "lstm_tanh" else "sigmoid"
+        return SharedAttention(channels, reduction, output=output, channel_dim=channel_dim, backend=backend)
+    makers: dict[str, Callable[[], Cell]] = {
+        "dsu": lambda: DSU(channels, reduction),
+        "se": lambda: SE(channels, reduction),
+        "eca": lambda: ECA(channels),
+        "srm": lambda: SRM(channels, blocks),
+        "cbam": lambda: CBAM(channels, reduction, spatial=spatial),
+    }
+    return CellAttention(makers[cell](), channel_dim=channel_dim, backend=backend)
+
+
+def _made_attention(
+    make: Callable[[int], nn.Module], channels: int, channel_dim: int, backend: str | None
+) -> nn.Module:
+    if isinstance(make, nn.Module) or not callable(make):
+        raise TypeError(f"cell: expected a name or a function of the number of channels, got a {type(make).__name__}")
+    made = make(channels)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"cell: expected it to make a Cell or another nn.Module, it made a {type(made).__name__}")
+    return CellAttention(made, channel_dim=channel_dim, backend=backend) if isinstance(made, Cell) else made

@@ -3,18 +3,27 @@
 A cell turns the pooled statistic ``p`` of a feature map and the state carried over from the
 block before into the next state; its ``h`` is the scale of each channel. Nothing here pools or
 rescales, and nothing here knows how a kernel does it.
+
+First the LSTM, as functions, which the kernels compute too; then, as modules, ``Cell`` and its kinds, which
+``CellAttention`` pools and rescales for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from .layout import compute_dtype
+
 OUTPUTS = ("sigmoid", "tanh")
+
+#: What a ``Cell`` can want to know of each channel of each sample.
+STATISTICS = ("mean", "std", "max")
 
 
 class LSTMParameters(NamedTuple):
@@ -121,3 +130,342 @@ def stacked_lstm(
         hs.append(new_h)
         cs.append(new_c)
     return torch.stack(hs), torch.stack(cs)
+
+
+# --- cells as modules ------------------------------------------------------------------------------
+
+
+class Cell(nn.Module):
+    """What makes the scale of each channel from pooled statistics; ``CellAttention`` does the rest.
+
+    A subclass says in ``statistics`` what it wants to know, and computes the scale in ``forward``.
+
+    Attributes:
+        statistics: out of ``"mean"``, ``"std"`` (the root of the unbiased variance plus 1e-5) and ``"max"``, over the
+            positions of each channel of each sample.
+    """
+
+    statistics: tuple[str, ...] = ("mean",)
+
+    def forward(self, pooled: Any, state: Any) -> tuple[Tensor, Any]:
+        """The scale and the new state.
+
+        Args:
+            pooled: (N, C) in the compute dtype: float64 for float64 maps, else float32. With several statistics a tuple
+                of such, in the order of ``statistics``.
+            state: what the block before returned, None at the first block of a stage.
+
+        Returns:
+            ``(scale, state)``: (N, C), and anything that the next block is to get.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def after(self, y: Tensor) -> Tensor:
+        """A change to the rescaled map, before shortcut and activation: as it is, unless a subclass says otherwise.
+
+        Args:
+            y: (N, C, \\*spatial) in the dtype of the map; channels are in dimension 1 in token layout too.
+
+        Returns:
+            The changed map, of the same shape and dtype.
+        """
+        return y
+
+
+class DSU(Cell):
+    """The Dynamic Sharing Unit: an LSTM of three gates, whose cell state alone makes the scale.
+
+    ``u = We relu(Wr p + br) + be + (the same of h); i, f, g = sigmoid, sigmoid, tanh of u; c' = f * c + i * g;
+    scale = h' = sigmoid(c')``. (Dynamic Layer Attention, IJCAI 2024, arXiv:2406.13392; gates, biases and bottlenecks
+    as in the authors' code, one layer.) The state is (h, c), (N, C) each.
+
+    Args:
+        channels: C of the feature maps.
+        reduction: r; the bottlenecks have C // r values. The authors use 4 for CIFAR, 16 or 20 for ImageNet.
+
+    Attributes:
+        input_reduce, hidden_reduce: linears C to C // r.
+        input_expand, hidden_expand: linears C // r to 3 C, their rows in the order i, f, g.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or a state; the message names it.
+    """
+
+    def __init__(self, channels: int, reduction: int = 4) -> None:
+        super().__init__()
+        check_bottleneck(channels, reduction)
+        bottleneck = channels // reduction
+        self.input_reduce = nn.Linear(channels, bottleneck)
+        self.input_expand = nn.Linear(bottleneck, 3 * channels)
+        self.hidden_reduce = nn.Linear(channels, bottleneck)
+        self.hidden_expand = nn.Linear(bottleneck, 3 * channels)
+
+    def forward(self, pooled: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """``(h', (h', c'))`` from the mean (N, C) and the state (h, c), None for zeros."""
+        h, c = _state_like(state, pooled)
+        u_x = _linear(self.input_expand, torch.relu(_linear(self.input_reduce, pooled)))
+        u_h = _linear(self.hidden_expand, torch.relu(_linear(self.hidden_reduce, h)))
+        i, f, g = (u_x + u_h).chunk(3, dim=1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(c)
+        return h, (h, c)
+
+
+class SE(Cell):
+    """Squeeze and excitation: ``scale = sigmoid(W2 relu(W1 p + b1) + b2)``. (arXiv:1709.01507, section 3.) No state.
+
+    Args:
+        channels: C of the feature maps.
+        reduction: r; the bottleneck has C // r values. The paper's is 16.
+
+    Attributes:
+        reduce, expand: linears C to C // r and back.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        check_bottleneck(channels, reduction)
+        self.reduce = nn.Linear(channels, channels // reduction)
+        self.expand = nn.Linear(channels // reduction, channels)
+
+    def forward(self, pooled: Tensor, state: None) -> tuple[Tensor, None]:
+        """``(scale, None)`` from the mean (N, C)."""
+        return torch.sigmoid(_linear(self.expand, torch.relu(_linear(self.reduce, pooled)))), None
+
+
+class ECA(Cell):
+    """Efficient channel attention: ``scale = sigmoid(conv(p))``, a convolution over the channels. No state.
+
+    (arXiv:1910.03151, section 3; its kernel has k = |log2(C) / 2 + 1 / 2| values, rounded down, the next odd number
+    where that is even; no bias.)
+
+    Args:
+        channels: C of the feature maps.
+
+    Attributes:
+        conv: the ``nn.Conv1d`` from one channel to one, k values.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        check_positive("channels", channels)
+        t = int(abs((math.log2(channels) + 1) / 2))
+        kernel = t if t % 2 else t + 1
+        self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
+
+    def forward(self, pooled: Tensor, state: None) -> tuple[Tensor, None]:
+        """``(scale, None)`` from the mean (N, C)."""
+        weight = self.conv.weight.to(pooled.dtype)
+        mixed = F.conv1d(pooled.unsqueeze(1), weight, padding=self.conv.padding)
+        return torch.sigmoid(mixed).squeeze(1), None
+
+
+class SRM(Cell):
+    """Style-based recalibration: ``scale = sigmoid(bn(w_mean * mean + w_std * std))``, channel by channel.
+
+    (arXiv:1903.10829, section 3; the authors' code.) Weights, and weight and bias of the batch norm, are shared by all
+    blocks; but each block has running statistics of its own, because one set for all would be that of none. So the
+    state is the index of the next block, and the cell has to know how many there are.
+
+    Args:
+        channels: C of the feature maps.
+        blocks: that share the cell.
+        eps, momentum: of the batch norm.
+
+    Attributes:
+        style_weight: (C, 2), of mean and std. It starts as a convolution of two values to one does in PyTorch; the
+            authors start at zero.
+        norm_weight, norm_bias: (C,), of the batch norm, starting at 1 and 0.
+        running_mean, running_var: buffers (blocks, C).
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or a state, or there are more calls than blocks.
+    """
+
+    statistics = ("mean", "std")
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, blocks: int = 1, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        check_positive("channels", channels)
+        check_positive("blocks", blocks)
+        self.blocks = blocks
+        self.eps = eps
+        self.momentum = momentum
+        self.style_weight = nn.Parameter(torch.empty(channels, 2))
+        self.norm_weight = nn.Parameter(torch.ones(channels))
+        self.norm_bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(blocks, channels))
+        self.register_buffer("running_var", torch.ones(blocks, channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starts anew, with the running statistics of no batch."""
+        bound = 1 / math.sqrt(2)
+        nn.init.uniform_(self.style_weight, -bound, bound)
+        nn.init.ones_(self.norm_weight)
+        nn.init.zeros_(self.norm_bias)
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+
+    def forward(self, pooled: tuple[Tensor, Tensor], state: int | None) -> tuple[Tensor, int]:
+        """``(scale, index of the next block)`` from (mean, std), (N, C) each, and the index of this block."""
+        index = 0 if state is None else state
+        if not isinstance(index, int):
+            raise TypeError(f"state: expected None or the index of the block, got {type(state).__name__}")
+        if not 0 <= index < self.blocks:
+            raise ValueError(
+                f"state: block {index} of an SRM with statistics for blocks={self.blocks}; make it for as many blocks "
+                "as share it, and begin each forward pass with state=None"
+            )
+        mean, std = pooled
+        weight = self.style_weight.to(mean.dtype)
+        z = mean * weight[:, 0] + std * weight[:, 1]
+        buffers, affine = (self.running_mean, self.running_var), (self.norm_weight, self.norm_bias)
+        z = _batch_norm(z, *buffers, index, *affine, self.training, self.momentum, self.eps)
+        return torch.sigmoid(z), index + 1
+
+    def extra_repr(self) -> str:
+        return f"{self.style_weight.shape[0]}, blocks={self.blocks}"
+
+
+class CBAM(Cell):
+    """The convolutional block attention module: a scale for each channel, then one for each position. No state.
+
+    ``scale = sigmoid(mlp(mean) + mlp(max)); y = x * scale; y * sigmoid(bn(conv(max over channels, mean over
+    channels)))`` with ``mlp(p) = W2 relu(W1 p + b1) + b2``. (arXiv:1807.06521, section 3; the authors' code.) Blocks
+    that share it share the running statistics of its batch norm.
+
+    Args:
+        channels: C of the feature maps.
+        reduction: r; the bottleneck has C // r values. The paper's is 16.
+        spatial: the number of spatial dimensions, that of the convolution: 1, 2 or 3.
+        kernel: odd width of the convolution.
+
+    Attributes:
+        reduce, expand: linears C to C // r and back.
+        conv: from two channels to one, no bias.
+        norm_weight, norm_bias, running_mean, running_var: of the batch norm, (1,) each; momentum 0.01, eps 1e-5.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or a map has another number of spatial dimensions.
+    """
+
+    statistics = ("mean", "max")
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, reduction: int = 16, *, spatial: int = 2, kernel: int = 7) -> None:
+        super().__init__()
+        check_bottleneck(channels, reduction)
+        check_positive("kernel", kernel)
+        if spatial not in _CONVOLUTIONS:
+            raise ValueError(f"spatial: expected 1, 2 or 3, got {spatial!r}")
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel: expected an odd number, got {kernel}")
+        self.reduce = nn.Linear(channels, channels // reduction)
+        self.expand = nn.Linear(channels // reduction, channels)
+        self.spatial = spatial
+        self.conv = _CONVOLUTIONS[spatial][0](2, 1, kernel, padding=kernel // 2, bias=False)
+        self.norm_weight = nn.Parameter(torch.ones(1))
+        self.norm_bias = nn.Parameter(torch.zeros(1))
+        self.register_buffer("running_mean", torch.zeros(1))
+        self.register_buffer("running_var", torch.ones(1))
+
+    def forward(self, pooled: tuple[Tensor, Tensor], state: None) -> tuple[Tensor, None]:
+        """``(scale, None)`` from (mean, max), (N, C) each."""
+        mean, largest = pooled
+        first, second = (_linear(self.expand, torch.relu(_linear(self.reduce, p))) for p in (mean, largest))
+        return torch.sigmoid(first + second), None
+
+    def after(self, y: Tensor) -> Tensor:
+        """``y`` (N, C, \\*spatial) times the scale of each position."""
+        wide = _wide_map(y, self.spatial)
+        seen = torch.cat((wide.amax(1, keepdim=True), wide.mean(1, keepdim=True)), 1)
+        convolve = _CONVOLUTIONS[self.spatial][1]
+        z = convolve(seen, self.conv.weight.to(wide.dtype), padding=self.conv.padding)
+        buffers, affine = (self.running_mean, self.running_var), (self.norm_weight, self.norm_bias)
+        z = _batch_norm(z, *buffers, None, *affine, self.training, 0.01, 1e-5)
+        return (wide * torch.sigmoid(z)).to(y.dtype)
+
+
+_CONVOLUTIONS: dict[int, tuple[Any, Any]] = {
+    1: (nn.Conv1d, F.conv1d),
+    2: (nn.Conv2d, F.conv2d),
+    3: (nn.Conv3d, F.conv3d),
+}
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless it is an int of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_bottleneck(channels: int, reduction: int) -> None:
+    """The same for both, and that the bottleneck has at least one value."""
+    check_positive("channels", channels)
+    check_positive("reduction", reduction)
+    if channels // reduction == 0:
+        raise ValueError(f"reduction: expected at most channels = {channels}, got {reduction} (C // r would be 0)")
+
+
+def _linear(layer: nn.Linear, p: Tensor) -> Tensor:
+    """``layer`` of ``p`` in the dtype of ``p``, which is at least that of the layer."""
+    return F.linear(p, layer.weight.to(p.dtype), layer.bias.to(p.dtype))
+
+
+# The functions below look at tensors, or change buffers: in a graph traced by torch.fx each is one node.
+
+
+def _state_like(state: Any, p: Tensor) -> tuple[Tensor, Tensor]:
+    if state is None:
+        return torch.zeros_like(p), torch.zeros_like(p)
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        raise TypeError(f"state: expected None or a pair (h, c), got {type(state).__name__}")
+    for name, t in zip("hc", state, strict=True):
+        if t.shape != p.shape:
+            raise ValueError(f"state {name}: expected shape {tuple(p.shape)}, got {tuple(t.shape)}")
+    return state[0].to(p.dtype), state[1].to(p.dtype)
+
+
+def _wide_map(y: Tensor, spatial: int) -> Tensor:
+    """``y`` in the compute dtype."""
+    if y.ndim != spatial + 2:
+        raise ValueError(f"x: expected {spatial} spatial dimensions, those of the CBAM, got shape {tuple(y.shape)}")
+    return y.to(compute_dtype(y.dtype))
+
+
+def _batch_norm(
+    z: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    index: int | None,
+    weight: Tensor,
+    bias: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch norm of ``z`` (N, C, ...) in its dtype, with the running statistics of block ``index``."""
+    rows = [t if index is None else t[index] for t in (running_mean, running_var)]
+    mean, var = (row.to(z.dtype) for row in rows)
+    z = F.batch_norm(z, mean, var, weight.to(z.dtype), bias.to(z.dtype), training, momentum, eps)
+    if training and rows[0].dtype != z.dtype:
+        for row, updated in zip(rows, (mean, var), strict=True):
+            row.copy_(updated)
+    return z
+
+
+fx.wrap("_state_like")
+fx.wrap("_wide_map")
+fx.wrap("_batch_norm")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import autograd, autograd_tail, backends, norms, reference
-from .cells import OUTPUTS, LSTMParameters, StackedLayer, stacked_lstm
+from .cells import OUTPUTS, LSTMParameters, StackedLayer, lstm, stacked_lstm
 from .layout import channels, compute_dtype, shares_memory
 
 State = tuple[Tensor, Tensor]
@@ -36,6 +36,7 @@ def step(
     dropout: float = 0.0,
     inplace: bool = False,
     norm: norms.Norm | None = None,
+    sample_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, State]:
     """One step of Dense-and-Implicit Attention: the tail of a residual block.
@@ -63,6 +64,9 @@ def step(
             of a value for each channel is folded into the step, at no pass of its own over x and nothing saved for
             it; its parameters and buffers are used and updated exactly as it would itself. Any other module or
             function is called, and the step follows. (arXiv:1502.03167, algorithm 1.)
+        sample_scale: (N,), a factor for the scale of each sample: ``y = activation(x * (h * sample_scale[:, None]) +
+            shortcut)``, for stochastic depth (arXiv:1603.09382). The state is not scaled. Any floating dtype that the
+            compute dtype holds. With it pool, cell and rescale run one by one, and the norm is called by itself.
         backend: None for the best one here, or a name out of ``dia_kernels.backends.names()``.
 
     Returns:
@@ -73,22 +77,16 @@ def step(
         ValueError, TypeError: an argument is wrong; the message names it.
         RuntimeError: in backward, when the state comes from a forward pass whose graph is gone.
     """
-    _check_map(x, channel_dim)
-    if inplace and norm is not None:
-        raise ValueError("inplace: expected False with a norm, got True")
+    sample_scale = _checked_call(x, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
     parameters = _checked_parameters(parameters, x, channel_dim)
     stacked = [_checked_layer(layer, k, x, channel_dim) for k, layer in enumerate(stacked, start=1)]
     h, c = _checked_state(state, x, channel_dim, len(stacked))
-    if shortcut is not None:
-        _check_shortcut(shortcut, x)
-    if activation not in (None, "relu"):
-        raise ValueError(f'activation: expected None or "relu", got {activation!r}')
     if output not in OUTPUTS:
         raise ValueError(f'output: expected "sigmoid" or "tanh", got {output!r}')
-    backends.check(backend, x.device)
+    split = bool(stacked) or sample_scale is not None
     folded = None
     if norm is not None:
-        if not stacked and (shortcut is None or shortcut.dtype == x.dtype):
+        if not split and (shortcut is None or shortcut.dtype == x.dtype):
             folded = norms.fold(norm, x, channel_dim)
         if folded is None:
             x = _called(norm, x, channel_dim)
@@ -97,12 +95,12 @@ def step(
 
     relu, later = activation == "relu", None
     if shortcut is not None and shortcut.dtype != x.dtype:
-        if inplace:
-            raise TypeError(f"shortcut: with inplace=True expected the dtype of x, {x.dtype}, got {shortcut.dtype}")
         relu, shortcut, later = False, None, shortcut
 
     if inplace:
-        _check_inplace(x, shortcut, (h, c, *parameters), stacked)
+        if stacked:
+            raise ValueError("inplace: expected False with stacked layers, got True")
+        _check_inplace(x, shortcut, (h, c, *parameters))
         if backend == "reference":
             y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
             x.copy_(y)
@@ -111,24 +109,45 @@ def step(
                 x, shortcut, h, c, *parameters, channel_dim, relu, output == "tanh"
             )
         return x, (h, c)
-    if stacked:
-        y, h, c = _stacked_step(x, shortcut, h, c, parameters, stacked, channel_dim, relu, output, dropout, backend)
+    if split:
+        y, h, c = _split_step(
+            x, shortcut, h, c, parameters, stacked, sample_scale, channel_dim, relu, output, dropout, backend
+        )
     elif backend == "reference":
         y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
     else:
         ops = backends.operators_of(backend, x)
         y, h, c = autograd.step(ops, x, shortcut, h, c, parameters, channel_dim, relu, output == "tanh")
-    if later is not None:
-        y = y + later
-        y = torch.relu(y) if activation == "relu" else y
-    return y, (h, c)
+    return (y if later is None else _closed(y, later, activation)), (h, c)
+
+
+fx.wrap("step")  # one node of a symbolically traced graph: its checks and choices need tensors
+
+
+def _closed(y: Tensor, shortcut: Tensor | None, activation: Activation) -> Tensor:
+    """``activation(y + shortcut)`` by PyTorch, with its result type."""
+    y = y if shortcut is None else y + shortcut
+    return torch.relu(y) if activation == "relu" else y
+
+
+def _called_if_traced(norm: norms.Norm | None, x: Tensor) -> tuple[Tensor, norms.Norm | None]:
+    """``(x, norm)``, under symbolic tracing ``(norm(x), None)``: no node can have a module as its argument."""
+    if type(x) is not fx.Proxy or norm is None or isinstance(norm, tuple):
+        return x, norm
+    return norm(x), None
 
 
 def _called(norm: norms.Norm, x: Tensor, channel_dim: int) -> Tensor:
     """The norm of ``x``, by itself."""
     if isinstance(norm, tuple):
-        shape = [-1 if dim == channel_dim % x.ndim else 1 for dim in range(x.ndim)]
-        return x * norm[0].view(shape).to(x.dtype) + norm[1].view(shape).to(x.dtype)
+        width = (channels(x, channel_dim),)
+        scale, bias = (
+            reference.per_channel(_cast(f"norm {name}", t, width, x), x, channel_dim).to(x.dtype)
+            for name, t in zip(("weight", "bias"), norm, strict=True)
+        )
+        return x * scale + bias
+    if not callable(norm):
+        raise TypeError(f"norm: expected a norm module, a function or a pair (scale, bias), got {type(norm).__name__}")
     y = norm(x)
     if not isinstance(y, Tensor) or y.shape != x.shape:
         raise ValueError(f"norm: expected a result of shape {tuple(x.shape)}, got {getattr(y, 'shape', type(y))}")
@@ -158,19 +177,59 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
     return y, (h, c)
 
 
-def _stacked_step(x, shortcut, h, c, first, rest, channel_dim, relu, output, dropout, backend):
+def _split_step(x, shortcut, h, c, first, rest, sample_scale, channel_dim, relu, output, dropout, backend):
     """The split path: pool and rescale by their operators, the small cell between them by PyTorch."""
-    pool, rescale = reference.pool, reference.rescale
-    if backend != "reference":
-        pool, rescale = (partial(f, backends.operators_of(backend, x)) for f in (autograd.pool, autograd.rescale))
+    pool, rescale = _parts(backend, x)
     with torch.autocast(x.device.type, enabled=False):
         p = pool(x, channel_dim)
         if h is None:
-            h = c = p.new_zeros(len(rest) + 1, *p.shape)
-        h, c = stacked_lstm(p, h, c, first, rest, output, dropout)
+            h = c = p.new_zeros(len(rest) + 1, *p.shape) if rest else torch.zeros_like(p)
+        if rest:
+            h, c = stacked_lstm(p, h, c, first, rest, output, dropout)
+        else:
+            h, c, *_ = lstm(p, h, c, first, output)
         if backend != "reference":
             h, c = autograd.hand_on(h, c)  # before the rescale: the backward of y passes it too
-        return rescale(x, h[-1], shortcut, channel_dim, relu), h, c
+        scale = _scaled(h[-1] if rest else h, sample_scale)
+        return rescale(x, scale, shortcut, channel_dim, relu), h, c
+
+
+def _parts(backend: str | None, x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Pool and rescale of ``backend`` for the map ``x``."""
+    if backend == "reference":
+        return reference.pool, reference.rescale
+    ops = backends.operators_of(backend, x)
+    return partial(autograd.pool, ops), partial(autograd.rescale, ops)
+
+
+def _scaled(scale: Tensor, sample_scale: Tensor | None) -> Tensor:
+    return scale if sample_scale is None else scale * sample_scale[:, None]
+
+
+def _checked_call(
+    x: Tensor,
+    shortcut: Tensor | None,
+    activation: Activation,
+    channel_dim: int,
+    inplace: bool,
+    norm: norms.Norm | None,
+    sample_scale: Tensor | None,
+    backend: str | None,
+) -> Tensor | None:
+    """Checks what a call has whatever its cell; returns ``sample_scale`` in the compute dtype."""
+    _check_map(x, channel_dim)
+    if inplace and norm is not None:
+        raise ValueError("inplace: expected False with a norm, got True")
+    if inplace and sample_scale is not None:
+        raise ValueError("inplace: expected False with a sample_scale, got True")
+    if shortcut is not None:
+        _check_shortcut(shortcut, x)
+        if inplace and shortcut.dtype != x.dtype:
+            raise TypeError(f"shortcut: with inplace=True expected the dtype of x, {x.dtype}, got {shortcut.dtype}")
+    if activation not in (None, "relu"):
+        raise ValueError(f'activation: expected None or "relu", got {activation!r}')
+    backends.check(backend, x.device)
+    return None if sample_scale is None else _cast("sample_scale", sample_scale, (x.shape[0],), x)
 
 
 def _check_plain(name: str, tensor: object) -> None:
@@ -266,9 +325,7 @@ def _check_shortcut(shortcut: Tensor, x: Tensor) -> None:
         raise TypeError(f"shortcut: expected a floating dtype, got {shortcut.dtype}")
 
 
-def _check_inplace(x: Tensor, shortcut: Tensor | None, rest: tuple, stacked: Sequence) -> None:
-    if stacked:
-        raise ValueError("inplace: expected False with stacked layers, got True")
+def _check_inplace(x: Tensor, shortcut: Tensor | None, rest: Sequence[Tensor | None]) -> None:
     if autograd.wants_gradient(x, shortcut, *rest) or autograd.transforms_active():
         raise ValueError(
             "inplace: expected False where a gradient is needed (the step must keep x), got True; "

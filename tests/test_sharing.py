@@ -7,6 +7,7 @@ import io
 import pickle
 from typing import Any
 
+import monai.networks.nets as monai
 import pytest
 import sharing_processes
 import timm
@@ -281,6 +282,15 @@ def test_every_cell(cell, per_block):
     assert_same(shared, hooked, lambda m: m(x), training=False)
     again = pickle.loads(pickle.dumps(shared))
     assert torch.equal(again(x), shared(x))
+
+
+def test_a_cell_that_convolves_over_the_positions_of_volumes():
+    torch.manual_seed(0)
+    plain = monai.SegResNet(spatial_dims=3, init_filters=8, blocks_down=(1, 2), blocks_up=(1,)).double()
+    shared = share_attention(copy.deepcopy(plain), "cbam")
+    places = [["down_layers.0.1.conv2"], [f"down_layers.1.{i}.conv2" for i in (1, 2)], ["up_layers.0.0.conv2"]]
+    x = torch.randn(1, 1, 8, 8, 8, dtype=torch.float64)
+    assert_same(shared, hook(plain, shared, places), lambda m: m(x), training=True)
 
 
 def test_a_users_own_cell():

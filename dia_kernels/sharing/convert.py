@@ -195,8 +195,14 @@ def _unit(run: list[Candidate], cell: CellSpec, reduction: int, backend: str | N
     first = run[0]
     calls = sum(1 if isinstance(c.how, Adapter) else len(c.how.graphs[0][1]) for c in run)
     return create_attention(
-        cell, first.channels, reduction, blocks=calls, channel_dim=first.channel_dim, backend=backend
-    )
+        cell, first.channels, reduction, blocks=calls, spatial=_rank(first.module), channel_dim=first.channel_dim,
+        backend=backend,
+    )  # fmt: skip
+
+
+def _rank(block: nn.Module) -> int:
+    """Number of spatial dimensions of the block's maps, as its convolutions tell; without any they are tokens."""
+    return next((len(m.kernel_size) for m in block.modules() if isinstance(m, nn.modules.conv._ConvNd)), 1)
 
 
 def _like_block(unit: nn.Module, block: nn.Module) -> None:
@@ -281,9 +287,7 @@ def _recipe(candidate: Candidate, role: Role, extra_norm: bool, replace: bool) -
 
 
 def _add_norm(candidate: Candidate) -> None:
-    """A batch norm for the rank of the block's maps, where its convolutions tell it."""
     block = candidate.module
-    rank = next((len(m.kernel_size) for m in block.modules() if isinstance(m, nn.modules.conv._ConvNd)), 2)
     like = next(block.parameters())
-    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank - 1](candidate.channels)
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[_rank(block) - 1](candidate.channels)
     block.add_module(EXTRA_NORM, norm.to(like.device, like.dtype).train(block.training))

@@ -1,0 +1,194 @@
+"""``CellAttention``: pooling and rescaling, fused, around any cell."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import backends, functional, reference
+from .cells import STATISTICS, Cell
+from .functional import Activation
+from .layout import channels, compute_dtype, spatial_dims, spatial_size
+from .norms import Norm
+
+#: Added to a variance before its root, by the authors of SRM: the gradient of the root is infinite at zero.
+STD_EPS = 1e-5
+
+
+class CellAttention(nn.Module):
+    """Attention of a channel's scale by ``cell``: called as ``SharedAttention`` is, by one block or by all of a stage.
+
+    ``pooled = statistics(x); (scale, state) = cell(pooled, state); y = activation(x * scale + shortcut)``
+
+    The mean is pooled, and the map rescaled, by the operators of the backend; maximum and standard deviation are
+    PyTorch's. The cell never follows autocast; in a graph that ``torch.fx`` traced it does, since the graph holds the
+    cell's own operations.
+
+    Args:
+        cell: a ``Cell``.
+        channel_dim: 1 for (N, C, \\*spatial), -1 for token layout (N, L, C) or (N, \\*spatial, C).
+        backend: None for the best one here, or a name out of ``dia_kernels.backends.names()``.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+    """
+
+    def __init__(self, cell: Cell, *, channel_dim: int = 1, backend: str | None = None) -> None:
+        super().__init__()
+        if not isinstance(cell, Cell):
+            raise TypeError(f"cell: expected a dia_kernels.Cell, got {type(cell).__name__}")
+        wanted = cell.statistics
+        if not isinstance(wanted, tuple) or not wanted or not set(wanted) <= set(STATISTICS):
+            raise ValueError(f"cell: expected statistics to be a tuple out of {', '.join(STATISTICS)}, got {wanted!r}")
+        check_placement(channel_dim, backend)
+        self.cell = cell
+        self.channel_dim = channel_dim
+        self.backend = backend
+        self._has_after = type(cell).after is not Cell.after
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Any = None,
+        *,
+        shortcut: Tensor | None = None,
+        activation: Activation = None,
+        inplace: bool = False,
+        norm: Norm | None = None,
+        sample_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """``y = activation(x * scale + shortcut)`` with the scale of the cell.
+
+        Args:
+            x: feature map (N, C, \\*spatial), or (N, \\*spatial, C) with ``channel_dim=-1``; float64, float32, float16
+                or bfloat16; any strides.
+            state: what the block before returned, None at the first block of a stage.
+            shortcut: the block's other branch, shape of x, or None.
+            activation: None or ``"relu"``.
+            inplace: write y over x. Inference only.
+            norm: the norm of x that comes first, as in ``functional.step``; it is called by itself.
+            sample_scale: (N,), a factor for the scale of each sample, or None.
+
+        Returns:
+            ``(y, state)``: y as from ``functional.step``; hand the state to the next block of the stage.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong, or what the cell returns; the message names it.
+        """
+        x, norm = functional._called_if_traced(norm, x)
+        wanted, channel_dim, backend = self.cell.statistics, self.channel_dim, self.backend
+        if inplace:
+            _check_inplace(x, shortcut, list(self.cell.parameters()))
+        prepared = _pooled(x, wanted, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
+        x, pooled = prepared[0], prepared[1]
+        with _no_autocast(x):
+            scale, state = self.cell(pooled, state)
+        if not self._has_after:
+            y = _rescaled(x, scale, shortcut, activation, channel_dim, inplace, sample_scale, backend)
+            return y, state
+        y = _rescaled(x, scale, None, None, channel_dim, False, sample_scale, backend)
+        with _no_autocast(x):
+            y = self.cell.after(y.movedim(channel_dim, 1))
+        return _closed(x, y.movedim(1, channel_dim), shortcut, activation, inplace), state
+
+    def extra_repr(self) -> str:
+        return "" if self.channel_dim == 1 else f"channel_dim={self.channel_dim}"
+
+
+def check_placement(channel_dim: int, backend: str | None) -> None:
+    """Raises ValueError unless the two are what every attention module takes."""
+    if channel_dim not in (1, -1):
+        raise ValueError(f"channel_dim: expected 1 or -1, got {channel_dim!r}")
+    if backend is not None and backend not in backends.names():
+        raise ValueError(f"backend: expected None or one of {', '.join(backends.names())}, got {backend!r}")
+
+
+# --- nodes of a traced graph -----------------------------------------------------------------------
+# Whatever has to look at a tensor's shape, dtype or device: symbolic tracing sees none of them.
+
+
+def _check_inplace(x: Tensor, shortcut: Tensor | None, rest: list[Tensor]) -> None:
+    functional._check_inplace(x, shortcut, rest)
+
+
+def _pooled(
+    x: Tensor,
+    statistics: tuple[str, ...],
+    shortcut: Tensor | None,
+    activation: Activation,
+    channel_dim: int,
+    inplace: bool,
+    norm: Norm | None,
+    sample_scale: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+    """The map after its norm, and its statistics as a cell takes them, after a check of every argument."""
+    functional._checked_call(x, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
+    if norm is not None:
+        x = functional._called(norm, x, channel_dim)
+    pool, _ = functional._parts(backend, x)
+    with torch.autocast(x.device.type, enabled=False):
+        pooled = tuple(pool(x, channel_dim) if s == "mean" else _statistic(s, x, channel_dim) for s in statistics)
+    return x, pooled[0] if len(pooled) == 1 else pooled
+
+
+def _statistic(name: str, x: Tensor, channel_dim: int) -> Tensor:
+    dims, dtype = spatial_dims(x, channel_dim), compute_dtype(x.dtype)
+    if x.numel() == 0:
+        return reference.pool(x, channel_dim)  # nothing, or NaN where there are samples but no positions
+    if name == "max":
+        return x.amax(dims).to(dtype)
+    # Unbiased, as SRM's authors have it. A single position has no unbiased variance; ours is 0.
+    correction = 1 if spatial_size(x, channel_dim) > 1 else 0
+    return (x.to(dtype).var(dims, correction=correction) + STD_EPS).sqrt()
+
+
+def _rescaled(
+    x: Tensor,
+    scale: Tensor,
+    shortcut: Tensor | None,
+    activation: Activation,
+    channel_dim: int,
+    inplace: bool,
+    sample_scale: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """``activation(x * scale + shortcut)``; a shortcut of another dtype is added by PyTorch."""
+    shape = (x.shape[0], channels(x, channel_dim))
+    scale = functional._cast("cell scale", scale, shape, x)
+    if sample_scale is not None:
+        scale = functional._scaled(scale, functional._cast("sample_scale", sample_scale, shape[:1], x))
+    _, rescale = functional._parts(backend, x)
+    if shortcut is not None and shortcut.dtype != x.dtype:
+        return functional._closed(rescale(x, scale, None, channel_dim, False), shortcut, activation)
+    y = rescale(x, scale, shortcut, channel_dim, activation == "relu")
+    return _written(x, y) if inplace else y
+
+
+def _closed(x: Tensor, y: Tensor, shortcut: Tensor | None, activation: Activation, inplace: bool) -> Tensor:
+    """``activation(y + shortcut)`` of what ``Cell.after`` has made of the rescaled map ``x``."""
+    if y.shape != x.shape or y.dtype != x.dtype:
+        raise ValueError(
+            f"cell after: expected shape {tuple(x.shape)} and {x.dtype} as given, got {tuple(y.shape)} and {y.dtype}"
+        )
+    y = functional._closed(y, shortcut, activation)
+    return _written(x, y) if inplace else y
+
+
+fx.wrap("_check_inplace")
+fx.wrap("_pooled")
+fx.wrap("_rescaled")
+fx.wrap("_closed")
+
+
+def _written(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` written over ``x``."""
+    functional._check_inplace(x, y, ())  # y, beside the parameters: the state may want a gradient too
+    return x.copy_(y)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager:
+    return nullcontext() if type(x) is fx.Proxy else torch.autocast(x.device.type, enabled=False)
