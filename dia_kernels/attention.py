@@ -116,6 +116,19 @@ class SharedAttention(nn.Module):
                 bound = 1.0 / math.sqrt(parameter.shape[1])
             nn.init.uniform_(parameter, -bound, bound)
 
+    @torch.no_grad()
+    def make_constant(self) -> None:
+        """Makes the scale a value of each channel and block that depends on no map, from which training goes on.
+
+        Every weight behind a bottleneck is zero, and every one of stacked layers; with ``output="tanh"``, near zero for
+        most biases, the biases of g are 1. For ``share_attention(init="preserve")``.
+        """
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("expand_weight") or "_weight_l" in name:
+                parameter.zero_()
+            elif self.output == "tanh" and (name.endswith("expand_bias") or "_bias_l" in name):
+                parameter[2 * self.channels : 3 * self.channels] = 1.0 if name.startswith("input") else 0.0
+
     def lstm_parameters(self) -> LSTMParameters:
         """The parameters of the first layer, in the order that ``functional.step`` takes."""
         own = self._parameters

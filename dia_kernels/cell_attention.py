@@ -94,6 +94,10 @@ class CellAttention(nn.Module):
             y = self.cell.after(y.movedim(channel_dim, 1))
         return _closed(x, y.movedim(1, channel_dim), shortcut, activation, inplace), state
 
+    def make_constant(self) -> None:
+        """See ``Cell.make_constant``."""
+        self.cell.make_constant()
+
     def extra_repr(self) -> str:
         return "" if self.channel_dim == 1 else f"channel_dim={self.channel_dim}"
 

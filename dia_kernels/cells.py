@@ -171,6 +171,16 @@ class Cell(nn.Module):
         """
         return y
 
+    def make_constant(self) -> None:
+        """Makes the scale a value of each channel that depends on no map, from which training goes on.
+
+        For ``share_attention(init="preserve")``, which divides the layer before by that value.
+
+        Raises:
+            NotImplementedError: the cell cannot.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no make_constant")
+
 
 class DSU(Cell):
     """The Dynamic Sharing Unit: an LSTM of three gates, whose cell state alone makes the scale.
@@ -210,6 +220,11 @@ class DSU(Cell):
         h = torch.sigmoid(c)
         return h, (h, c)
 
+    def make_constant(self) -> None:
+        """Both expansions' weights are zero."""
+        nn.init.zeros_(self.input_expand.weight)
+        nn.init.zeros_(self.hidden_expand.weight)
+
 
 class SE(Cell):
     """Squeeze and excitation: ``scale = sigmoid(W2 relu(W1 p + b1) + b2)``. (arXiv:1709.01507, section 3.) No state.
@@ -234,6 +249,10 @@ class SE(Cell):
     def forward(self, pooled: Tensor, state: None) -> tuple[Tensor, None]:
         """``(scale, None)`` from the mean (N, C)."""
         return torch.sigmoid(_linear(self.expand, torch.relu(_linear(self.reduce, pooled)))), None
+
+    def make_constant(self) -> None:
+        """The expansion's weight is zero."""
+        nn.init.zeros_(self.expand.weight)
 
 
 class ECA(Cell):
@@ -264,6 +283,10 @@ class ECA(Cell):
         weight = self.conv.weight.to(pooled.dtype)
         mixed = F.conv1d(pooled.unsqueeze(1), weight, padding=self.conv.padding)
         return torch.sigmoid(mixed).squeeze(1), None
+
+    def make_constant(self) -> None:
+        """The convolution's weight is zero."""
+        nn.init.zeros_(self.conv.weight)
 
 
 class SRM(Cell):
@@ -332,6 +355,10 @@ class SRM(Cell):
         z = _batch_norm(z, *buffers, index, *affine, self.training, self.momentum, self.eps)
         return torch.sigmoid(z), index + 1
 
+    def make_constant(self) -> None:
+        """The norm's weight is zero: style weights of zero would be normalised as soon as they move."""
+        nn.init.zeros_(self.norm_weight)
+
     def extra_repr(self) -> str:
         return f"{self.style_weight.shape[0]}, blocks={self.blocks}"
 
@@ -394,6 +421,11 @@ class CBAM(Cell):
         buffers, affine = (self.running_mean, self.running_var), (self.norm_weight, self.norm_bias)
         z = _batch_norm(z, *buffers, None, *affine, self.training, 0.01, 1e-5)
         return (wide * torch.sigmoid(z)).to(y.dtype)
+
+    def make_constant(self) -> None:
+        """The expansion's weight is zero, and that of the norm."""
+        nn.init.zeros_(self.expand.weight)
+        nn.init.zeros_(self.norm_weight)
 
 
 _CONVOLUTIONS: dict[int, tuple[Any, Any]] = {

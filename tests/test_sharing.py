@@ -594,6 +594,20 @@ def test_a_pretrained_networks_output_is_preserved(name, cell):
     assert (found.double() - true).abs().max().item() <= 4 * rounding + 1e-6 * size
 
 
+@pytest.mark.parametrize("cell", [c for c in dia_kernels.CELLS if not c.startswith("lstm")])
+def test_preserved_with_another_cell(cell):
+    """Also in training, where a norm within the cell has the batch's statistics."""
+    model = pretrained(NETWORKS["resnet18"]()).double()
+    expected = copy.deepcopy(model)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    shared = share_attention(model, cell, reduction=8, init="preserve")
+    for training in (True, False):
+        found, true = shared.train(training)(x), expected.train(training)(x)
+        assert (found - true).abs().max().item() <= 1e-10 * true.abs().max().item()
+    loss_of(shared.train()(x)).backward()
+    assert any(p.grad.abs().max() > 0 for p in shared.layer2[0].attention.parameters())
+
+
 def test_a_preserved_network_learns():
     """The weights at zero have gradients."""
     model = share_attention(pretrained(vision.resnet18(num_classes=7)), reduction=16, init="preserve").train()
@@ -608,7 +622,7 @@ def test_what_cannot_be_preserved():
     with pytest.raises(SharingError, match=r"'preserve' divides the norm, convolution or layer scale .* ends in"):
         share_attention(kept, reduction=16, init="preserve")
     assert not any(sharing.rewriting.is_converted(m) for m in kept.modules())
-    with pytest.raises(SharingError, match=r"'preserve' is for"):
+    with pytest.raises(SharingError, match=r"'preserve' needs a cell that can begin as a constant: Constant cannot"):
         share_attention(small(), lambda channels: Constant(), init="preserve")
     bare = small()
     bare[1].norm = nn.BatchNorm2d(6, affine=False)

@@ -136,6 +136,11 @@ def _traced(
     return None
 
 
+def rank(block: nn.Module) -> int:
+    """Number of spatial dimensions of the block's maps, as its convolutions tell; without any they are tokens."""
+    return next((len(m.kernel_size) for m in block.modules() if isinstance(m, nn.modules.conv._ConvNd)), 1)
+
+
 # --- stages ---------------------------------------------------------------------------------------------------
 
 

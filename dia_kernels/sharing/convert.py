@@ -195,14 +195,9 @@ def _unit(run: list[Candidate], cell: CellSpec, reduction: int, backend: str | N
     first = run[0]
     calls = sum(1 if isinstance(c.how, Adapter) else len(c.how.graphs[0][1]) for c in run)
     return create_attention(
-        cell, first.channels, reduction, blocks=calls, spatial=_rank(first.module), channel_dim=first.channel_dim,
+        cell, first.channels, reduction, blocks=calls, spatial=blocks.rank(first.module), channel_dim=first.channel_dim,
         backend=backend,
     )  # fmt: skip
-
-
-def _rank(block: nn.Module) -> int:
-    """Number of spatial dimensions of the block's maps, as its convolutions tell; without any they are tokens."""
-    return next((len(m.kernel_size) for m in block.modules() if isinstance(m, nn.modules.conv._ConvNd)), 1)
 
 
 def _like_block(unit: nn.Module, block: nn.Module) -> None:
@@ -289,5 +284,5 @@ def _recipe(candidate: Candidate, role: Role, extra_norm: bool, replace: bool) -
 def _add_norm(candidate: Candidate) -> None:
     block = candidate.module
     like = next(block.parameters())
-    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[_rank(block) - 1](candidate.channels)
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[blocks.rank(block) - 1](candidate.channels)
     block.add_module(EXTRA_NORM, norm.to(like.device, like.dtype).train(block.training))

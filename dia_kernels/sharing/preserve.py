@@ -1,7 +1,7 @@
 """``init="preserve"``: a converted network computes what it computed before.
 
-Attention begins as a constant: with its expansions' weights at zero every scale is a value of each channel and block
-that depends on no map. The layer that makes a block's x, its norm for the most part, is divided by it. From there
+Attention begins as a constant (``make_constant`` of its cell): every scale is a value of each channel and block that
+depends on no map. The layer that makes a block's x, its norm for the most part, is divided by it. From there
 fine-tuning goes on where the pretrained network stood; the weights at zero learn, as their gradients are not zero.
 """
 
@@ -12,8 +12,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..attention import SharedAttention
-from .blocks import Candidate, Traced
+from .blocks import Candidate, Traced, rank
 from .errors import SharingError
 from .tails import WEIGHTED, Tail, module_of
 
@@ -37,10 +36,6 @@ def hold(pairs: list[tuple[list[Candidate], nn.Module]]) -> None:
 
 def _divisions(run: list[Candidate], unit: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """What is to be divided by which values (C,); ``unit`` is a constant thereafter."""
-    if not isinstance(unit, SharedAttention):
-        raise SharingError(
-            f"init: 'preserve' is for the LSTM cell, which can begin as a constant, not {type(unit).__name__}"
-        )
     makers = []
     for candidate in run:
         if not isinstance(candidate.how, Traced):
@@ -52,27 +47,21 @@ def _divisions(run: list[Candidate], unit: nn.Module) -> list[tuple[Tensor, Tens
                     f"init: 'preserve' divides the norm, convolution or layer scale that ends a branch; that of "
                     f"{candidate.name} ends in {tail.x.name}"
                 )
-    make_constant(unit)
-    scales = _scales(unit, len(makers))
+    try:
+        unit.make_constant()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError) as error:
+        name = type(getattr(unit, "cell", unit)).__name__
+        raise SharingError(f"init: 'preserve' needs a cell that can begin as a constant: {name} cannot") from error
+    scales = _scales(unit, run[0], len(makers))
     return [(parameter, scale) for made, scale in zip(makers, scales, strict=True) for parameter in made]
 
 
 @torch.no_grad()
-def make_constant(unit: SharedAttention) -> None:
-    """Zeroes every weight behind a bottleneck; with tanh, which may be near zero, the biases of g are one."""
-    for name, parameter in unit.named_parameters():
-        if name.endswith("expand_weight") or "_weight_l" in name:
-            parameter.zero_()
-        elif unit.output == "tanh" and (name.endswith("expand_bias") or "_bias_l" in name):
-            width = unit.channels
-            parameter[2 * width : 3 * width] = 1.0 if name.startswith("input") else 0.0
-
-
-@torch.no_grad()
-def _scales(unit: SharedAttention, calls: int) -> list[Tensor]:
+def _scales(unit: nn.Module, of: Candidate, calls: int) -> list[Tensor]:
     """The scale (C,) of each of ``calls`` calls in turn, in float64."""
     wide = copy.deepcopy(unit).double().eval()
-    shape = (1, unit.channels, 1) if unit.channel_dim == 1 else (1, 1, unit.channels)
+    places = (1,) * rank(of.module)
+    shape = (1, of.channels, *places) if of.channel_dim == 1 else (1, *places, of.channels)
     ones = torch.ones(shape, dtype=torch.float64, device=next(unit.parameters()).device)
     state, scales = None, []
     for _ in range(calls):
