@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,12 @@ from pathlib import Path
 from .train import command as training
 
 _PICTURE_FORMATS = (".png", ".pdf", ".svg")
+#: By task of the demo.
+_DEMO_PICTURES = {
+    "classify": Path("demo.png"),
+    "detect": Path("demo-detect.png"),
+    "segment3d": Path("demo-segment3d.png"),
+}
 
 
 def _epochs(text: str) -> int:
@@ -55,11 +62,22 @@ def _parser() -> argparse.ArgumentParser:
     training.add_arguments(train)
     train.set_defaults(run=_train)
 
-    demo = commands.add_parser("demo", help="train a small network on handwritten digits, and time its attention")
-    demo.add_argument("--epochs", type=_epochs, help="passes over the training images (default: 10, quick: 1)")
-    demo.add_argument("--seed", type=int, default=0, help="of the weights and the shuffling (default: 0)")
-    demo.add_argument("--picture", type=_picture, default=Path("demo.png"), help="written there (default: demo.png)")
-    demo.add_argument("--quick", action="store_true", help="few images and steps; the accuracy is not judged")
+    demo = commands.add_parser("demo", help="train a small network in minutes: digits, a detector or a 3-D segmenter")
+    demo.add_argument(
+        "--task",
+        choices=tuple(_DEMO_PICTURES),
+        default="classify",
+        help="read handwritten digits and time attention (classify), find made shapes in images (detect) or made "
+        "blobs in volumes (segment3d); default: classify",
+    )
+    demo.add_argument("--epochs", type=_epochs, help="passes over the training images (default: the task's, quick: 1)")
+    demo.add_argument("--seed", type=int, default=0, help="of weights, shuffling and made scenes (default: 0)")
+    demo.add_argument(
+        "--picture",
+        type=_picture,
+        help=f"written there (default: {', '.join(map(str, _DEMO_PICTURES.values()))}, by task)",
+    )
+    demo.add_argument("--quick", action="store_true", help="few images and steps; what is learned is not judged")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -102,15 +120,15 @@ def _params(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _extra(name: str, modules: Sequence[str]) -> Iterator[None]:
-    """Ends the process with one line where a module of the package's extra ``name`` is missing."""
+def _extra(command: str, modules: Sequence[str], extra: str | None = None) -> Iterator[None]:
+    """Ends the process with one line where a module of the package's ``extra`` (default: ``command``) is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in modules:
             raise
-        sys.exit(f'{name}: needs {missing}, which is not here: pip install "dia_kernels[{name}]"')
+        sys.exit(f'{command}: needs {missing}, which is not here: pip install "dia_kernels[{extra or command}]"')
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -119,10 +137,24 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    picture = _DEMO_PICTURES[arguments.task] if arguments.picture is None else arguments.picture
+    if arguments.task != "classify":
+        return _demo_task(arguments, picture)
     with _extra("demo", (*training.MODULES, "matplotlib")):
         from . import demo
     settings = demo.QUICK if arguments.quick else demo.FULL
-    return demo.run(settings, arguments.picture, seed=arguments.seed, epochs=arguments.epochs)
+    return demo.run(settings, picture, seed=arguments.seed, epochs=arguments.epochs)
+
+
+def _demo_task(arguments: argparse.Namespace, picture: Path) -> int:
+    with _extra("demo", ("matplotlib",)):
+        from .tasks import detect, segment3d
+    task = detect if arguments.task == "detect" else segment3d
+    settings = task.QUICK if arguments.quick else task.FULL
+    if arguments.epochs is not None:
+        settings = dataclasses.replace(settings, epochs=arguments.epochs)
+    with _extra("demo", ("monai", "torchvision"), "networks"):
+        return task.run(settings, picture, seed=arguments.seed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
