@@ -169,13 +169,38 @@ def stages(model: nn.Module, candidates: list[Candidate]) -> list[list[Candidate
 def _predecessors(model: nn.Module, candidates: list[Candidate]) -> dict[str, str]:
     """Of a block the module whose result goes to it, and nowhere else."""
     before: dict[str, str] = {}
-    owners = {_owner(model, c.name) for c in candidates}
-    for owner in owners:
+    for owner, graph in _owners(model, candidates):
         module = model.get_submodule(owner)
-        chain = _chain(module) if type(module).forward is nn.Sequential.forward else _calls(module)
+        chain = _chain(module) if type(module).forward is nn.Sequential.forward else _calls(module, graph)
         prefix = f"{owner}." if owner else ""
         before.update({prefix + after: prefix + first for first, after in chain})
     return before
+
+
+def called_with_more(model: nn.Module, candidates: list[Candidate]) -> dict[str, str]:
+    """Of blocks that get more arguments than their graphs take, the reason to leave them alone."""
+    by_name = {c.name: c for c in candidates}
+    found = {}
+    for owner, graph in _owners(model, candidates):
+        prefix = f"{owner}." if owner else ""
+        for node in graph.nodes if graph is not None else ():
+            candidate = by_name.get(f"{prefix}{node.target}") if node.op == "call_module" else None
+            if candidate is not None and isinstance(candidate.how, Traced):
+                taken = [n for n in candidate.how.graphs[0][0].nodes if n.op == "placeholder" and not n.args]
+                if len(node.args) + len(node.kwargs) > len(taken):
+                    found[candidate.name] = "it is called with more arguments than its graph takes"
+    return found
+
+
+def _owners(model: nn.Module, candidates: list[Candidate]) -> Iterator[tuple[str, fx.Graph | None]]:
+    """Who calls the blocks, with their graphs; None of what cannot be traced."""
+    for owner in dict.fromkeys(_owner(model, c.name) for c in candidates):
+        module = model.get_submodule(owner)
+        try:
+            with mode(module, True):
+                yield owner, trace(module)
+        except Untraceable:
+            yield owner, None
 
 
 def _owner(model: nn.Module, name: str) -> str:
@@ -191,12 +216,9 @@ def _chain(module: nn.Module) -> Iterator[tuple[str, str]]:
     return pairwise(names)
 
 
-def _calls(module: nn.Module) -> Iterator[tuple[str, str]]:
+def _calls(module: nn.Module, graph: fx.Graph | None) -> Iterator[tuple[str, str]]:
     """Pairs of the modules that ``module`` calls, the one's result going to the other alone; none if none can tell."""
-    try:
-        with mode(module, True):
-            graph = trace(module)
-    except Untraceable:
+    if graph is None:
         return
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     for node in graph.nodes:

@@ -87,6 +87,9 @@ def share_attention(
     adapters = adapters or {}
     found = blocks.find(model, include=include, exclude=exclude, replace=existing == "replace", adapters=adapters)
     _check_siblings(found)
+    more = blocks.called_with_more(model, found.candidates)
+    found.left.update(more)
+    found.candidates = [c for c in found.candidates if c.name not in more]
     runs = [[c] for c in found.candidates] if per_block else blocks.stages(model, found.candidates)
     for run in runs:
         if len(run) < min_blocks:

@@ -7,7 +7,6 @@ way of more convolutions than the other, the shortcut.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from .. import norms
 from .tracing import Untraceable, trace
+from .widths import Unknown, width_of
 
 #: Of these a branch is made; more of them make the residual side.
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
@@ -134,6 +134,28 @@ def _strides(root: nn.Module, nodes: set[fx.Node]) -> bool:
     return False
 
 
+def _is_pooled(root: nn.Module, operand: fx.Node, branch: set[fx.Node]) -> bool:
+    """Whether every way to ``operand`` through ``branch`` passes a reduction to one position."""
+    seen, waiting = set(), [operand]
+    while waiting:
+        node = waiting.pop()
+        if node not in branch:
+            return False  # back at the fork
+        if node not in seen and not _pools(root, node):
+            seen.add(node)
+            waiting += [n for n in node.all_input_nodes if n.op != "get_attr" and not _is_shape(n)]
+    return True
+
+
+def _pools(root: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(module_of(root, node)).__name__.startswith(("AdaptiveAvgPool", "AdaptiveMaxPool", "SelectAdaptive"))
+    if node.op == "call_method" and node.target in ("view", "reshape"):
+        return node.args[-2:] == (1, 1)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in ("mean", "amax") or name.startswith(("adaptive_avg_pool", "adaptive_max_pool"))
+
+
 # --- tails -------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +216,8 @@ def _sides(
         raise Rejected("a branch holds residual blocks itself")
     if residual in of_shortcut or len(residual.users) > 1:
         raise Rejected("the residual branch is used elsewhere, too")
+    if _is_pooled(root, residual, of_residual):
+        raise Rejected("the residual side is no map: it is pooled to one position")
     return residual, shortcut, _strides(root, of_shortcut)
 
 
@@ -209,7 +233,10 @@ def _tail(
     x, passed = _before_drops(root, graph, residual)
     attention = x if _is_attention(root, x) else None
     below = x if attention is None else _taken_apart(root, graph, _gated_by(attention))
-    channels, channel_dim = _channels(root, graph, below)
+    try:
+        width = width_of(root, below)
+    except Unknown as reason:
+        raise Rejected(str(reason)) from reason
     if replace:
         x = below
     norm = x if _folds(root, x) else None
@@ -223,8 +250,8 @@ def _tail(
         norm=norm,
         passed=passed,
         attention=attention,
-        channels=channels,
-        channel_dim=channel_dim,
+        channels=width.count,
+        channel_dim=width.dim,
         strided=strided,
         scale=parameters[0] if len(parameters) == 1 else None,
     )
@@ -346,45 +373,3 @@ def _is_gated(root: nn.Module, node: fx.Node, graph: fx.Graph, whole: bool = Fal
         if made_of_x and _weighted(root, ancestors[gate] - ancestors[x]) > 0:
             return True
     return False
-
-
-def _channels(root: nn.Module, graph: fx.Graph, x: fx.Node) -> tuple[int, int]:
-    """Number and dimension of the channels of ``x``: those of the last norm, convolution or linear before it."""
-    node, moved = x, False
-    while True:
-        module = module_of(root, node)
-        layers = [] if module is None else list(reversed(list(_flat(module))))
-        for layer in layers:
-            moved = moved or getattr(layer, "dims", None) in ([0, 3, 1, 2], (0, 3, 1, 2))
-            found = _width(layer)
-            if found is not None:
-                width, last = found
-                return width, -1 if last and not moved else 1
-        if node.op == "call_method" and node.target == "permute":
-            moved = moved or tuple(node.args[1:]) == (0, 3, 1, 2)
-        sources = [n for n in node.all_input_nodes if n.op != "get_attr" and not _is_shape(n)]
-        if not sources or node.op == "placeholder":
-            raise Rejected("no norm, convolution or linear tells how many channels it has")
-        # Of x * gate(x) the map: the older one.
-        node = min(sources, key=list(graph.nodes).index)
-
-
-def _flat(module: nn.Module) -> Iterator[nn.Module]:
-    return (child for child in module.modules() if not any(True for _ in child.children()) or _width(child))
-
-
-def _width(layer: nn.Module) -> tuple[int, bool] | None:
-    """How many channels come out of ``layer``, and whether they are its last dimension."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        return layer.out_channels, False
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, True
-    if isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
-        return layer.num_features, False
-    if isinstance(layer, nn.GroupNorm):
-        return layer.num_channels, False
-    if isinstance(layer, nn.LayerNorm):
-        return layer.normalized_shape[-1], not type(layer).__name__.endswith("2d")
-    if type(layer).__name__ == "FrozenBatchNorm2d":
-        return len(layer.get_buffer("weight")), False
-    return None
