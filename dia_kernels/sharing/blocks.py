@@ -113,10 +113,13 @@ def _traced(
     for graph, is_training in ((training, True), (evaluation, False)):
         if graph is not None:
             with mode(module, is_training):
-                of_graph, reasons = tails.find(module, graph, blocks, replace)
+                of_graph, reasons, more = tails.find(module, graph, blocks, replace)
             graphs.append((graph, of_graph))
             if reasons:
                 found.rejected[name] = reasons
+            if more and of_graph:
+                found.left[name] = f"one of its tails cannot join: {reasons[-1]}"
+                return None
     counts = {len(of_graph) for _, of_graph in graphs}
     if counts == {0}:
         return None

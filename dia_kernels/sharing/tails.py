@@ -161,15 +161,17 @@ def _pools(root: nn.Module, node: fx.Node) -> bool:
 
 def find(
     root: nn.Module, graph: fx.Graph, blocks: set[nn.Module], replace: bool = False
-) -> tuple[list[Tail], list[str]]:
-    """The tails of ``graph``, in order, and why other additions are none. Sequentials before a tail are taken apart.
+) -> tuple[list[Tail], list[str], bool]:
+    """The tails of ``graph``, in order; why other additions are none; and whether one of those closes a block, too.
+
+    Sequentials before a tail are taken apart.
 
     Args:
         root: the module that ``graph`` is of.
         blocks: modules that are known to be residual blocks.
         replace: attention that is there already is to go: ``x`` is what it takes, not what it returns.
     """
-    tails, reasons = [], []
+    tails, reasons, closed = [], [], 0
     additions = [node for node in graph.nodes if _is_addition(node)]
     ancestors = _ancestors(graph)
     for addition in additions:
@@ -177,10 +179,11 @@ def find(
             continue  # of sizes, or of a parameter: nobody would look for a block there
         try:
             residual, shortcut, strided = _sides(root, graph, ancestors, addition, blocks)
+            closed += 1
             tails.append(_tail(root, graph, addition, residual, shortcut, strided, replace))
         except Rejected as reason:
             reasons.append(f"{addition.name}: {reason}")
-    return tails, reasons
+    return tails, reasons, closed > len(tails)
 
 
 def _sides(
