@@ -42,3 +42,19 @@ def run(rank: int, folder: str) -> None:
     model = nn.parallel.DistributedDataParallel(network())
     torch.save(gradients(model, rank), Path(folder) / f"gradients{rank}.pt")
     distributed.destroy_process_group()
+
+
+def run_sharded(rank: int, folder: str) -> None:
+    """The same under FSDP2, which shards the stage as one unit."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    stage = network()
+    fully_shard(stage, mesh=mesh)
+    found = {name: gradient.full_tensor() for name, gradient in gradients(stage, rank).items()}
+    torch.save(found, Path(folder) / f"gradients{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()

@@ -517,9 +517,10 @@ def test_activation_checkpointing(sequential):
         assert_close(ours.grad, theirs.grad, name)
 
 
-def test_distributed_data_parallel(tmp_path):
-    """Two processes: the mean of their gradients, and no parameter that DDP waits for in vain."""
-    torch.multiprocessing.spawn(sharing_processes.run, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("run", [sharing_processes.run, sharing_processes.run_sharded])
+def test_data_parallel(run, tmp_path):
+    """DDP and FSDP2 in two processes: the mean of their gradients, and no parameter that is waited for in vain."""
+    torch.multiprocessing.spawn(run, (str(tmp_path),), nprocs=2)
     alone = [sharing_processes.gradients(sharing_processes.network(), rank) for rank in range(2)]
     for rank in range(2):
         for name, gradient in torch.load(tmp_path / f"gradients{rank}.pt").items():

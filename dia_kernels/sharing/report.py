@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
 
 
@@ -86,10 +87,14 @@ class Report:
                     text += f"; its {block.attention} {'replaced' if self.existing == 'replace' else 'kept'}"
                 lines.append(text)
         for title, found in (("left alone", self.left), ("untraceable", self.untraceable)):
-            lines += [f"  {title}: {name}: {reason}" for name, reason in found.items()]
+            lines += [_line(title, name, reason) for name, reason in found.items()]
         for name, reasons in self.rejected.items():
-            lines += [f"  no tail: {name or '(the network itself)'}: {reason}" for reason in reasons]
+            lines += [_line("no tail", name, reason) for reason in reasons]
         return "\n".join(lines)
+
+
+def _line(title: str, name: str, reason: str) -> str:
+    return f"  {title}: {name or '(the network itself)'}: {textwrap.shorten(reason, 110, placeholder=' ...')}"
 
 
 def _alike(blocks: tuple[Block, ...]) -> list[tuple[str, Block]]:
