@@ -20,10 +20,10 @@ class Block(nn.Module):
         return torch.relu(self.norm(self.conv(x)) + x)
 
 
-def network() -> nn.Module:
+def network(backend: str | None = None) -> nn.Module:
     """The same weights in every process."""
     torch.manual_seed(0)
-    return share_attention(nn.Sequential(Block(), Block(), Block()), reduction=2).double()
+    return share_attention(nn.Sequential(Block(), Block(), Block()), reduction=2, backend=backend).double()
 
 
 def images(rank: int) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 
 import pytest
+import sharing_processes
 import torch
 from torch import nn
 from two_blocks import assert_as_accurate, captured, errors, results
 
-from dia_kernels import SharedAttention, backends, models, operators
+from dia_kernels import CELLS, SharedAttention, backends, create_attention, models, operators
 
 pytestmark = [
     pytest.mark.gpu,
@@ -154,6 +155,30 @@ def test_operators_keep_their_promises(channels_last):
     torch.library.opcheck(operators.native.rescale, (x, scale, s, 1, True))
     statistics = (None, None, None, None)
     torch.library.opcheck(operators.native.tail, (x, s, None, None, *statistics, 1e-5, *weights, 1, True, False))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_cell(cell, dtype):
+    """Two blocks that share it; what pools and rescales are the operators."""
+    torch.manual_seed(0)
+    attention = create_attention(cell, 64, 4, blocks=2, backend="cuda").cuda()
+    of, _ = errors(attention, None, *maps((4, 64, 16, 16), dtype, True))
+    assert_as_accurate([of], dtype)
+
+
+def test_a_converted_network():
+    """Results and gradients of the CUDA backend and of the reference."""
+    found = []
+    for backend in ("cuda", "reference"):
+        model = sharing_processes.network(backend).float().cuda()
+        x = sharing_processes.images(0).float().cuda()
+        y = model(x)
+        y.square().mean().backward()
+        found.append([y.detach(), *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        # A bias before a norm has no gradient but rounding.
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() + 1e-6
 
 
 def test_a_compiled_network_is_the_eager_one():

@@ -138,3 +138,16 @@ def test_as_with_hooks(name):
     with torch.no_grad():
         assert_same(shared, hooked, lambda model: model(x), training=False)
     assert_same(shared, hooked, lambda model: model(x), training=True)
+
+
+def test_refused():
+    """ViT has no place that is known; blocks with MONAI's shortcut of type "A" cannot be traced."""
+    with torch.device("meta"):
+        vit = vision.vit_b_16()
+    with pytest.raises(sharing.SharingError, match=r"encoder_layer_11: 2 tails in one block, as in transformers"):
+        sharing.share_attention(vit)
+    network = monai.resnet18(spatial_dims=3, n_input_channels=1, shortcut_type="A")
+    with pytest.raises(
+        sharing.SharingError, match=r"layer4.0: cannot be traced .* ResNetBlock can: .* give an adapter"
+    ):
+        sharing.share_attention(network)

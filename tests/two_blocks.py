@@ -9,26 +9,31 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dia_kernels import SharedAttention
+from dia_kernels import CellAttention, SharedAttention
 
 #: Error of a result of ours, that of eager PyTorch's, and the largest true value.
 Errors = dict[str, tuple[float, float, float]]
 
 
-def results(attention: SharedAttention, norm: nn.Module | None, x: Tensor, s: Tensor) -> dict[str, Tensor]:
-    """Every result, gradient and buffer of two blocks, by name."""
+def results(
+    attention: SharedAttention | CellAttention, norm: nn.Module | None, x: Tensor, s: Tensor
+) -> dict[str, Tensor]:
+    """Every result, gradient and buffer of two blocks, by name; h and c of cells that have such a state."""
     y, state = attention(x, shortcut=s, activation="relu", norm=norm)
-    z, (h, c) = attention(y * 0.5, state, shortcut=y, norm=norm)
-    loss = sum(t.to(torch.float64 if t.dtype == torch.float64 else torch.float32).square().sum() for t in (z, h, c))
+    z, state = attention(y * 0.5, state, shortcut=y, norm=norm)
+    found = {"z": z} | (dict(zip("hc", state, strict=True)) if isinstance(state, tuple) else {})
+    loss = sum(
+        t.to(torch.float64 if t.dtype == torch.float64 else torch.float32).square().sum() for t in found.values()
+    )
     leaves = {"x": x, "s": s} | dict(attention.named_parameters())
     leaves |= {} if norm is None else {f"norm {k}": v for k, v in norm.named_parameters()}
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     buffers = {} if norm is None else {f"norm {k}": v.float() for k, v in norm.named_buffers()}
-    return {"z": z, "h": h, "c": c} | {f"d {k}": g for k, g in zip(leaves, gradients, strict=True)} | buffers
+    return found | {f"d {k}": g for k, g in zip(leaves, gradients, strict=True)} | buffers
 
 
 def errors(
-    attention: SharedAttention, norm: nn.Module | None, x: Tensor, s: Tensor
+    attention: SharedAttention | CellAttention, norm: nn.Module | None, x: Tensor, s: Tensor
 ) -> tuple[Errors, dict[str, Tensor]]:
     """Those of ``attention`` and of eager PyTorch in the same dtype against float64; and the results of ours."""
     found = results(attention, copy.deepcopy(norm), x, s)
