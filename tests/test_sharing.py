@@ -625,6 +625,10 @@ def test_what_cannot_be_preserved():
     assert not any(sharing.rewriting.is_converted(m) for m in kept.modules())
     with pytest.raises(SharingError, match=r"'preserve' needs a cell that can begin as a constant: Constant cannot"):
         share_attention(small(), lambda channels: Constant(), init="preserve")
+    before_activation = timm.create_model("resnetv2_50", layers=(1, 1, 1, 1))
+    with pytest.raises(SharingError, match=r"'preserve' cannot keep what the extra norm of stages.0.blocks.0 changes"):
+        share_attention(before_activation, reduction=16, init="preserve", extra_norm="batch")
+    assert not any(sharing.rewriting.is_converted(m) for m in before_activation.modules())
     bare = small()
     bare[1].norm = nn.BatchNorm2d(6, affine=False)
     weights = copy.deepcopy(bare.state_dict())

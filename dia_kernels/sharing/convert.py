@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -110,10 +111,17 @@ def share_attention(
         return report
     for run, unit in zip(runs, units, strict=True):
         _like_block(unit, run[0].module)
+    # All that can fail comes first: an error leaves the network as it was.
+    changes = [
+        _change(candidate, unit, Role(place == 0, place == len(run) - 1), extra_norm is not None, existing == "replace")
+        for run, unit in zip(runs, units, strict=True)
+        for place, candidate in enumerate(run)
+    ]
     if init == "preserve":
+        _check_preservable(changes)
         preserve.hold(list(zip(runs, units, strict=True)))
-    for run, unit in zip(runs, units, strict=True):
-        _convert(run, unit, extra_norm is not None, existing == "replace")
+    for change in changes:
+        _convert(change)
     object.__setattr__(model, _REPORT, report)
     return model
 
@@ -253,39 +261,67 @@ def _called(root: nn.Module, tail: Tail, node: object = None) -> str:
     return type(module).__name__ if module is not None else str(getattr(node, "name", node))
 
 
-def _convert(run: list[Candidate], unit: nn.Module, extra_norm: bool, replace: bool) -> None:
-    for place, candidate in enumerate(run):
-        block, role = candidate.module, Role(place == 0, place == len(run) - 1)
-        recipe = _recipe(candidate, role, extra_norm, replace)
-        if role.first:
-            setattr(block, ATTENTION, unit)
-        else:
-            # Registered in every block, functional_call would leave plain tensors in place of parameters.
-            object.__setattr__(block, ATTENTION, unit)
-        block.__class__ = class_of(recipe)
+@dataclass(frozen=True)
+class _Change:
+    """What happens to a block.
+
+    Attributes:
+        begins: whether it registers the unit; the others hold a link.
+        norm: the extra norm that it gets, or None.
+        replaced: children that are nothing from now on.
+    """
+
+    name: str
+    block: nn.Module
+    unit: nn.Module
+    begins: bool
+    new_class: type[nn.Module]
+    norm: nn.Module | None
+    replaced: frozenset[str]
 
 
-def _recipe(candidate: Candidate, role: Role, extra_norm: bool, replace: bool) -> Recipe:
-    base = type(candidate.module)
+def _change(candidate: Candidate, unit: nn.Module, role: Role, extra_norm: bool, replace: bool) -> _Change:
+    block, base = candidate.module, type(candidate.module)
+    norm, replaced = None, set()
     if isinstance(candidate.how, Adapter):
-        return Recipe(base, Adapted(candidate.how, role), None)
-    if extra_norm and candidate.how.graphs[0][1][0].norm is None:
-        _add_norm(candidate)
-    replaced, sources = set(), []
-    for graph, of_graph in candidate.how.graphs:
-        for tail in of_graph:
-            if replace and tail.attention is not None and tail.attention.op == "call_module":
-                replaced.add(str(tail.attention.target))
-        rewrite(candidate.module, graph, of_graph, role, extra_norm)
-        sources.append(source_of(graph))
-    for target in replaced:
+        recipe = Recipe(base, Adapted(candidate.how, role), None)
+    else:
+        if extra_norm and candidate.how.graphs[0][1][0].norm is None:
+            norm = _extra_norm(candidate)
+        sources = []
+        for graph, of_graph in candidate.how.graphs:
+            for tail in of_graph:
+                if replace and tail.attention is not None and tail.attention.op == "call_module":
+                    replaced.add(str(tail.attention.target))
+            rewrite(block, graph, of_graph, role, extra_norm)
+            sources.append(source_of(graph))
+        recipe = Recipe(base, sources[0], sources[1] if len(sources) > 1 else None)
+    return _Change(candidate.name, block, unit, role.first, class_of(recipe), norm, frozenset(replaced))
+
+
+def _check_preservable(changes: list[_Change]) -> None:
+    for change in changes:
+        if change.norm is not None:
+            raise SharingError(f"init: 'preserve' cannot keep what the extra norm of {change.name} changes")
+
+
+def _convert(change: _Change) -> None:
+    block = change.block
+    if change.begins:
+        setattr(block, ATTENTION, change.unit)
+    else:
+        # Registered in every block, functional_call would leave plain tensors in place of parameters.
+        object.__setattr__(block, ATTENTION, change.unit)
+    if change.norm is not None:
+        block.add_module(EXTRA_NORM, change.norm)
+    for target in change.replaced:
         parent, _, name = target.rpartition(".")
-        setattr(candidate.module.get_submodule(parent), name, nn.Identity())
-    return Recipe(base, sources[0], sources[1] if len(sources) > 1 else None)
+        setattr(block.get_submodule(parent), name, nn.Identity())
+    block.__class__ = change.new_class
 
 
-def _add_norm(candidate: Candidate) -> None:
+def _extra_norm(candidate: Candidate) -> nn.Module:
     block = candidate.module
     like = next(block.parameters())
     norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[blocks.rank(block) - 1](candidate.channels)
-    block.add_module(EXTRA_NORM, norm.to(like.device, like.dtype).train(block.training))
+    return norm.to(like.device, like.dtype).train(block.training)
