@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from .. import norms
-from .tracing import Untraceable, trace
+from .tracing import traced_result
 from .widths import Unknown, width_of
 
 #: Of these a branch is made; more of them make the residual side.
@@ -316,14 +316,12 @@ def _ends_in_a_call(module: nn.Module) -> fx.Graph | None:
         return None
     if isinstance(module, (*WEIGHTED, nn.modules.batchnorm._BatchNorm)):
         return None
-    try:
-        graph = trace(module)
-    except Untraceable:
+    found = traced_result(module)
+    if found is None:
         return None
-    result = next(n for n in graph.nodes if n.op == "output").args[0]
+    graph, result = found
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    ends = isinstance(result, fx.Node) and result.op == "call_module"
-    return graph if ends and len(inputs) == 1 else None
+    return graph if result.op == "call_module" and len(inputs) == 1 else None
 
 
 def _prefixed(graph: fx.Graph, prefix: str) -> fx.Graph:
@@ -354,12 +352,8 @@ def _is_attention(root: nn.Module, node: fx.Node) -> bool:
         return _is_gated(root, node, node.graph)
     if isinstance(module, WEIGHTED):
         return False
-    try:
-        graph = trace(module)
-    except Untraceable:
-        return False
-    result = next(n for n in graph.nodes if n.op == "output").args[0]
-    return isinstance(result, fx.Node) and _is_gated(module, result, graph, whole=True)
+    found = traced_result(module)
+    return found is not None and _is_gated(module, found[1], found[0], whole=True)
 
 
 def _is_gated(root: nn.Module, node: fx.Node, graph: fx.Graph, whole: bool = False) -> bool:

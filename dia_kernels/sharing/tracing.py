@@ -88,6 +88,16 @@ def trace(module: nn.Module) -> fx.Graph:
         vars(module).update(before)
 
 
+def traced_result(module: nn.Module) -> tuple[fx.Graph, fx.Node] | None:
+    """The graph of ``module`` and the node that it returns; None if it has no graph, or returns anything else."""
+    try:
+        graph = trace(module)
+    except Untraceable:
+        return None
+    result = next(node for node in graph.nodes if node.op == "output").args[0]
+    return (graph, result) if isinstance(result, fx.Node) else None
+
+
 @contextmanager
 def mode(module: nn.Module, training: bool) -> Iterator[None]:
     """``module`` and all below it in training or evaluation, each as it was thereafter."""

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .tracing import Untraceable, trace
+from .tracing import traced_result
 
 #: By module of their class: layers of PyTorch's that leave the channels as they are.
 _KEEPING = ("activation", "dropout", "pooling", "upsampling", "padding", "channelshuffle")
@@ -126,9 +126,9 @@ def _permuted(found: Width | _Input, permutations: Sequence[tuple[int, ...]]) ->
 
 def _of_module(module: nn.Module) -> Width | _Input:
     """Of a module's result."""
-    found = _of_layer(module)
-    if found is not None:
-        return found
+    width = _of_layer(module)
+    if width is not None:
+        return width
     if type(module).__name__ == "Permute":
         return _Input((tuple(module.dims),))  # type: ignore[arg-type]
     if type(module).__module__.startswith("torch.nn.modules."):
@@ -137,14 +137,10 @@ def _of_module(module: nn.Module) -> Width | _Input:
             return _Input()
         if not isinstance(module, nn.Sequential):
             raise Unknown(f"nothing tells how many channels are behind {type(module).__name__}")
-    try:
-        graph = trace(module)
-    except Untraceable as reason:
-        raise Unknown(f"nothing tells how many channels are behind {type(module).__name__}") from reason
-    result = next(n for n in graph.nodes if n.op == "output").args[0]
-    if not isinstance(result, fx.Node):
-        raise Unknown(f"{type(module).__name__} returns no tensor")
-    return _width(module, result)
+    found = traced_result(module)
+    if found is None:
+        raise Unknown(f"nothing tells how many channels are behind {type(module).__name__}")
+    return _width(module, found[1])
 
 
 def _of_layer(layer: nn.Module) -> Width | None:
