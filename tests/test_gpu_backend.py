@@ -11,7 +11,7 @@ from simulated_backend import device, launches, library
 from torch import nn
 from torch.nn import functional as F
 
-from dia_kernels import SharedAttention, backends, models, operators
+from dia_kernels import CELLS, SharedAttention, backends, create_attention, models, operators
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -416,3 +416,23 @@ def test_a_network_trains_through_the_gpu_kernels(layouts, fold_norm):
     assert found == pytest.approx(expected, rel=1e-4)
     for name, value in weights.items():
         torch.testing.assert_close(value, others[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_cell(cell):
+    """What pools and rescales are kernels; with its sample scale the LSTM's second call goes that way, too."""
+    attention = create_attention(cell, 12, 3, blocks=2, backend="simulated")
+    other = copy.deepcopy(attention)
+    other.backend = "reference"
+    x, s = maps((3, 12, 5, 4), channels_last=True)
+    scale = torch.tensor([0.0, 2.0, 1.0])
+    found, expected, launched = [], [], []
+    for module, into in ((attention, found), (other, expected)):
+        launches()
+        y, state = module(x, shortcut=s, activation="relu")
+        y, _ = module(y, state, shortcut=y, sample_scale=scale)
+        into += [y.detach(), *torch.autograd.grad(y.square().sum(), [x, s, *module.parameters()])]
+        launched.append({"Reduce", "Spread"} & set(launches()))
+    assert launched == [{"Reduce", "Spread"}, set()]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * max(1.0, b.abs().max().item()))
