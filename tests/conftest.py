@@ -12,7 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from dia_kernels import operators
+from dia_kernels import backends, operators
+from dia_kernels.backends import triton
 
 BACKENDS = ("reference", "fallback", "cpu")
 
@@ -37,6 +38,17 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one
     for name, (kernel, _fake) in operators._KERNELS.items():
         monkeypatch.setattr(operators.native, name, kernel)
     return None
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> None:
+    """``"interpreted"`` as a backend of this process: Triton's kernels in its interpreter, for tensors of the CPU."""
+    if not triton.INSTALLED:
+        pytest.skip("Triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("there is a GPU, where tests/test_triton_gpu.py runs the kernels themselves")
+    kernels = importlib.import_module("dia_kernels.backends.triton.operators").KERNELS
+    backends.add("interpreted", "cpu", kernels, float64=False)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import os
 import pickle
 from pathlib import Path
 
@@ -16,8 +14,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from two_blocks import assert_as_accurate
 
 from dia_kernels import CBAM, CELLS, DSU, ECA, SE, SRM, Cell, CellAttention, SharedAttention, create_attention
-from dia_kernels import backends as backends_here
-from dia_kernels.backends import triton as triton_backend
 
 NAMES = ("dsu", "se", "eca", "srm", "cbam")
 C, BLOCKS = 8, 3
@@ -201,12 +197,7 @@ def test_as_accurate_as_eager(name, dtype, backend):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_triton(name, one_thread):
-    if not triton_backend.INSTALLED or os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs Triton's interpreter")
-    if "interpreted" not in backends_here.names():
-        kernels = importlib.import_module("dia_kernels.backends.triton.operators").KERNELS
-        backends_here.add("interpreted", "cpu", kernels, float64=False)
+def test_triton(name, one_thread, interpreted):
     attention = make(name, backend="interpreted")
     assert_as_accurate([errors_of(name, attention, torch.float32, seed) for seed in range(2)], torch.float32)
 

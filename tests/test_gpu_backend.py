@@ -10,6 +10,7 @@ import torch
 from simulated_backend import device, launches, library
 from torch import nn
 from torch.nn import functional as F
+from two_blocks import assert_a_far_first_value_spoils_no_variance, assert_gradients_at_a_far_mean
 
 from dia_kernels import CELLS, SharedAttention, backends, create_attention, models, operators
 
@@ -265,28 +266,11 @@ def test_bottlenecks_in_parts():
 
 
 def test_a_far_first_value_spoils_no_variance():
-    """All values of a channel but the first lie together: squares about the first are a thousand times the variance."""
-    norm = nn.BatchNorm2d(2, momentum=1.0)
-    x = 1e-3 * torch.randn(2, 2, 32, 32)
-    x[:, :, 0, 0] = 1.0
-    SharedAttention(2, 1, backend="simulated")(x, norm=norm)
-    torch.testing.assert_close(norm.running_var.double(), x.double().var((0, 2, 3)), rtol=1e-5, atol=0.0)
+    assert_a_far_first_value_spoils_no_variance("simulated")
 
 
 def test_gradients_at_a_far_mean():
-    """The float next to a mean of 1e4 is off by some hundredths of the deviation, which the gradient must not miss."""
-    gradients = []
-    attention, norm = SharedAttention(4, 2, backend="simulated"), nn.BatchNorm2d(4)
-    x = 1e4 + 0.01 * torch.randn(3, 4, 6, 6)
-    weight = torch.randn_like(x)
-    for dtype in (torch.float32, torch.float64):
-        module, of = copy.deepcopy(attention).to(dtype), copy.deepcopy(norm).to(dtype)
-        module.backend = "simulated" if dtype == torch.float32 else "reference"
-        z = x.to(dtype).requires_grad_()
-        y, _ = module(z, norm=of)
-        gradients.append(torch.autograd.grad((y * weight.to(dtype)).sum(), [z, of.weight, of.bias]))
-    for found, true in zip(*gradients, strict=True):
-        assert (found.double() - true).abs().max() <= 1e-3 * true.abs().max()
+    assert_gradients_at_a_far_mean("simulated")
 
 
 def test_wrong_arguments_of_the_operators():

@@ -22,6 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import dia_kernels
 from dia_kernels import SharedAttention, sharing
 from dia_kernels.sharing import Adapter, SharingError, share_attention
+from dia_kernels.sharing.rewriting import Recipe, Source, class_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -331,6 +332,50 @@ def test_existing_attention_replaced(name):
     x = IMAGES.double()
     assert_same(shared, hooked, lambda m: m(x), training=False)
     assert_same(shared, hooked, lambda m: m(x), training=True)
+
+
+class Gated(Block):
+    """With attention that is written out in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return self.relu(y * torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True))) + x)
+
+
+def test_attention_that_is_written_out():
+    """Kept, the gate comes first; replaced, it is not computed any more and has no parameters."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    plain = nn.Sequential(Gated(), Gated()).double()
+    kept = share_attention(copy.deepcopy(plain), reduction=2)
+    gates = [plain[k].gate for k in range(2)]
+    y, state = x, None
+    for k in range(2):
+        z = plain[k].norm(plain[k].conv(y))
+        z, state = kept[0].attention(z * torch.sigmoid(gates[k](z.mean((2, 3), keepdim=True))), state)
+        y = torch.relu(z + y)
+    assert_close(kept(x).detach(), y.detach(), "kept")
+
+    replaced = share_attention(copy.deepcopy(plain), reduction=2, existing="replace")
+    assert not any("gate" in name for name, _ in replaced.named_parameters())
+    for block in plain:
+        block.forward = lambda x, block=block: Block.forward(block, x)
+    assert_same(
+        replaced, hook(plain.requires_grad_(), replaced, [["0.norm", "1.norm"]]), lambda m: m(x), training=False
+    )
+
+
+def test_the_same_text_with_another_function():
+    """Two forwards that read alike, but whose names mean different functions, are two classes."""
+    text = "def forward(self, x):\n    return function(x)\n"
+    sources = [Source(text, (("function", ("value", f)),)) for f in (torch.sin, torch.cos, torch.sin)]
+    sine, cosine, again = (class_of(Recipe(Block, source, None)) for source in sources)
+    assert sine is again is not cosine
+    assert torch.equal(cosine()(torch.zeros(1)), torch.ones(1))
 
 
 def test_existing_attention_is_an_error_if_asked():

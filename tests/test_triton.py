@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
-from two_blocks import assert_as_accurate, errors, results
+from two_blocks import (
+    assert_a_far_first_value_spoils_no_variance,
+    assert_as_accurate,
+    assert_gradients_at_a_far_mean,
+    errors,
+    results,
+)
 
 from dia_kernels import SharedAttention, backends, functional, operators
 from dia_kernels.backends import triton as triton_backend
@@ -31,16 +36,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [(torch.float32, kind) for kind in ("none", "batch", "running", "bare")]
 CASES += [(dtype, kind) for dtype in DTYPES[1:] for kind in ("none", "batch")]
 SHAPES = [(3, 12, 7, 7), (2, 25, 9, 5), (5, 102, 1, 1), (2, 3, 40, 40), (17, 16, 2), (2, 5, 3, 4, 2)]
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> None:
-    """``"interpreted"`` as a backend of this process."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("there is a GPU, where tests/test_cuda.py runs the kernels themselves")
-    if "interpreted" not in backends.names():
-        kernels = importlib.import_module("dia_kernels.backends.triton.operators").KERNELS
-        backends.add("interpreted", "cpu", kernels, float64=False)
 
 
 def between_nans(t: Tensor, phase: int = 0) -> Tensor:
@@ -221,28 +216,11 @@ def test_statistics_keep_their_digits(mean):
 
 
 def test_a_far_first_value_spoils_no_variance():
-    """All values of a channel but the first lie together: squares about the first are a thousand times the variance."""
-    norm = nn.BatchNorm2d(2, momentum=1.0)
-    x = 1e-3 * torch.randn(2, 2, 32, 32)
-    x[:, :, 0, 0] = 1.0
-    SharedAttention(2, 1, backend="interpreted")(x, norm=norm)
-    torch.testing.assert_close(norm.running_var.double(), x.double().var((0, 2, 3)), rtol=1e-5, atol=0.0)
+    assert_a_far_first_value_spoils_no_variance("interpreted")
 
 
 def test_gradients_at_a_far_mean():
-    """The float next to a mean of 1e4 is off by some hundredths of the deviation, which the gradient must not miss."""
-    gradients = []
-    attention, norm = SharedAttention(4, 2, backend="interpreted"), nn.BatchNorm2d(4)
-    x = 1e4 + 0.01 * torch.randn(3, 4, 6, 6)
-    weight = torch.randn_like(x)
-    for dtype in (torch.float32, torch.float64):
-        module, of = copy.deepcopy(attention).to(dtype), copy.deepcopy(norm).to(dtype)
-        module.backend = "interpreted" if dtype == torch.float32 else "reference"
-        z = x.to(dtype).requires_grad_()
-        y, _ = module(z, norm=of)
-        gradients.append(torch.autograd.grad((y * weight.to(dtype)).sum(), [z, of.weight, of.bias]))
-    for found, true in zip(*gradients, strict=True):
-        assert (found.double() - true).abs().max() <= 1e-3 * true.abs().max()
+    assert_gradients_at_a_far_mean("interpreted")
 
 
 @pytest.mark.parametrize(("into", "added"), [(0, 1), (1, 0)])

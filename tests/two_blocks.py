@@ -1,5 +1,7 @@
-"""Two blocks of a stage, and the accuracy contract over them. Imports nothing but torch and the library, for a bare
-machine with a GPU."""
+"""Two blocks of a stage, the accuracy contract over them, and maps that cost careless sums their digits.
+
+Imports nothing but torch and the library, for a bare machine with a GPU.
+"""
 
 from __future__ import annotations
 
@@ -60,6 +62,31 @@ def assert_as_accurate(draws: Sequence[Errors], dtype: torch.dtype, ulps: float 
     for name in draws[0]:
         ours, theirs, scale = (max(values) for values in zip(*(of[name] for of in draws), strict=True))
         assert ours <= 2 * theirs + ulps * torch.finfo(dtype).eps * scale, (name, [of[name] for of in draws])
+
+
+def assert_a_far_first_value_spoils_no_variance(backend: str) -> None:
+    """All values of a channel but the first lie together: squares about the first are a thousand times the variance."""
+    norm = nn.BatchNorm2d(2, momentum=1.0)
+    x = 1e-3 * torch.randn(2, 2, 32, 32)
+    x[:, :, 0, 0] = 1.0
+    SharedAttention(2, 1, backend=backend)(x, norm=norm)
+    torch.testing.assert_close(norm.running_var.double(), x.double().var((0, 2, 3)), rtol=1e-5, atol=0.0)
+
+
+def assert_gradients_at_a_far_mean(backend: str) -> None:
+    """The float next to a mean of 1e4 is off by some hundredths of the deviation, which the gradient must not miss."""
+    gradients = []
+    attention, norm = SharedAttention(4, 2, backend=backend), nn.BatchNorm2d(4)
+    x = 1e4 + 0.01 * torch.randn(3, 4, 6, 6)
+    weight = torch.randn_like(x)
+    for dtype in (torch.float32, torch.float64):
+        module, of = copy.deepcopy(attention).to(dtype), copy.deepcopy(norm).to(dtype)
+        module.backend = backend if dtype == torch.float32 else "reference"
+        z = x.to(dtype).requires_grad_()
+        y, _ = module(z, norm=of)
+        gradients.append(torch.autograd.grad((y * weight.to(dtype)).sum(), [z, of.weight, of.bias]))
+    for found, true in zip(*gradients, strict=True):
+        assert (found.double() - true).abs().max() <= 1e-3 * true.abs().max()
 
 
 def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

@@ -147,9 +147,13 @@ def rank(block: nn.Module) -> int:
 # --- stages ---------------------------------------------------------------------------------------------------
 
 
-def stages(model: nn.Module, candidates: list[Candidate]) -> list[list[Candidate]]:
+#: Who calls blocks, by qualified name, with their graphs: None of what cannot be traced.
+Owners = dict[str, fx.Graph | None]
+
+
+def stages(model: nn.Module, owners: Owners, candidates: list[Candidate]) -> list[list[Candidate]]:
     """Runs of blocks that feed straight into each other, of one width."""
-    before = _predecessors(model, candidates)
+    before = _predecessors(model, owners)
     by_name = {c.name: c for c in candidates}
     runs: list[list[Candidate]] = []
     run_of: dict[str, list[Candidate]] = {}
@@ -169,10 +173,10 @@ def stages(model: nn.Module, candidates: list[Candidate]) -> list[list[Candidate
     return runs
 
 
-def _predecessors(model: nn.Module, candidates: list[Candidate]) -> dict[str, str]:
+def _predecessors(model: nn.Module, owners: Owners) -> dict[str, str]:
     """Of a block the module whose result goes to it, and nowhere else."""
     before: dict[str, str] = {}
-    for owner, graph in _owners(model, candidates):
+    for owner, graph in owners.items():
         module = model.get_submodule(owner)
         chain = _chain(module) if type(module).forward is nn.Sequential.forward else _calls(module, graph)
         prefix = f"{owner}." if owner else ""
@@ -180,11 +184,11 @@ def _predecessors(model: nn.Module, candidates: list[Candidate]) -> dict[str, st
     return before
 
 
-def called_with_more(model: nn.Module, candidates: list[Candidate]) -> dict[str, str]:
+def called_with_more(owners: Owners, candidates: list[Candidate]) -> dict[str, str]:
     """Of blocks that get more arguments than their graphs take, the reason to leave them alone."""
     by_name = {c.name: c for c in candidates}
     found = {}
-    for owner, graph in _owners(model, candidates):
+    for owner, graph in owners.items():
         prefix = f"{owner}." if owner else ""
         for node in graph.nodes if graph is not None else ():
             candidate = by_name.get(f"{prefix}{node.target}") if node.op == "call_module" else None
@@ -195,15 +199,17 @@ def called_with_more(model: nn.Module, candidates: list[Candidate]) -> dict[str,
     return found
 
 
-def _owners(model: nn.Module, candidates: list[Candidate]) -> Iterator[tuple[str, fx.Graph | None]]:
-    """Who calls the blocks, with their graphs; None of what cannot be traced."""
+def owners(model: nn.Module, candidates: list[Candidate]) -> Owners:
+    """Who calls ``candidates``."""
+    found: Owners = {}
     for owner in dict.fromkeys(_owner(model, c.name) for c in candidates):
         module = model.get_submodule(owner)
         try:
             with mode(module, True):
-                yield owner, trace(module)
+                found[owner] = trace(module)
         except Untraceable:
-            yield owner, None
+            found[owner] = None
+    return found
 
 
 def _owner(model: nn.Module, name: str) -> str:

@@ -88,10 +88,11 @@ def share_attention(
     adapters = adapters or {}
     found = blocks.find(model, include=include, exclude=exclude, replace=existing == "replace", adapters=adapters)
     _check_siblings(found)
-    more = blocks.called_with_more(model, found.candidates)
+    owners = blocks.owners(model, found.candidates)
+    more = blocks.called_with_more(owners, found.candidates)
     found.left.update(more)
     found.candidates = [c for c in found.candidates if c.name not in more]
-    runs = [[c] for c in found.candidates] if per_block else blocks.stages(model, found.candidates)
+    runs = [[c] for c in found.candidates] if per_block else blocks.stages(model, owners, found.candidates)
     for run in runs:
         if len(run) < min_blocks:
             found.left.update({c.name: f"its stage has {len(run)} of at least {min_blocks} blocks" for c in run})
@@ -113,7 +114,7 @@ def share_attention(
         _like_block(unit, run[0].module)
     # All that can fail comes first: an error leaves the network as it was.
     changes = [
-        _change(candidate, unit, Role(place == 0, place == len(run) - 1), extra_norm is not None, existing == "replace")
+        _change(candidate, unit, Role(place == 0, place == len(run) - 1), extra_norm is not None)
         for run, unit in zip(runs, units, strict=True)
         for place, candidate in enumerate(run)
     ]
@@ -277,12 +278,13 @@ class _Change:
     begins: bool
     new_class: type[nn.Module]
     norm: nn.Module | None
-    replaced: frozenset[str]
+    replaced: set[str]
 
 
-def _change(candidate: Candidate, unit: nn.Module, role: Role, extra_norm: bool, replace: bool) -> _Change:
+def _change(candidate: Candidate, unit: nn.Module, role: Role, extra_norm: bool) -> _Change:
     block, base = candidate.module, type(candidate.module)
-    norm, replaced = None, set()
+    norm: nn.Module | None = None
+    replaced: set[str] = set()
     if isinstance(candidate.how, Adapter):
         recipe = Recipe(base, Adapted(candidate.how, role), None)
     else:
@@ -290,13 +292,10 @@ def _change(candidate: Candidate, unit: nn.Module, role: Role, extra_norm: bool,
             norm = _extra_norm(candidate)
         sources = []
         for graph, of_graph in candidate.how.graphs:
-            for tail in of_graph:
-                if replace and tail.attention is not None and tail.attention.op == "call_module":
-                    replaced.add(str(tail.attention.target))
-            rewrite(block, graph, of_graph, role, extra_norm)
+            replaced |= rewrite(block, graph, of_graph, role, extra_norm)
             sources.append(source_of(graph))
         recipe = Recipe(base, sources[0], sources[1] if len(sources) > 1 else None)
-    return _Change(candidate.name, block, unit, role.first, class_of(recipe), norm, frozenset(replaced))
+    return _Change(candidate.name, block, unit, role.first, class_of(recipe), norm, replaced)
 
 
 def _check_preservable(changes: list[_Change]) -> None:

@@ -32,7 +32,7 @@ class Stage:
     Attributes:
         blocks: in the order in which the state goes through them.
         channels: C.
-        width: of the bottleneck, C // reduction; None for a cell without one.
+        width: of the LSTM's bottleneck, C // reduction; None for other cells.
         parameters: that the unit has.
         attention: qualified name of the unit.
     """

@@ -40,7 +40,12 @@ class Source:
     """A forward as Python text, and what the names in it mean."""
 
     text: str
-    names: tuple[tuple[str, Any], ...]
+    names: tuple[tuple[str, tuple[str, Any]], ...]
+
+    @property
+    def key(self) -> tuple:
+        """Equal for sources that mean the same: the same text may call other functions of the same name."""
+        return self.text, *((name, what if kind == "module" else id(what)) for name, (kind, what) in self.names)
 
     def function(self) -> Any:
         names = {name: _from_portable(value) for name, value in self.names}
@@ -143,7 +148,7 @@ class Adapted:
     role: Role
 
     @property
-    def text(self) -> tuple[Adapter, Role]:
+    def key(self) -> tuple:
         return self.adapter, self.role
 
     def function(self) -> Callable[..., Any]:
@@ -161,8 +166,15 @@ class Adapted:
 # --- the graph ------------------------------------------------------------------------------------------------
 
 
-def rewrite(root: nn.Module, graph: fx.Graph, tails: list[Tail], role: Role, extra_norm: bool) -> None:
-    """Makes ``graph`` that of the block with attention in its tails."""
+def rewrite(root: nn.Module, graph: fx.Graph, tails: list[Tail], role: Role, extra_norm: bool) -> set[str]:
+    """Makes ``graph`` that of the block with attention in its tails; returns the children that it calls no more.
+
+    Those are what attention that is replaced consisted of.
+    """
+    before = _called(graph)
+    kept = {str(tail.norm.target) for tail in tails if tail.norm is not None}
+    kept |= {str(drop.target) for tail in tails for drop in tail.passed}
+    kept |= {str(tail.relu.target) for tail in tails if tail.relu is not None}
     state: fx.Node | None = None
     if not role.first:
         carried, pair, x, state = _take_state(graph)
@@ -174,6 +186,11 @@ def rewrite(root: nn.Module, graph: fx.Graph, tails: list[Tail], role: Role, ext
     if not role.last:
         output = next(node for node in graph.nodes if node.op == "output")
         output.args = ((output.args[0], state),)
+    return before - _called(graph) - kept
+
+
+def _called(graph: fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
 
 
 def _take_state(graph: fx.Graph) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node]:
@@ -221,13 +238,24 @@ def _attend(root: nn.Module, graph: fx.Graph, tail: Tail, state: fx.Node | None,
         # They run before the addition, but maybe before the attention as well.
         for node in tail.passed:
             tail.addition.prepend(node)
-    if tail.attention is not None and tail.attention is not tail.x:
-        erased.append(tail.attention)
-    erased.append(tail.norm)
+    replaced = tail.attention if tail.attention is not tail.x else None
     for gone in erased:
         if gone is not None:
-            graph.erase_node(gone)  # which raises if anything still uses it: a norm called twice would count twice
+            graph.erase_node(gone)
+    if replaced is not None:
+        _erase_with_sources(graph, replaced, tail.x)
+    if tail.norm is not None:
+        graph.erase_node(tail.norm)  # which raises if anything still uses it: a norm called twice would count twice
     return new_state
+
+
+def _erase_with_sources(graph: fx.Graph, node: fx.Node, last: fx.Node) -> None:
+    """``node``, and what it alone is made of back to ``last``: a gate written out in a block."""
+    made_of = [n for n in node.all_input_nodes if n is not last]
+    graph.erase_node(node)
+    for each in made_of:
+        if not each.users and each.op != "placeholder":
+            _erase_with_sources(graph, each, last)
 
 
 # --- the class ------------------------------------------------------------------------------------------------
@@ -254,8 +282,7 @@ _classes: dict[tuple, type[nn.Module]] = {}
 
 def class_of(recipe: Recipe) -> type[nn.Module]:
     """The subclass of ``recipe.base`` with the rewritten forward; the same one for the same recipe."""
-    texts = [None if source is None else source.text for source in (recipe.training, recipe.evaluation)]
-    key = (recipe.base, *texts)
+    key = (recipe.base, recipe.training.key, None if recipe.evaluation is None else recipe.evaluation.key)
     if key not in _classes:
         _classes[key] = _new_class(recipe)
     return _classes[key]
