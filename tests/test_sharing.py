@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import monai.networks.nets as monai
@@ -116,6 +117,56 @@ def test_a_network_that_is_one_block():
     assert sharing.report(shared).stages[0].attention == "attention"
     x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
     assert_same(shared, hook(plain, shared, [["norm"]]), lambda model: model(x), training=True)
+
+
+class Odd(nn.Module):
+    """Additions of many kinds; ``how`` adds a branch of two convolutions to something."""
+
+    def __init__(self, how: Callable[[Odd, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.how = how
+        self.branch = nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1))
+        self.two = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1))
+        self.one, self.other = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self, x)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (lambda m, x: m.branch(x) + m.two(x), "the shortcut has 2 convolutions"),
+        (lambda m, x: m.one(x) + m.other(x), "both operands pass 1 convolutions"),
+        (lambda m, x: m.branch(x) + (x + torch.relu(x)), "there is an addition in the shortcut"),
+        (lambda m, x: m.branch(m.pool(x)) + x, "pooled to one position"),
+        (lambda m, x: (lambda y: (y + x) * y)(m.branch(x)), "is used elsewhere, too"),
+        (lambda m, x: (lambda y: m.branch(y[0]) + y[1])(x.chunk(2, 1)), "come out of one tuple or dict"),
+        (lambda m, x: m.branch(x).flatten(2) + x.flatten(2), "nothing tells how many channels are behind flatten"),
+    ],
+)
+def test_additions_that_close_no_block(how, reason):
+    model = nn.Sequential(Odd(how), Block())
+    share_attention(model, reduction=2)
+    assert names(model) == [["1"]]
+    assert any(reason in why for why in sharing.report(model).rejected["0"])
+
+
+def test_a_branch_that_holds_blocks_is_no_block():
+    """The long skip over a stage."""
+
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage = nn.Sequential(Block(), Block())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.stage(x) + x
+
+    model = share_attention(Skipping(), reduction=2)
+    assert names(model) == [["stage.0", "stage.1"]]
+    assert sharing.report(model).rejected == {"": ["add: a branch holds residual blocks itself"]}
 
 
 def test_per_block():
