@@ -153,6 +153,23 @@ def test_additions_that_close_no_block(how, reason):
     assert any(reason in why for why in sharing.report(model).rejected["0"])
 
 
+def test_a_block_that_keeps_something_in_itself():
+    """A graph would not keep it: the block is left as it is, and nothing of the trace stays in it."""
+
+    class Keeping(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = self.conv(x)
+            return self.relu(self.norm(self.seen) + x)
+
+    model = nn.Sequential(Keeping(), Block())
+    share_attention(model, reduction=2)
+    assert names(model) == [["1"]]
+    assert sharing.report(model).untraceable == {"0": "it keeps seen in itself, which no graph does"}
+    assert not hasattr(model[0], "seen")
+    model(torch.randn(1, 6, 3, 3))
+    assert isinstance(model[0].seen, Tensor)
+
+
 def test_a_branch_that_holds_blocks_is_no_block():
     """The long skip over a stage."""
 

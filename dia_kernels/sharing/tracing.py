@@ -78,7 +78,8 @@ def trace(module: nn.Module) -> fx.Graph:
         raise Untraceable("it has no forward of its class's own")
     before = dict(vars(module))
     try:
-        return _BlockTracer().trace(module)
+        graph = _BlockTracer().trace(module)
+        kept = [name for name, value in vars(module).items() if name not in before or before[name] is not value]
     except Exception as error:  # whatever the module's own code raises when it meets a Proxy
         reason = str(error).strip().splitlines()
         raise Untraceable(f"{type(error).__name__}: {reason[0] if reason else ''}") from error
@@ -86,6 +87,9 @@ def trace(module: nn.Module) -> fx.Graph:
         # A forward that keeps something in its module has kept a Proxy.
         vars(module).clear()
         vars(module).update(before)
+    if kept:
+        raise Untraceable(f"it keeps {', '.join(kept)} in itself, which no graph does")
+    return graph
 
 
 def traced_result(module: nn.Module) -> tuple[fx.Graph, fx.Node] | None:
