@@ -24,6 +24,8 @@ import dia_kernels
 from dia_kernels import SharedAttention, sharing
 from dia_kernels.sharing import Adapter, SharingError, share_attention
 from dia_kernels.sharing.rewriting import Recipe, Source, class_of
+from dia_kernels.sharing.tracing import traced_result
+from dia_kernels.sharing.widths import Unknown, Width, width_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -753,6 +755,48 @@ def test_what_cannot_be_preserved():
 class Constant(nn.Module):
     def forward(self, x, state=None, *, shortcut=None, activation=None, inplace=False, norm=None, sample_scale=None):
         return x, None
+
+
+def test_a_constant_too_small_to_divide_by(monkeypatch):
+    monkeypatch.setattr(sharing.preserve, "_LEAST", 0.9)
+    model = small()
+    weights = copy.deepcopy(model.state_dict())
+    with pytest.raises(SharingError, match=r"would divide by less than 0.9: .* take another seed"):
+        share_attention(model, reduction=2, init="preserve")
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert not any(sharing.rewriting.is_converted(m) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        (lambda m, x: torch.cat([m.one(x), m.two(x)], 1), (12, 1)),
+        (lambda m, x: m.one(x).permute(0, 2, 3, 1), (6, -1)),
+        (lambda m, x: m.one(x).permute(0, 2, 3, 1).permute(0, 3, 1, 2), (6, 1)),
+        (lambda m, x: torch.relu(m.branch(x)) * torch.sigmoid(m.one(x)), (6, 1)),
+        (lambda m, x: F.conv2d(x, m.one.weight), (6, 1)),
+    ],
+)
+def test_widths(how, expected):
+    model = Odd(how)
+    _, result = traced_result(model)
+    assert width_of(model, result) == Width(*expected)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda m, x: x * 2,
+        lambda m, x: torch.cat([m.one(x), m.two(x)], 2),
+        lambda m, x: m.one(x).permute(2, 1, 0, 3).permute(1, 3, 0, 2),
+        lambda m, x: m.one(x)[:, :3],
+    ],
+)
+def test_unknown_widths(how):
+    model = Odd(how)
+    _, result = traced_result(model)
+    with pytest.raises(Unknown):
+        width_of(model, result)
 
 
 def test_the_packages_own_name():

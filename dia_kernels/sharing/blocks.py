@@ -163,7 +163,6 @@ def stages(model: nn.Module, owners: Owners, candidates: list[Candidate]) -> lis
             previous is not None
             and not candidate.begins_stage
             and (previous.channels, previous.channel_dim) == (candidate.channels, candidate.channel_dim)
-            and run_of[previous.name][-1] is previous
         )
         run = run_of[previous.name] if joins and previous is not None else []
         if not run:
