@@ -2,6 +2,7 @@
 
 from . import checkpoints, functional, sharing
 from .attention import CELLS, SharedAttention, create_attention
+from .backends import use_backend
 from .cell_attention import CellAttention
 from .cells import CBAM, DSU, ECA, SE, SRM, Cell, LSTMParameters, StackedLayer
 from .sharing import share_attention
@@ -25,4 +26,5 @@ __all__ = [
     "functional",
     "share_attention",
     "sharing",
+    "use_backend",
 ]

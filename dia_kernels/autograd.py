@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from . import operators, reference
@@ -45,19 +46,36 @@ def transforms_active() -> bool:
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operation on ``tensors``."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
-def route(function: type[Function], operator: Callable, reference_of: Callable, args: tuple, *first: Operators) -> Any:
-    """Calls ``function``, ``operator`` or ``reference_of`` on ``args`` by the rule; the first takes ``first`` too."""
-    if torch.onnx.is_in_onnx_export() or torch.autograd.forward_ad._current_level >= 0:
+def route(
+    function: type[Function],
+    operator: Callable,
+    reference_of: Callable,
+    args: tuple,
+    recorded: bool,
+    *first: Operators,
+) -> Any:
+    """Calls ``function``, ``operator`` or ``reference_of`` on ``args`` by the rule; the first takes ``first`` too.
+
+    ``recorded`` is whether ``wants_gradient`` of the tensors among ``args``.
+    """
+    if forward_ad._current_level >= 0:
         return reference_of(*args)
     transformed = transforms_active()
-    if torch.compiler.is_compiling():
-        return reference_of(*args) if transformed else operator(*args)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # each way to ONNX begins with one of them
+        if transformed or torch.onnx.is_in_onnx_export():
+            return reference_of(*args)
+        if torch.compiler.is_compiling():
+            return operator(*args)
     if transformed:
         return function.apply(*first, *args)
-    if wants_gradient(*(a for a in args if isinstance(a, Tensor))):
+    if recorded:
         return apply(function, *first, *args)
     with _below_autograd():
         return operator(*args)
@@ -264,9 +282,10 @@ class Step(Function):
 
 def step(ops, x, shortcut, h, c, parameters: LSTMParameters, channel_dim: int, relu: bool, tanh_output: bool):
     """``(y, h', c')`` of one step, by the rule at the top of this file."""
-    keep_tables = wants_gradient(x, shortcut, h, c, *parameters) or transforms_active()
+    recorded = wants_gradient(x, shortcut, h, c, *parameters)
+    keep_tables = recorded or transforms_active()
     args = (x, shortcut, h, c, *parameters, channel_dim, relu, tanh_output, keep_tables)
-    return route(Step, ops.step, _reference_step, args, ops)[:3]
+    return route(Step, ops.step, _reference_step, args, recorded, ops)[:3]
 
 
 # --- pool ------------------------------------------------------------------------------------------
@@ -302,7 +321,7 @@ class Pool(Function):
 
 def pool(ops: Operators, x: Tensor, channel_dim: int) -> Tensor:
     """Mean of each channel over its positions, (N, C), by the rule at the top of this file."""
-    return route(Pool, ops.pool, reference.pool, (x, channel_dim), ops)
+    return route(Pool, ops.pool, reference.pool, (x, channel_dim), wants_gradient(x), ops)
 
 
 # --- rescale ---------------------------------------------------------------------------------------
@@ -386,7 +405,8 @@ class Rescale(Function):
 
 def rescale(ops: Operators, x: Tensor, scale: Tensor, shortcut: Tensor | None, channel_dim: int, relu: bool) -> Tensor:
     """``act(x * scale + shortcut)``, by the rule at the top of this file."""
-    return route(Rescale, ops.rescale, reference.rescale, (x, scale, shortcut, channel_dim, relu), ops)
+    recorded = wants_gradient(x, scale, shortcut)
+    return route(Rescale, ops.rescale, reference.rescale, (x, scale, shortcut, channel_dim, relu), recorded, ops)
 
 
 # --- compiled --------------------------------------------------------------------------------------
@@ -440,4 +460,4 @@ class HandOn(Function):
 
 def hand_on(h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """A state made by PyTorch's own operations, whose misuse after backward() is explained as a step's is."""
-    return route(HandOn, lambda *state: state, lambda *state: state, (h, c))
+    return route(HandOn, lambda *state: state, lambda *state: state, (h, c), wants_gradient(h, c))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from . import operators, reference
-from .autograd import derivative, differentiable, route, saved_tensors
+from .autograd import derivative, differentiable, route, saved_tensors, wants_gradient
 from .cells import LSTMParameters
 from .operators import Operators
 
@@ -206,5 +206,6 @@ def tail(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(y, h', c', mean, var)``, the last two empty where statistics were given."""
     args = (z, shortcut, h, c, gamma, beta, mean, var, eps, *parameters, channel_dim, relu, tanh_output)
-    y, h, c, _, mean, var = route(Tail, ops.tail, _reference_tail, args, ops)
+    recorded = wants_gradient(z, shortcut, h, c, gamma, beta, *parameters)
+    y, h, c, _, mean, var = route(Tail, ops.tail, _reference_tail, args, recorded, ops)
     return y, h, c, mean, var

@@ -130,7 +130,7 @@ def _pooled(
     backend: str | None,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
     """The map after its norm, and its statistics as a cell takes them, after a check of every argument."""
-    functional._checked_call(x, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
+    backend, _ = functional._checked_call(x, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
     if norm is not None:
         x = functional._called(norm, x, channel_dim)
     pool, _ = functional._parts(backend, x)
@@ -165,7 +165,7 @@ def _rescaled(
     scale = functional._cast("cell scale", scale, shape, x)
     if sample_scale is not None:
         scale = functional._scaled(scale, functional._cast("sample_scale", sample_scale, shape[:1], x))
-    _, rescale = functional._parts(backend, x)
+    _, rescale = functional._parts(backends.chosen(backend, x.device), x)
     if shortcut is not None and shortcut.dtype != x.dtype:
         return functional._closed(rescale(x, scale, None, channel_dim, False), shortcut, activation)
     y = rescale(x, scale, shortcut, channel_dim, activation == "relu")

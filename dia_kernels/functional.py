@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -67,7 +68,8 @@ def step(
         sample_scale: (N,), a factor for the scale of each sample: ``y = activation(x * (h * sample_scale[:, None]) +
             shortcut)``, for stochastic depth (arXiv:1603.09382). The state is not scaled. Any floating dtype that the
             compute dtype holds. With it pool, cell and rescale run one by one, and the norm is called by itself.
-        backend: None for the best one here, or a name out of ``dia_kernels.backends.names()``.
+        backend: a name out of ``dia_kernels.backends.names()``, or None for that of the ``use_backend`` around the
+            call; without one, for the best one here.
 
     Returns:
         ``(y, (h, c))``: y in the dtype of x (channels_last if x is and is not contiguous, else
@@ -77,7 +79,7 @@ def step(
         ValueError, TypeError: an argument is wrong; the message names it.
         RuntimeError: in backward, when the state comes from a forward pass whose graph is gone.
     """
-    sample_scale = _checked_call(x, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
+    backend, sample_scale = _checked_call(x, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
     parameters = _checked_parameters(parameters, x, channel_dim)
     stacked = [_checked_layer(layer, k, x, channel_dim) for k, layer in enumerate(stacked, start=1)]
     h, c = _checked_state(state, x, channel_dim, len(stacked))
@@ -156,11 +158,11 @@ def _called(norm: norms.Norm, x: Tensor, channel_dim: int) -> Tensor:
 
 def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, backend):
     """The step with its norm folded in, and what the norm does to its buffers."""
-    shape = (channels(x, channel_dim),)
-    gamma, beta, mean, var = (
-        None if t is None else _cast(f"norm {name}", t, shape, x)
-        for name, t in zip(("weight", "bias", "running_mean", "running_var"), folded[:4], strict=True)
-    )
+    shape, given = (channels(x, channel_dim),), folded[:4]
+    if not _all_fit([t for t in given if t is not None], repeat(shape), x):
+        names = ("weight", "bias", "running_mean", "running_var")
+        given = [None if t is None else _cast(f"norm {k}", t, shape, x) for k, t in zip(names, given, strict=True)]
+    gamma, beta, mean, var = given
     first, last = (x, shortcut, h, c, gamma, beta), (folded.eps, parameters, channel_dim, relu)
     count: int | Tensor = x.numel() // max(shape[0], 1)
     ops = None if backend == "reference" else backends.operators_of(backend, x)
@@ -173,7 +175,8 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
     else:
         y, h, c, mean, var = autograd_tail.tail(ops, *first, mean, var, *last, output == "tanh")
     if folded.module is not None:
-        norms.update_buffers(folded.module, mean.detach(), var.detach(), count)
+        mean, var = (t.detach() if t.requires_grad else t for t in (mean, var))
+        norms.update_buffers(folded.module, mean, var, count)
     return y, (h, c)
 
 
@@ -195,7 +198,7 @@ def _split_step(x, shortcut, h, c, first, rest, sample_scale, channel_dim, relu,
 
 
 def _parts(backend: str | None, x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Pool and rescale of ``backend`` for the map ``x``."""
+    """Pool and rescale of ``backend``, which ``backends.chosen`` gave, for the map ``x``."""
     if backend == "reference":
         return reference.pool, reference.rescale
     ops = backends.operators_of(backend, x)
@@ -215,8 +218,8 @@ def _checked_call(
     norm: norms.Norm | None,
     sample_scale: Tensor | None,
     backend: str | None,
-) -> Tensor | None:
-    """Checks what a call has whatever its cell; returns ``sample_scale`` in the compute dtype."""
+) -> tuple[str | None, Tensor | None]:
+    """Checks what a call has whatever its cell; the backend to take, and ``sample_scale`` in the compute dtype."""
     _check_map(x, channel_dim)
     if inplace and norm is not None:
         raise ValueError("inplace: expected False with a norm, got True")
@@ -228,8 +231,8 @@ def _checked_call(
             raise TypeError(f"shortcut: with inplace=True expected the dtype of x, {x.dtype}, got {shortcut.dtype}")
     if activation not in (None, "relu"):
         raise ValueError(f'activation: expected None or "relu", got {activation!r}')
-    backends.check(backend, x.device)
-    return None if sample_scale is None else _cast("sample_scale", sample_scale, (x.shape[0],), x)
+    backend = backends.chosen(backend, x.device)
+    return backend, None if sample_scale is None else _cast("sample_scale", sample_scale, (x.shape[0],), x)
 
 
 def _check_plain(name: str, tensor: object) -> None:
@@ -254,6 +257,17 @@ def _check_map(x: Tensor, channel_dim: int) -> None:
     if not 3 <= x.ndim <= 5:
         form = "(N, C, *spatial)" if channel_dim == 1 else "(N, *spatial, C)"
         raise ValueError(f"x: expected {form} with 1 to 3 spatial dimensions, got shape {tuple(x.shape)}")
+
+
+def _all_fit(tensors: Iterable[Tensor], shapes: Iterable[tuple[int, ...]], like: Tensor) -> bool:
+    """Whether ``_cast`` would return every tensor as it is: asked first, for a tenth of what asking it costs."""
+    dtype, device, strided = compute_dtype(like.dtype), like.device, torch.strided
+    for t, shape in zip(tensors, shapes, strict=False):  # the shapes may be endless
+        if type(t) not in _PLAIN_TYPES or t.dtype is not dtype or t.shape != shape:
+            return False
+        if t.device != device or t.layout is not strided:
+            return False
+    return True
 
 
 def _cast(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -288,6 +302,8 @@ def _checked_parameters(parameters: LSTMParameters, x: Tensor, channel_dim: int)
             f"got shape {tuple(x.shape)}"
         )
     shapes = ((rows, width), (rows,), (4 * width, rows), (4 * width,)) * 2
+    if _all_fit(parameters, shapes, x):
+        return parameters
     return LSTMParameters(
         *(_cast(name, p, shape, x) for name, p, shape in zip(parameters._fields, parameters, shapes, strict=True))
     )
@@ -312,6 +328,8 @@ def _checked_state(
     if stacked:
         shape = (stacked + 1, *shape)
     h, c = state
+    if _all_fit((h, c), (shape, shape), x):
+        return h, c
     return _cast("state h", h, shape, x), _cast("state c", c, shape, x)
 
 

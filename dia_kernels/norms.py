@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 #: A norm: a module or function of the map, or a scale and a bias for each channel.
 Norm = nn.Module | Callable[[Tensor], Tensor] | tuple[Tensor, Tensor]
 
+_BUFFERS = ("num_batches_tracked", "running_mean", "running_var")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -51,11 +52,9 @@ def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
         raise TypeError(f"norm: expected a norm module, a function or a pair (scale, bias), got {type(norm).__name__}")
     if channel_dim != 1 or not isinstance(norm, nn.Module) or _is_hooked(norm):
         return None
-    if _is_frozen(norm):
-        return Folded(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)  # type: ignore[arg-type]
     if _is_batch_norm(norm):
         return _fold_batch_norm(norm, z)  # type: ignore[arg-type]
-    return None
+    return _with_running_statistics(norm) if _is_frozen(norm) else None
 
 
 def folds(norm: nn.Module) -> bool:
@@ -69,16 +68,18 @@ def _is_frozen(norm: nn.Module) -> bool:
 
 def _is_batch_norm(norm: nn.Module) -> bool:
     """Whether ``norm`` computes what PyTorch's batch norms compute: timm's with activation has none, now and then."""
+    if type(norm) in _BATCH_NORMS:
+        return True
     if type(norm).__name__ == "BatchNormAct2d" and type(norm).__module__.startswith("timm."):
         return type(norm.act) is nn.Identity and type(norm.drop) is nn.Identity
-    return type(norm) in _BATCH_NORMS
+    return False
 
 
 def _is_hooked(norm: nn.Module) -> bool:
     """Whether something waits for the norm to be called: then it must be."""
     return bool(
         norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    ) or nn.utils.parametrize.is_parametrized(norm)
+    ) or ("parametrizations" in norm._modules and nn.utils.parametrize.is_parametrized(norm))
 
 
 def _uses_batch(norm: _BatchNorm) -> bool:
@@ -101,26 +102,45 @@ def _fold_batch_norm(norm: _BatchNorm, z: Tensor) -> Folded:
     if z.shape[1] != norm.num_features:
         raise ValueError(f"norm: expected {z.shape[1]} features, the channels of x, got {norm.num_features}")
     if not _uses_batch(norm):
-        return Folded(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+        return _with_running_statistics(norm)
     group = _group(norm)
     if group is None and z.numel() // max(z.shape[1], 1) <= 1 and z.numel() > 0:
         raise ValueError(f"norm: expected more than 1 value per channel when training, got x of shape {tuple(z.shape)}")
-    return Folded(norm.weight, norm.bias, None, None, norm.eps, norm, group)
+    return Folded(_own(norm, "weight"), _own(norm, "bias"), None, None, norm.eps, norm, group)
 
 
-@torch.no_grad()
+def _with_running_statistics(norm: Any) -> Folded:
+    weight, bias, mean, var = (_own(norm, name) for name in ("weight", "bias", "running_mean", "running_var"))
+    return Folded(weight, bias, mean, var, norm.eps)
+
+
+def _own(norm: nn.Module, name: str) -> Tensor | None:
+    """``getattr``, past the half microsecond that a module takes to find what is none of Python's own attributes."""
+    found: Tensor | None = norm._parameters.get(name)
+    found = norm._buffers.get(name) if found is None else found
+    return getattr(norm, name) if found is None else found
+
+
 def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
-    """What the norm does to its buffers, from a batch's mean and biased variance over ``count`` values."""
+    """What the norm does to its buffers, from a batch's mean and biased variance over ``count`` values.
+
+    No gradient flows through ``mean`` and ``var``.
+    """
     if not norm.track_running_stats:
         return
+    batches, running_mean, running_var = (norm._buffers[name] for name in _BUFFERS)
     factor = 0.0 if norm.momentum is None else norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    if batches is not None:
+        batches.add_(1)
         if norm.momentum is None:
-            factor = 1.0 / float(norm.num_batches_tracked)
-    if norm.running_mean is not None:
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
-    if norm.running_var is not None:
+            factor = 1.0 / float(batches)
+    if running_mean is not None:
+        running_mean.lerp_(_in_dtype(mean, running_mean), factor)
+    if running_var is not None:
         rest = count - 1
         unbiased = var * (count / (rest.clamp(min=1) if isinstance(rest, Tensor) else max(rest, 1)))
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor)
+        running_var.lerp_(_in_dtype(unbiased, running_var), factor)
+
+
+def _in_dtype(t: Tensor, like: Tensor) -> Tensor:
+    return t if t.dtype is like.dtype else t.to(like.dtype)

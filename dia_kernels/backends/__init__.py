@@ -1,8 +1,10 @@
-"""Which backends exist here, and why one does not."""
+"""Which backends exist here, why one does not, and which of them serves a call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,15 +84,56 @@ def add(
     _backends[name] = Backend(device, added, missing, float64)
 
 
-def check(backend: str | None, device: torch.device) -> None:
-    """Raises unless ``backend`` is None or can serve tensors on ``device``.
+#: The backend of the innermost ``use_backend`` around a call.
+_around: ContextVar[str | None] = ContextVar("dia_kernels.use_backend", default=None)
+#: The same for a ``with`` that dynamo traces: it can set no ContextVar. None whenever no traced block is running.
+_around_traced: str | None = None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Has every call inside that names no backend of its own served by backend ``name``.
+
+    ``with use_backend("reference"): torch.export.export(model, ...)`` exports plain ATen. A module's own ``backend``,
+    or a call's, wins. Blocks nest; a function is decorated by it too. It holds for the thread (or asyncio task) that
+    entered it, as a ContextVar does, and no other. A function compiled by ``torch.compile`` is compiled anew for each
+    backend that it is called under. Backward passes run on the backend of their forward pass, wherever they run; what
+    activation checkpointing computes again asks anew, so there name the backend as the module's argument.
+
+    Args:
+        name: out of ``dia_kernels.backends.names()``. Each call checks whether it is here and serves the map's device.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    global _around_traced
+    if name not in names():
+        raise ValueError(f"name: expected one of {', '.join(names())}, got {name!r}")
+    if torch.compiler.is_dynamo_compiling():
+        before, _around_traced = _around_traced, name
+        try:
+            yield
+        finally:
+            _around_traced = before
+    else:
+        token = _around.set(name)
+        try:
+            yield
+        finally:
+            _around.reset(token)
+
+
+def chosen(backend: str | None, device: torch.device) -> str | None:
+    """The backend for a call that names ``backend``, on ``device``: that, else ``use_backend``'s, else None.
 
     Raises:
         ValueError: an unknown name, or a backend for another device.
         RuntimeError: the backend is missing here; the message says why.
     """
+    if backend is None:
+        backend = _around.get() if _around_traced is None else _around_traced
     if backend is None or backend == "reference":
-        return
+        return backend
     if backend not in _backends:
         raise ValueError(f"backend: expected None or one of {', '.join(names())}, got {backend!r}")
     found = _backends[backend]
@@ -99,10 +142,11 @@ def check(backend: str | None, device: torch.device) -> None:
     reason = found.missing()
     if reason is not None:
         raise RuntimeError(f"backend: {backend!r} is missing here: {reason}")
+    return backend
 
 
 def operators_of(backend: str | None, x: Tensor) -> operators.Operators:
-    """The operators behind ``backend``, which ``check`` has accepted, for the map ``x``; None: the native ones."""
+    """The operators behind ``backend``, which ``chosen`` gave, for the map ``x``; None: the native ones."""
     if x.dtype == torch.float64:
         found = _backends.get(backend or x.device.type)
         if found is not None and not found.float64:
