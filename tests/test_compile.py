@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad
 
-from dia_kernels import SharedAttention
+from dia_kernels import SharedAttention, models
 
 BLOCKS = 6
 
@@ -110,6 +111,29 @@ def test_dynamic_positions_compile_once():
             x = torch.randn(size)
             assert_same_up_to_order([compiled(x)[0]], [stage(x)[0]])
     assert counter.frame_count == 1
+
+
+def test_a_whole_network_trains_as_one_graph_of_any_batch_and_size():
+    """Norms folded in, three stages, float64: the same losses and weights as eager, after steps of other shapes."""
+    network, counter = models.create("resnet20", 10, attention="dia").double(), CompileCounterWithBackend("aot_eager")
+    eager = copy.deepcopy(network)
+    compiled = torch.compile(network, backend=counter, fullgraph=True, dynamic=True)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9) for net in (network, eager)]
+    for size in ((2, 3, 12, 8), (3, 3, 8, 12), (5, 3, 16, 20)):
+        x = torch.randn(size, dtype=torch.float64)
+        losses = []
+        for net, optimizer in zip((compiled, eager), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = net(x).logsumexp(1).sum()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-9, atol=0)
+    assert (
+        len([g for g in counter.graphs if len(g.graph.nodes) > 0]) == 1
+    )  # a module's compilation leaves an empty one too
+    for (name, found), expected in zip(network.state_dict().items(), eager.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_inductor_trains_and_serves():

@@ -247,7 +247,7 @@ def test_launches(layout, norm, forward, backward):
         assert [name for name in launches() if name != "clear"] == backward
 
 
-def test_a_team_that_does_not_fit_is_not_launched():
+def test_trial_22_a_team_that_does_not_fit_is_not_launched():
     x, s = maps((1, 64, 16, 16))  # one sample for all multiprocessors
     attention = SharedAttention(64, 2, backend="simulated")
     with device("on chip", cluster=1, flops=1.1e12):
