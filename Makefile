@@ -3,16 +3,19 @@
 #   make demo        train a small network with the fused kernels and show what they save
 #   make test        every quick test
 #   make test-slow   the tests that take long: other builds, another torch
+#   make fuzz        calls drawn at random, raw operators under sanitizers; FUZZ_EXAMPLES and FUZZ_SEED choose (docs/fuzzing.md)
 #   make lint        style and types
 #   make bench       time the step against its peers
 #   make bench-tail  time the tail of a block (batch norm and step) against the plain one
 #   make bench-networks  time whole networks, with and without attention
+#   make wheel       build what users install into dist/: an sdist, and the wheel made from it
 #   make clean       remove what was built (not .venv)
 # DIA_KERNELS_BUILD and DIA_KERNELS_CUDA_ARCHS (see setup.py) choose what is built; run `make clean`
 # after a change of theirs.
 
 # CUDA code for the GPUs that are here; where there is none, for one architecture, to see that it compiles. `pip install .`
 # builds for all.
+architectures_asked_for := $(DIA_KERNELS_CUDA_ARCHS)
 gpus_here := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | tr -d . | sort -u)
 semicolon := ;
 export DIA_KERNELS_CUDA_ARCHS ?= $(or $(subst $() $(),$(semicolon),$(strip $(gpus_here))),90)
@@ -23,8 +26,11 @@ pip := $(python) -m pip --disable-pip-version-check --quiet
 native_sources := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 formatted_sources := $(filter csrc/%,$(native_sources))
 
-.PHONY: demo test test-slow lint bench bench-tail bench-networks clean
+.PHONY: demo test test-slow fuzz lint bench bench-tail bench-networks wheel clean
 .DELETE_ON_ERROR:
+
+FUZZ_EXAMPLES ?= 2000
+FUZZ_SEED := $(or $(FUZZ_SEED),$(shell date +%s))
 
 demo: build/native.stamp
 	$(python) -m dia_kernels demo
@@ -34,6 +40,10 @@ test: build/native.stamp
 
 test-slow: build/native.stamp
 	$(python) -m pytest -m "slow and not gpu"
+
+fuzz: build/native.stamp
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SEED=$(FUZZ_SEED) $(python) -m pytest tests/test_fuzz.py -rP \
+	  --hypothesis-show-statistics --hypothesis-seed=$(FUZZ_SEED)
 
 lint: .venv/dependencies.stamp
 	$(python) -m ruff check
@@ -49,6 +59,15 @@ bench-tail: build/native.stamp
 
 bench-networks: build/native.stamp
 	$(python) bench/networks.py
+
+# With CUDA code for every architecture, unless the caller chose some. auditwheel tells from the library which systems
+# can load it, and names them in the wheel's tag; it may add nothing and change nothing: torch's libraries come with torch.
+wheel: .venv/dependencies.stamp
+	rm -rf dist build/dist
+	DIA_KERNELS_CUDA_ARCHS='$(architectures_asked_for)' $(python) -m build --no-isolation --outdir build/dist
+	$(python) -m auditwheel repair --allow-pure-python-wheel --patcher none --exclude libtorch.so --exclude libtorch_cpu.so \
+		--wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
 
 clean:
 	rm -rf build dist dia_kernels/lib

@@ -31,6 +31,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "native"
 LIBRARY = Path("dia_kernels", "lib", "libdia_kernels.so")
+#: For C++ processes; built and installed beside it.
+SCHEMAS = LIBRARY.with_name("libdia_kernels_schemas.so")
 
 
 def fail(reason: str) -> SystemExit:
@@ -117,6 +119,7 @@ def cmake_options() -> dict[str, str]:
         "CMAKE_MAKE_PROGRAM": str(program("ninja")),
         "TORCH_INCLUDE_DIR": str(torch / "include"),
         "TORCH_LIBRARY_DIR": str(torch / "lib"),
+        "Python3_EXECUTABLE": sys.executable,
         "DIA_KERNELS_CUDA": "ON" if CUDA else "OFF",
         "DIA_KERNELS_CUDA_ARCHS": os.environ.get("DIA_KERNELS_CUDA_ARCHS", ""),
     }
@@ -152,6 +155,7 @@ class BuildNative(build_ext):
     def copy_extensions_to_source(self) -> None:
         (ROOT / LIBRARY).parent.mkdir(exist_ok=True)
         super().copy_extensions_to_source()
+        self.copy_file(str(Path(self.build_lib) / SCHEMAS), str(ROOT / SCHEMAS))
 
 
 class BuildPython(build_py):
@@ -161,7 +165,8 @@ class BuildPython(build_py):
         if not NATIVE:
             say_what_is_left_out()
             if self.editable_mode:
-                (ROOT / LIBRARY).unlink(missing_ok=True)
+                for library in (LIBRARY, SCHEMAS):
+                    (ROOT / library).unlink(missing_ok=True)
         super().run()
 
 

@@ -131,16 +131,16 @@ class SharedAttention(nn.Module):
 
     def lstm_parameters(self) -> LSTMParameters:
         """The parameters of the first layer, in the order that ``functional.step`` takes."""
-        own = self._parameters
-        return LSTMParameters(*[own[name] for name in LSTMParameters._fields])  # type: ignore[arg-type]
+        own = self._parameters  # by way of the attributes it would take ten times as long
+        try:
+            return LSTMParameters(*[own[name] for name in LSTMParameters._fields])  # type: ignore[arg-type]
+        except KeyError:  # one is parametrized or pruned: an attribute, made from others
+            return LSTMParameters(*[getattr(self, name) for name in LSTMParameters._fields])
 
     def stacked_layers(self) -> list[StackedLayer]:
         """The parameters of the layers above the first."""
-        own = self._parameters
-        return [
-            StackedLayer(*(own[f"{name}_l{layer}"] for name in StackedLayer._fields))  # type: ignore[arg-type]
-            for layer in range(1, self.num_layers)
-        ]
+        layers = range(1, self.num_layers)
+        return [StackedLayer(*[getattr(self, f"{name}_l{k}") for name in StackedLayer._fields]) for k in layers]
 
     def forward(
         self,

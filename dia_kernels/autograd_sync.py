@@ -105,20 +105,33 @@ def _differentiable_gradients(ctx, grads, y, inputs) -> tuple:
     return None, *_asked(ctx.needs_input_grad[1:], dz, g, dh, dc, dgamma, dbeta, *dparameters)
 
 
-def _reference_statistics(z: Tensor, channel_dim: int, group) -> tuple[Tensor, Tensor, Tensor]:
-    """``reference.statistics`` over the processes of a group, differentiable, and the number of values."""
-    from torch.distributed.nn.functional import all_reduce  # importing it asks for a process group
+class AllReduce(Function):
+    """The sum of a tensor over the processes of a group, differentiable any number of times."""
 
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        total = x.clone()
+        distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllReduce.apply(grad, ctx.group), None
+
+
+def statistics(z: Tensor, channel_dim: int, group) -> tuple[Tensor, Tensor, Tensor]:
+    """``reference.statistics`` over the processes of a group, differentiable, and the number of values."""
     wide, dims = z.to(compute_dtype(z.dtype)), (0, *spatial_dims(z, channel_dim))
     count = wide.new_full((), z.numel() // max(channels(z, channel_dim), 1))
-    total = all_reduce(count, group=group)
-    mean = all_reduce(wide.sum(dims), group=group) / total
+    total = AllReduce.apply(count, group)
+    mean = AllReduce.apply(wide.sum(dims), group) / total
     off = wide - broadcast(mean.unsqueeze(0), z, channel_dim)
-    return mean, all_reduce(off.square().sum(dims), group=group) / total, total
+    return mean, AllReduce.apply(off.square().sum(dims), group) / total, total
 
 
 def _reference_tail(z, shortcut, h, c, gamma, beta, eps, parameters, channel_dim, relu, output, group):
-    mean, var, total = _reference_statistics(z, channel_dim, group)
+    mean, var, total = statistics(z, channel_dim, group)
     y, h, c, *_ = reference.tail(z, shortcut, h, c, gamma, beta, mean, var, eps, parameters, channel_dim, relu, output)
     return y, h, c, mean, var, total
 

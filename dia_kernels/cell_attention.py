@@ -5,13 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from . import backends, functional, reference
 from .cells import STATISTICS, Cell
 from .functional import Activation
-from .layout import channels, compute_dtype, spatial_dims, spatial_size
+from .layout import channels, compute_dtype, no_autocast, spatial_dims, spatial_size
 from .norms import Norm
 
 #: Added to a variance before its root, by the authors of SRM: the gradient of the root is infinite at zero.
@@ -134,7 +133,7 @@ def _pooled(
     if norm is not None:
         x = functional._called(norm, x, channel_dim)
     pool, _ = functional._parts(backend, x)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         pooled = tuple(pool(x, channel_dim) if s == "mean" else _statistic(s, x, channel_dim) for s in statistics)
     return x, pooled[0] if len(pooled) == 1 else pooled
 
@@ -195,4 +194,4 @@ def _written(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
-    return nullcontext() if type(x) is fx.Proxy else torch.autocast(x.device.type, enabled=False)
+    return nullcontext() if type(x) is fx.Proxy else no_autocast(x)

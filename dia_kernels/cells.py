@@ -406,6 +406,13 @@ class CBAM(Cell):
         self.register_buffer("running_mean", torch.zeros(1))
         self.register_buffer("running_var", torch.ones(1))
 
+    def reset_parameters(self) -> None:
+        """Starts the batch norm anew; linears and convolution have methods of their own for that."""
+        nn.init.ones_(self.norm_weight)
+        nn.init.zeros_(self.norm_bias)
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+
     def forward(self, pooled: tuple[Tensor, Tensor], state: None) -> tuple[Tensor, None]:
         """``(scale, None)`` from (mean, max), (N, C) each."""
         mean, largest = pooled

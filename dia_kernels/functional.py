@@ -14,7 +14,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import autograd, autograd_tail, backends, norms, reference
 from .cells import OUTPUTS, LSTMParameters, StackedLayer, lstm, stacked_lstm
-from .layout import channels, compute_dtype, shares_memory
+from .layout import channels, compute_dtype, no_autocast, shares_memory
 
 State = tuple[Tensor, Tensor]
 Activation = Literal["relu"] | None
@@ -85,7 +85,7 @@ def step(
     h, c = _checked_state(state, x, channel_dim, len(stacked))
     if output not in OUTPUTS:
         raise ValueError(f'output: expected "sigmoid" or "tanh", got {output!r}')
-    split = bool(stacked) or sample_scale is not None
+    split = len(stacked) > 0 or sample_scale is not None
     folded = None
     if norm is not None:
         if not split and (shortcut is None or shortcut.dtype == x.dtype):
@@ -183,7 +183,7 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
 def _split_step(x, shortcut, h, c, first, rest, sample_scale, channel_dim, relu, output, dropout, backend):
     """The split path: pool and rescale by their operators, the small cell between them by PyTorch."""
     pool, rescale = _parts(backend, x)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         p = pool(x, channel_dim)
         if h is None:
             h = c = p.new_zeros(len(rest) + 1, *p.shape) if rest else torch.zeros_like(p)

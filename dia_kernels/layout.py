@@ -1,6 +1,8 @@
-"""Shapes and memory layouts of feature maps, in one place for the reference, the fakes and the checks."""
+"""Shapes, dtypes and memory layouts of feature maps, in one place for the reference, the fakes and the checks."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -9,6 +11,11 @@ from torch import Tensor
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of pooling, cell and state for a map of ``dtype``: float64 for itself, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast off for the device of ``x``; the meta device knows none, and must not be asked."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def channels(x: Tensor, channel_dim: int) -> int:
@@ -41,13 +48,22 @@ def shares_memory(x: Tensor) -> bool:
     return x.numel() > 0 and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
+def is_mapping() -> bool:
+    """Whether the call runs inside ``torch.func.vmap``, at any depth of transforms."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    layers = torch._C._functorch.get_interpreter_stack() or ()
+    return any(layer.key() == torch._C._functorch.TransformType.Vmap for layer in layers)
+
+
 def output_format(x: Tensor, channel_dim: int) -> torch.memory_format:
     """Memory format of everything that is shaped like the map ``x``.
 
     channels_last (or channels_last_3d) if ``x`` is so and is not contiguous, else contiguous. The
-    native library computes the same in csrc/core/layout.h.
+    native library computes the same in csrc/core/layout.h. Under ``torch.func.vmap``, which has no other formats,
+    always contiguous.
     """
-    if channel_dim == 1 and not x.is_contiguous():
+    if channel_dim == 1 and not x.is_contiguous() and not is_mapping():
         if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
         if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .autograd import transforms_active
+
 #: A norm: a module or function of the map, or a scale and a bias for each channel.
 Norm = nn.Module | Callable[[Tensor], Tensor] | tuple[Tensor, Tensor]
 
@@ -77,9 +79,9 @@ def _is_batch_norm(norm: nn.Module) -> bool:
 
 def _is_hooked(norm: nn.Module) -> bool:
     """Whether something waits for the norm to be called: then it must be."""
-    return bool(
-        norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    ) or ("parametrizations" in norm._modules and nn.utils.parametrize.is_parametrized(norm))
+    return bool(norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks) or (
+        "parametrizations" in norm._modules and nn.utils.parametrize.is_parametrized(norm)
+    )
 
 
 def _uses_batch(norm: _BatchNorm) -> bool:
@@ -129,18 +131,35 @@ def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Ten
     if not norm.track_running_stats:
         return
     batches, running_mean, running_var = (norm._buffers[name] for name in _BUFFERS)
+    if transforms_active():
+        _check_mapped(mean, running_mean)
     factor = 0.0 if norm.momentum is None else norm.momentum
     if batches is not None:
         batches.add_(1)
         if norm.momentum is None:
             factor = 1.0 / float(batches)
     if running_mean is not None:
-        running_mean.lerp_(_in_dtype(mean, running_mean), factor)
+        _move(running_mean, mean, factor)
     if running_var is not None:
         rest = count - 1
         unbiased = var * (count / (rest.clamp(min=1) if isinstance(rest, Tensor) else max(rest, 1)))
-        running_var.lerp_(_in_dtype(unbiased, running_var), factor)
+        _move(running_var, unbiased, factor)
 
 
-def _in_dtype(t: Tensor, like: Tensor) -> Tensor:
-    return t if t.dtype is like.dtype else t.to(like.dtype)
+def _check_mapped(mean: Tensor, running_mean: Tensor | None) -> None:
+    """Several batches side by side have no one running mean."""
+    is_mapped = torch._C._functorch.is_batchedtensor
+    if running_mean is not None and is_mapped(mean) and not is_mapped(running_mean):
+        raise RuntimeError(
+            "norm: in training its running statistics cannot be updated under torch.func.vmap, which maps over the "
+            "batches but not over them; map over them too, use eval(), track_running_stats=False, or "
+            "torch.func.replace_all_batch_norm_modules_"
+        )
+
+
+def _move(running: Tensor, value: Tensor, factor: float) -> None:
+    value = value if value.dtype is running.dtype else value.to(running.dtype)
+    if transforms_active():  # vmap has no rule of its own for lerp_
+        running.mul_(1.0 - factor).add_(value, alpha=factor)
+    else:
+        running.lerp_(value, factor)

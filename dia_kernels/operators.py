@@ -1,6 +1,6 @@
 """The operators: schemas, fakes, the reference kernels behind every device, and the native library.
 
-Schemas and fakes stand here, in Python, so that a pure-Python install has the same operators;
+Schemas (``schemas.py``) and fakes stand in Python, so that a pure-Python install has the same operators;
 the native library only adds kernels for its devices. Another implementer for the same devices has a
 set of its own (``define``), under the same schemas, fakes and gradients. In all of them ``x`` is the map,
 ``channel_dim`` is 1 or -1, ``relu`` says whether the step ends in a ReLU, and ``tanh_output``
@@ -51,38 +51,9 @@ from torch import Tensor
 from . import reference
 from .cells import LSTMParameters, LSTMTrace, squash
 from .layout import broadcast, channels, compute_dtype, empty_map, output_format, shares_memory, spatial_size
+from .schemas import NAMESPACE, SCHEMAS
 
-NAMESPACE = "dia_kernels"
 Operator: TypeAlias = Any  # torch._ops.OpOverload, which knows no types
-
-_PARAMETERS = ", ".join(f"Tensor {name}" for name in LSTMParameters._fields)
-_WEIGHTS = ", ".join(f"Tensor {name}" for name in LSTMParameters._fields if name.endswith("weight"))
-_FLAGS = "int channel_dim, bool relu, bool tanh_output"
-_GRADIENTS = ", ".join(["Tensor"] * (4 + len(LSTMParameters._fields)))
-
-SCHEMAS = {
-    "step": f"(Tensor x, Tensor? shortcut, Tensor? h, Tensor? c, {_PARAMETERS}, {_FLAGS}, bool keep_tables)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    "step_": f"(Tensor(a!) x, Tensor? shortcut, Tensor? h, Tensor? c, {_PARAMETERS}, {_FLAGS}) -> (Tensor, Tensor)",
-    "step_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor x, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
-    f" Tensor tables, {_WEIGHTS}, {_FLAGS}, bool need_x, bool need_shortcut, bool need_state,"
-    f" bool need_parameters) -> ({_GRADIENTS})",
-    "tail": "(Tensor z, Tensor? shortcut, Tensor? h, Tensor? c, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var,"
-    f" float eps, {_PARAMETERS}, {_FLAGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "tail_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor z, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
-    f" Tensor tables, Tensor? gamma, Tensor? beta, {_WEIGHTS}, {_FLAGS}, bool batch, bool need_z, bool need_shortcut,"
-    f" bool need_state, bool need_parameters, bool need_affine) -> ({_GRADIENTS}, Tensor, Tensor)",
-    "statistics": "(Tensor z, int channel_dim) -> (Tensor, Tensor)",
-    "tail_reduce": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor z, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
-    f" Tensor tables, Tensor? gamma, Tensor? beta, {_WEIGHTS}, {_FLAGS}, bool need_shortcut, bool need_state,"
-    f" bool need_parameters) -> ({_GRADIENTS}, Tensor)",
-    "tail_spread": "(Tensor? dy, Tensor? y, Tensor z, Tensor new_h, Tensor dp, Tensor tables, Tensor? gamma,"
-    " Tensor shares, int channel_dim) -> Tensor",
-    "pool": "(Tensor x, int channel_dim) -> Tensor",
-    "rescale": "(Tensor x, Tensor scale, Tensor? shortcut, int channel_dim, bool relu) -> Tensor",
-    "rescale_backward": "(Tensor dy, Tensor x, Tensor scale, Tensor? y, int channel_dim, bool need_x,"
-    " bool need_scale, bool need_shortcut) -> (Tensor, Tensor, Tensor)",
-}
 
 library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -361,6 +332,24 @@ def _fake_rescale_backward(dy, x, scale, y, channel_dim, need_x, need_scale, nee
     )
 
 
+def _on_one_device(operator: Operator, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake``, which refuses tensors on several devices.
+
+    One tensor on "meta" brings a call here. With x elsewhere the results would be real tensors that nobody has filled.
+    """
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def checked(*args):
+        tensors = [(name, arg) for name, arg in zip(names, args, strict=False) if isinstance(arg, Tensor)]
+        first, device = tensors[0][0], tensors[0][1].device
+        for name, t in tensors:
+            if t.device != device:
+                raise RuntimeError(f"dia_kernels: {name}: on {t.device}, but {first} on {device}")
+        return fake(*args)
+
+    return checked
+
+
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "step": (_reference_step, _fake_step),
     "step_": (_reference_step_, _fake_step_),
@@ -403,8 +392,9 @@ class Operators:
             library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
             kernel, fake = _KERNELS[name]
             library.impl(name + suffix, kernel, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"{NAMESPACE}::{name}{suffix}", fake, lib=library)
             setattr(self, name, getattr(torch.ops.dia_kernels, name + suffix).default)
+            checked = _on_one_device(getattr(self, name), fake)
+            torch.library.register_fake(f"{NAMESPACE}::{name}{suffix}", checked, lib=library)
         library.impl("step_" + suffix, partial(_step_in_place_version, self.step_), "ADInplaceOrView", with_keyset=True)
 
     def __repr__(self) -> str:

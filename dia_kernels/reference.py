@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cells import LSTMParameters, LSTMTrace, lstm, squash
-from .layout import broadcast, compute_dtype, output_format, spatial_dims, spatial_size
+from .layout import broadcast, compute_dtype, no_autocast, output_format, spatial_dims, spatial_size
 
 
 def pool(x: Tensor, channel_dim: int) -> Tensor:
@@ -62,7 +62,7 @@ def step(
     output: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, h', c')`` of one step. It never follows autocast: the cell stays in the compute dtype."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         y, _, trace = traced_step(x, shortcut, h, c, parameters, channel_dim, relu, output)
     return y, trace.h, trace.c
 
@@ -109,7 +109,7 @@ def tail(
     ``mean`` and ``var`` are the statistics to use, None for those of this batch. (arXiv:1502.03167,
     algorithm 1; then as ``step``.)
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with no_autocast(z):
         if mean is None or var is None:
             mean, var = statistics(z, channel_dim)
         _, x = normalise(z, mean, (var + eps).rsqrt(), gamma, beta, channel_dim)

@@ -20,8 +20,10 @@ from torchvision.transforms import v2
 from dia_kernels import __main__, models
 from dia_kernels.train import images, run
 from dia_kernels.train.images import DataError, Images
+from dia_kernels.train.launch import Launch
 from dia_kernels.train.loader import Order, ResumableLoader
 from dia_kernels.train.recipes import RECIPES, Recipe
+from dia_kernels.train.settings import read_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -209,7 +211,6 @@ def test_damaged_image_folders(folder):
         (lambda: run.Settings(network="vgg"), ValueError, "network: expected one of resnet20"),
         (lambda: run.Settings(precision="8-bit"), ValueError, "precision: expected one of 32-true"),
         (lambda: run.Settings(epochs=0), ValueError, "epochs: expected at least 1, got 0"),
-        (lambda: run.Settings(workers=-1), ValueError, "workers: expected at least 0, got -1"),
     ],
 )
 def test_wrong_arguments(call, error, message):
@@ -381,7 +382,7 @@ def test_a_run_leaves_checkpoints_logs_and_settings(whole):
     folder, result = whole
     assert result.steps == 6
     assert set(result.metrics) == {"loss", "test_loss", "test_accuracy"}
-    assert json.loads((folder / "run.json").read_text())["batch_size"] == 20
+    assert json.loads((folder / "run.json").read_text())["settings"]["batch_size"] == 20
     assert (folder / "checkpoints" / "best.ckpt").is_file()
     assert any((folder / "logs" / "version_0").glob("events.out.tfevents.*"))
     with (folder / "logs" / "version_0" / "metrics.csv").open() as file:
@@ -437,7 +438,7 @@ def test_killed_before_the_first_checkpoint(whole, short, tmp_path):
 
 
 def test_any_number_of_workers_gives_the_same_bits(whole, short, tmp_path):
-    run.train(run.Settings(**short | {"workers": 2}), tmp_path / "run", progress=False)
+    run.train(run.Settings(**short), tmp_path / "run", Launch(workers=2), progress=False)
     assert_same_end(tmp_path / "run", whole[0])
 
 
@@ -492,11 +493,13 @@ def test_command_line(whole, tmp_path, capsys):
     assert status == 0
     assert f"{tmp_path / 'run'}: 2 steps done." in said.out
     assert "test_accuracy" in said.out
-    assert run.read_settings(tmp_path / "run") == run.Settings(epochs=1, batch_size=720, attention=None)
+    assert read_run(tmp_path / "run") == (run.Settings(epochs=1, batch_size=720, attention=None), Launch())
     for arguments, message in (
         (("--output", folder), "holds a run already; resume it, or name another folder"),
         (("--resume", folder, "--epochs", 3), "with --resume the settings are the run's own; leave out epochs"),
         (("--resume", tmp_path), "no run to go on with"),
+        (("--output", tmp_path / "run", "--continue"), "has other settings (attention, epochs, batch_size)"),
+        (("--accumulate", 3, "--output", tmp_path / "x"), "batch_size: expected a multiple of 3"),
         (("--data", "fashion"), "folder: expected the folder that holds the files of 'fashion'"),
         (("--data", "fashion", "--folder", tmp_path), "train-images-idx3-ubyte: no such file"),
         (("--precision", "8"), "precision: expected one of"),

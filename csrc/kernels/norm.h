@@ -102,7 +102,7 @@ DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
   const double positions = args.positions, count = positions * args.samples;
   for_channels(m, args.samples, args.channels, [&](int channel, Part samples) {
     const bool there = channel < args.channels;
-    const double origin = there ? m.load(args.first + channel) : 0.0f;
+    const double origin = there && args.samples > 0 ? m.load(args.first + channel) : 0.0f;
     const auto about_origin = [&](int64_t at) {
       return static_cast<double>(m.load(args.sum + at)) + static_cast<double>(m.load(args.rest + at)) +
              positions * (static_cast<double>(m.load(args.first + at)) - origin);

@@ -78,24 +78,32 @@ inline void check_step(const Tensor& x, const MapInfo& info, const OptionalTenso
 struct Span {
   const char *begin, *end;
 
-  explicit Span(const Tensor& t) : begin(static_cast<const char*>(t.const_data_ptr())), end(begin) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) {
-      if (t.size(d) == 0) return;
-      last += (t.size(d) - 1) * t.stride(d);
-    }
-    end = begin + (last + 1) * static_cast<int64_t>(t.element_size());
-  }
+  explicit Span(const Tensor& t)
+      : begin(static_cast<const char*>(t.const_data_ptr())),
+        end(begin + extent(t) * static_cast<int64_t>(t.element_size())) {}
 };
 
-// Whether writing x in place would change what is still to be read of the shortcut: they share memory,
-// but not element for element.
-inline bool clash(const Tensor& x, const Tensor& shortcut) {
-  const Span a(x), b(shortcut);
-  if (a.end <= b.begin || b.end <= a.begin) return false;
-  bool same = a.begin == b.begin;
-  for (int64_t d = 0; d < x.dim(); ++d) same = same && (x.size(d) == 1 || x.stride(d) == shortcut.stride(d));
-  return !same;
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  const Span first(a), second(b);
+  return first.begin < second.end && second.begin < first.end;
+}
+
+// --- what a step that is to be written over x reads: where it shares memory with x, a copy ---
+
+inline Tensor apart(const Tensor& t, const Tensor& x) { return overlap(t, x) ? torch::stable::clone(t) : t; }
+inline OptionalTensor apart(const OptionalTensor& t, const Tensor& x) { return t ? OptionalTensor(apart(*t, x)) : t; }
+inline Parameters apart(const Parameters& w, const Tensor& x) {
+  return {apart(w.input_reduce_weight, x),  apart(w.input_reduce_bias, x),    apart(w.input_expand_weight, x),
+          apart(w.input_expand_bias, x),    apart(w.hidden_reduce_weight, x), apart(w.hidden_reduce_bias, x),
+          apart(w.hidden_expand_weight, x), apart(w.hidden_expand_bias, x)};
+}
+
+// A shortcut may be x itself: an element is read before it is written.
+inline OptionalTensor shortcut_apart(const OptionalTensor& shortcut, const Tensor& x) {
+  if (!shortcut || shortcut->const_data_ptr() != x.const_data_ptr()) return apart(shortcut, x);
+  bool same = true;
+  for (int64_t d = 0; d < x.dim(); ++d) same = same && (x.size(d) == 1 || x.stride(d) == shortcut->stride(d));
+  return same ? shortcut : apart(shortcut, x);
 }
 
 // The parts of the operator's `tables`: see operators.py, table_sizes.

@@ -59,10 +59,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step(Tensor x, OptionalTensor shortcu
 std::tuple<Tensor, Tensor> step_in_place(Tensor x, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
                                          Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1, Tensor v2,
                                          Tensor a2, int64_t channel_dim, bool relu, bool tanh_output) {
-  const Parameters w{w1, b1, w2, b2, v1, a1, v2, a2};
+  const Parameters given{w1, b1, w2, b2, v1, a1, v2, a2};
   const MapInfo info = map_info(x, channel_dim);
-  check_step(x, info, shortcut, h, c, w);
-  if (shortcut && clash(x, *shortcut)) shortcut = torch::stable::clone(*shortcut);
+  check_step(x, info, shortcut, h, c, given);
+  const Parameters w = apart(given, x);
+  shortcut = shortcut_apart(shortcut, x), h = apart(h, x), c = apart(c, x);
   return with_map_type(x, [&]<class T>() {
     const MapReader<T> x_reader(x, info);
     const OptionalMapReader<T> s_reader(shortcut, info);

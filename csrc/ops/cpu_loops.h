@@ -99,6 +99,7 @@ void for_rows(const MapShape& shape, Chunk chunk, Body body) {
 template <class Body>
 void for_channel_ranges(const MapShape& shape, Chunk chunk, Body body) {
   if (!shape.interleaved) return for_rows(shape, chunk, body);
+  if (chunk.count == 0 || shape.channels == 0) return;
   constexpr int64_t line = 32;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t wanted = (threads + chunk.count - 1) / std::max<int64_t>(chunk.count, 1);

@@ -227,6 +227,7 @@ class Reduction {
               given.width(), given.tanh_output},
              given.z, given.dy.has_value(), need_p, need_state, need_parameters),
         has_dy_(given.dy.has_value()),
+        has_positions_(given.info.shape.positions > 0),
         samples_(given.samples()),
         width_(given.width()),
         norm_(norm_tables<A>(given.tables, samples_, width_)),
@@ -264,12 +265,14 @@ class Reduction {
     if (cell.needed()) cell.run(chunk, 1.0);
   }
 
-  // Sums over the samples: the gradients of the norm's bias and weight.
+  // Sums over the samples: the gradients of the norm's bias and weight. Without positions p is the mean of no values,
+  // and what it is told goes nowhere.
   void channel_sums(A* dbeta, A* dgamma) const {
+    const int64_t samples = has_positions_ ? samples_ : 0;
     for_table_columns(samples_, width_, [&](int64_t begin, int64_t end) {
       for (int64_t ch = begin; ch < end; ++ch) {
         double b = 0, a = 0;
-        for (int64_t k = 0; k < samples_; ++k) {
+        for (int64_t k = 0; k < samples; ++k) {
           const int64_t at = k * width_ + ch;
           const double hh = static_cast<double>(cell.new_h[at]), dp = static_cast<double>(cell.dp[at]);
           b += hh * static_cast<double>(reduce_.s0[at]) + dp;
@@ -291,7 +294,7 @@ class Reduction {
   CellGradientPass<A> cell;
 
  private:
-  bool has_dy_;
+  bool has_dy_, has_positions_;
   int64_t samples_, width_;
   NormTables<A> norm_;
   Affine<A> affine_;

@@ -129,10 +129,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step(Tensor x, OptionalTensor shortcu
 std::tuple<Tensor, Tensor> step_in_place(Tensor x, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
                                          Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1, Tensor v2,
                                          Tensor a2, int64_t channel_dim, bool relu, bool tanh_output) {
-  const Parameters w{w1, b1, w2, b2, v1, a1, v2, a2};
+  const Parameters given{w1, b1, w2, b2, v1, a1, v2, a2};
   const MapInfo info = map_info(x, channel_dim);
-  check_step(x, info, shortcut, h, c, w);
-  if (shortcut && clash(x, *shortcut)) shortcut = torch::stable::clone(*shortcut);
+  check_step(x, info, shortcut, h, c, given);
+  const Parameters w = apart(given, x);
+  shortcut = shortcut_apart(shortcut, x), h = apart(h, x), c = apart(c, x);
   return with_gpu_type(x, [&]<class T>() {
     const GpuMap<T> x_map(x, info);
     const OptionalGpuMap<T> s_map(shortcut, info);
@@ -461,6 +462,9 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
     run_backward<T, true>(call, backward_plan<T, true>(call, info, maps.maps, GpuNorm::given), cell, maps.maps, norm);
     if (wanted.affine) call.launch_channels(gradients);
   }
+  // Sums over no values, whatever the mean and the deviation of none are.
+  if (z.numel() == 0)
+    for (const Tensor& sums : {dgamma, dbeta}) torch::stable::fill_(sums, 0.0);
   GpuParameterGradients d(call, wanted.parameters);
   const OptionalTensor old_h = dense(given.h);
   if (wanted.parameters) d.fill(call, cell.args, data_of<float>(old_h));
@@ -558,6 +562,8 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(Tensor dy, Tensor x, Tensor 
     const OptionalGpuMap<T> y_map(y, info);
     const GpuResult<T> dx(need_x, x, info), dshortcut(need_shortcut, x, info);
     const BackwardMaps<T> maps{dy_map.samples, y_map.samples, x_map.samples, dshortcut.samples, dx.samples};
+    // A map without positions may have no memory, which looks as if there were none.
+    if (need_scale && call.positions() == 0) torch::stable::fill_(dscale, 0.0);
     if (need_scale || need_shortcut)
       run_reduce(call, maps, 0, n, nullptr, nullptr, need_scale ? data_of<float>(dscale) : nullptr);
     if (need_x)

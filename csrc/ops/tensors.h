@@ -38,17 +38,44 @@ void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string sizes_text(const Tensor& t) {
-  std::ostringstream text;
-  text << '(';
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << ')';
-  return text.str();
+// The sizes of t in a message. Written only when a check fails: making text takes longer than most checks.
+struct SizesText {
+  const Tensor& t;
+};
+
+inline SizesText sizes_text(const Tensor& t) { return {t}; }
+
+inline std::ostream& operator<<(std::ostream& out, const SizesText& sizes) {
+  out << '(';
+  for (int64_t d = 0; d < sizes.t.dim(); ++d) out << (d ? ", " : "") << sizes.t.size(d);
+  return out << ')';
+}
+
+// How many elements lie from the first of t to its last, both counted; 0 if it has none.
+inline int64_t extent(const Tensor& t) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return 0;
+    last += (t.size(d) - 1) * t.stride(d);
+  }
+  return last + 1;
+}
+
+// A storage may be given back while tensors still point to it: sharded training does that with parameters. Nothing in
+// torch looks again whether a tensor lies within its storage.
+inline void check_memory(const char* name, const Tensor& t) {
+  const int64_t elements = extent(t);
+  if (elements == 0) return;
+  int64_t bytes;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  check((t.storage_offset() + elements) * static_cast<int64_t>(t.element_size()) <= bytes, name,
+        ": its storage was freed, or is too small for it");
 }
 
 inline void check_like(const char* name, const Tensor& t, ScalarType dtype, const Tensor& x) {
   check(t.scalar_type() == dtype, name, ": unexpected dtype for x of this dtype");
   check(t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(), name, ": not on the device of x");
+  check_memory(name, t);
 }
 
 // A table or parameter: exactly these sizes, this dtype, the device of x.
@@ -84,6 +111,7 @@ inline MapInfo map_info(const Tensor& x, int64_t channel_dim) {
   check(channel_dim == 1 || channel_dim == -1, "channel_dim: expected 1 or -1, got ", channel_dim);
   const int dims = static_cast<int>(x.dim());
   check(dims >= 3 && dims <= 5, "x: expected 3 to 5 dimensions, got ", dims);
+  check_memory("x", x);
   MapInfo info;
   info.channel_first = channel_dim == 1;
   const auto sizes = x.sizes();

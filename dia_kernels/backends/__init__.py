@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import autograd, autograd_tail, operators
+from .. import autograd, autograd_tail, operators, reference
 from . import triton
 
 
@@ -84,10 +84,18 @@ def add(
     _backends[name] = Backend(device, added, missing, float64)
 
 
-#: The backend of the innermost ``use_backend`` around a call.
-_around: ContextVar[str | None] = ContextVar("dia_kernels.use_backend", default=None)
-#: The same for a ``with`` that dynamo traces: it can set no ContextVar. None whenever no traced block is running.
-_around_traced: str | None = None
+class _Around(threading.local):
+    """The backend of the innermost ``use_backend`` around a call, in each thread.
+
+    No ContextVar: dynamo reads those from torch 2.14 on only, and sets none. And no default of the class: dynamo's
+    guards do not see that an attribute of the instance hides it later.
+    """
+
+    def __init__(self) -> None:
+        self.backend: str | None = None
+
+
+_around = _Around()
 
 
 @contextmanager
@@ -95,8 +103,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Has every call inside that names no backend of its own served by backend ``name``.
 
     ``with use_backend("reference"): torch.export.export(model, ...)`` exports plain ATen. A module's own ``backend``,
-    or a call's, wins. Blocks nest; a function is decorated by it too. It holds for the thread (or asyncio task) that
-    entered it, as a ContextVar does, and no other. A function compiled by ``torch.compile`` is compiled anew for each
+    or a call's, wins. Blocks nest; a function is decorated by it too. It holds for the thread that entered it, as
+    ``torch.no_grad`` does, and no other. A function compiled by ``torch.compile`` is compiled anew for each
     backend that it is called under. Backward passes run on the backend of their forward pass, wherever they run; what
     activation checkpointing computes again asks anew, so there name the backend as the module's argument.
 
@@ -106,21 +114,13 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name.
     """
-    global _around_traced
     if name not in names():
         raise ValueError(f"name: expected one of {', '.join(names())}, got {name!r}")
-    if torch.compiler.is_dynamo_compiling():
-        before, _around_traced = _around_traced, name
-        try:
-            yield
-        finally:
-            _around_traced = before
-    else:
-        token = _around.set(name)
-        try:
-            yield
-        finally:
-            _around.reset(token)
+    before, _around.backend = _around.backend, name
+    try:
+        yield
+    finally:
+        _around.backend = before
 
 
 def chosen(backend: str | None, device: torch.device) -> str | None:
@@ -131,7 +131,7 @@ def chosen(backend: str | None, device: torch.device) -> str | None:
         RuntimeError: the backend is missing here; the message says why.
     """
     if backend is None:
-        backend = _around.get() if _around_traced is None else _around_traced
+        backend = _around.backend
     if backend is None or backend == "reference":
         return backend
     if backend not in _backends:
@@ -154,6 +154,21 @@ def operators_of(backend: str | None, x: Tensor) -> operators.Operators:
     if backend is not None:
         return _backends[backend].operators
     return _of_cuda if x.device.type == "cuda" else operators.native
+
+
+def decompositions() -> dict[operators.Operator, Callable[..., Any]]:
+    """The operators of every backend that a forward pass may hold, each with the reference that replaces it.
+
+    For a program that was exported with them: ``program.run_decompositions(decompositions())`` leaves plain ATen. Only
+    the in-place ``step_`` is not among them: export without ``inplace=True``.
+    """
+    table: dict[operators.Operator, Callable[..., Any]] = {}
+    for ops in (operators.plain, *(backend.operators for backend in _backends.values())):
+        table[ops.step] = autograd._reference_step
+        table[ops.tail] = autograd_tail._reference_tail
+        table[ops.pool] = reference.pool
+        table[ops.rescale] = reference.rescale
+    return table
 
 
 add("triton", "cuda", triton.KERNELS, float64=False, missing=triton.missing)

@@ -1,4 +1,4 @@
-"""The network as Lightning trains it: loss, test accuracy, optimiser, schedule."""
+"""The network as Lightning trains it: loss, test accuracy, optimiser, schedule, and how FSDP2 shards it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,21 @@ class Classifier(lightning.LightningModule):
         super().__init__()
         self.network = network
         self.recipe = recipe
+
+    def configure_model(self) -> None:
+        """Shards the network where the strategy is FSDP2: each stage is a unit, the rest another.
+
+        The blocks of a stage share an attention module, so a unit smaller than the stage would gather its weights
+        again for every block, or hold them in a unit of their own that must outlive the blocks'.
+        """
+        if self.device_mesh is None:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = self.device_mesh["data_parallel"]
+        for stage in self.network.stages:
+            fully_shard(stage, mesh=mesh)
+        fully_shard(self.network, mesh=mesh)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)

@@ -1,0 +1,50 @@
+"""The schemas of the operators (what each does stands in ``operators.py``), as text.
+
+Python and C++ processes define the operators from this text. The build runs the file as a script, for
+``libdia_kernels_schemas.so``; so it imports nothing.
+"""
+
+NAMESPACE = "dia_kernels"
+
+#: As in ``cells.LSTMParameters``.
+PARAMETERS = tuple(
+    f"{path}_{part}_{kind}"
+    for path in ("input", "hidden")
+    for part in ("reduce", "expand")
+    for kind in ("weight", "bias")
+)
+
+_PARAMETERS = ", ".join(f"Tensor {name}" for name in PARAMETERS)
+_WEIGHTS = ", ".join(f"Tensor {name}" for name in PARAMETERS if name.endswith("weight"))
+_FLAGS = "int channel_dim, bool relu, bool tanh_output"
+_GRADIENTS = ", ".join(["Tensor"] * (4 + len(PARAMETERS)))
+
+#: By the operator's name.
+SCHEMAS = {
+    "step": f"(Tensor x, Tensor? shortcut, Tensor? h, Tensor? c, {_PARAMETERS}, {_FLAGS}, bool keep_tables)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "step_": f"(Tensor(a!) x, Tensor? shortcut, Tensor? h, Tensor? c, {_PARAMETERS}, {_FLAGS}) -> (Tensor, Tensor)",
+    "step_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor x, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
+    f" Tensor tables, {_WEIGHTS}, {_FLAGS}, bool need_x, bool need_shortcut, bool need_state,"
+    f" bool need_parameters) -> ({_GRADIENTS})",
+    "tail": "(Tensor z, Tensor? shortcut, Tensor? h, Tensor? c, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var,"
+    f" float eps, {_PARAMETERS}, {_FLAGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "tail_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor z, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
+    f" Tensor tables, Tensor? gamma, Tensor? beta, {_WEIGHTS}, {_FLAGS}, bool batch, bool need_z, bool need_shortcut,"
+    f" bool need_state, bool need_parameters, bool need_affine) -> ({_GRADIENTS}, Tensor, Tensor)",
+    "statistics": "(Tensor z, int channel_dim) -> (Tensor, Tensor)",
+    "tail_reduce": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor z, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
+    f" Tensor tables, Tensor? gamma, Tensor? beta, {_WEIGHTS}, {_FLAGS}, bool need_shortcut, bool need_state,"
+    f" bool need_parameters) -> ({_GRADIENTS}, Tensor)",
+    "tail_spread": "(Tensor? dy, Tensor? y, Tensor z, Tensor new_h, Tensor dp, Tensor tables, Tensor? gamma,"
+    " Tensor shares, int channel_dim) -> Tensor",
+    "pool": "(Tensor x, int channel_dim) -> Tensor",
+    "rescale": "(Tensor x, Tensor scale, Tensor? shortcut, int channel_dim, bool relu) -> Tensor",
+    "rescale_backward": "(Tensor dy, Tensor x, Tensor scale, Tensor? y, int channel_dim, bool need_x,"
+    " bool need_scale, bool need_shortcut) -> (Tensor, Tensor, Tensor)",
+}
+
+
+if __name__ == "__main__":
+    for name, schema in SCHEMAS.items():
+        print(f'"{name}{schema}",')

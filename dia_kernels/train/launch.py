@@ -1,0 +1,82 @@
+"""How and on what a run is executed: processes, strategy, accumulation, workers. It is no part of what the run is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import distributed
+
+STRATEGIES = ("ddp", "fsdp2")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run is executed. A run may go on under another launch than the one it began under.
+
+    Attributes:
+        processes: on each machine, each with one device.
+        nodes: machines; more than one only under torchrun.
+        strategy: ``"ddp"``, every process has all weights (DistributedDataParallel), or ``"fsdp2"``, they are sharded
+            over the processes (``torch.distributed.fsdp.fully_shard``).
+        accumulate: parts of its share of a batch that a process takes one after the other for one step of the
+            optimiser.
+        workers: processes that read images, for each of ``processes``.
+
+    Raises:
+        ValueError: an attribute is wrong; the message names it.
+    """
+
+    processes: int = 1
+    nodes: int = 1
+    strategy: str = "ddp"
+    accumulate: int = 1
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("processes", 1), ("nodes", 1), ("accumulate", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        return self.processes * self.nodes
+
+
+def here(given: Mapping[str, Any] | None = None, last: Launch | None = None) -> Launch:
+    """The launch that this process is part of: by torchrun where that started it, then as given, then as last time.
+
+    Args:
+        given: attributes of a ``Launch``.
+        last: where the others come from; None for their defaults.
+
+    Raises:
+        ValueError: an attribute is wrong, or is not what torchrun says; the message names it.
+    """
+    given = {} if given is None else given
+    started = distributed.is_available() and distributed.is_torchelastic_launched()
+    placed = _placed_by_torchrun() if started else {"nodes": 1}
+    for name, value in placed.items():
+        if given.get(name, value) != value:
+            by = "torchrun started" if started else "only torchrun starts more, without it there is"
+            raise ValueError(f"{name}: {by} {value}, got {given[name]}; leave it out")
+    return Launch(**{**asdict(last or Launch()), **given, **placed})
+
+
+def _placed_by_torchrun() -> dict[str, int]:
+    here, nodes, world = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "WORLD_SIZE"))
+    if here * nodes != world:
+        raise ValueError(
+            f"processes: expected the same number on every machine, got {world} on {nodes} machines, {here} on this one"
+        )
+    return {"processes": here, "nodes": nodes}
+
+
+def speaks() -> bool:
+    """Whether this process prints for all: the first one, of torchrun's or of those that Lightning starts."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
