@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import sys
@@ -127,6 +128,7 @@ def tail_bytes(shape: tail.Shape, dtype: str, compiled: bool) -> dict[str, Any]:
 
 def alive_bytes(call: Callable[[], object]) -> dict[str, int]:
     """Bytes allocated by ``call`` and still alive when it returns, and at most at any time, as the allocator tells."""
+    gc.collect()  # what is freed meanwhile would count too
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = call()
     events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
@@ -188,10 +190,9 @@ def measure(case: Case, budget: float) -> dict[str, Any]:
     wrong = breach(built, case)
     counted = {}
     for label, network in built.items():
-        step = step_of(network, case)
-        step()  # gradients are there before the count begins
         kept = alive_bytes(lambda network=network: loss_of(network, case))["kept"]
-        counted[label] = {"kept": kept, "peak": alive_bytes(step)["peak"]}
+        counted[label] = {"kept": kept, "peak": alive_bytes(step_of(network, case))["peak"]}
+        network.zero_grad()
     with undisturbed():
         calls = {label: step_of(network, case) for label, network in built.items()}
         seconds = interleaved(calls, budget, MIN_ROUNDS, cpu_seconds_a_call)
@@ -250,8 +251,8 @@ def markdown(document: dict) -> str:
         parts += [
             "## Networks computed again in parts",
             "A training step with `memory.checkpoint`, float32; names: network, batch. MB alive after the forward "
-            "pass, and at the peak of forward and backward, of what a step allocates. Time as a multiple of the network "
-            "that keeps everything (CPU seconds of one thread, medians of ratios within rounds).",
+            "pass, and at the peak of forward and backward, of what a step allocates. Time as a multiple of the "
+            "network that keeps everything (CPU seconds of one thread, medians of ratios within rounds).",
             *(network_table(result) for result in measured),
         ]
         wrong = [f"* {r['name']}: {r['wrong']}" for r in measured if r["wrong"]]

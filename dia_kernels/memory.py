@@ -2,9 +2,9 @@
 
 ``checkpoint(model)`` does it to the blocks or stages of a network, in place; ``checkpointed(function, ...)`` to one
 call in one's own forward. Both are PyTorch's non-reentrant checkpointing, and the gradients equal those without it bit
-for bit. Beyond it, the second pass sees every module as the first one saw it: a batch norm does not count a batch twice,
-and parameters that ``torch.func.functional_call`` put in place stand there again. What is saved, and what it costs:
-docs/memory.md.
+for bit. Beyond it, the second pass sees every module as the first one saw it: a batch norm does not count a batch
+twice, and parameters that ``torch.func.functional_call`` put in place stand there again. What is saved, and what it
+costs: docs/memory.md.
 """
 
 from __future__ import annotations

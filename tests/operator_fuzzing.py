@@ -22,7 +22,7 @@ from dia_kernels import backends, operators
 NAN = float("nan")
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: Sizes beyond any memory and near the end of what 64 bits count.
-HUGE = (1 << 33, 1 << 45, 1 << 61)
+HUGE = (1 << 45, 1 << 61)
 
 
 @dataclass
@@ -305,8 +305,9 @@ def has_memory(t: Tensor) -> bool:
 def is_comparable(call: Call, faults: list[str]) -> bool:
     """Whether two implementations must agree.
 
-    Not where a huge factor makes all of a rounding error; nor where the tables tell other things than the other tensors,
-    which one may read and the other compute: the means of a map, and that all samples without a state have the same.
+    Not where a huge factor makes all of a rounding error; nor where the tables tell other things than the rest of the
+    arguments, which one may read and the other compute: the means of a map, and that without a state all samples have
+    the same bottleneck.
     """
     eps = call.arguments.get("eps", 1.0)
     told_by_tables = {"tables", "z", "channel_dim"} if call.operator.startswith("tail") else {"tables"}
@@ -319,13 +320,19 @@ def tensors_of(result: object) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def assert_agree(call: Call, found: list[Tensor], expected: list[Tensor]) -> None:
+#: Which result of a gradient is that of hidden_reduce_weight.
+HIDDEN_REDUCE = {"step_backward": 8, "tail_backward": 10}
+
+
+def assert_agree(call: Call, found: list[Tensor], expected: list[Tensor], on_gpu: bool) -> None:
     """Sizes, dtypes, where NaN lies, and values up to the rounding of short sums."""
     for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.shape == theirs.shape, f"result {index}: {ours.shape}, the reference {theirs.shape}"
         assert ours.dtype == theirs.dtype, f"result {index}: {ours.dtype}, the reference {theirs.dtype}"
         if call.operator == "tail" and index == 3:
             continue  # the tables of a norm hold what each implementation's own gradient needs
+        if on_gpu and index == HIDDEN_REDUCE.get(call.operator) and call.arguments["h"] is None:
+            continue  # zeros there, also where others multiply NaN by the state's zeros
         a, b = ours.double(), theirs.double()
         assert torch.equal(a.isnan(), b.isnan()), f"result {index}: NaN elsewhere than in the reference"
         finite = a.isfinite() & b.isfinite()
@@ -361,10 +368,13 @@ def run(call: Call, faults: list[str], operators_: operators.Operators) -> str:
     if devices == {"meta"}:
         return "computed"
     if is_comparable(call, faults):
-        expected = tensors_of(reference(*fresh))
+        try:
+            expected = tensors_of(reference(*fresh))
+        except Exception as error:
+            raise AssertionError("taken, though the reference refuses it") from error
         if call.operator == "step_" and not overlaps_itself(call.arguments["x"]):
             result, expected = [*result, call.arguments["x"]], [*expected, fresh[0]]
-        assert_agree(call, result, expected)
+        assert_agree(call, result, expected, on_gpu=operators_ is not operators.native)
     return "computed"
 
 

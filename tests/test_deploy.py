@@ -34,6 +34,7 @@ from dia_kernels import (
     use_backend,
 )
 from dia_kernels.cells import LSTMParameters
+from dia_kernels.models.parts import Options
 
 DYNAMIC = torch.export.Dim.DYNAMIC
 #: Batch and resolution of a network's input.
@@ -45,19 +46,36 @@ OTHERS = [torch.linspace(1, -1, n * 3 * h * w).view(n, 3, h, w) for n, h, w in (
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: AOTInductor needs one")
 
 
-def cifar(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return models.create("resnet20", attention="dia")
+@torch.no_grad()
+def trained(network: nn.Module) -> nn.Module:
+    """``network``, its norms as if it had been trained: a new norm hides what is left out of it."""
+    for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
+        for tensor, low, high in (
+            (norm.weight, 0.5, 1.5),
+            (norm.bias, -0.5, 0.5),
+            (norm.running_mean, -0.5, 0.5),
+            (norm.running_var, 0.5, 1.5),
+        ):
+            tensor.uniform_(low, high)
+    return network
 
 
-def narrow_imagenet() -> nn.Module:
-    """A torchvision ResNet with bottlenecks, an eighth as wide as ResNet-50."""
+def cifar() -> nn.Module:
     torch.manual_seed(0)
-    return torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 2, 1, 1], 10, width_per_group=8)
+    return trained(models.create("resnet20", attention="dia"))
+
+
+def small() -> nn.Module:
+    """The same with two blocks a stage instead of three."""
+    torch.manual_seed(0)
+    return trained(models.ResNet(14, options=Options(attention="dia")))
 
 
 def converted(**options) -> nn.Module:
-    return share_attention(narrow_imagenet(), **options)
+    """A torchvision ResNet with bottlenecks, an eighth as wide as ResNet-50, and fewer blocks."""
+    torch.manual_seed(0)
+    network = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 2, 1, 1], 10, width_per_group=8)
+    return trained(share_attention(network, **options))
 
 
 class Blocks(nn.Module):
@@ -126,24 +144,24 @@ def assert_equal_but_for_rounding(found: Tensor, network: nn.Module, x: Tensor) 
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["traced", "strict"])
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eval", "train"])
 def test_trial_19_export_keeps_the_operators_and_the_reference_is_plain_aten(training, strict):
-    network = cifar().train(training)
-    assert ours(exported(network, strict=strict)) == ["tail"] * 9
+    network = small().train(training)
+    assert ours(exported(network, strict=strict)) == ["tail"] * 6
     with use_backend("reference"):
         program = exported(network, strict=strict)
     assert {str(t) for t in called(program) if t.namespace != "aten"} <= {"wrap_with_autocast"}
     assert {t.namespace for t in called(program.run_decompositions({}))} == {"aten"}
-    torch.testing.assert_close(program.module()(EXAMPLE), copy.deepcopy(network)(EXAMPLE))
+    assert_equal_but_for_rounding(program.module()(EXAMPLE), network, EXAMPLE)
 
 
 def resnet50() -> nn.Module:
     torch.manual_seed(0)
-    return models.resnet50(attention="dia", num_classes=10)
+    return trained(models.resnet50(attention="dia", num_classes=10))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("make", [cifar, *(pytest.param(f, marks=pytest.mark.slow) for f in (converted, resnet50))])
+@pytest.mark.parametrize("make", [small, *(pytest.param(f, marks=pytest.mark.slow) for f in (converted, resnet50))])
 def test_an_exported_network_is_the_network_for_every_batch_and_resolution(make, training):
     """Bit for bit: outputs, gradients and the norms' buffers."""
     network = make().train(training)
@@ -161,7 +179,7 @@ def test_an_exported_network_is_the_network_for_every_batch_and_resolution(make,
 
 
 def test_a_saved_program_runs_where_only_the_library_is_imported(tmp_path):
-    network = cifar().eval()
+    network = small().eval()
     torch.export.save(exported(network), tmp_path / "network.pt2")
     loads = f"""
         import torch
@@ -176,14 +194,15 @@ def test_a_saved_program_runs_where_only_the_library_is_imported(tmp_path):
     assert torch.equal(torch.load(tmp_path / "result.pt"), network(torch.ones(3, 3, 96, 64)))
 
 
-@pytest.mark.parametrize(("make", "names"), [(cifar, {"tail"}), (unnormed, {"step"}), (stacked, {"pool", "rescale"})])
+@pytest.mark.parametrize(("make", "names"), [(small, {"tail"}), (unnormed, {"step"}), (stacked, {"pool", "rescale"})])
 def test_decompositions_turn_an_exported_program_into_plain_aten(make, names):
-    program = exported(make().eval())
+    network = make().eval()
+    program = exported(network)
     assert set(ours(program)) == names
     plain = program.run_decompositions(backends.decompositions())
     assert {t.namespace for t in called(plain)} == {"aten"}
     for x in (EXAMPLE, *OTHERS):
-        torch.testing.assert_close(plain.module()(x), program.module()(x))
+        assert_equal_but_for_rounding(plain.module()(x), network, x)
 
 
 def test_every_backend_s_forward_operators_have_a_decomposition():
@@ -213,7 +232,7 @@ def test_the_state_is_an_argument_and_a_result_of_an_exported_step():
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 def test_tracing_to_torchscript_needs_no_gradients(tmp_path):
-    network = cifar().eval()
+    network = small().eval()
     with torch.no_grad():
         torch.jit.trace(network, EXAMPLE).save(tmp_path / "network.pt")
     traced = torch.jit.load(tmp_path / "network.pt")

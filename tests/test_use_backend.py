@@ -164,12 +164,18 @@ def our_operators(graphs: list[torch.fx.GraphModule]) -> list[list[str]]:
 
 
 def test_a_compiled_function_is_compiled_anew_for_a_block_around_it(fresh_compiler):
+    """In a thread that has entered no block before."""
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(form("step"), backend=counter, fullgraph=True)
-    for _ in range(2):
-        compiled()
-        with use_backend("reference"):
+
+    def calls():
+        for _ in range(2):
             compiled()
+            with use_backend("reference"):
+                compiled()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(calls).result(120)
     assert our_operators(counter.graphs) == [["step"], []]
 
 

@@ -103,7 +103,8 @@ def test_an_sdist_and_one_wheel_are_made(made):
 
 def test_a_wheel_holds_the_package_its_licence_and_nothing_else(made):
     about = {f"{INFO}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "top_level.txt", "licenses/LICENSE")}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "dia_kernels").rglob("*.py")}
+    sources = made.folder.parent
+    modules = {str(path.relative_to(sources)) for path in (sources / "dia_kernels").rglob("*.py")}
     libraries = LIBRARIES if made.backend == "native" else set()
     assert made.files() == about | modules | {"dia_kernels/py.typed"} | libraries
 

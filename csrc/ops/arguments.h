@@ -41,6 +41,7 @@ inline void check_parameters(const Parameters& w, int64_t c, ScalarType dtype, c
   check(w.input_reduce_weight.dim() == 2, "input_reduce_weight: expected 2 dimensions");
   const int64_t m = w.input_reduce_weight.size(0);
   check(c >= 1 && m >= 1, "x: expected at least one channel and a bottleneck of at least one value");
+  check(m <= kMostRows, "input_reduce_weight: expected at most 2^30 rows, got ", m);
   check_table("input_reduce_weight", w.input_reduce_weight, {m, c}, dtype, x);
   check_table("input_reduce_bias", w.input_reduce_bias, {m}, dtype, x);
   check_table("input_expand_weight", w.input_expand_weight, {4 * c, m}, dtype, x);
@@ -127,8 +128,8 @@ inline void check_step_gradient(const OptionalTensor& dy, const OptionalTensor& 
                                 const Weights& w, bool relu) {
   const ScalarType dtype = compute_scalar_type(x);
   const int64_t n = info.shape.samples, width = info.shape.channels;
-  check(w.input_reduce.dim() == 2 && width >= 1 && w.input_reduce.size(0) >= 1,
-        "input_reduce_weight: expected 2 dimensions");
+  check(w.input_reduce.dim() == 2 && width >= 1 && w.input_reduce.size(0) >= 1 && w.input_reduce.size(0) <= kMostRows,
+        "input_reduce_weight: expected 2 dimensions, the first of 1 to 2^30 rows");
   const int64_t m = w.input_reduce.size(0);
   check_table("input_reduce_weight", w.input_reduce, {m, width}, dtype, x);
   check_table("input_expand_weight", w.input_expand, {4 * width, m}, dtype, x);

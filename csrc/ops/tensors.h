@@ -107,6 +107,9 @@ struct MapInfo {
   std::vector<int64_t> strides;  // of a dense tensor in `format`
 };
 
+// Of samples, channels or bottleneck values: so that no size of a table overflows before it is compared.
+constexpr int64_t kMostRows = int64_t{1} << 30;
+
 inline MapInfo map_info(const Tensor& x, int64_t channel_dim) {
   check(channel_dim == 1 || channel_dim == -1, "channel_dim: expected 1 or -1, got ", channel_dim);
   const int dims = static_cast<int>(x.dim());
@@ -121,6 +124,8 @@ inline MapInfo map_info(const Tensor& x, int64_t channel_dim) {
   const int channel = info.channel_first ? 1 : dims - 1;
   info.shape.samples = sizes[0];
   info.shape.channels = sizes[channel];
+  check(info.shape.samples <= kMostRows && info.shape.channels <= kMostRows,
+        "x: expected at most 2^30 samples and channels, got ", sizes_text(x));
   info.shape.positions = 1;
   for (int d = 1; d < dims; ++d)
     if (d != channel) info.shape.positions *= sizes[d];

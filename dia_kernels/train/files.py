@@ -78,17 +78,10 @@ class Files(TorchCheckpointIO):
             file = Path(scratch) / "whole.ckpt"
             dcp_to_torch_save(path, file)
             checkpoint = torch.load(file, map_location, weights_only=weights_only)
-        optimizer = _numbered(checkpoint.pop("optimizer_0"))
+        # By the parameters' names, where a file has numbers: an optimiser goes by their order alone.
+        optimizer = checkpoint.pop("optimizer_0")
         rest = torch.load(Path(path) / _REST, map_location, weights_only=weights_only)
         return {**checkpoint, "optimizer_states": [optimizer], **rest}
-
-
-def _numbered(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state by its parameters' numbers, as the optimiser itself has it, from one by their names."""
-    names = [name for group in state["param_groups"] for name in group["params"]]
-    numbers = {name: number for number, name in enumerate(names)}
-    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
-    return {"state": {numbers[name]: values for name, values in state["state"].items()}, "param_groups": groups}
 
 
 def whole_state_dict(module: nn.Module) -> dict[str, Any]:

@@ -69,12 +69,12 @@ def here(given: Mapping[str, Any] | None = None, last: Launch | None = None) -> 
 
 
 def _placed_by_torchrun() -> dict[str, int]:
-    here, nodes, world = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "WORLD_SIZE"))
-    if here * nodes != world:
+    local, nodes, world = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "WORLD_SIZE"))
+    if local * nodes != world:
         raise ValueError(
-            f"processes: expected the same number on every machine, got {world} on {nodes} machines, {here} on this one"
+            f"processes: expected the same number on every machine, got {world} on {nodes} machines, {local} on this"
         )
-    return {"processes": here, "nodes": nodes}
+    return {"processes": local, "nodes": nodes}
 
 
 def speaks() -> bool:

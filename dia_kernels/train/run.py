@@ -132,7 +132,8 @@ def train(
     goes_on = _goes_on(settings, folder, resume)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     classifier, data = build(settings, download=download)
-    join()
+    if launch.world_size > 1:
+        join()
     with _quiet():
         trainer = _trainer(settings, launch, folder, checkpoint, progress, callbacks)
     learn, test = loaders(settings, data, launch, trainer.global_rank)
