@@ -110,12 +110,6 @@ STEP_OF_THE_REFERENCE = """
 """
 
 
-def test_a_package_without_the_library_runs_the_reference_and_says_why(tmp_path):
-    file, reason = run_python(STEP_OF_THE_REFERENCE, copy_package(tmp_path)).splitlines()
-    assert Path(file).is_relative_to(tmp_path)
-    assert "not built" in reason
-
-
 @pytest.mark.parametrize("library", [pytest.param(True, marks=needs_library), False], ids=["library", "no_library"])
 def test_trial_03_import_and_reference_work_without_triton_and_without_the_library(tmp_path, library):
     code = """
