@@ -417,6 +417,8 @@ def session(single: dict, double: dict, tmp_path_factory: pytest.TempPathFactory
         {"folder": "double from one", "settings": double, "resume": True},
         {"folder": "double to one", "settings": double, "stop": [STOP]},
         {"folder": "double in parts", "settings": double, "launch": parts},
+        {"folder": "ddp again", "settings": single, "launch": {"processes": 2, "recompute": "block"}},
+        {"folder": "fsdp2 again", "settings": single, "launch": {**sharded, "recompute": "stage"}},
         {"folder": "sync", "settings": {**single, "sync_norm": True, "precision": "64-true"}},
     ]  # fmt: skip
     do_runs(base, runs)
@@ -426,6 +428,12 @@ def session(single: dict, double: dict, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.slow
 def test_sharded_weights_learn_as_whole_ones(session):
     assert_equal(session / "fsdp2", session / "ddp")
+
+
+@pytest.mark.slow
+def test_what_is_computed_again_learns_the_same_bits(session):
+    assert_equal(session / "ddp again", session / "ddp")
+    assert_equal(session / "fsdp2 again", session / "ddp")
 
 
 @pytest.mark.slow

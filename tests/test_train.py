@@ -442,6 +442,19 @@ def test_any_number_of_workers_gives_the_same_bits(whole, short, tmp_path):
     assert_same_end(tmp_path / "run", whole[0])
 
 
+@pytest.mark.parametrize("part", ["block", "stage"])
+def test_what_is_computed_again_gives_the_same_bits(whole, short, tmp_path, part, monkeypatch):
+    calls = []
+    original = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    result = run.train(run.Settings(**short), tmp_path / "run", Launch(recompute=part), progress=False)
+    assert len(calls) == result.steps * {"block": 9, "stage": 3}[part]
+    assert_same_end(tmp_path / "run", whole[0])
+    calls.clear()
+    result.network(torch.randn(2, 1, 16, 16))
+    assert calls == []
+
+
 @pytest.mark.slow
 def test_dropout_goes_on_to_the_same_bits(short, tmp_path):
     settings = {**short, "network": "wrn52_4"}

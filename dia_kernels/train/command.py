@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..models import names
-from .launch import STRATEGIES, Launch, here, speaks
+from .launch import RECOMPUTED, STRATEGIES, Launch, here, speaks
 from .recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MODULES = ("lightning", "numpy", "PIL", "sklearn", "tensorboard", "torchvision", "tqdm")
 
-_LAUNCH = ("processes", "strategy", "accumulate", "workers")
+_LAUNCH = ("processes", "strategy", "accumulate", "workers", "recompute")
 _NOT_SETTINGS = ("command", "run", "output", "resume", "begin_or_go_on", "download", "no_progress", *_LAUNCH)
 
 
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--accumulate", type=int, help="parts in which a process takes its share of a step's images (default: 1)")
     add("--workers", type=int, help="processes that read images, for each of --processes (default: 0)")
+    add("--recompute", choices=RECOMPUTED, help="compute these again in the backward pass: less memory, the same bits")
     add("--checkpoint-every", type=int, help="steps between two checkpoints (default: 100)")
     add("--no-progress", action="store_true", default=False, help="no progress bar")
     add(

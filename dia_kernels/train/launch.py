@@ -10,6 +10,7 @@ from typing import Any
 from torch import distributed
 
 STRATEGIES = ("ddp", "fsdp2")
+RECOMPUTED = ("block", "stage")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Launch:
         accumulate: parts of its share of a batch that a process takes one after the other for one step of the
             optimiser.
         workers: processes that read images, for each of ``processes``.
+        recompute: None, or ``"block"`` or ``"stage"``: these are computed again in the backward pass, for less memory
+            and the same bits (``memory.checkpoint``).
 
     Raises:
         ValueError: an attribute is wrong; the message names it.
@@ -34,6 +37,7 @@ class Launch:
     strategy: str = "ddp"
     accumulate: int = 1
     workers: int = 0
+    recompute: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("processes", 1), ("nodes", 1), ("accumulate", 1), ("workers", 0)):
@@ -41,6 +45,8 @@ class Launch:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        if self.recompute not in (None, *RECOMPUTED):
+            raise ValueError(f"recompute: expected None or one of {', '.join(RECOMPUTED)}, got {self.recompute!r}")
 
     @property
     def world_size(self) -> int:

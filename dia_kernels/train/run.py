@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from .. import models
+from .. import memory, models
 from . import images
 from .callbacks import LastCheckpoint, RandomState, RunFile
 from .classifier import Classifier
@@ -132,6 +132,7 @@ def train(
     goes_on = _goes_on(settings, folder, resume)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     classifier, data = build(settings, download=download)
+    _recompute(classifier.network, launch, "nothing")
     if launch.world_size > 1:
         join()
     with _quiet():
@@ -145,11 +146,17 @@ def train(
         trainer.fit(classifier, learn, test, ckpt_path=start, weights_only=False)
         trainer.save_checkpoint(checkpoint, weights_only=False)
     network = classifier.network
+    _recompute(network, launch, "everything")
     if launch.strategy == "fsdp2":
         network = _network(settings, data)
         network.load_state_dict(whole_state_dict(classifier.network))
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return Result(network.cpu(), trainer.global_step, metrics)
+
+
+def _recompute(network: models.Network, launch: Launch, save: memory.Save) -> None:
+    if launch.recompute is not None:
+        memory.checkpoint(network, launch.recompute, save=save)  # type: ignore[arg-type]
 
 
 def _goes_on(settings: Settings, folder: Path, resume: bool | None) -> bool:
