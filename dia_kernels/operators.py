@@ -84,6 +84,12 @@ def _in_format(t: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     return torch.empty_like(t, memory_format=output_format(x, channel_dim)).copy_(t)
 
 
+def _if_in_format(t: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """The fresh tensor ``t`` itself if it lies as the fakes promise, in dimensions of one element too; else a copy."""
+    promised = torch.empty(t.shape, device="meta", memory_format=output_format(x, channel_dim))
+    return t if t.stride() == promised.stride() else _in_format(t, x, channel_dim)
+
+
 # --- reference kernels: every device without a native one ----------------------------------------
 
 
@@ -93,7 +99,8 @@ def _reference_step(x, shortcut, h, c, *rest):
         y, p, trace = reference.traced_step(
             x, shortcut, h, c, LSTMParameters(*parameters), channel_dim, relu, _output(tanh_output)
         )
-    return y, trace.h, trace.c, _pack(p, trace) if keep_tables else p.new_empty(0)
+    tables = _pack(p, trace) if keep_tables else p.new_empty(0)
+    return _if_in_format(y, x, channel_dim), trace.h, trace.c, tables
 
 
 def _reference_step_(x, shortcut, h, c, *rest):

@@ -480,7 +480,7 @@ def sum_error(case: Case, growth: float) -> float:
 def assert_as_output(name: str, t: Tensor, x: Tensor, channel_dim: int, exact: bool = True) -> None:
     """The contract's layout: channels_last if x is so and is not contiguous, else contiguous. An empty map has none.
 
-    Not ``exact``: dimensions of one element may have any stride.
+    Not ``exact`` (plain ATen, which no fake stands for): dimensions of one element may have any stride.
     """
     if not x.numel():
         return
