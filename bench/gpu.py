@@ -82,7 +82,7 @@ class Case:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, where it has plans to choose from."""
-    has_plans = operators.library_error is None and operators.library_has_cuda()
+    has_plans = operators.library_has_cuda
     return ctypes.CDLL(str(operators.LIBRARY_PATH)) if has_plans else None
 
 

@@ -44,6 +44,11 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def exporting_to_onnx() -> bool:
+    """Whether a graph is made for ONNX. Each way there compiles or traces, which is asked first: it costs less."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operation on ``tensors``."""
     if torch.is_grad_enabled():
@@ -65,14 +70,11 @@ def route(
 
     ``recorded`` is whether ``wants_gradient`` of the tensors among ``args``.
     """
-    if forward_ad._current_level >= 0:
+    if exporting_to_onnx() or forward_ad._current_level >= 0:
         return reference_of(*args)
     transformed = transforms_active()
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # each way to ONNX begins with one of them
-        if transformed or torch.onnx.is_in_onnx_export():
-            return reference_of(*args)
-        if torch.compiler.is_compiling():
-            return operator(*args)
+    if torch.compiler.is_compiling():
+        return reference_of(*args) if transformed else operator(*args)
     if transformed:
         return function.apply(*first, *args)
     if recorded:

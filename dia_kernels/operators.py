@@ -448,10 +448,7 @@ def _load_library() -> str | None:
     return None
 
 
-def library_has_cuda() -> bool:
-    """Whether the native library, which is loaded, holds the kernels for CUDA."""
-    return hasattr(ctypes.CDLL(str(LIBRARY_PATH)), "dia_kernels_gpu_layouts")
-
-
 #: None when the native library is loaded, else why it is not.
 library_error: str | None = _load_library()
+#: Whether the native library is loaded and holds the kernels for CUDA.
+library_has_cuda: bool = library_error is None and hasattr(ctypes.CDLL(str(LIBRARY_PATH)), "dia_kernels_gpu_layouts")

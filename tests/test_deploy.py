@@ -416,3 +416,23 @@ def test_an_exported_program_goes_to_onnx_as_plain_aten(way, tmp_path):
         program = exported(network).run_decompositions(backends.decompositions())
     onnx = torch.onnx.export(program, dynamo=True, verbose=False)
     assert_onnxruntime_agrees(onnx, network, [EXAMPLE, *OTHERS], tmp_path / "network.onnx")
+
+
+class InPlace(nn.Module):
+    """A step that writes over its map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3)
+        self.attention = SharedAttention(8, 2).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.attention(self.convolution(images), activation="relu", inplace=True)[0]
+
+
+@pytest.mark.slow
+def test_a_step_in_place_goes_to_onnx(tmp_path):
+    network = InPlace().eval()
+    program = torch.onnx.export(network, (EXAMPLE,), dynamo=True, dynamic_shapes=(DYNAMIC_IMAGES,), verbose=False)
+    assert_onnxruntime_agrees(program, network, [EXAMPLE, *OTHERS], tmp_path / "network.onnx")

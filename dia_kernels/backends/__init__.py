@@ -31,7 +31,7 @@ class Backend:
 def _cuda_missing() -> str | None:
     if operators.library_error is not None:
         return operators.library_error
-    if not operators.library_has_cuda():
+    if not operators.library_has_cuda:
         return "the native library was built without CUDA (nvcc was not found, or DIA_KERNELS_BUILD=cpu)"
     if not torch.backends.cuda.is_built():
         return "this torch was built without CUDA"
@@ -182,4 +182,4 @@ def serving_cuda(native: bool, has_triton: bool) -> operators.Operators:
     return _backends["triton"].operators if has_triton and not native else operators.native
 
 
-_of_cuda = serving_cuda(operators.library_error is None and operators.library_has_cuda(), triton.INSTALLED)
+_of_cuda = serving_cuda(operators.library_has_cuda, triton.INSTALLED)
