@@ -23,7 +23,7 @@ export DIA_KERNELS_CUDA_ARCHS ?= $(or $(subst $() $(),$(semicolon),$(strip $(gpu
 PYTHON ?= python3
 python := .venv/bin/python
 pip := $(python) -m pip --disable-pip-version-check --quiet
-native_sources := setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+native_sources := setup.py CMakeLists.txt dia_kernels/schemas.py $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 formatted_sources := $(filter csrc/%,$(native_sources))
 
 .PHONY: demo test test-slow fuzz lint bench bench-tail bench-networks wheel clean

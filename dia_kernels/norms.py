@@ -131,19 +131,21 @@ def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Ten
     if not norm.track_running_stats:
         return
     batches, running_mean, running_var = (norm._buffers[name] for name in _BUFFERS)
+    move = _move
     if transforms_active():
         _check_mapped(mean, running_mean)
+        move = _move_mapped
     factor = 0.0 if norm.momentum is None else norm.momentum
     if batches is not None:
         batches.add_(1)
         if norm.momentum is None:
             factor = 1.0 / float(batches)
     if running_mean is not None:
-        _move(running_mean, mean, factor)
+        move(running_mean, mean, factor)
     if running_var is not None:
         rest = count - 1
         unbiased = var * (count / (rest.clamp(min=1) if isinstance(rest, Tensor) else max(rest, 1)))
-        _move(running_var, unbiased, factor)
+        move(running_var, unbiased, factor)
 
 
 def _check_mapped(mean: Tensor, running_mean: Tensor | None) -> None:
@@ -158,8 +160,9 @@ def _check_mapped(mean: Tensor, running_mean: Tensor | None) -> None:
 
 
 def _move(running: Tensor, value: Tensor, factor: float) -> None:
-    value = value if value.dtype is running.dtype else value.to(running.dtype)
-    if transforms_active():  # vmap has no rule of its own for lerp_
-        running.mul_(1.0 - factor).add_(value, alpha=factor)
-    else:
-        running.lerp_(value, factor)
+    running.lerp_(value if value.dtype is running.dtype else value.to(running.dtype), factor)
+
+
+def _move_mapped(running: Tensor, value: Tensor, factor: float) -> None:
+    """``_move`` without ``lerp_``, for which vmap has no rule of its own."""
+    running.mul_(1.0 - factor).add_(value.to(running.dtype), alpha=factor)

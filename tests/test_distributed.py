@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +26,15 @@ from dia_kernels.train.rendezvous import agreed_name
 from dia_kernels.train.settings import read_run
 from dia_kernels.train.sync_norm import HostSyncBatchNorm, sync_norms
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For the runs of this module's fixtures too: in float64 the bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 WORKERS = Path(__file__).with_name("distributed_processes.py")
 
@@ -64,6 +73,7 @@ def test_without_torchrun_it_is_as_given_then_as_last_time():
         ({"strategy": "fsdp"}, "strategy: expected one of ddp, fsdp2, got 'fsdp'"),
         ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
         ({"workers": -1}, "workers: expected at least 0, got -1"),
+        ({"recompute": "layer"}, "recompute: expected None or one of block, stage, got 'layer'"),
     ],
 )
 def test_wrong_launches(torchrun_here, given, message):
@@ -394,14 +404,11 @@ def do_runs(base: Path, runs: list[dict], processes: int = 2) -> None:
 @pytest.fixture(scope="module")
 def session(single: dict, double: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs that two processes did, one after the other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     base = tmp_path_factory.mktemp("session")
     for settings, names in ((single, ("from one by ddp", "from one by fsdp2")), (double, ("double from one",))):
         run_one(str(base / names[0]), settings, stop=[STOP])
         for name in names[1:]:
             shutil.copytree(base / names[0], base / name, symlinks=True)
-    torch.set_num_threads(threads)
     sharded, parts = {"processes": 2, "strategy": "fsdp2"}, {"processes": 2, "accumulate": 2}
     runs = [
         {"folder": "ddp", "settings": single},

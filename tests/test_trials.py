@@ -409,10 +409,10 @@ BUFFERS = ["aten.add_.Tensor", "aten.lerp_.Scalar", "aten.mul.Tensor", "aten.ler
 @pytest.mark.parametrize(
     ("form", "most_calls", "dispatched"),
     [
-        ("inference", 40, ["dia_kernels.step.default"]),
+        ("inference", 41, ["dia_kernels.step.default"]),
         ("training", 48, ["dia_kernels.step.default", *RECORDED]),
-        ("tail in inference", 62, ["dia_kernels.tail.default"]),
-        ("tail in training", 72, ["dia_kernels.tail.default", *RECORDED, *BUFFERS]),
+        ("tail in inference", 63, ["dia_kernels.tail.default"]),
+        ("tail in training", 74, ["dia_kernels.tail.default", *RECORDED, *BUFFERS]),
     ],
 )
 def test_trial_24_a_call_enters_few_functions_and_one_operator(form, most_calls, dispatched):
