@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .train import command as training
+from .train.rendezvous import leave
 
 _PICTURE_FORMATS = (".png", ".pdf", ".svg")
 #: By task of the demo.
@@ -164,4 +165,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

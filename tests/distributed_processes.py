@@ -26,6 +26,7 @@ from dia_kernels.models.resnet import BasicBlock
 from dia_kernels.train import files, run
 from dia_kernels.train.classifier import Classifier
 from dia_kernels.train.launch import Launch
+from dia_kernels.train.rendezvous import leave
 from dia_kernels.train.sync_norm import sync_norms
 
 #: Images of a step, over both processes.
@@ -187,9 +188,10 @@ def run_killed(step: str, marker: str, *arguments: str) -> None:
         return train(self, batch, index)
 
     Classifier.training_step = training_step  # type: ignore[method-assign]
-    sys.exit(__main__.main(arguments))
+    leave(__main__.main(arguments))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"runs": run_runs, "killed": run_killed}[sys.argv[1]](*sys.argv[2:])
+    leave(0)

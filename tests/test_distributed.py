@@ -217,6 +217,17 @@ def test_what_dead_processes_wrote_is_not_believed(late):
 # --- sync norm -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("by_torchrun", [False, True])
+def test_a_process_ends_with_its_status_and_under_torchrun_waits_for_no_thread(by_torchrun):
+    code = (
+        "import threading, time; from dia_kernels.train.rendezvous import leave; print('done', end='');"
+        f"threading.Thread(target=time.sleep, args=(600,), daemon={not by_torchrun}).start(); leave(3)"
+    )
+    environment = os.environ | ({"TORCHELASTIC_RUN_ID": "1"} if by_torchrun else {})
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stdout) == (3, "done"), ended.stderr
+
+
 def test_sync_norms_keep_the_state_and_compute_the_same_alone():
     model = network()
     state = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""How the processes of one start under torchrun find each other, and not those of the start before it.
+"""How the processes of one start under torchrun find each other, and not those of the start before it; how they end.
 
 torchrun's agent keeps one store for all of its restarts, and restarted processes read there what the dead ones wrote:
 their addresses, which nobody answers at (pytorch/pytorch#135712 and #167288; in torch 2.14 still). So those of one
@@ -11,9 +11,11 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
+import sys
 import time
 import uuid
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 from torch import distributed
@@ -40,6 +42,22 @@ def join() -> None:
         device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else None,
     )
     atexit.register(_leave)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process with ``status``; one that torchrun started without the interpreter's own farewell.
+
+    After FSDP2, threads of gloo and of autograd outlive the process group, and while the interpreter takes itself down
+    one of them now and then aborts the process ("terminate called without an active exception"; torch 2.14, twice in
+    some 150 starts), which torchrun takes for the failure of a run that is done.
+    """
+    if not distributed.is_torchelastic_launched():
+        sys.exit(status)
+    if status == 0 and distributed.is_initialized():
+        distributed.barrier()  # nobody hangs up on another
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _leave() -> None:
