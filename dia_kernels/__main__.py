@@ -1,4 +1,4 @@
-"""The command line: ``python -m dia_kernels info | params | train | demo``.
+"""The command line: ``python -m dia_kernels info | params | train | reproduce | demo``.
 
 Each command imports what it needs when it runs.
 """
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .reproduce import command as reproducing
 from .train import command as training
 from .train.rendezvous import leave
 
@@ -62,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a network on images, by its paper's recipe")
     training.add_arguments(train)
     train.set_defaults(run=_train)
+
+    reproduce = commands.add_parser(
+        "reproduce", help="do the papers' experiments, at the size of this machine or in full"
+    )
+    reproducing.add_arguments(reproduce)
+    reproduce.set_defaults(run=_reproduce)
 
     demo = commands.add_parser("demo", help="train a small network in minutes: digits, a detector or a 3-D segmenter")
     demo.add_argument(
@@ -135,6 +142,11 @@ def _extra(command: str, modules: Sequence[str], extra: str | None = None) -> It
 def _train(arguments: argparse.Namespace) -> int:
     with _extra("train", training.MODULES):
         return training.main(arguments)
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    with _extra("demo", (*training.MODULES, "matplotlib")):
+        return reproducing.main(arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

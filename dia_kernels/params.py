@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +64,11 @@ class Row:
         return published.plain in (None, self.plain) and published.dia in (None, self.dia)
 
 
-def count_all(num_classes: int = NUM_CLASSES) -> list[Row]:
-    """A row for each of ``models.names()``; no weights are drawn."""
+def count_all(num_classes: int = NUM_CLASSES, names: Iterable[str] | None = None) -> list[Row]:
+    """A row for each of ``names``, or of ``models.names()``; no weights are drawn."""
     rows = []
     with torch.device("meta"):
-        for name in models.names():
+        for name in models.names() if names is None else names:
             plain, se, dia = (count(models.create(name, num_classes, attention=a)) for a in (None, "se", "dia"))
             rows.append(Row(name, plain, se, dia))
     return rows

@@ -11,9 +11,10 @@ import re
 import pytest
 import torch
 from pytorchcv.model_provider import get_model
+from torch import nn
 from torch.nn import functional as F
 
-from dia_kernels import SharedAttention, __main__, backends, models, params
+from dia_kernels import CELLS, CellAttention, SharedAttention, __main__, backends, create_attention, models, params
 from dia_kernels.models.parts import Options
 from dia_kernels.models.preresnet import PreActivationBottleneck
 from dia_kernels.models.resnet import Bottleneck
@@ -189,6 +190,83 @@ def test_state_is_carried_through_a_stage_and_begins_anew_in_each():
             before, _, returned = calls[number - 1]
             assert module is before
             assert received is returned
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_any_cell_in_every_block_or_one_a_stage(cell, shared):
+    model = models.create("resnet14", attention=cell, shared=shared, in_channels=1)
+    units = [m for m in model.modules() if isinstance(m, (SharedAttention, CellAttention))]
+    assert len(units) == (3 if shared else 6)
+    lone = [create_attention(cell, c, 4 if cell in ("lstm", "lstm_tanh", "dsu") else 16, blocks=2 if shared else 1)
+            for c in (16, 32, 64)]  # fmt: skip
+    plain = models.create("resnet14", in_channels=1)
+    added = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert added == (1 if shared else 2) * sum(p.numel() for unit in lone for p in unit.parameters())
+    calls = []
+    for unit in units:
+        unit.register_forward_hook(lambda module, args, result: calls.append((module, args[1], result[1])))
+    model(torch.randn(2, 1, 8, 8)).sum().backward()
+    assert len(calls) == 6
+    assert all(p.grad is not None for p in model.parameters())
+    for (first, none, state), (second, received, _) in zip(calls[::2], calls[1::2], strict=True):
+        assert none is None
+        assert (first is second) == shared
+        assert received is (state if shared else None)
+
+
+def test_the_unit_of_se_is_the_plain_one_unless_told_where_it_stands():
+    kinds = [
+        {type(block.attention) for stage in models.create("resnet14", attention="se", shared=shared).stages
+         for block in stage.blocks}
+        for shared in (None, False)
+    ]  # fmt: skip
+    assert kinds == [{models.SqueezeExcitation}, {CellAttention}]
+
+
+def test_attention_in_some_stages_only():
+    model = models.create("resnet14", attention="dia", stages=[2])
+    assert [type(stage.attention) for stage in model.stages] == [type(None), type(None), SharedAttention]
+    model = models.create("preresnet20", attention="se", stages=[0, 1])
+    found = [{block.attention is not None for block in stage.blocks} for stage in model.stages]
+    assert found == [{True}, {True}, {False}]
+    shared = models.create("preresnet20", attention="eca", shared=True, stages=[1])
+    norms = [{type(block.tail_bn) for block in stage.blocks} for stage in shared.stages]
+    assert norms == [{nn.Identity}, {nn.BatchNorm2d}, {nn.Identity}]
+
+
+def test_stacked_layers_of_the_lstm():
+    model = models.create("resnet14", attention="dia", layers=2)
+    assert [stage.attention.num_layers for stage in model.stages] == [2, 2, 2]
+    with pytest.raises(ValueError, match="layers: expected 1 with attention='se', got 2"):
+        models.create("resnet14", attention="se", layers=2)
+
+
+def test_without_a_state_every_block_begins_anew():
+    model = models.create("resnet14", attention="dia", carry_state=False, in_channels=1)
+    received = []
+    for stage in model.stages:
+        stage.attention.register_forward_hook(lambda module, args, result: received.append(args[1]))
+    model(torch.randn(2, 1, 8, 8))
+    assert received == [None] * 6
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "channels"),
+    [
+        ("resnet32", 5, 64),
+        ("resnet83", 9, 256),
+        ("resnet20bn", 2, 256),
+        ("preresnet29", 3, 256),
+        ("wrn16_2", 2, 128),
+        ("resnext20_2x8", 2, 128),
+    ],
+)
+def test_relatives_of_other_sizes(name, blocks, channels):
+    model = models.create(name, 7, attention="dia", in_channels=1)
+    assert [len(stage.blocks) for stage in model.stages] == [blocks] * 3
+    assert model.classifier.in_features == channels
+    assert model(torch.randn(2, 1, 8, 8)).shape == (2, 7)
 
 
 def test_backend_is_handed_on():
@@ -370,9 +448,11 @@ def test_dropout_of_the_wide_network():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: models.create("resnet21"), r"name: expected one of resnet20.*, got 'resnet21'"),
+        (lambda: models.create("resnet21"), r"depth: expected 6 n \+ 2 .*, got 21"),
+        (lambda: models.create("resnetx"), r"name: expected one of resnet20.*, got 'resnetx'"),
+        (lambda: models.create("resnet20", attention="dia", stages=(0, 3)), r"stages: expected some of 0, 1, 2, got"),
         (lambda: models.create("resnet20", 0), r"num_classes: expected at least 1, got 0"),
-        (lambda: models.create("resnet20", attention="eca"), r"attention: expected None, \"se\" or \"dia\", got 'eca'"),
+        (lambda: models.create("resnet20", attention="sge"), r"attention: expected None, dia or one of .*, got 'sge'"),
         (lambda: models.create("resnet20", attention="dia", backend="tpu"), r"backend: expected None or one of"),
         (
             lambda: models.create("resnet20", attention="dia", reduction=17),

@@ -22,8 +22,8 @@ from dia_kernels.train import images, run
 from dia_kernels.train.images import DataError, Images
 from dia_kernels.train.launch import Launch
 from dia_kernels.train.loader import Order, ResumableLoader
-from dia_kernels.train.recipes import RECIPES, Recipe
-from dia_kernels.train.settings import read_run
+from dia_kernels.train.recipes import RECIPES, Recipe, recipe_of
+from dia_kernels.train.settings import read_run, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,6 +126,14 @@ def test_image_folder(folder):
     assert label == 1
     red = (torch.tensor([1.0, 0.0, 0.0]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(image, red[:, None, None].expand_as(image))
+
+
+def test_without_augmentation_training_images_are_as_they_are(fashion, folder):
+    for name, where in (("digits", None), ("fashion", fashion), ("folder", folder)):
+        data = images.load(name, where, size=16, augment=False)
+        assert torch.equal(data.train[0][0], data.train[len(data.train)][0])
+        changed, count = images.load(name, where, size=16).train, len(data.train)
+        assert any(not torch.equal(changed[k][0], changed[k + count][0]) for k in range(count))
 
 
 def test_a_change_is_a_function_of_seed_epoch_and_image():
@@ -284,6 +292,10 @@ def test_loading_leaves_the_generator_of_dropout_alone():
 
 def test_recipes_of_the_papers():
     assert set(RECIPES) == set(models.names())
+    assert recipe_of("resnet14") == RECIPES["resnet20"]
+    assert recipe_of("wrn16_1") == RECIPES["wrn52_4"]
+    assert recipe_of("preresnet20") == RECIPES["preresnet164"]
+    assert recipe_of("resnext20_2x8") == RECIPES["resnext101_8x32"]
     assert RECIPES["resnet164"] == Recipe(180, (60, 120), 0.1, 0.1, 1e-4, 0.9, 128)
     assert RECIPES["preresnet164"] == Recipe(164, (81, 122), 0.1, 0.1, 1e-4, 0.9, 128)
     assert RECIPES["wrn52_4"] == Recipe(200, (80, 120, 160), 0.2, 0.1, 5e-4, 0.9, 128)
@@ -528,3 +540,16 @@ def test_command_line(whole, tmp_path, capsys):
     status, said = command("--resume", tmp_path / "run")
     assert status == 1
     assert "run.json: damaged" in said.err
+
+
+def test_settings_survive_their_file_and_the_command_line(tmp_path, monkeypatch):
+    settings = run.Settings(network="resnet14", attention="eca", shared=True, stages=(1, 2), carry_state=False)
+    write_run(tmp_path, settings, Launch())
+    assert read_run(tmp_path) == (settings, Launch())
+    asked = []
+    monkeypatch.setattr(
+        run, "train", lambda settings, *rest, **options: asked.append(settings) or run.Result(None, 0, {})
+    )
+    arguments = ["train", "--network", "resnet14", "--attention", "eca", "--shared", "--stages", "1", "2", "--no-state"]
+    assert __main__.main([*arguments, "--output", str(tmp_path / "new")]) == 0
+    assert asked == [settings]

@@ -5,7 +5,8 @@ Those are for small images; ``resnet18`` to ``resnet152`` are torchvision's for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from .imagenet import resnet18, resnet34, resnet50, resnet101, resnet152
@@ -33,20 +34,35 @@ __all__ = [
     "resnet152",
 ]
 
-_FAMILIES: dict[str, Callable[..., Network]] = {
-    "resnet20": partial(ResNet, 20),
-    "resnet56": partial(ResNet, 56),
-    "resnet110": partial(ResNet, 110),
-    "resnet164": partial(ResNet, 164, bottleneck=True),
-    "preresnet164": partial(PreResNet, 164),
-    "wrn52_4": partial(WideResNet, 52, widen=4, dropout=0.3),
-    "resnext101_8x32": partial(ResNeXt, 101, groups=8, widen=4),
+#: Depths at which the papers' ResNet is of bottlenecks.
+_BOTTLENECKS = (83, 164, 245, 407)
+
+#: What makes the networks of each family from the numbers in their names.
+_FAMILIES: dict[str, Callable[..., Callable[..., Network]]] = {
+    r"resnet(\d+)": lambda depth: partial(ResNet, depth, bottleneck=depth in _BOTTLENECKS),
+    r"resnet(\d+)bn": lambda depth: partial(ResNet, depth, bottleneck=True),
+    r"preresnet(\d+)": lambda depth: partial(PreResNet, depth),
+    r"wrn(\d+)_(\d+)": lambda depth, widen: partial(WideResNet, depth, widen=widen, dropout=0.3),
+    r"resnext(\d+)_(\d+)x(\d+)": lambda depth, groups, width: partial(ResNeXt, depth, groups=groups, widen=width // 8),
 }
 
 
 def names() -> tuple[str, ...]:
-    """Names that ``create`` takes."""
-    return tuple(_FAMILIES)
+    """The papers' networks by the names that ``create`` takes; it takes their relatives of other sizes too."""
+    return ("resnet20", "resnet56", "resnet110", "resnet164", "preresnet164", "wrn52_4", "resnext101_8x32")
+
+
+def builder(name: str) -> Callable[..., Network]:
+    """What ``create`` calls for ``name``, with ``num_classes`` and ``options``.
+
+    Raises:
+        ValueError: no family has such a name.
+    """
+    for pattern, family in _FAMILIES.items():
+        match = re.fullmatch(pattern, name)
+        if match is not None:
+            return family(*map(int, match.groups()))
+    raise ValueError(f"name: expected one of {', '.join(names())}, or a relative of another size, got {name!r}")
 
 
 def create(
@@ -60,21 +76,32 @@ def create(
     in_channels: int = 3,
     backend: str | None = None,
     fold_norm: bool = True,
+    shared: bool | None = None,
+    stages: Sequence[int] | None = None,
+    carry_state: bool = True,
+    layers: int = 1,
 ) -> Network:
     """A network for small images with freshly drawn weights, by its authors' rules.
 
     Args:
-        name: one of ``names()``.
+        name: one of ``names()``, or a relative of another size: ``"resnet<depth>"`` (6 n + 2 layers of basic blocks;
+            83, 164, 245 and 407 of bottlenecks), ``"resnet<depth>bn"`` (9 n + 2 of bottlenecks),
+            ``"preresnet<depth>"`` (9 n + 2), ``"wrn<depth>_<widen>"`` (6 n + 4), ``"resnext<depth>_<groups>x<width>"``
+            (9 n + 2; the last stages are ``width`` / 8 times 32, 64 and 128 channels wide).
         num_classes: outputs of the classifier.
-        attention: None, ``"se"`` for a squeeze-and-excitation unit a block, or ``"dia"`` for one shared
-            attention unit a stage.
-        reduction: r of the attention; None for 16 with SE and 4 with DIA.
+        attention: None, ``"dia"`` for one shared attention unit a stage, ``"se"`` for a squeeze-and-excitation unit a
+            block, or another cell out of ``dia_kernels.CELLS``.
+        reduction: r of the attention; None for 4 with DIA and other cells that carry a state, 16 without.
         skip: False leaves out the shortcuts.
         norm: False leaves out the batch norms; the convolutions then have biases.
         in_channels: channels of the images.
         backend: of the attention; None for the best one here, or a name out of ``dia_kernels.backends.names()``.
         fold_norm: with DIA, the last batch norm of each block goes into the attention's step, at no pass of its own
             over the map; False calls it by itself. The weights and their names are the same.
+        shared: whether the blocks of a stage share one unit; None for what was published (see ``Options``).
+        stages: which of the three stages have attention, from 0; None for all.
+        carry_state: False begins each block of a stage without a state.
+        layers: of the LSTM, stacked.
 
     Returns:
         A module that maps images (N, in_channels, H, W), H and W at least 4, to logits (N, num_classes).
@@ -82,9 +109,13 @@ def create(
     Raises:
         ValueError: an argument is wrong; the message names it.
     """
-    if name not in _FAMILIES:
-        raise ValueError(f"name: expected one of {', '.join(names())}, got {name!r}")
+    build = builder(name)
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-    options = Options(attention, reduction, skip, norm, in_channels, backend, fold_norm)
-    return _FAMILIES[name](num_classes=num_classes, options=options)
+    if stages is not None and not set(stages) <= {0, 1, 2}:
+        raise ValueError(f"stages: expected some of 0, 1, 2, got {stages!r}")
+    options = Options(
+        attention, reduction, skip, norm, in_channels, backend, fold_norm, shared,
+        None if stages is None else tuple(stages), carry_state, layers,
+    )  # fmt: skip
+    return build(num_classes=num_classes, options=options)

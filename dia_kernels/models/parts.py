@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention import SharedAttention
-from ..functional import Activation, State
+from ..attention import CELLS, SharedAttention, create_attention
+from ..functional import Activation, Output
 from .squeeze import SqueezeExcitation, close
 
-Attention = Literal["se", "dia"] | None
+#: None, ``"dia"``, or a name out of ``CELLS``.
+Attention = str | None
 
-_DEFAULT_REDUCTION = {"se": 16, "dia": 4}
+#: Those of ``CELLS`` that carry a state: they are shared where nothing else is said.
+_RECURRENT = ("dia", "lstm", "lstm_tanh", "dsu")
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,21 @@ class Options:
     """What every family can vary.
 
     Attributes:
-        attention: None, ``"se"`` for a squeeze-and-excitation unit in every block, or ``"dia"`` for one
-            ``SharedAttention`` a stage.
-        reduction: r of the attention; None for what the papers use on CIFAR, 16 with SE and 4 with DIA.
+        attention: None, ``"dia"`` for one ``SharedAttention`` a stage, ``"se"`` for a squeeze-and-excitation unit in
+            every block, or another cell out of ``CELLS``.
+        reduction: r of the attention; None for what the papers use on CIFAR: 4 with DIA and others that carry a state,
+            16 without.
         skip: False leaves out the shortcuts: the blocks then form a plain chain.
         norm: False leaves out the batch norms; the convolutions then have biases.
         in_channels: channels of the images.
         backend: of the attention; see ``SharedAttention``.
         fold_norm: with DIA, the last batch norm of a block goes into the attention's step; False calls it by itself.
+        shared: True for one unit a stage, False for one a block; None for what was published: one a stage of the cells
+            that carry a state, one a block of the others. (``"se"`` is then the plain unit of its authors, in PyTorch's
+            own operations: what others are compared with.)
+        stages: which stages have attention, from 0; None for all.
+        carry_state: False begins every block of a stage without a state.
+        layers: of the LSTM, stacked.
 
     Raises:
         ValueError: an argument is wrong; the message names it.
@@ -42,13 +51,32 @@ class Options:
     in_channels: int = 3
     backend: str | None = None
     fold_norm: bool = True
+    shared: bool | None = None
+    stages: tuple[int, ...] | None = None
+    carry_state: bool = True
+    layers: int = 1
 
     def __post_init__(self) -> None:
-        if self.attention not in (None, "se", "dia"):
-            raise ValueError(f'attention: expected None, "se" or "dia", got {self.attention!r}')
+        if self.attention not in (None, "dia", *CELLS):
+            raise ValueError(f"attention: expected None, dia or one of {', '.join(CELLS)}, got {self.attention!r}")
+        if self.layers != 1 and self.attention not in ("dia", "lstm", "lstm_tanh"):
+            raise ValueError(f"layers: expected 1 with attention={self.attention!r}, got {self.layers}")
 
     def _reduction(self) -> int:
-        return _DEFAULT_REDUCTION[self.attention or "dia"] if self.reduction is None else self.reduction
+        if self.reduction is not None:
+            return self.reduction
+        return 4 if self.attention in _RECURRENT else 16
+
+    @property
+    def shares(self) -> bool:
+        """Whether the blocks of a stage share its attention."""
+        if self.attention is None:
+            return False
+        return self.attention in _RECURRENT if self.shared is None else self.shared
+
+    def of_stage(self, index: int) -> Options:
+        """The options of a stage's blocks: without attention, if that stage is to have none."""
+        return self if self.stages is None or index in self.stages else replace(self, attention=None, layers=1)
 
     def conv(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
         """A convolution that keeps the sides of the map at stride 1."""
@@ -65,21 +93,31 @@ class Options:
             return nn.Identity()
         return nn.Sequential(self.conv(in_channels, out_channels, 1, stride), self.batch_norm(out_channels))
 
-    def own_attention(self, channels: int) -> SqueezeExcitation | None:
+    def own_attention(self, channels: int) -> nn.Module | None:
         """The unit that belongs to one block."""
-        if self.attention != "se":
+        if self.attention is None or self.shares:
             return None
-        return SqueezeExcitation(channels, self._reduction())
+        if self.attention == "se" and self.shared is None:
+            return SqueezeExcitation(channels, self._reduction())
+        return self._attention(channels, 1)
 
-    def shared_attention(self, channels: int) -> SharedAttention | None:
-        """The unit that belongs to a stage."""
-        if self.attention != "dia":
-            return None
-        return SharedAttention(channels, self._reduction(), backend=self.backend)
+    def shared_attention(self, channels: int, blocks: int) -> nn.Module | None:
+        """The unit that belongs to a stage of ``blocks`` blocks."""
+        return self._attention(channels, blocks) if self.shares else None
+
+    def _attention(self, channels: int, blocks: int) -> nn.Module:
+        cell = "lstm" if self.attention == "dia" else self.attention
+        assert cell is not None
+        if cell in ("lstm", "lstm_tanh"):
+            output: Output = "tanh" if cell == "lstm_tanh" else "sigmoid"
+            return SharedAttention(
+                channels, self._reduction(), output=output, num_layers=self.layers, backend=self.backend
+            )
+        return create_attention(cell, channels, self._reduction(), blocks=blocks, backend=self.backend)
 
 
 class Block(nn.Module):
-    """A residual block. Its attention is its own (SE), or the stage's and comes as an argument (DIA)."""
+    """A residual block. Its attention is its own, or the stage's and comes as an argument."""
 
     def __init__(self, channels: int, options: Options) -> None:
         super().__init__()
@@ -93,31 +131,32 @@ class Block(nn.Module):
         norm: nn.Module,
         shortcut: Tensor | None,
         activation: Activation,
-        shared: SharedAttention | None,
-        state: State | None,
-    ) -> tuple[Tensor, State | None]:
+        shared: nn.Module | None,
+        state: Any,
+    ) -> tuple[Tensor, Any]:
         """``activation(attention(norm(z)) + shortcut)``, and the state for the next block."""
-        if shared is not None and self.fold_norm:
-            return shared(z, state, norm=norm, shortcut=shortcut, activation=activation)
-        x = norm(z)
         attention = self.attention if shared is None else shared
-        if attention is not None:
-            return attention(x, state, shortcut=shortcut, activation=activation)
-        return close(x, shortcut, activation), None
+        if attention is None:
+            return close(norm(z), shortcut, activation), None
+        state = state if shared is not None else None  # another unit's is none of this one's
+        if self.fold_norm and not isinstance(attention, SqueezeExcitation):
+            return attention(z, state, norm=norm, shortcut=shortcut, activation=activation)
+        return attention(norm(z), state, shortcut=shortcut, activation=activation)
 
 
 class Stage(nn.Module):
-    """Blocks of one width, and the attention that they share (None without DIA)."""
+    """Blocks of one width, and the attention that they share (None if they share none)."""
 
-    def __init__(self, blocks: Iterable[Block], attention: SharedAttention | None) -> None:
+    def __init__(self, blocks: Iterable[Block], attention: nn.Module | None, carry_state: bool = True) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.attention = attention
+        self.carry_state = carry_state
 
     def forward(self, x: Tensor) -> Tensor:
         state = None
         for block in self.blocks:
-            x, state = block(x, self.attention, state)
+            x, state = block(x, self.attention, state if self.carry_state else None)
         return x
 
 
@@ -144,7 +183,7 @@ def make_stages(
     channels: int,
     widths: Iterable[int],
     blocks: int,
-    make_block: Callable[[int, int, int], Block],
+    make_block: Callable[..., Block],
     options: Options,
     expansion: int = 1,
 ) -> list[Stage]:
@@ -154,16 +193,17 @@ def make_stages(
         channels: that come in.
         widths: one a stage; its blocks put out ``expansion`` times as many channels.
         blocks: in each stage.
-        make_block: of (channels in, width, stride).
+        make_block: of (channels in, width, stride) and ``options``.
         options: for the attention of each stage.
         expansion: channels out over width.
     """
     stages = []
     for index, width in enumerate(widths):
-        first = make_block(channels, width, 1 if index == 0 else 2)
+        own = options.of_stage(index)
+        first = make_block(channels, width, 1 if index == 0 else 2, options=own)
         channels = expansion * width
-        rest = (make_block(channels, width, 1) for _ in range(blocks - 1))
-        stages.append(Stage((first, *rest), options.shared_attention(channels)))
+        rest = [make_block(channels, width, 1, options=own) for _ in range(blocks - 1)]
+        stages.append(Stage((first, *rest), own.shared_attention(channels, blocks), own.carry_state))
     return stages
 
 

@@ -8,13 +8,11 @@ added, without a ReLU, as in the authors' code (gbup-group/DIANet).
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import SharedAttention
-from ..functional import State
 from .parts import Block, Network, Options, blocks_per_stage, make_stages
 
 _WIDTHS = (16, 32, 64)
@@ -32,14 +30,12 @@ class PreActivationBottleneck(Block):
         self.conv2 = options.conv(width, width, 3, stride)
         self.bn3 = options.batch_norm(width)
         self.conv3 = options.conv(width, out_channels, 1)
-        self.tail_bn = options.batch_norm(out_channels) if options.attention == "dia" else nn.Identity()
+        self.tail_bn = options.batch_norm(out_channels) if options.shares else nn.Identity()
         self.projection: nn.Module = nn.Identity()
         if options.skip and (stride != 1 or in_channels != out_channels):
             self.projection = options.conv(in_channels, out_channels, 1, stride)
 
-    def forward(
-        self, x: Tensor, shared: SharedAttention | None = None, state: State | None = None
-    ) -> tuple[Tensor, State | None]:
+    def forward(self, x: Tensor, shared: nn.Module | None = None, state: Any = None) -> tuple[Tensor, Any]:
         """The block's output, and the attention's state for the next block."""
         shortcut = self.projection(x) if self.skip else None
         x = self.conv1(torch.relu(self.bn1(x)))
@@ -62,9 +58,7 @@ class PreResNet(Network):
 
     def __init__(self, depth: int, num_classes: int = 10, *, options: Options = Options()) -> None:
         blocks = blocks_per_stage(depth, 3, other_layers=2)
-        stages = make_stages(
-            _WIDTHS[0], _WIDTHS, blocks, partial(PreActivationBottleneck, options=options), options, expansion=4
-        )
+        stages = make_stages(_WIDTHS[0], _WIDTHS, blocks, PreActivationBottleneck, options, expansion=4)
         channels = 4 * _WIDTHS[-1]
         head = nn.Sequential(options.batch_norm(channels), nn.ReLU())
         stem = options.conv(options.in_channels, _WIDTHS[0], 3)

@@ -8,13 +8,11 @@ attention takes over the block's tail: scaling, shortcut and ReLU (arXiv:1905.10
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import SharedAttention
-from ..functional import State
 from .parts import Block, Network, Options, blocks_per_stage, make_stages
 
 _WIDTHS = (16, 32, 64)
@@ -33,9 +31,7 @@ class BasicBlock(Block):
         self.bn2 = options.batch_norm(width)
         self.projection = options.projection(in_channels, width, stride)
 
-    def forward(
-        self, x: Tensor, shared: SharedAttention | None = None, state: State | None = None
-    ) -> tuple[Tensor, State | None]:
+    def forward(self, x: Tensor, shared: nn.Module | None = None, state: Any = None) -> tuple[Tensor, Any]:
         """The block's output, and the attention's state for the next block."""
         shortcut = self.projection(x) if self.skip else None
         x = torch.relu(self.bn1(self.conv1(x)))
@@ -70,9 +66,7 @@ class Bottleneck(Block):
         self.bn3 = options.batch_norm(out_channels)
         self.projection = options.projection(in_channels, out_channels, stride)
 
-    def forward(
-        self, x: Tensor, shared: SharedAttention | None = None, state: State | None = None
-    ) -> tuple[Tensor, State | None]:
+    def forward(self, x: Tensor, shared: nn.Module | None = None, state: Any = None) -> tuple[Tensor, Any]:
         """The block's output, and the attention's state for the next block."""
         shortcut = self.projection(x) if self.skip else None
         x = torch.relu(self.bn1(self.conv1(x)))
@@ -98,7 +92,7 @@ class ResNet(Network):
     ) -> None:
         block: type[BasicBlock | Bottleneck] = Bottleneck if bottleneck else BasicBlock
         blocks = blocks_per_stage(depth, 3 if bottleneck else 2, other_layers=2)
-        stages = make_stages(_WIDTHS[0], _WIDTHS, blocks, partial(block, options=options), options, block.expansion)
+        stages = make_stages(_WIDTHS[0], _WIDTHS, blocks, block, options, block.expansion)
         stem = nn.Sequential(
             options.conv(options.in_channels, _WIDTHS[0], 3), options.batch_norm(_WIDTHS[0]), nn.ReLU()
         )

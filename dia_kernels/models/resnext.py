@@ -35,7 +35,7 @@ class ResNeXt(Network):
         blocks = blocks_per_stage(depth, 3, other_layers=2)
         widths = (32 * widen, 64 * widen, 128 * widen)
 
-        def make_block(in_channels: int, out_channels: int, stride: int) -> Bottleneck:
+        def make_block(in_channels: int, out_channels: int, stride: int, options: Options) -> Bottleneck:
             width = groups * out_channels // widen
             return Bottleneck(in_channels, width, stride, options, out_channels=out_channels, groups=groups)
 

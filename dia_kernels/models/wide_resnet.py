@@ -9,12 +9,11 @@ then the shortcut is added, without a ReLU, as in the authors' code (gbup-group/
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import SharedAttention
-from ..functional import State
 from .parts import Block, Network, Options, blocks_per_stage, make_stages
 
 _STEM_WIDTH = 16
@@ -30,14 +29,12 @@ class WideBlock(Block):
         self.bn2 = options.batch_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = options.conv(out_channels, out_channels, 3)
-        self.tail_bn = options.batch_norm(out_channels) if options.attention == "dia" else nn.Identity()
+        self.tail_bn = options.batch_norm(out_channels) if options.shares else nn.Identity()
         self.projection: nn.Module | None = None
         if options.skip and (stride != 1 or in_channels != out_channels):
             self.projection = options.conv(in_channels, out_channels, 1, stride)
 
-    def forward(
-        self, x: Tensor, shared: SharedAttention | None = None, state: State | None = None
-    ) -> tuple[Tensor, State | None]:
+    def forward(self, x: Tensor, shared: nn.Module | None = None, state: Any = None) -> tuple[Tensor, Any]:
         """The block's output, and the attention's state for the next block."""
         activated = torch.relu(self.bn1(x))
         shortcut = None
@@ -67,7 +64,7 @@ class WideResNet(Network):
     ) -> None:
         blocks = blocks_per_stage(depth, 2, other_layers=4)
         widths = (16 * widen, 32 * widen, 64 * widen)
-        stages = make_stages(_STEM_WIDTH, widths, blocks, partial(WideBlock, dropout=dropout, options=options), options)
+        stages = make_stages(_STEM_WIDTH, widths, blocks, partial(WideBlock, dropout=dropout), options)
         head = nn.Sequential(options.batch_norm(widths[-1]), nn.ReLU())
         stem = options.conv(options.in_channels, _STEM_WIDTH, 3)
         super().__init__(stem, stages, head, nn.Linear(widths[-1], num_classes))

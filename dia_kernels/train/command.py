@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..attention import CELLS
 from ..models import names
 from .launch import RECOMPUTED, STRATEGIES, Launch, here, speaks
 from .recipes import RECIPES
@@ -24,11 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options. One that is not given is not in the namespace, so that defaults have one place."""
     parser.argument_default = argparse.SUPPRESS
     add = parser.add_argument
-    add("--network", choices=names(), help="default: resnet20")
-    add("--attention", choices=("none", "se", "dia"), help="default: dia")
+    add("--network", help=f"{', '.join(names())} or a relative of another size, as in resnet32 (default: resnet20)")
+    add("--attention", choices=("none", "dia", *CELLS), help="default: dia")
     add("--reduction", type=int, help="r of the attention (default: 4 with DIA, 16 with SE)")
+    shared = parser.add_mutually_exclusive_group()
+    shared.add_argument("--shared", action="store_true", help="one attention unit a stage, whatever the attention")
+    shared.add_argument("--per-block", dest="shared", action="store_false", help="one attention unit a block")
+    add("--stages", type=int, nargs="+", help="stages that have attention, from 0 (default: all)")
+    add("--no-state", dest="carry_state", action="store_false", help="begin each block of a stage without a state")
     add("--no-skip", dest="skip", action="store_false", help="leave out the shortcuts")
     add("--no-norm", dest="norm", action="store_false", help="leave out the batch norms")
+    add("--layers", type=int, help="of the LSTM, stacked (default: 1)")
     add("--sync-norm", action="store_true", help="batch norms over the batch of all processes, not each over its own")
     add(
         "--no-fold-norm",
@@ -44,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--folder", help="of the images: four IDX files, CIFAR's unpacked archive, or train/<class>/ and test/<class>/")
     add("--size", type=int, help="side to which the images of `--data folder` are cut (default: 224)")
+    add("--no-augmentation", dest="augment", action="store_false", help="no random changes of the images")
     add("--download", action="store_true", default=False, help="fetch CIFAR into --folder if it is not there")
     add("--epochs", type=int, help="passes over the images (default: the recipe's, whose milestones scale along)")
     add("--batch-size", type=int, help="images a step, over all processes and parts (default: the recipe's)")
@@ -106,6 +114,8 @@ def _asked(arguments: argparse.Namespace) -> tuple[Settings, Path, Launch, bool 
     options = vars(arguments)
     given = {name: value for name, value in options.items() if name not in _NOT_SETTINGS}
     launch = {name: options[name] for name in _LAUNCH if name in options}
+    if "stages" in given:
+        given["stages"] = tuple(given["stages"])
     if given.get("attention") == "none":
         given["attention"] = None
     if "resume" in arguments:

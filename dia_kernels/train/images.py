@@ -109,7 +109,15 @@ class _Files(Sequence):
         return self.to_tensor(image), label
 
 
-def load(name: str, folder: Path | None = None, *, size: int = 224, seed: int = 0, download: bool = False) -> ImageData:
+def load(
+    name: str,
+    folder: Path | None = None,
+    *,
+    size: int = 224,
+    seed: int = 0,
+    augment: bool = True,
+    download: bool = False,
+) -> ImageData:
     """The training and test images of a data set.
 
     Args:
@@ -119,6 +127,7 @@ def load(name: str, folder: Path | None = None, *, size: int = 224, seed: int = 
         folder: where the files are.
         size: side to which the images of ``folder`` are cut.
         seed: of the random changes.
+        augment: whether to change training images at random; those of ``folder`` are then cut as the test images are.
         download: fetch CIFAR into ``folder`` if it is not there.
 
     Raises:
@@ -128,16 +137,23 @@ def load(name: str, folder: Path | None = None, *, size: int = 224, seed: int = 
     if name not in NAMES:
         raise ValueError(f"data: expected one of {', '.join(NAMES)}, got {name!r}")
     if name == "digits":
-        return _digits(seed)
+        return _augmented(_digits(seed), augment)
     if folder is None:
         raise ValueError(f"folder: expected the folder that holds the files of {name!r}, got None")
     if not folder.is_dir() and not download:
         raise DataError(f"{folder}: no such folder")
     if name == "fashion":
-        return _fashion(folder, seed)
+        return _augmented(_fashion(folder, seed), augment)
     if name == "folder":
-        return _image_folder(folder, size, seed)
-    return _cifar(name, folder, seed, download)
+        return _image_folder(folder, size, seed, augment)
+    return _augmented(_cifar(name, folder, seed, download), augment)
+
+
+def _augmented(data: ImageData, augment: bool) -> ImageData:
+    """``data``, whose training images are changed at random only with ``augment``."""
+    if not augment:
+        data.train.change = None
+    return data
 
 
 def _digits(seed: int) -> ImageData:
@@ -228,7 +244,7 @@ def _cifar(name: str, folder: Path, seed: int, download: bool) -> ImageData:
     )
 
 
-def _image_folder(folder: Path, size: int, seed: int) -> ImageData:
+def _image_folder(folder: Path, size: int, seed: int, augment: bool) -> ImageData:
     if size < 8:
         raise ValueError(f"size: expected at least 8, got {size}")
     test_folder = next((folder / part for part in ("test", "val") if (folder / part).is_dir()), folder / "test")
@@ -248,7 +264,7 @@ def _image_folder(folder: Path, size: int, seed: int) -> ImageData:
     change = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
     cut = v2.Compose([v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size), normalise])
     return ImageData(
-        Images(_Files(train), change, normalise, seed),
+        Images(_Files(train), change, normalise, seed) if augment else Images(_Files(train), None, cut, seed),
         Images(_Files(test), None, cut, seed),
         num_classes=len(train.classes),
         in_channels=3,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .. import models
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -39,12 +41,23 @@ class Recipe:
 
 _RESNET = Recipe(180, (60, 120), 0.1)
 
-RECIPES: dict[str, Recipe] = {
-    "resnet20": _RESNET,
-    "resnet56": _RESNET,
-    "resnet110": _RESNET,
-    "resnet164": _RESNET,
-    "preresnet164": Recipe(164, (81, 122), 0.1),
-    "wrn52_4": Recipe(200, (80, 120, 160), 0.2, weight_decay=5e-4),
-    "resnext101_8x32": Recipe(300, (150, 225), 0.1, weight_decay=5e-4),
-}
+_PRERESNET = Recipe(164, (81, 122), 0.1)
+_WRN = Recipe(200, (80, 120, 160), 0.2, weight_decay=5e-4)
+_RESNEXT = Recipe(300, (150, 225), 0.1, weight_decay=5e-4)
+
+#: By the family that a network's name begins with.
+_FAMILIES = {"preresnet": _PRERESNET, "resnext": _RESNEXT, "resnet": _RESNET, "wrn": _WRN}
+
+
+def recipe_of(network: str) -> Recipe:
+    """The recipe of a network by its name, see ``models.create``; that of its family, whatever its size.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    models.builder(network)
+    return next(recipe for family, recipe in _FAMILIES.items() if network.startswith(family))
+
+
+#: Those of the papers' networks.
+RECIPES: dict[str, Recipe] = {name: recipe_of(name) for name in models.names()}

@@ -59,7 +59,9 @@ class Result:
 def build(settings: Settings, *, download: bool = False) -> tuple[Classifier, images.ImageData]:
     """The network with fresh weights, and its images."""
     folder = None if settings.folder is None else Path(settings.folder)
-    data = images.load(settings.data, folder, size=settings.size, seed=settings.seed, download=download)
+    data = images.load(
+        settings.data, folder, size=settings.size, seed=settings.seed, augment=settings.augment, download=download
+    )
     return Classifier(_network(settings, data), settings.recipe()), data
 
 
@@ -76,6 +78,10 @@ def _network(settings: Settings, data: images.ImageData) -> models.Network:
             in_channels=data.in_channels,
             backend=settings.backend,
             fold_norm=settings.fold_norm,
+            shared=settings.shared,
+            stages=settings.stages,
+            carry_state=settings.carry_state,
+            layers=settings.layers,
         )
     if settings.precision == "64-true":
         network.double()  # Lightning does so after it has loaded a checkpoint: through float32

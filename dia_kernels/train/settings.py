@@ -9,7 +9,7 @@ from pathlib import Path
 from ..models.parts import Attention
 from .files import write
 from .launch import Launch
-from .recipes import RECIPES, Recipe
+from .recipes import Recipe, recipe_of
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
@@ -19,10 +19,10 @@ class Settings:
     """What a run is. None stands for what the network's recipe says.
 
     Attributes:
-        network: one of ``models.names()``.
-        attention, reduction, skip, norm, backend, fold_norm: of the network, see ``models.create``.
+        network, attention, reduction, skip, norm, backend, fold_norm, shared, stages, carry_state, layers:
+            see ``models.create``.
         sync_norm: the batch norms see the batch of all processes (``nn.SyncBatchNorm``), not each its own.
-        data, folder, size: of the images, see ``images.load``.
+        data, folder, size, augment: of the images, see ``images.load``.
         epochs, learning_rate, weight_decay: other than the recipe's.
         batch_size: other than the recipe's: images of one step of the optimiser, over all processes and all parts
             that they accumulate. The recipe's learning rate is for this many, whatever the launch.
@@ -41,10 +41,15 @@ class Settings:
     norm: bool = True
     backend: str | None = None
     fold_norm: bool = True
+    shared: bool | None = None
+    stages: tuple[int, ...] | None = None
+    carry_state: bool = True
+    layers: int = 1
     sync_norm: bool = False
     data: str = "digits"
     folder: str | None = None
     size: int = 224
+    augment: bool = True
     epochs: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
@@ -54,8 +59,10 @@ class Settings:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        if self.network not in RECIPES:
-            raise ValueError(f"network: expected one of {', '.join(RECIPES)}, got {self.network!r}")
+        try:
+            recipe_of(self.network)
+        except ValueError as error:
+            raise ValueError(str(error).replace("name:", "network:")) from error
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         for name in ("epochs", "batch_size", "checkpoint_every"):
@@ -65,7 +72,7 @@ class Settings:
 
     def recipe(self) -> Recipe:
         """The network's recipe with what these settings change."""
-        recipe = RECIPES[self.network]
+        recipe = recipe_of(self.network)
         if self.epochs is not None:
             recipe = recipe.stretched(self.epochs)
         changed = {
@@ -94,7 +101,10 @@ def read_run(folder: Path) -> tuple[Settings, Launch]:
     path = folder / "run.json"
     try:
         content = json.loads(path.read_text())
-        return Settings(**content["settings"]), Launch(**content["launch"])
+        settings = content["settings"]
+        if settings.get("stages") is not None:
+            settings["stages"] = tuple(settings["stages"])  # a list in JSON
+        return Settings(**settings), Launch(**content["launch"])
     except FileNotFoundError as error:
         raise RunError(f"{folder}: no run to go on with (no run.json)") from error
     except (ValueError, TypeError, KeyError) as error:

@@ -1,0 +1,97 @@
+"""``python -m dia_kernels reproduce``: its options, and the three files that an experiment leaves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .scales import Scale
+
+#: In the order in which ``all`` does them.
+NAMES = (
+    "params", "accuracy", "any-attention", "ablation", "no-skip", "no-norm", "no-augmentation", "correlation", "speed",
+)  # fmt: skip
+SCALES = ("tiny", "small", "full")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("name", choices=(*NAMES, "all"), help="of the experiment")
+    parser.add_argument(
+        "--scale", choices=SCALES, default="tiny", help="tiny: minutes on two cores (default); full: the papers'"
+    )
+    parser.add_argument(
+        "--data", choices=("digits", "fashion", "cifar10", "cifar100"), help="images (default: the scale's)"
+    )
+    parser.add_argument("--folder", type=Path, help="of the images, see `train`")
+    parser.add_argument(
+        "--out", type=Path, default=Path("reproduced"), help="folder of the results (default: reproduced)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: one a core, or one with a GPU)")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Does one experiment, or all. Returns the exit status; what went wrong is said in one line on stderr."""
+    from ..train.images import DataError
+    from ..train.settings import RunError
+    from .scales import SCALES as scales
+
+    names = NAMES if arguments.name == "all" else (arguments.name,)
+    try:
+        for name in names:
+            _do(name, scales[arguments.scale], arguments)
+    except (ValueError, DataError, RunError) as error:
+        print(f"reproduce: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _do(name: str, scale: Scale, arguments: argparse.Namespace) -> None:
+    """Leaves ``<name>-<scale>.json``, ``.md`` and ``.png``; while it runs, a folder of that name holds its trials."""
+    from ..train.files import write
+    from ..train.settings import RunError
+    from . import variants
+    from .experiments import EXPERIMENTS, Work
+    from .trials import usual_jobs
+
+    experiment, out = EXPERIMENTS[name], arguments.out
+    stem = f"{name}-{scale.name}"
+    place, file = out / stem, out / f"{stem}.json"
+    if (place.exists() or file.exists()) and not arguments.resume:
+        raise RunError(f"{out}: holds {stem} already; resume it, or name another folder")
+    jobs = usual_jobs() if arguments.jobs is None else arguments.jobs
+    if jobs < 1:
+        raise ValueError(f"jobs: expected at least 1, got {jobs}")
+    common = variants.base(scale, arguments.data, arguments.folder)
+    print(f"{experiment.title} ({stem})", flush=True)
+    records = experiment.do(Work(scale, common, place, jobs, not arguments.no_progress))
+    results = {
+        "experiment": name,
+        "title": experiment.title,
+        "scale": scale.name,
+        "data": common.data,
+        "command": f"python -m dia_kernels reproduce {name} --scale {scale.name} --data {common.data}",
+        "versions": _versions(),
+        "records": records,
+    }
+    write(file, lambda f: f.write(f"{json.dumps(results)}\n".encode()))
+    table = experiment.table(results)
+    text = f"# {experiment.title}\n\n`{results['command']}`\n\n{table}"
+    write(out / f"{stem}.md", lambda f: f.write(text.encode()))
+    experiment.draw(results).savefig(out / f"{stem}.png", dpi=110)
+    print(table, flush=True)
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    from ..version import __version__
+
+    return {"dia_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,117 @@
+"""From the results of an experiment to a picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .speed import ratio
+from .tables import Results, by_label, speeds
+
+_COLOURS = ("#8a8f98", "#e07b39", "#3a9a5b", "#1f5fa8", "#8c4fa3", "#b8860b", "#c23b4b")
+
+
+def _points(axes: Axes, groups: dict[str, list[float]]) -> None:
+    """Every run a dot, their mean a bar; one line a group."""
+    for row, values in enumerate(groups.values()):
+        axes.plot(values, [row] * len(values), "o", color=_COLOURS[3], alpha=0.5, markersize=5)
+        axes.plot([statistics.mean(values)] * 2, [row - 0.3, row + 0.3], color=_COLOURS[1], linewidth=2)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+
+
+def of_trials(results: Results) -> Figure:
+    """Test accuracy in the last epoch: each run a dot, the mean of the seeds a bar."""
+    groups = {
+        " · ".join(label): [100 * record["last"] for record in group]
+        for label, group in by_label(results["records"]).items()
+    }
+    figure = Figure(figsize=(8, 1 + 0.28 * len(groups)), layout="constrained")
+    axes = figure.add_subplot()
+    _points(axes, groups)
+    axes.set_xlabel("test accuracy in the last epoch, %")
+    axes.set_title(results["title"])
+    return figure
+
+
+def of_depths(results: Results) -> Figure:
+    """By network: accuracy over the epochs, and the gradients of the layers in the first epoch and in the last."""
+    groups = by_label(results["records"])
+    networks = list(dict.fromkeys(network for network, _ in groups))
+    figure = Figure(figsize=(4 * len(networks), 6), layout="constrained")
+    rows = figure.subplots(2, len(networks), squeeze=False)
+    kinds = list(dict.fromkeys(kind for _, kind in groups))
+    for (network, kind), group in groups.items():
+        column, colour = networks.index(network), _COLOURS[kinds.index(kind)]
+        curve = _means(record["accuracies"] for record in group)
+        rows[0][column].plot(range(1, len(curve) + 1), [100 * a for a in curve], color=colour, label=kind)
+        for epoch, style in ((0, ":"), (-1, "-")):
+            norms = _means(record["gradient_norms"][epoch] for record in group)
+            rows[1][column].plot(range(1, len(norms) + 1), norms, style, color=colour, label=kind if epoch else None)
+    for column, network in enumerate(networks):
+        rows[0][column].set(title=network, xlabel="epoch", ylabel="test accuracy, %")
+        rows[1][column].set(xlabel="layer (dotted: first epoch)", ylabel="norm of its gradient", yscale="log")
+    rows[0][0].legend()
+    figure.suptitle(results["title"])
+    return figure
+
+
+def _means(curves: Iterable[list[float | None]]) -> list[float]:
+    """Over the seeds, as far as all of them go; where one is not finite, so is the mean."""
+    return [
+        math.nan if any(value is None for value in values) else statistics.mean(v for v in values if v is not None)
+        for values in zip(*curves, strict=False)
+    ]
+
+
+def of_correlations(results: Results) -> Figure:
+    """Heat maps of the first seed: a row of stages for each variant."""
+    groups = by_label(results["records"])
+    figure = Figure(figsize=(9, 2.6 * len(groups)), layout="constrained")
+    rows = figure.subplots(len(groups), 3, squeeze=False)
+    image: Any = None
+    for axes_of_row, (label, group) in zip(rows, groups.items(), strict=True):
+        for stage, (axes, matrix) in enumerate(zip(axes_of_row, group[0]["measured"], strict=True)):
+            image = axes.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
+            axes.set_title(f"{' · '.join(label)}, stage {stage + 1}", fontsize=9)
+            axes.set_xticks([])
+            axes.set_yticks([])
+    figure.colorbar(image, ax=rows, shrink=0.6, label="correlation of the scales of two blocks")
+    figure.suptitle(results["title"])
+    return figure
+
+
+def of_parameters(results: Results) -> Figure:
+    """What attention adds to each network."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    records = results["records"]
+    for offset, (name, label) in enumerate((("se", "SE, one a block"), ("dia", "DIA, one a stage"))):
+        added = [(r[name] - r["plain"]) / 1e3 for r in records]
+        axes.bar(
+            [k + 0.4 * offset for k in range(len(records))], added, 0.4, color=_COLOURS[1 + 2 * offset], label=label
+        )
+    axes.set_xticks([k + 0.2 for k in range(len(records))], [r["network"] for r in records], rotation=30, ha="right")
+    axes.set(ylabel="parameters that attention adds, thousands", yscale="log", title=results["title"])
+    axes.legend()
+    return figure
+
+
+def of_speed(results: Results) -> Figure:
+    """Time of a training step, as a multiple of that of the network without attention."""
+    groups = {
+        f"{name} · {r['variant']}": ratio(group, r["variant"]) for name, group in speeds(results).items() for r in group
+    }
+    figure = Figure(figsize=(8, 1 + 0.25 * len(groups)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(list(groups), list(groups.values()), color=_COLOURS[3])
+    axes.axvline(1, color=_COLOURS[1])
+    axes.invert_yaxis()
+    axes.set(xlabel="time of a training step, x that without attention", title=results["title"])
+    return figure

@@ -1,0 +1,53 @@
+"""How large an experiment is: for two cores and minutes, for an afternoon, and the papers' own size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The size of every experiment.
+
+    Attributes:
+        name: on the command line.
+        data: images where none are named, see ``train.images.load``.
+        seeds: runs of each variant.
+        epochs, batch_size: of each run; None for the recipe's.
+        networks: relatives of the papers' four, for the comparison of networks.
+        network: on which attention is varied.
+        depths: networks of growing depth, for the runs without shortcuts, norms or augmentation.
+        timed_batch, timed_side: images of a timed step, and their sides.
+        timed_rounds: in which every variant takes its turn.
+    """
+
+    name: str
+    data: str
+    seeds: int
+    epochs: int | None
+    batch_size: int | None
+    networks: tuple[str, ...]
+    network: str
+    depths: tuple[str, ...]
+    timed_batch: int
+    timed_side: int
+    timed_rounds: int
+
+
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            "tiny", "digits", 3, 8, 64, ("resnet20bn", "preresnet20", "wrn16_1", "resnext20_2x8"), "resnet14",
+            ("resnet8", "resnet14", "resnet26"), 16, 16, 9,
+        ),
+        Scale(
+            "small", "fashion", 3, 30, 128, ("resnet56bn", "preresnet56", "wrn28_2", "resnext29_4x16"), "resnet32",
+            ("resnet20", "resnet32", "resnet56"), 64, 32, 15,
+        ),
+        Scale(
+            "full", "cifar100", 5, None, None, ("resnet164", "preresnet164", "wrn52_4", "resnext101_8x32"), "resnet164",
+            ("resnet83", "resnet164", "resnet245"), 128, 32, 25,
+        ),
+    )
+}  # fmt: skip

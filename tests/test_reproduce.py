@@ -1,0 +1,241 @@
+"""The papers' experiments at a minimal scale: every one ends in its three files; cut off, it ends in the same ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import write_fashion
+
+from dia_kernels import SharedAttention, __main__, models
+from dia_kernels.reproduce import command, correlation, curves, experiments, scales, tables, trials, variants
+from dia_kernels.train import images, run
+from dia_kernels.train.settings import Settings
+
+MINIMAL = scales.Scale("tiny", "fashion", 2, 1, 30, ("resnet14",), "resnet14", ("resnet8", "resnet14"), 2, 8, 2)
+
+RECORD = {
+    "label": dict, "seed": int, "settings": dict, "parameters": int, "layers": list, "losses": list, "accuracies": list,
+    "gradient_norms": list, "best": float, "last": float, "diverged": bool,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fashion(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_fashion(tmp_path_factory.mktemp("fashion"), 60, 20))
+
+
+@pytest.fixture
+def minimal(monkeypatch: pytest.MonkeyPatch) -> scales.Scale:
+    monkeypatch.setitem(scales.SCALES, "tiny", MINIMAL)
+    return MINIMAL
+
+
+def reproduce(name: str, out: Path, fashion: str, *options: str) -> int:
+    arguments = ["reproduce", name, "--folder", fashion, "--out", str(out), "--jobs", "1", "--no-progress", *options]
+    return __main__.main(arguments)
+
+
+def results(out: Path, name: str) -> dict:
+    return json.loads((out / f"{name}-tiny.json").read_text())
+
+
+def test_the_command_knows_every_experiment_and_scale():
+    assert tuple(experiments.EXPERIMENTS) == command.NAMES
+    assert tuple(scales.SCALES) == command.SCALES
+    assert all(scale.seeds >= 3 for scale in scales.SCALES.values())
+
+
+@pytest.mark.parametrize("name", [name for name in command.NAMES if name not in ("params", "speed")])
+def test_an_experiment_leaves_results_table_and_picture(minimal, fashion, tmp_path, capsys, name, monkeypatch):
+    shown = {"accuracy": 8, "any-attention": 26, "ablation": 30, "correlation": 8}.get(name, 12)
+    if shown > 12:
+        monkeypatch.setitem(scales.SCALES, "tiny", replace(MINIMAL, seeds=1))
+        shown //= 2
+    assert reproduce(name, tmp_path, fashion) == 0
+    found = results(tmp_path, name)
+    assert set(found) == {"experiment", "title", "scale", "data", "command", "versions", "records"}
+    assert found["command"] == f"python -m dia_kernels reproduce {name} --scale tiny --data fashion"
+    assert len(found["records"]) == shown
+    for record in found["records"]:
+        assert {k: type(v) for k, v in record.items() if k != "measured"} == RECORD
+        assert len(record["losses"]) == 2
+        assert len(record["accuracies"]) == len(record["gradient_norms"]) == 1
+        assert len(record["gradient_norms"][0]) == len(record["layers"])
+    labels = [tuple(record["label"].values()) for record in found["records"]]
+    assert len(set(labels)) == len(tables.by_label(found["records"]))
+    text = (tmp_path / f"{name}-tiny.md").read_text()
+    assert found["command"] in text
+    for label in labels:
+        assert f"| {' | '.join(label)} |" in text
+    assert (tmp_path / f"{name}-tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert "last epoch, %" in capsys.readouterr().out
+
+
+def test_parameters_are_exact(minimal, fashion, tmp_path):
+    assert reproduce("params", tmp_path, fashion) == 0
+    counted = {r["network"]: (r["plain"], r["se"], r["dia"]) for r in results(tmp_path, "params")["records"]}
+    assert counted["resnet164"] == (1_727_284, 1_929_388, 1_946_132)
+    for name, (plain, se, dia) in counted.items():
+        if name.startswith("resnet") and name.removeprefix("resnet") in ("83", "164", "245", "407"):
+            assert dia - plain == 10_784 + 42_048 + 166_016, "P(64, 4) + P(128, 4) + P(256, 4)"
+            blocks = (int(name.removeprefix("resnet")) - 2) // 9
+            assert se - plain == blocks * sum(2 * c * (c // 16) + c + c // 16 for c in (64, 128, 256))
+
+
+@pytest.mark.slow
+def test_speed_times_every_variant(minimal, fashion, tmp_path, capsys):
+    assert reproduce("speed", tmp_path, fashion) == 0
+    found = results(tmp_path, "speed")["records"]
+    assert [r["variant"] for r in found] == ["plain", "SE", "DIA, eager", "DIA, compiled", "DIA, ours"]
+    assert all(len(r["seconds"]) == 2 and min(r["seconds"]) > 0 and r["peak_bytes"] > 0 for r in found)
+    assert "x plain" in capsys.readouterr().out
+
+
+def test_the_variants_are_what_their_labels_say():
+    common = variants.base(MINIMAL, None, None)
+    assert (common.data, common.epochs, common.batch_size) == ("fashion", 1, 30)
+    settings = {t.label: t.settings for t in variants.any_attention(MINIMAL, common)}
+    for cell in ("SE", "ECA", "CBAM", "SRM", "DSU", "LSTM"):
+        for where, shared in (("each block", False), ("shared", True)):
+            s = settings[("attention", cell), ("where", where)]
+            assert (s.attention, s.shared) == (cell.lower(), shared)
+    for make, name in ((variants.no_skip, "skip"), (variants.no_norm, "norm"), (variants.no_augmentation, "augment")):
+        found = [t.settings for t in make(MINIMAL, common)]
+        assert all(getattr(s, name) is False for s in found)
+        assert [(s.network, s.attention) for s in found] == [
+            (n, a) for n in MINIMAL.depths for a in (None, "se", "dia")
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_cut_off_and_resumed_it_ends_in_the_same_results(minimal, fashion, tmp_path, monkeypatch, stop):
+    """Killed in a run, after its first step, when ``stop`` runs had begun."""
+    assert reproduce("no-skip", tmp_path / "whole", fashion) == 0
+    begun = []
+    with monkeypatch.context() as patch:
+        original = curves.Curves.on_train_batch_end
+
+        def until(self, trainer, pl_module, outputs, batch, batch_idx):
+            original(self, trainer, pl_module, outputs, batch, batch_idx)
+            begun.append(len(self.losses) == 1)
+            if sum(begun) == stop:
+                raise KeyboardInterrupt
+
+        patch.setattr(curves.Curves, "on_train_batch_end", until)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            reproduce("no-skip", tmp_path / "cut", fashion)
+    assert len(list((tmp_path / "cut" / "no-skip-tiny").glob("*.json"))) == stop - 1
+    assert reproduce("no-skip", tmp_path / "cut", fashion) == 1, "without --resume what is there is left alone"
+    assert reproduce("no-skip", tmp_path / "cut", fashion, "--resume") == 0
+    for suffix in ("json", "md"):
+        one, other = ((tmp_path / part / f"no-skip-tiny.{suffix}").read_bytes() for part in ("whole", "cut"))
+        assert one == other
+
+
+@pytest.mark.slow
+def test_trials_side_by_side_are_those_one_after_the_other(fashion, tmp_path):
+    common = variants.base(MINIMAL, None, Path(fashion))
+    asked = trials.with_seeds(variants.accuracy(MINIMAL, common)[:2], 2)
+    one, several = (trials.do_all(asked, tmp_path / str(jobs), jobs, progress=False) for jobs in (1, 2))
+    assert one == several
+    assert [(r["label"]["attention"], r["seed"]) for r in one] == [("plain", 0), ("plain", 1), ("SE", 0), ("SE", 1)]
+    assert one[0]["losses"] != one[1]["losses"]
+    assert sorted(p.suffix for p in (tmp_path / "1").iterdir()) == [".json"] * 4, "the runs are cleared away"
+
+
+def test_a_resumed_run_has_whole_curves(fashion, tmp_path):
+    settings = Settings(network="resnet8", data="fashion", folder=fashion, epochs=2, batch_size=20, checkpoint_every=2)
+
+    class Stop(curves.Curves):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if len(self.losses) == 4:
+                raise RuntimeError("stopped")
+
+    whole, cut = curves.Curves(), curves.Curves()
+    run.train(settings, tmp_path / "whole", progress=False, callbacks=[whole])
+    Stop.state_key = cut.state_key  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="stopped"):
+        run.train(settings, tmp_path / "cut", progress=False, callbacks=[Stop()])
+    run.train(settings, tmp_path / "cut", resume=True, progress=False, callbacks=[cut])
+    assert len(whole.losses) == 6
+    assert len(whole.accuracies) == len(whole.gradient_norms) == 2
+    for name in curves.NOTED:
+        assert getattr(cut, name) == getattr(whole, name), name
+
+
+def test_gradient_norms_are_those_of_the_layers(fashion, tmp_path):
+    settings = Settings(network="resnet8", data="fashion", folder=fashion, epochs=1, batch_size=60, precision="64-true")
+    noted = curves.Curves()
+    run.train(settings, tmp_path, progress=False, callbacks=[noted])
+    classifier, data = run.build(settings)
+    learn, _ = run.loaders(settings, data)
+    (batch,) = learn
+    torch.nn.functional.cross_entropy(classifier.network(batch[0].double()), batch[1]).backward()
+    expected = [layer.weight.grad.norm().item() for layer in curves.layers(classifier.network).values()]
+    assert len(expected) == 6
+    assert noted.gradient_norms[0] == pytest.approx(expected, rel=1e-9)
+
+
+def record(trial: trials.Trial, losses: list[float], accuracies: list[float]) -> dict:
+    noted = curves.Curves()
+    noted.losses, noted.accuracies = losses, accuracies
+    return trials._record(trial, models.create("resnet8", 10), noted)
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ([2.0, 1.0, 0.5, 0.4], False),
+        ([2.0, 1.0, 9.0, 0.4], True),
+        ([2.0, 1.0, math.nan, math.nan], True),
+        ([9.0, 9.0, 2.0, 2.0], False),
+        ([1.0, 1.0, math.log(10), math.log(10)], True),
+    ],
+)
+def test_what_counts_as_diverged(losses, diverged):
+    found = record(trials.Trial((("a", "b"),), Settings()), losses, [0.1, 0.3])
+    assert found["diverged"] == diverged
+    assert (found["best"], found["last"]) == (0.3, 0.3)
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(fashion, tmp_path):
+    settings = Settings(
+        network="resnet8", data="fashion", folder=fashion, epochs=30, batch_size=30, norm=False, learning_rate=1e30
+    )
+    found = trials.do(trials.Trial((("a", "b"),), settings), tmp_path)
+    assert found["diverged"]
+    assert len(found["losses"]) < 10
+    assert None in found["losses"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "se"])
+def test_correlations_are_those_of_the_scales(fashion, cell, shared):
+    data = images.load("fashion", Path(fashion))
+    network = models.create("resnet14", 10, attention=cell, shared=shared, in_channels=1)
+    found = correlation.of_stages(network, data)
+    assert [len(matrix) for matrix in found] == [2, 2, 2]
+    x = torch.stack([data.test[k][0] for k in range(20)])
+    with torch.no_grad():
+        z, scales_ = network.stem(x), []
+        stage, state = network.stages[0], None
+        for block in stage.blocks:
+            unit = block.attention if stage.attention is None else stage.attention
+            seen = []
+            inner = unit if isinstance(unit, SharedAttention) else unit.cell
+            handle = inner.register_forward_hook(lambda m, a, r, seen=seen: seen.append(r))
+            z, state = block(z, stage.attention, state)
+            handle.remove()
+            scales_.append(seen[0][1][0] if isinstance(unit, SharedAttention) else seen[0][0])
+    a, b = (s.double().flatten() - s.double().mean() for s in scales_)
+    assert found[0][0][1] == pytest.approx(((a @ b) / (a.norm() * b.norm())).item(), abs=1e-4)
+
+
+def test_means_have_their_spread():
+    assert tables.mean_and_spread([0.5, 0.7, 0.6]) == "60.0 ± 10.0"
