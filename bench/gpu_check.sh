@@ -28,7 +28,7 @@ build() {
     python3 -m dia_kernels info
 }
 
-tests() { python3 -m pytest -q -m gpu tests/test_cuda.py tests/test_triton_gpu.py -p no:cacheprovider; }
+tests() { python3 -m pytest -q -m gpu tests/test_cuda.py tests/test_triton_gpu.py tests/test_trials.py tests/test_amp.py -p no:cacheprovider; }
 
 # Our kernels alone, and each tensor in an allocation of its own, so that what lies behind it is nobody's.
 sanitize() {

@@ -178,6 +178,7 @@ def test_an_exported_network_is_the_network_for_every_batch_and_resolution(make,
             assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_saved_program_runs_where_only_the_library_is_imported(tmp_path):
     network = small().eval()
     torch.export.save(exported(network), tmp_path / "network.pt2")

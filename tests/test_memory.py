@@ -532,6 +532,7 @@ def test_the_benchmark_counts_what_is_alive(bench):
     assert bench.alive_bytes(call) == {"kept": 1 << 20, "peak": (1 << 20) + (1 << 21)}
 
 
+@pytest.mark.slow
 def test_the_benchmark_reports(bench, tmp_path, monkeypatch):
     arguments = ["--shapes", "2x8x4x4", "--without", "compile", "--budget", "0"]
     monkeypatch.setattr(bench, "CASES", (bench.Case("resnet20", 2, 8),))

@@ -50,7 +50,14 @@ def test_the_command_knows_every_experiment_and_scale():
     assert all(scale.seeds >= 3 for scale in scales.SCALES.values())
 
 
-@pytest.mark.parametrize("name", [name for name in command.NAMES if name not in ("params", "speed")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("any-attention", "ablation", "no-norm") else [])
+        for name in command.NAMES
+        if name not in ("params", "speed")
+    ],
+)
 def test_an_experiment_leaves_results_table_and_picture(minimal, fashion, tmp_path, capsys, name, monkeypatch):
     shown = {"accuracy": 8, "any-attention": 26, "ablation": 30, "correlation": 8}.get(name, 12)
     if shown > 12:
@@ -112,7 +119,7 @@ def test_the_variants_are_what_their_labels_say():
         ]  # fmt: skip
 
 
-@pytest.mark.parametrize("stop", [1, 2])
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_cut_off_and_resumed_it_ends_in_the_same_results(minimal, fashion, tmp_path, monkeypatch, stop):
     """Killed in a run, after its first step, when ``stop`` runs had begun."""
     assert reproduce("no-skip", tmp_path / "whole", fashion) == 0
