@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from processes import hang_up
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -123,8 +124,7 @@ def run_gradients(rank: int, folder: str) -> None:
         buffers = {name.removeprefix("module."): b for name, b in model.named_buffers()}
         found[name] = gradients(model, images[half], labels[half]), buffers
     torch.save(found, Path(folder) / f"gradients{rank}.pt")
-    distributed.barrier()
-    distributed.destroy_process_group()
+    hang_up()
 
 
 class Stopped(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from processes import hang_up
 from torch import Tensor, distributed, nn
 
 from dia_kernels.sharing import share_attention
@@ -41,7 +42,7 @@ def run(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = nn.parallel.DistributedDataParallel(network())
     torch.save(gradients(model, rank), Path(folder) / f"gradients{rank}.pt")
-    distributed.destroy_process_group()
+    hang_up()
 
 
 def run_sharded(rank: int, folder: str) -> None:
@@ -56,5 +57,4 @@ def run_sharded(rank: int, folder: str) -> None:
     fully_shard(stage, mesh=mesh)
     found = {name: gradient.full_tensor() for name, gradient in gradients(stage, rank).items()}
     torch.save(found, Path(folder) / f"gradients{rank}.pt")
-    distributed.barrier()
-    distributed.destroy_process_group()
+    hang_up()

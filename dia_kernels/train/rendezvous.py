@@ -47,9 +47,10 @@ def join() -> None:
 def leave(status: int) -> NoReturn:
     """Ends this process with ``status``; one that torchrun started without the interpreter's own farewell.
 
-    After FSDP2, threads of gloo and of autograd outlive the process group, and while the interpreter takes itself down
-    one of them now and then aborts the process ("terminate called without an active exception"; torch 2.14, twice in
-    some 150 starts), which torchrun takes for the failure of a run that is done.
+    Threads of gloo outlive their process group where something still refers to it, as FSDP2 does, and what they hold
+    may belong to Python: while the interpreter takes itself down they now and then abort the process
+    (pytorch/pytorch#179291; "terminate called without an active exception", twice in some 150 starts with torch 2.14),
+    which torchrun takes for the failure of a run that is done.
     """
     if not distributed.is_torchelastic_launched():
         sys.exit(status)
