@@ -476,6 +476,7 @@ def test_dropout_goes_on_to_the_same_bits(short, tmp_path):
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_images(short, tmp_path):
     options = ["--data", "fashion", "--folder", short["folder"], "--epochs", "1", "--batch-size", "20"]
     command = [sys.executable, "-m", "dia_kernels", "train", "--no-progress", *options]
