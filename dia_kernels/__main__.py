@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .reproduce import command as reproducing
 from .train import command as training
-from .train.rendezvous import leave
+from .train.launch import leave
 
 _PICTURE_FORMATS = (".png", ".pdf", ".svg")
 #: By task of the demo.

@@ -202,6 +202,7 @@ def create_attention(
     *,
     blocks: int = 1,
     spatial: int = 2,
+    num_layers: int = 1,
     channel_dim: int = 1,
     backend: str | None = None,
 ) -> nn.Module:
@@ -214,6 +215,7 @@ def create_attention(
         reduction: r of the bottleneck; the cells ``"eca"`` and ``"srm"`` have none.
         blocks: that will share the module; ``"srm"`` keeps the statistics of each.
         spatial: number of the maps' spatial dimensions, which ``"cbam"`` convolves over.
+        num_layers: of the LSTM, stacked; 1 for every other cell.
         channel_dim, backend: as for ``SharedAttention``; a whole attention module has its own.
 
     Raises:
@@ -222,13 +224,17 @@ def create_attention(
     check_placement(channel_dim, backend)
     check_positive("channels", channels)
     check_positive("blocks", blocks)
+    if num_layers != 1 and cell not in ("lstm", "lstm_tanh"):
+        raise ValueError(f"num_layers: expected 1 with cell {cell!r}, got {num_layers}")
     if not isinstance(cell, str):
         return _made_attention(cell, channels, channel_dim, backend)
     if cell not in CELLS:
         raise ValueError(f"cell: expected one of {', '.join(CELLS)}, or a function of the channels, got {cell!r}")
     if cell in ("lstm", "lstm_tanh"):
         output: Output = "tanh" if cell == "lstm_tanh" else "sigmoid"
-        return SharedAttention(channels, reduction, output=output, channel_dim=channel_dim, backend=backend)
+        return SharedAttention(
+            channels, reduction, output=output, num_layers=num_layers, channel_dim=channel_dim, backend=backend
+        )
     makers: dict[str, Callable[[], Cell]] = {
         "dsu": lambda: DSU(channels, reduction),
         "se": lambda: SE(channels, reduction),

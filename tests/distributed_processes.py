@@ -26,8 +26,7 @@ from dia_kernels import __main__, models
 from dia_kernels.models.resnet import BasicBlock
 from dia_kernels.train import files, run
 from dia_kernels.train.classifier import Classifier
-from dia_kernels.train.launch import Launch
-from dia_kernels.train.rendezvous import leave
+from dia_kernels.train.launch import Launch, leave
 from dia_kernels.train.sync_norm import sync_norms
 
 #: Images of a step, over both processes.

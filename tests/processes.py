@@ -65,7 +65,7 @@ def share(case: dict, first: int, last: int) -> dict:
 
 
 def hang_up() -> None:
-    """Ends this process when all have come here, past the interpreter's farewell: see ``rendezvous.leave``."""
+    """Ends this process when all have come here, past the interpreter's farewell: see ``launch.leave``."""
     distributed.barrier()
     os._exit(0)
 

@@ -220,7 +220,7 @@ def test_what_dead_processes_wrote_is_not_believed(late):
 @pytest.mark.parametrize("by_torchrun", [False, True])
 def test_a_process_ends_with_its_status_and_under_torchrun_waits_for_no_thread(by_torchrun):
     code = (
-        "import threading, time; from dia_kernels.train.rendezvous import leave; print('done', end='');"
+        "import threading, time; from dia_kernels.train.launch import leave; print('done', end='');"
         f"threading.Thread(target=time.sleep, args=(600,), daemon={not by_torchrun}).start(); leave(3)"
     )
     environment = os.environ | ({"TORCHELASTIC_RUN_ID": "1"} if by_torchrun else {})

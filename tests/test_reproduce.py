@@ -144,6 +144,30 @@ def test_cut_off_and_resumed_it_ends_in_the_same_results(minimal, fashion, tmp_p
         assert one == other
 
 
+def test_every_trial_has_files_of_its_own():
+    for scale in scales.SCALES.values():
+        common = variants.base(scale, None, None)
+        for make in (
+            variants.accuracy,
+            variants.any_attention,
+            variants.ablation,
+            variants.no_skip,
+            variants.correlation,
+        ):
+            names = [trial.name for trial in trials.with_seeds(make(scale, common), 3)]
+            assert len(set(names)) == len(names)
+
+
+def test_trials_of_other_settings_are_not_taken(fashion, tmp_path, minimal, capsys):
+    assert reproduce("no-skip", tmp_path, fashion) == 0
+    done = next((tmp_path / "no-skip-tiny").glob("*.json"))
+    record = json.loads(done.read_text())
+    record["settings"]["epochs"] += 1
+    done.write_text(json.dumps(record))
+    assert reproduce("no-skip", tmp_path, fashion, "--resume") == 1
+    assert "done with other settings" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_trials_side_by_side_are_those_one_after_the_other(fashion, tmp_path):
     common = variants.base(MINIMAL, None, Path(fashion))

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention import CELLS, SharedAttention, create_attention
-from ..functional import Activation, Output
+from ..attention import CELLS, create_attention
+from ..functional import Activation
 from .squeeze import SqueezeExcitation, close
 
 #: None, ``"dia"``, or a name out of ``CELLS``.
@@ -108,12 +108,9 @@ class Options:
     def _attention(self, channels: int, blocks: int) -> nn.Module:
         cell = "lstm" if self.attention == "dia" else self.attention
         assert cell is not None
-        if cell in ("lstm", "lstm_tanh"):
-            output: Output = "tanh" if cell == "lstm_tanh" else "sigmoid"
-            return SharedAttention(
-                channels, self._reduction(), output=output, num_layers=self.layers, backend=self.backend
-            )
-        return create_attention(cell, channels, self._reduction(), blocks=blocks, backend=self.backend)
+        return create_attention(
+            cell, channels, self._reduction(), blocks=blocks, num_layers=self.layers, backend=self.backend
+        )
 
 
 class Block(nn.Module):

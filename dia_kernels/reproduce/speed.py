@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -86,15 +88,11 @@ def _peak_bytes(step: Callable[[], None]) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()  # what is freed meanwhile would count too
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
-    now = most = 0
-    for event in sorted(
-        (e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    ):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+    events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())), default=0)
 
 
 def ratio(rows: list[dict[str, Any]], variant: str) -> float:

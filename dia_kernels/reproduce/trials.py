@@ -73,10 +73,16 @@ def do(trial: Trial, folder: Path) -> Record:
     were noted, the curves (see ``Curves``), ``best`` and ``last`` test accuracy, and whether the run diverged: a loss
     that was not finite, or in the last epoch a mean loss of a guess among all classes or more. Numbers that are not
     finite are None.
+
+    Raises:
+        run.RunError: what is there is of other settings.
     """
     path = folder / f"{trial.name}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
+        if record["settings"] != json.loads(json.dumps(asdict(trial.settings))):
+            raise run.RunError(f"{path}: done with other settings; name another folder")
+        return record
     curves, place = Curves(), folder / trial.name
     result = run.train(trial.settings, place, resume=None, progress=False, callbacks=[curves])
     record = _record(trial, result.network, curves)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import distributed
 
@@ -65,13 +66,17 @@ def here(given: Mapping[str, Any] | None = None, last: Launch | None = None) -> 
         ValueError: an attribute is wrong, or is not what torchrun says; the message names it.
     """
     given = {} if given is None else given
-    started = distributed.is_available() and distributed.is_torchelastic_launched()
+    started = _torchrun_started()
     placed = _placed_by_torchrun() if started else {"nodes": 1}
     for name, value in placed.items():
         if given.get(name, value) != value:
             by = "torchrun started" if started else "only torchrun starts more, without it there is"
             raise ValueError(f"{name}: {by} {value}, got {given[name]}; leave it out")
     return Launch(**{**asdict(last or Launch()), **given, **placed})
+
+
+def _torchrun_started() -> bool:
+    return distributed.is_available() and distributed.is_torchelastic_launched()
 
 
 def _placed_by_torchrun() -> dict[str, int]:
@@ -86,3 +91,20 @@ def _placed_by_torchrun() -> dict[str, int]:
 def speaks() -> bool:
     """Whether this process prints for all: the first one, of torchrun's or of those that Lightning starts."""
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process with ``status``; one that torchrun started without the interpreter's own farewell.
+
+    Threads of gloo outlive their process group where something still refers to it, as FSDP2 does, and what they hold
+    may belong to Python: while the interpreter takes itself down they now and then abort the process
+    (pytorch/pytorch#179291; "terminate called without an active exception", twice in some 150 starts with torch 2.14),
+    which torchrun takes for the failure of a run that is done.
+    """
+    if not _torchrun_started():
+        sys.exit(status)
+    if status == 0 and distributed.is_initialized():
+        distributed.barrier()  # nobody hangs up on another
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

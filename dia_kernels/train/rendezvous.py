@@ -1,4 +1,4 @@
-"""How the processes of one start under torchrun find each other, and not those of the start before it; how they end.
+"""How the processes of one start under torchrun find each other, and not those of the start before it.
 
 torchrun's agent keeps one store for all of its restarts, and restarted processes read there what the dead ones wrote:
 their addresses, which nobody answers at (pytorch/pytorch#135712 and #167288; in torch 2.14 still). So those of one
@@ -11,11 +11,9 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
-import sys
 import time
 import uuid
 from datetime import timedelta
-from typing import NoReturn
 
 import torch
 from torch import distributed
@@ -42,23 +40,6 @@ def join() -> None:
         device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else None,
     )
     atexit.register(_leave)
-
-
-def leave(status: int) -> NoReturn:
-    """Ends this process with ``status``; one that torchrun started without the interpreter's own farewell.
-
-    Threads of gloo outlive their process group where something still refers to it, as FSDP2 does, and what they hold
-    may belong to Python: while the interpreter takes itself down they now and then abort the process
-    (pytorch/pytorch#179291; "terminate called without an active exception", twice in some 150 starts with torch 2.14),
-    which torchrun takes for the failure of a run that is done.
-    """
-    if not distributed.is_torchelastic_launched():
-        sys.exit(status)
-    if status == 0 and distributed.is_initialized():
-        distributed.barrier()  # nobody hangs up on another
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _leave() -> None:

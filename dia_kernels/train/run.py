@@ -12,7 +12,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ from .sync_norm import sync_norms
 
 # Steps between two lines of the logs.
 _LOG_EVERY = 10
+
+# Of Settings, what is the network's own.
+_OF_THE_NETWORK = tuple(field.name for field in fields(models.Options) if field.name != "in_channels")
 
 # Of Settings.precision, what Lightning's FSDP2 takes.
 _SHARDED_PRECISIONS = ("32-true", "bf16-mixed")
@@ -71,17 +74,8 @@ def _network(settings: Settings, data: images.ImageData) -> models.Network:
         network = models.create(
             settings.network,
             data.num_classes,
-            attention=settings.attention,
-            reduction=settings.reduction,
-            skip=settings.skip,
-            norm=settings.norm,
             in_channels=data.in_channels,
-            backend=settings.backend,
-            fold_norm=settings.fold_norm,
-            shared=settings.shared,
-            stages=settings.stages,
-            carry_state=settings.carry_state,
-            layers=settings.layers,
+            **{name: getattr(settings, name) for name in _OF_THE_NETWORK},
         )
     if settings.precision == "64-true":
         network.double()  # Lightning does so after it has loaded a checkpoint: through float32
