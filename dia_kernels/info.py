@@ -22,7 +22,7 @@ Info = dict[str, dict[str, Any]]
 def gather() -> Info:
     """Everything that ``info`` says; JSON can hold it."""
     return {
-        "versions": _versions(),
+        "versions": versions(),
         "processor": _processor(),
         "backends": {name: _availability(name) for name in backends.names()},
         "native_library": _native_library(),
@@ -50,7 +50,8 @@ def _shown(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Of this package, of what it stands on, and of Python."""
     return {
         "dia_kernels": __version__,
         "torch": torch.__version__,
@@ -68,14 +69,15 @@ def _triton_version() -> str | None:
 
 def _processor() -> dict[str, str | int | None]:
     return {
-        "model": _processor_model(),
+        "model": processor_model(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
     }
 
 
-def _processor_model() -> str:
+def processor_model() -> str:
+    """What the CPU calls itself."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

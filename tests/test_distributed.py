@@ -109,6 +109,13 @@ def test_precisions_that_cannot_be_sharded(tmp_path, precision):
         run.train(run.Settings(precision=precision), tmp_path, Launch(strategy="fsdp2"))
 
 
+def test_channels_last_cannot_be_sharded(tmp_path):
+    """FSDP2 takes no weights that are not contiguous."""
+    with pytest.raises(ValueError, match="channels_last: expected False with fsdp2"):
+        run.train(run.Settings(channels_last=True), tmp_path, Launch(strategy="fsdp2"))
+    assert not (tmp_path / "run.json").exists()
+
+
 # --- order -----------------------------------------------------------------------------------------------
 
 

@@ -11,13 +11,19 @@ import pytest
 import torch
 from test_train import write_fashion
 
-from dia_kernels import SharedAttention, __main__, models
+from dia_kernels import SharedAttention, __main__, info, models
 from dia_kernels.reproduce import command, correlation, curves, experiments, scales, tables, trials, variants
 from dia_kernels.train import images, run
 from dia_kernels.train.settings import Settings
 
-MINIMAL = scales.Scale("tiny", "fashion", 2, 1, 30, ("resnet14",), "resnet14", ("resnet8", "resnet14"), 2, 8, 2)
+MINIMAL = scales.Scale(
+    "tiny", "fashion", None, None, 2, 1, 30, True, ("resnet14",), "resnet14", ("resnet8", "resnet14"), 2, 8, 2
+)  # fmt: skip
 
+RESULTS = {
+    "experiment": str, "title": str, "scale": str, "data": str, "command": str, "device": str, "versions": dict,
+    "records": list,
+}  # fmt: skip
 RECORD = {
     "label": dict, "seed": int, "settings": dict, "parameters": int, "layers": list, "losses": list, "accuracies": list,
     "gradient_norms": list, "best": float, "last": float, "diverged": bool,
@@ -65,8 +71,12 @@ def test_an_experiment_leaves_results_table_and_picture(minimal, fashion, tmp_pa
         shown //= 2
     assert reproduce(name, tmp_path, fashion) == 0
     found = results(tmp_path, name)
-    assert set(found) == {"experiment", "title", "scale", "data", "command", "versions", "records"}
-    assert found["command"] == f"python -m dia_kernels reproduce {name} --scale tiny --data fashion"
+    assert {k: type(v) for k, v in found.items()} == RESULTS
+    assert found["command"] == f"python -m dia_kernels reproduce {name} --scale tiny --folder {fashion}"
+    assert set(found["versions"]) == {"dia_kernels", "torch", "python", "triton"}
+    assert found["device"] == (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else info.gather()["processor"]["model"]
+    )
     assert len(found["records"]) == shown
     for record in found["records"]:
         assert {k: type(v) for k, v in record.items() if k != "measured"} == RECORD
@@ -85,7 +95,29 @@ def test_an_experiment_leaves_results_table_and_picture(minimal, fashion, tmp_pa
 
 def test_parameters_are_exact(minimal, fashion, tmp_path):
     assert reproduce("params", tmp_path, fashion) == 0
-    counted = {r["network"]: (r["plain"], r["se"], r["dia"]) for r in results(tmp_path, "params")["records"]}
+    found = results(tmp_path, "params")
+    assert {k: type(v) for k, v in found.items()} == RESULTS
+    tables_ = {name: [r for r in found["records"] if r["table"] == name] for name in ("unit", "networks", "imagenet")}
+    units = {r["channels"]: r["parameters"] for r in tables_["unit"]}
+    assert units == {
+        16: 776, 32: 2_832, 64: 10_784, 128: 42_048, 256: 166_016, 512: 659_712, 1024: 2_630_144, 2048: 10_503_168,
+    }  # fmt: skip
+    assert all(r["another_layer"] == 8 * r["channels"] ** 2 + 8 * r["channels"] for r in tables_["unit"])
+    imagenet = {(r["network"], r["reduction"]): r["dia"] for r in tables_["imagenet"]}
+    assert imagenet == {
+        ("resnet18", 4): 12_568_072, ("resnet34", 4): 22_676_232, ("resnet50", 4): 39_516_072,
+        ("resnet101", 4): 58_508_200, ("resnet152", 4): 74_151_848, ("resnet50", 20): 28_358_052,
+    }  # fmt: skip
+    published = {r["network"]: (r["published_plain"], r["published_dia"]) for r in tables_["networks"]}
+    assert {name: counts for name, counts in published.items() if counts[0]} == {
+        "resnet164": (1_727_284, 1_946_132), "preresnet164": (1_726_388, 1_961_364),
+        "wrn52_4": (12_072_500, 12_298_516), "resnext101_8x32": (32_138_244, 33_006_020),
+    }  # fmt: skip
+    counted = {r["network"]: (r["plain"], r["se"], r["dia"]) for r in tables_["networks"]}
+    for name, (plain, dia) in published.items():
+        assert plain is None or (counted[name][0], counted[name][2]) == (plain, dia)
+    text = (tmp_path / "params-tiny.md").read_text()
+    assert "| resnet407 | 4,231,156 | 4,736,416 | 4,450,004 | 218,848 (5.2 %) | - | - |" in text
     assert counted["resnet164"] == (1_727_284, 1_929_388, 1_946_132)
     for name, (plain, se, dia) in counted.items():
         if name.startswith("resnet") and name.removeprefix("resnet") in ("83", "164", "245", "407"):
@@ -105,7 +137,13 @@ def test_speed_times_every_variant(minimal, fashion, tmp_path, capsys):
 
 def test_the_variants_are_what_their_labels_say():
     common = variants.base(MINIMAL, None, None)
-    assert (common.data, common.epochs, common.batch_size) == ("fashion", 1, 30)
+    assert (common.data, common.images, common.epochs, common.batch_size) == ("fashion", None, 1, 30)
+    assert common.channels_last
+    kinds = {"plain": (None, None), "SE": ("se", False), "shared SE": ("se", True), "DIA-LSTM": ("dia", None)}
+    compared = {t.label: (t.settings.attention, t.settings.shared) for t in variants.accuracy(MINIMAL, common)}
+    assert compared == {
+        (("images", "fashion"), ("network", "resnet14"), ("attention", kind)): how for kind, how in kinds.items()
+    }  # fmt: skip
     settings = {t.label: t.settings for t in variants.any_attention(MINIMAL, common)}
     for cell in ("SE", "ECA", "CBAM", "SRM", "DSU", "LSTM"):
         for where, shared in (("each block", False), ("shared", True)):
@@ -139,7 +177,7 @@ def test_cut_off_and_resumed_it_ends_in_the_same_results(minimal, fashion, tmp_p
     assert len(list((tmp_path / "cut" / "no-skip-tiny").glob("*.json"))) == stop - 1
     assert reproduce("no-skip", tmp_path / "cut", fashion) == 1, "without --resume what is there is left alone"
     assert reproduce("no-skip", tmp_path / "cut", fashion, "--resume") == 0
-    for suffix in ("json", "md"):
+    for suffix in ("json", "md", "png"):
         one, other = ((tmp_path / part / f"no-skip-tiny.{suffix}").read_bytes() for part in ("whole", "cut"))
         assert one == other
 
@@ -270,3 +308,116 @@ def test_correlations_are_those_of_the_scales(fashion, cell, shared):
 
 def test_means_have_their_spread():
     assert tables.mean_and_spread([0.5, 0.7, 0.6]) == "60.0 ± 10.0"
+
+
+def shown(name: str, records: list[dict]):
+    return experiments.EXPERIMENTS[name].draw({"title": "a title", "records": records})
+
+
+def noted(label: dict[str, str], seed: int, **more) -> dict:
+    return {
+        "label": label,
+        "seed": seed,
+        "parameters": 7,
+        "best": 0.9,
+        "last": 0.5 + seed / 10,
+        "diverged": False,
+    } | more
+
+
+def test_the_picture_of_trials_has_every_run_and_the_means():
+    records = [noted({"attention": kind}, seed) for kind in ("SE", "DIA") for seed in (0, 1, 2)]
+    (axes,) = shown("accuracy", records).axes
+    runs, mean, *_ = axes.lines
+    assert list(runs.get_xdata()) == pytest.approx([50, 60, 70])
+    assert list(mean.get_xdata()) == pytest.approx([60, 60])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["SE", "DIA"]
+    assert axes.get_title() == "a title"
+
+
+def test_the_picture_of_depths_has_curves_and_gradients_by_layer_over_training():
+    records = [
+        noted(
+            {"network": network, "attention": kind}, seed, accuracies=[0.2, 0.4 + seed / 10],
+            gradient_norms=[[1.0 + seed, 4.0], [2.0 + seed, 0.5], *([[9.0, 9.0]] if seed else [])],
+        )
+        for network in ("shallow", "deep")
+        for kind in ("plain", "SE", "DIA-LSTM")
+        for seed in (0, 1)
+    ]  # fmt: skip
+    figure = shown("no-skip", records)
+    grid = [axes for axes in figure.axes if axes.get_subplotspec() is not None and axes.get_label() != "<colorbar>"]
+    assert len(grid) == 2 * 5
+    for column, name in ((0, "shallow"), (1, "deep")):
+        accuracy, gradients, *maps = grid[column::2]
+        assert accuracy.get_title() == name
+        assert [line.get_label() for line in accuracy.lines] == ["plain", "SE", "DIA-LSTM"]
+        assert list(accuracy.lines[1].get_ydata()) == pytest.approx([20, 45])
+        first, last = gradients.lines[:2]
+        assert (list(first.get_ydata()), first.get_linestyle()) == ([1.5, 4.0], ":")
+        assert (list(last.get_ydata()), last.get_linestyle()) == ([2.5, 0.5], "-"), "as far as all runs go"
+        for kind, axes in zip(("plain", "SE", "DIA-LSTM"), maps, strict=True):
+            assert axes.get_title() == kind
+            assert axes.images[0].get_array().tolist() == [[1.5, 2.5], [4.0, 0.5]], "layers down, epochs across"
+            assert axes.images[0].get_clim() == (0.5, 4.0)
+
+
+def test_the_picture_of_depths_bears_runs_that_diverged_at_once():
+    lost = {"accuracies": [0.1], "gradient_norms": [[None, None]]}
+    records = [noted({"network": "n", "attention": kind}, 0, **lost) for kind in ("plain", "DIA-LSTM")]
+    figure = shown("no-norm", records)
+    figure.canvas.draw()
+    assert experiments.EXPERIMENTS["no-norm"].table({"records": records}).count("| - |") == 2
+
+
+def test_unevenness_is_the_geometric_mean_of_most_over_least():
+    group = [{"gradient_norms": [[1.0, 2.0], [8.0, 1.0]]}, {"gradient_norms": [[None, 1.0], [0.0, 1.0]]}]
+    assert tables.unevenness(group) == "4.0"
+
+
+def test_the_picture_of_correlations_has_a_heat_map_a_stage():
+    matrices = [[[1.0, 0.3 * k], [0.3 * k, 1.0]] for k in (1, 2, 3)]
+    figure = shown("correlation", [noted({"attention": kind}, 0, measured=matrices) for kind in ("LSTM", "SE")])
+    maps = [axes for axes in figure.axes if axes.images and axes.get_title()]
+    assert [axes.images[0].get_array().tolist() for axes in maps] == 2 * matrices
+    assert maps[4].get_title() == "SE, stage 2"
+
+
+def test_the_picture_of_parameters_has_what_attention_adds():
+    counted = {"table": "networks", "network": "n", "plain": 10_000, "se": 12_000, "dia": 13_000}
+    (axes,) = shown("params", [{"table": "unit"}, counted]).axes
+    assert [bar.get_height() for bar in axes.patches] == [2, 3]
+
+
+def test_the_picture_of_speed_has_ratios_within_rounds():
+    records = [
+        {"network": "n", "variant": variant, "seconds": seconds, "peak_bytes": 1}
+        for variant, seconds in (("plain", [1.0, 2.0, 4.0]), ("DIA, ours", [2.0, 3.0, 4.0]))
+    ]
+    (axes,) = shown("speed", records).axes
+    assert [bar.get_width() for bar in axes.patches] == [1, 1.5]
+
+
+def test_other_images_are_taken_too_where_they_are_installed(monkeypatch, tmp_path):
+    scale = replace(MINIMAL, data="digits", also="fashion")
+    common = variants.base(scale, None, None)
+    for there, expected in ((tmp_path, ["digits", "fashion"]), (tmp_path / "none", ["digits"])):
+        monkeypatch.setattr(images, "FASHION_OF_DEBIAN", there)
+        found = [t.settings.data for t in variants.accuracy(scale, common)]
+        assert list(dict.fromkeys(found)) == expected
+        assert len(found) == 4 * len(expected)
+
+
+def test_images_that_are_named_are_the_only_ones(fashion, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setitem(scales.SCALES, "tiny", replace(MINIMAL, also="fashion"))
+    monkeypatch.setattr(command, "_do", lambda name, scale, arguments: seen.append((name, scale.also)))
+    assert reproduce("accuracy", tmp_path, fashion) == 0
+    assert reproduce("accuracy", tmp_path, fashion, "--data", "digits") == 0
+    assert seen == [("accuracy", "fashion"), ("accuracy", None)]
+
+
+def test_all_are_done_in_turn_and_counted(monkeypatch, capsys, tmp_path, fashion):
+    monkeypatch.setattr(command, "_do", lambda name, scale, arguments: print(name))
+    assert reproduce("all", tmp_path, fashion) == 0
+    assert capsys.readouterr().out.split("\n") == [f"[{k}/9] {name}" for k, name in enumerate(command.NAMES, 1)] + [""]

@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,36 @@ def test_without_augmentation_training_images_are_as_they_are(fashion, folder):
         assert any(not torch.equal(changed[k][0], changed[k + count][0]) for k in range(count))
 
 
+def test_so_many_of_the_images_the_same_for_every_seed(fashion, folder):
+    """Those of a folder are sorted by class: some of them are not the first."""
+    whole, some, other = (images.load("fashion", fashion, images=n, seed=s) for n, s in ((None, 0), (12, 0), (12, 1)))
+    assert (len(some.train), len(some.test)) == (12, 6)
+    assert len({some.train.source[k][1] for k in range(12)}) > 5
+    for part, of_whole in ((some.train, whole.train), (some.test, whole.test)):
+        kept = [image for image, _ in part.source]
+        assert all(any(torch.equal(image, known) for known, _ in of_whole.source) for image in kept)
+        assert not any(torch.equal(a, b) for k, a in enumerate(kept) for b in kept[:k])
+    for a, b in ((some.train, other.train), (some.test, other.test)):
+        assert all(torch.equal(one, two) for (one, _), (two, _) in zip(a.source, b.source, strict=True))
+    more = images.load("fashion", fashion, images=1000)
+    assert (len(more.train), len(more.test)) == (20, 10)
+    labels = [label for _, label in images.load("folder", folder, size=14, images=4).train.source]
+    assert len(labels) == 4
+    assert set(labels) == {0, 1}
+
+
+def test_fashion_of_debian_needs_no_folder(fashion, monkeypatch):
+    monkeypatch.setattr(images, "FASHION_OF_DEBIAN", fashion)
+    assert images.installed("fashion")
+    assert len(images.load("fashion").train) == 20
+    monkeypatch.setattr(images, "FASHION_OF_DEBIAN", fashion / "nowhere")
+    assert images.installed("digits")
+    assert not images.installed("fashion")
+    assert not images.installed("cifar10")
+    with pytest.raises(ValueError, match="folder: expected the folder that holds the files of 'fashion', got None"):
+        images.load("fashion")
+
+
 def test_a_change_is_a_function_of_seed_epoch_and_image():
     source = [(torch.rand(1, 16, 16), 0), (torch.rand(1, 16, 16), 1)]
     change = v2.RandomCrop(16, padding=4)
@@ -211,6 +242,7 @@ def test_damaged_image_folders(folder):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: images.load("digits", images=1), ValueError, "images: expected at least 2, got 1"),
         (lambda: images.load("mnist"), ValueError, "data: expected one of digits, .*, got 'mnist'"),
         (lambda: images.load("cifar10"), ValueError, "folder: expected the folder that holds the files of 'cifar10'"),
         (lambda: images.load("fashion", Path("/nowhere")), DataError, "/nowhere: no such folder"),
@@ -338,6 +370,7 @@ SHORT = {"data": "fashion", "epochs": 2, "batch_size": 20, "checkpoint_every": 2
 #: Trains in a folder and kills itself, as a machine that loses power, before its step number `at`.
 KILLED = """
 import os, signal, sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 from dia_kernels.train import run
@@ -406,6 +439,21 @@ def test_a_run_leaves_checkpoints_logs_and_settings(whole):
     assert best.keys() == checkpoint(folder)["state_dict"].keys()
 
 
+def test_channels_last_is_the_same_network_in_another_layout(short):
+    settings = run.Settings(**short, precision="64-true")
+    seen, losses = [], []
+    for channels_last in (False, True):
+        classifier, data = run.build(replace(settings, channels_last=channels_last))
+        learn, _ = run.loaders(settings, data)
+        batch, labels = next(iter(learn))
+        classifier.network.stages[1].register_forward_hook(lambda module, args, maps: seen.append(maps))
+        losses.append(torch.nn.functional.cross_entropy(classifier(batch.double()), labels))
+        losses[-1].backward()
+    assert not seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert seen[1].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+
+
 def test_loss_falls():
     """The same batch, several times: the parts are connected."""
     settings = run.Settings(batch_size=16)
@@ -468,8 +516,8 @@ def test_what_is_computed_again_gives_the_same_bits(whole, short, tmp_path, part
 
 
 @pytest.mark.slow
-def test_dropout_goes_on_to_the_same_bits(short, tmp_path):
-    settings = {**short, "network": "wrn52_4"}
+def test_dropout_in_channels_last_goes_on_to_the_same_bits(short, tmp_path):
+    settings = {**short, "network": "wrn52_4", "channels_last": True}
     killed(tmp_path / "killed", 5, settings)
     for name in ("killed", "whole"):
         run.train(run.Settings(**settings), tmp_path / name, resume=name == "killed", progress=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,9 +44,13 @@ def main(arguments: argparse.Namespace) -> int:
     from .scales import SCALES as scales
 
     names = NAMES if arguments.name == "all" else (arguments.name,)
+    scale = scales[arguments.scale]
+    if arguments.data is not None:
+        scale = replace(scale, also=None)
     try:
-        for name in names:
-            _do(name, scales[arguments.scale], arguments)
+        for number, name in enumerate(names, start=1):
+            print(f"[{number}/{len(names)}] ", end="")
+            _do(name, scale, arguments)
     except (ValueError, DataError, RunError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 1
@@ -55,6 +59,9 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _do(name: str, scale: Scale, arguments: argparse.Namespace) -> None:
     """Leaves ``<name>-<scale>.json``, ``.md`` and ``.png``; while it runs, a folder of that name holds its trials."""
+    import torch
+
+    from .. import info
     from ..train.files import write
     from ..train.settings import RunError
     from . import variants
@@ -77,8 +84,9 @@ def _do(name: str, scale: Scale, arguments: argparse.Namespace) -> None:
         "title": experiment.title,
         "scale": scale.name,
         "data": common.data,
-        "command": f"python -m dia_kernels reproduce {name} --scale {scale.name} --data {common.data}",
-        "versions": _versions(),
+        "command": _command(name, arguments),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else info.processor_model(),
+        "versions": info.versions(),
         "records": records,
     }
     write(file, lambda f: f.write(f"{json.dumps(results)}\n".encode()))
@@ -89,9 +97,8 @@ def _do(name: str, scale: Scale, arguments: argparse.Namespace) -> None:
     print(table, flush=True)
 
 
-def _versions() -> dict[str, str]:
-    import torch
-
-    from ..version import __version__
-
-    return {"dia_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
+def _command(name: str, arguments: argparse.Namespace) -> str:
+    """What does experiment ``name`` again."""
+    options = {"scale": arguments.scale, "data": arguments.data, "folder": arguments.folder}
+    given = "".join(f" --{option} {value}" for option, value in options.items() if value is not None)
+    return f"python -m dia_kernels reproduce {name}{given}"

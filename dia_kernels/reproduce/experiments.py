@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
-from .. import params
 from ..train.settings import Settings
-from . import pictures, speed, tables, variants
+from . import parameters, pictures, speed, tables, variants
 from .scales import Scale
 from .trials import Trial, do_all, with_seeds
-
-#: The depths of the ResNet that the papers show the flat cost of attention with (arXiv:1905.10671, section 4).
-_DEPTHS = ("resnet83", "resnet164", "resnet245", "resnet407")
 
 
 @dataclass(frozen=True)
@@ -62,29 +59,20 @@ def _training(trials: Callable[[Scale, Settings], list[Trial]]) -> Callable[[Wor
     return do
 
 
-def _parameters(work: Work) -> list[dict[str, Any]]:
-    names = dict.fromkeys((*params.PUBLISHED, *_DEPTHS))
-    rows = []
-    for row in params.count_all(names=names):
-        published = params.PUBLISHED.get(row.name, params.Published(None, None))
-        counted = {"network" if name == "name" else name: value for name, value in asdict(row).items()}
-        rows.append({**counted, "published_plain": published.plain, "published_dia": published.dia})
-    return rows
-
-
 def _speed(work: Work) -> list[dict[str, Any]]:
-    return [record for network in work.scale.networks for record in speed.measure(network, work.scale)]
+    networks = tqdm(work.scale.networks, disable=not work.progress, unit="network")
+    return [record for network in networks for record in speed.measure(network, work.scale)]
 
 
 EXPERIMENTS: dict[str, Experiment] = {
-    "params": Experiment("Parameters", _parameters, tables.of_parameters, pictures.of_parameters),
+    "params": Experiment("Parameters", lambda work: parameters.records(), tables.of_parameters, pictures.of_parameters),
     "accuracy": Experiment("Accuracy: plain, SE, shared SE, DIA", _training(variants.accuracy)),
     "any-attention": Experiment("Any attention, in each block and shared", _training(variants.any_attention)),
     "ablation": Experiment("One thing changed at a time", _training(variants.ablation)),
-    "no-skip": Experiment("Without shortcuts", _training(variants.no_skip), draw=pictures.of_depths),
-    "no-norm": Experiment("Without batch norms", _training(variants.no_norm), draw=pictures.of_depths),
+    "no-skip": Experiment("Without shortcuts", _training(variants.no_skip), tables.of_depths, pictures.of_depths),
+    "no-norm": Experiment("Without batch norms", _training(variants.no_norm), tables.of_depths, pictures.of_depths),
     "no-augmentation": Experiment(
-        "Without augmentation", _training(variants.no_augmentation), draw=pictures.of_depths
+        "Without augmentation", _training(variants.no_augmentation), tables.of_depths, pictures.of_depths
     ),
     "correlation": Experiment(
         "How alike the scales of a stage's blocks are",

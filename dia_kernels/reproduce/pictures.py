@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from .speed import ratio
-from .tables import Results, by_label, speeds
+from .tables import Record, Results, by_label, speeds
 
 _COLOURS = ("#8a8f98", "#e07b39", "#3a9a5b", "#1f5fa8", "#8c4fa3", "#b8860b", "#c23b4b")
 
@@ -41,25 +42,46 @@ def of_trials(results: Results) -> Figure:
 
 
 def of_depths(results: Results) -> Figure:
-    """By network: accuracy over the epochs, and the gradients of the layers in the first epoch and in the last."""
+    """By network: accuracy over the epochs, the gradients of the layers in the first epoch and in the last, and a heat
+    map of them over all epochs for each kind of attention. Means over the runs."""
     groups = by_label(results["records"])
-    networks = list(dict.fromkeys(network for network, _ in groups))
-    figure = Figure(figsize=(4 * len(networks), 6), layout="constrained")
-    rows = figure.subplots(2, len(networks), squeeze=False)
-    kinds = list(dict.fromkeys(kind for _, kind in groups))
+    networks, kinds = (list(dict.fromkeys(words)) for words in zip(*groups, strict=True))
+    norms = {label: _by_epoch(group) for label, group in groups.items()}
+    colours = LogNorm(*_least_and_most(norms.values()))
+    figure = Figure(figsize=(3.6 * len(networks), 4.8 + 1.7 * len(kinds)), layout="constrained")
+    rows = figure.subplots(
+        2 + len(kinds), len(networks), squeeze=False, height_ratios=[1.4, 1.4] + [1.0] * len(kinds)
+    )  # fmt: skip
+    image: Any = None
     for (network, kind), group in groups.items():
-        column, colour = networks.index(network), _COLOURS[kinds.index(kind)]
+        of_network, colour = rows[:, networks.index(network)], _COLOURS[kinds.index(kind)]
         curve = _means(record["accuracies"] for record in group)
-        rows[0][column].plot(range(1, len(curve) + 1), [100 * a for a in curve], color=colour, label=kind)
+        of_network[0].plot(range(1, len(curve) + 1), [100 * a for a in curve], color=colour, label=kind)
         for epoch, style in ((0, ":"), (-1, "-")):
-            norms = _means(record["gradient_norms"][epoch] for record in group)
-            rows[1][column].plot(range(1, len(norms) + 1), norms, style, color=colour, label=kind if epoch else None)
-    for column, network in enumerate(networks):
-        rows[0][column].set(title=network, xlabel="epoch", ylabel="test accuracy, %")
-        rows[1][column].set(xlabel="layer (dotted: first epoch)", ylabel="norm of its gradient", yscale="log")
+            of_layers = norms[network, kind][epoch]
+            of_network[1].plot(range(1, len(of_layers) + 1), of_layers, style, color=colour)
+        axes = of_network[2 + kinds.index(kind)]
+        layers = list(zip(*norms[network, kind], strict=True))
+        image = axes.imshow(layers, norm=colours, cmap="viridis", aspect="auto", interpolation="nearest")
+        axes.set(title=kind, xlabel="epoch", ylabel="layer", xticks=[], yticks=[])
+    for network, of_network in zip(networks, rows.T, strict=True):
+        of_network[0].set(title=network, xlabel="epoch", ylabel="test accuracy, %")
+        of_network[1].set(xlabel="layer (dotted: first epoch)", ylabel="norm of its gradient", yscale="log")
     rows[0][0].legend()
+    figure.colorbar(image, ax=rows[2:], shrink=0.6, label="norm of a layer's gradient")
     figure.suptitle(results["title"])
     return figure
+
+
+def _by_epoch(group: list[Record]) -> list[list[float]]:
+    """The gradient norm of each layer in each epoch, as far as all runs of ``group`` go: the mean over them."""
+    return [_means(norms) for norms in zip(*(record["gradient_norms"] for record in group), strict=False)]
+
+
+def _least_and_most(matrices: Iterable[list[list[float]]]) -> tuple[float, float]:
+    """For a logarithmic scale; some numbers where there are none."""
+    found = [value for rows in matrices for row in rows for value in row if math.isfinite(value) and value > 0]
+    return (min(found), max(found)) if found else (1e-3, 1.0)
 
 
 def _means(curves: Iterable[list[float | None]]) -> list[float]:
@@ -88,10 +110,10 @@ def of_correlations(results: Results) -> Figure:
 
 
 def of_parameters(results: Results) -> Figure:
-    """What attention adds to each network."""
+    """What attention adds to each network for CIFAR-100."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
-    records = results["records"]
+    records = [r for r in results["records"] if r["table"] == "networks"]
     for offset, (name, label) in enumerate((("se", "SE, one a block"), ("dia", "DIA, one a stage"))):
         added = [(r[name] - r["plain"]) / 1e3 for r in records]
         axes.bar(

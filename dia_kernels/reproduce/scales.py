@@ -12,8 +12,11 @@ class Scale:
     Attributes:
         name: on the command line.
         data: images where none are named, see ``train.images.load``.
+        also: images that the comparison of networks then takes too, if they are installed; None for no others.
+        images: at most so many are learnt; None for all.
         seeds: runs of each variant.
         epochs, batch_size: of each run; None for the recipe's.
+        channels_last: see ``train.settings.Settings``.
         networks: relatives of the papers' four, for the comparison of networks.
         network: on which attention is varied.
         depths: networks of growing depth, for the runs without shortcuts, norms or augmentation.
@@ -23,9 +26,12 @@ class Scale:
 
     name: str
     data: str
+    also: str | None
+    images: int | None
     seeds: int
     epochs: int | None
     batch_size: int | None
+    channels_last: bool
     networks: tuple[str, ...]
     network: str
     depths: tuple[str, ...]
@@ -38,15 +44,18 @@ SCALES = {
     scale.name: scale
     for scale in (
         Scale(
-            "tiny", "digits", 3, 8, 64, ("resnet20bn", "preresnet20", "wrn16_1", "resnext20_2x8"), "resnet14",
-            ("resnet8", "resnet14", "resnet26"), 16, 16, 9,
+            "tiny", "digits", "fashion", 1500, 3, 10, 32, True,
+            ("resnet20bn", "preresnet20", "wrn16_1", "resnext20_2x8"), "resnet14",
+            ("resnet14", "resnet20", "resnet26"), 16, 16, 9,
         ),
         Scale(
-            "small", "fashion", 3, 30, 128, ("resnet56bn", "preresnet56", "wrn28_2", "resnext29_4x16"), "resnet32",
+            "small", "fashion", None, 10_000, 3, 30, 128, True,
+            ("resnet56bn", "preresnet56", "wrn28_2", "resnext29_4x16"), "resnet32",
             ("resnet20", "resnet32", "resnet56"), 64, 32, 15,
         ),
         Scale(
-            "full", "cifar100", 5, None, None, ("resnet164", "preresnet164", "wrn52_4", "resnext101_8x32"), "resnet164",
+            "full", "cifar100", None, None, 5, None, None, False,
+            ("resnet164", "preresnet164", "wrn52_4", "resnext101_8x32"), "resnet164",
             ("resnet83", "resnet164", "resnet245"), 128, 32, 25,
         ),
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .speed import ratio
@@ -34,9 +35,30 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> 
 
 def of_trials(results: Results) -> str:
     """Accuracy of each variant in the last epoch and in its best, parameters, and runs that diverged."""
+    return _of_trials(results, {})
+
+
+def of_depths(results: Results) -> str:
+    """The table of the trials, and how unevenly the gradients are spread over the layers."""
+    return _of_trials(results, {"gradients, most / least": unevenness})
+
+
+def unevenness(group: Sequence[Record]) -> str:
+    """The largest norm of a layer's gradient over the smallest: the geometric mean over the epochs and runs.
+
+    Epochs with a norm that is 0 or not finite are left out.
+    """
+    finite = [norms for record in group for norms in record["gradient_norms"] if all(norms)]
+    if not finite:
+        return "-"
+    return f"{math.exp(statistics.mean(math.log(max(norms) / min(norms)) for norms in finite)):.1f}"
+
+
+def _of_trials(results: Results, more: dict[str, Callable[[Sequence[Record]], str]]) -> str:
+    """With columns of ``more``, which say something of the records of a variant."""
     records = results["records"]
     columns = list(records[0]["label"])
-    head = [*columns, "parameters", "last epoch, %", "best epoch, %", "diverged"]
+    head = [*columns, "parameters", "last epoch, %", "best epoch, %", "diverged", *more]
     rows = []
     for label, group in by_label(records).items():
         best, last = ([record[which] for record in group] for which in ("best", "last"))
@@ -46,6 +68,7 @@ def of_trials(results: Results) -> str:
             mean_and_spread(last),
             mean_and_spread(best),
             f"{lost} of {len(group)}",
+            *(say(group) for say in more.values()),
         ]
         rows.append([*label, *figures])
     return markdown(head, rows, len(columns))
@@ -72,13 +95,36 @@ def neighbours(record: Record) -> list[float]:
 
 
 def of_parameters(results: Results) -> str:
-    """Counted parameters; those that the authors' code has, where there are any, are the same."""
+    """Of one unit, of networks for CIFAR-100, of networks for ImageNet; beside them what the authors' code has."""
+    tables = {name: [r for r in results["records"] if r["table"] == name] for name in ("unit", "networks", "imagenet")}
+    units = markdown(
+        ["channels", "one DIA unit, r = 4", "each further layer"],
+        [[f"{value:,}" for value in (r["channels"], r["parameters"], r["another_layer"])] for r in tables["unit"]],
+        0,
+    )
+    imagenet = markdown(
+        ["network", "r", "plain", "DIA", "DIA adds"],
+        [
+            [r["network"], str(r["reduction"]), f"{r['plain']:,}", f"{r['dia']:,}", _added(r)]
+            for r in tables["imagenet"]
+        ],
+        1,
+    )
+    return f"{units}\nCIFAR-100:\n\n{_of_networks(tables['networks'])}\nImageNet, 1000 classes:\n\n{imagenet}"
+
+
+def _added(record: Record) -> str:
+    added = record["dia"] - record["plain"]
+    return f"{added:,} ({100 * added / record['plain']:.1f} %)"
+
+
+def _of_networks(records: list[Record]) -> str:
     head = ["network", "plain", "SE, r = 16", "DIA, r = 4", "DIA adds", "authors' plain", "authors' DIA"]
     rows = []
-    for r in results["records"]:
+    for r in records:
         published = ["-" if r[name] is None else f"{r[name]:,}" for name in ("published_plain", "published_dia")]
         counted = [f"{r[name]:,}" for name in ("plain", "se", "dia")]
-        rows.append([r["network"], *counted, f"{100 * (r['dia'] / r['plain'] - 1):.1f} %", *published])
+        rows.append([r["network"], *counted, _added(r), *published])
     return markdown(head, rows, 1)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..train.images import installed
 from ..train.settings import Settings
 from .scales import Scale
 from .trials import Trial
@@ -24,8 +25,10 @@ def base(scale: Scale, data: str | None, folder: Path | None) -> Settings:
     return Settings(
         data=data or scale.data,
         folder=None if folder is None else str(folder),
+        images=scale.images,
         epochs=scale.epochs,
         batch_size=scale.batch_size,
+        channels_last=scale.channels_last,
     )
 
 
@@ -34,13 +37,18 @@ def _trial(common: Settings, label: dict[str, str], measure: str | None = None, 
 
 
 def accuracy(scale: Scale, common: Settings) -> list[Trial]:
-    """Each network plain, with SE, with SE shared by the blocks of a stage, with DIA."""
+    """Each network plain, with SE, with SE shared by a stage, with DIA; one of them on the scale's other images too."""
     kinds = {"plain": _PLAIN, "SE": _SE, "shared SE": _SHARED_SE, "DIA-LSTM": _DIA}
+    where = [(common.data, network) for network in scale.networks]
+    if scale.also is not None and installed(scale.also):
+        where.append((scale.also, scale.network))
     return [
-        _trial(common, {"network": network, "attention": kind}, network=network, **settings)
-        for network in scale.networks
+        _trial(
+            common, {"images": data, "network": network, "attention": kind}, network=network, data=data, **settings
+        )
+        for data, network in where
         for kind, settings in kinds.items()
-    ]
+    ]  # fmt: skip
 
 
 def any_attention(scale: Scale, common: Settings) -> list[Trial]:

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-skip", dest="skip", action="store_false", help="leave out the shortcuts")
     add("--no-norm", dest="norm", action="store_false", help="leave out the batch norms")
     add("--layers", type=int, help="of the LSTM, stacked (default: 1)")
+    add("--channels-last", action="store_true", help="weights and maps with the channels innermost: often faster")
     add("--sync-norm", action="store_true", help="batch norms over the batch of all processes, not each over its own")
     add(
         "--no-fold-norm",
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--folder", help="of the images: four IDX files, CIFAR's unpacked archive, or train/<class>/ and test/<class>/")
     add("--size", type=int, help="side to which the images of `--data folder` are cut (default: 224)")
     add("--no-augmentation", dest="augment", action="store_false", help="no random changes of the images")
+    add("--images", type=int, help="learn only so many of the images, and test on half as many (default: all)")
     add("--download", action="store_true", default=False, help="fetch CIFAR into --folder if it is not there")
     add("--epochs", type=int, help="passes over the images (default: the recipe's, whose milestones scale along)")
     add("--batch-size", type=int, help="images a step, over all processes and parts (default: the recipe's)")

@@ -13,14 +13,18 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
 NAMES = ("digits", "fashion", "cifar10", "cifar100", "folder")
+
+#: Where Debian's package dataset-fashion-mnist puts its files.
+FASHION_OF_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 Labelled = Sequence[tuple[Tensor, int]]
 Change = Callable[[Tensor], Tensor]
@@ -116,6 +120,7 @@ def load(
     size: int = 224,
     seed: int = 0,
     augment: bool = True,
+    images: int | None = None,
     download: bool = False,
 ) -> ImageData:
     """The training and test images of a data set.
@@ -124,20 +129,47 @@ def load(
         name: one of ``NAMES``. ``digits`` are scikit-learn's and need no folder; ``fashion`` reads the four IDX
             files of Fashion-MNIST, plain or gzipped; ``cifar10`` and ``cifar100`` read the authors' archives,
             unpacked; ``folder`` reads ``train/<class>/*`` and ``test/<class>/*`` (or ``val``).
-        folder: where the files are.
+        folder: where the files are; None for those of Debian's package dataset-fashion-mnist, if it is installed.
         size: side to which the images of ``folder`` are cut.
         seed: of the random changes.
         augment: whether to change training images at random; those of ``folder`` are then cut as the test images are.
+        images: at most so many of the training images, and half as many of the test images: the same ones for every
+            seed. None for all.
         download: fetch CIFAR into ``folder`` if it is not there.
 
     Raises:
         ValueError: an argument is wrong; the message names it.
         DataError: files are missing or damaged.
     """
+    if images is not None and images < 2:
+        raise ValueError(f"images: expected at least 2, got {images}")
+    data = _whole(name, folder, size, seed, augment, download)
+    if images is not None:
+        for part, most in ((data.train, images), (data.test, images // 2)):
+            part.source = _some(part.source, most)
+    return data
+
+
+def installed(name: str) -> bool:
+    """Whether the images of a data set are on this machine, where ``load`` finds them without a folder."""
+    return name == "digits" or (name == "fashion" and FASHION_OF_DEBIAN.is_dir())
+
+
+def _some(source: Labelled, most: int) -> Labelled:
+    """At most ``most`` of the images, drawn at random: they may be sorted by class."""
+    if len(source) <= most:
+        return source
+    chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:most]
+    return cast(Labelled, Subset(cast(Dataset, source), sorted(chosen.tolist())))
+
+
+def _whole(name: str, folder: Path | None, size: int, seed: int, augment: bool, download: bool) -> ImageData:
     if name not in NAMES:
         raise ValueError(f"data: expected one of {', '.join(NAMES)}, got {name!r}")
     if name == "digits":
         return _augmented(_digits(seed), augment)
+    if folder is None and name == "fashion" and installed(name):
+        folder = FASHION_OF_DEBIAN
     if folder is None:
         raise ValueError(f"folder: expected the folder that holds the files of {name!r}, got None")
     if not folder.is_dir() and not download:

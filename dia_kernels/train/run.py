@@ -63,8 +63,9 @@ def build(settings: Settings, *, download: bool = False) -> tuple[Classifier, im
     """The network with fresh weights, and its images."""
     folder = None if settings.folder is None else Path(settings.folder)
     data = images.load(
-        settings.data, folder, size=settings.size, seed=settings.seed, augment=settings.augment, download=download
-    )
+        settings.data, folder, size=settings.size, seed=settings.seed, augment=settings.augment,
+        images=settings.images, download=download,
+    )  # fmt: skip
     return Classifier(_network(settings, data), settings.recipe()), data
 
 
@@ -79,6 +80,8 @@ def _network(settings: Settings, data: images.ImageData) -> models.Network:
         )
     if settings.precision == "64-true":
         network.double()  # Lightning does so after it has loaded a checkpoint: through float32
+    if settings.channels_last:
+        network.to(memory_format=torch.channels_last)
     if settings.sync_norm:
         sync_norms(network)
     return network
@@ -129,6 +132,8 @@ def train(
         raise ValueError(
             f"precision: expected one of {', '.join(_SHARDED_PRECISIONS)} with fsdp2, got {settings.precision!r}"
         )
+    if launch.strategy == "fsdp2" and settings.channels_last:
+        raise ValueError("channels_last: expected False with fsdp2, which takes contiguous weights only, got True")
     goes_on = _goes_on(settings, folder, resume)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     classifier, data = build(settings, download=download)

@@ -21,8 +21,9 @@ class Settings:
     Attributes:
         network, attention, reduction, skip, norm, backend, fold_norm, shared, stages, carry_state, layers:
             see ``models.create``.
+        channels_last: keep weights and maps with the channels innermost, which many convolutions are faster with.
         sync_norm: the batch norms see the batch of all processes (``nn.SyncBatchNorm``), not each its own.
-        data, folder, size, augment: of the images, see ``images.load``.
+        data, folder, size, augment, images: of the images, see ``images.load``.
         epochs, learning_rate, weight_decay: other than the recipe's.
         batch_size: other than the recipe's: images of one step of the optimiser, over all processes and all parts
             that they accumulate. The recipe's learning rate is for this many, whatever the launch.
@@ -45,11 +46,13 @@ class Settings:
     stages: tuple[int, ...] | None = None
     carry_state: bool = True
     layers: int = 1
+    channels_last: bool = False
     sync_norm: bool = False
     data: str = "digits"
     folder: str | None = None
     size: int = 224
     augment: bool = True
+    images: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
