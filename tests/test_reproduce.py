@@ -12,7 +12,7 @@ import torch
 from test_train import write_fashion
 
 from dia_kernels import SharedAttention, __main__, info, models
-from dia_kernels.reproduce import command, correlation, curves, experiments, scales, tables, trials, variants
+from dia_kernels.reproduce import command, correlation, curves, experiments, scales, speed, tables, trials, variants
 from dia_kernels.train import images, run
 from dia_kernels.train.settings import Settings
 
@@ -197,13 +197,59 @@ def test_every_trial_has_files_of_its_own():
 
 
 def test_trials_of_other_settings_are_not_taken(fashion, tmp_path, minimal, capsys):
-    assert reproduce("no-skip", tmp_path, fashion) == 0
+    asked = trials.with_seeds(variants.no_skip(MINIMAL, variants.base(MINIMAL, None, Path(fashion))), 2)[:1]
+    trials.do_all(asked, tmp_path / "no-skip-tiny", 1, progress=False)
     done = next((tmp_path / "no-skip-tiny").glob("*.json"))
     record = json.loads(done.read_text())
     record["settings"]["epochs"] += 1
     done.write_text(json.dumps(record))
     assert reproduce("no-skip", tmp_path, fashion, "--resume") == 1
     assert "done with other settings" in capsys.readouterr().err
+
+
+def test_resumed_when_done_the_results_are_read(minimal, fashion, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "measure", lambda network, scale: [timed(network, "plain"), timed(network, "DIA, ours")])
+    assert reproduce("speed", tmp_path, fashion) == 0
+    first = {suffix: (tmp_path / f"speed-tiny.{suffix}").read_bytes() for suffix in ("json", "md", "png")}
+    (tmp_path / "speed-tiny.md").unlink()
+    monkeypatch.setattr(speed, "measure", None)
+    capsys.readouterr()
+    assert reproduce("speed", tmp_path, fashion, "--resume") == 0
+    assert {suffix: (tmp_path / f"speed-tiny.{suffix}").read_bytes() for suffix in first} == first
+    assert "| resnet14 | DIA, ours |" in capsys.readouterr().out
+    assert reproduce("speed", tmp_path, fashion, "--resume", "--data", "fashion") == 1
+    assert "speed-tiny.json: made by `python -m dia_kernels reproduce speed" in capsys.readouterr().err
+    (tmp_path / "speed-tiny.json").write_text("{}")
+    assert reproduce("speed", tmp_path, fashion, "--resume") == 1
+    assert "speed-tiny.json: damaged" in capsys.readouterr().err
+
+
+def test_networks_that_were_timed_before_it_was_cut_off_keep_their_times(minimal, fashion, tmp_path, monkeypatch):
+    monkeypatch.setitem(scales.SCALES, "tiny", replace(MINIMAL, networks=("resnet14", "resnet20")))
+    called = []
+
+    def measure(network, scale):
+        called.append(network)
+        if len(called) == 2:
+            raise KeyboardInterrupt
+        return [timed(network, "plain")]
+
+    monkeypatch.setattr(speed, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("speed", tmp_path, fashion)
+    assert reproduce("speed", tmp_path, fashion, "--resume") == 0
+    assert called == ["resnet14", "resnet20", "resnet20"]
+    assert [r["network"] for r in results(tmp_path, "speed")["records"]] == ["resnet14", "resnet20"]
+
+
+def timed(network: str, variant: str) -> dict:
+    return {"network": network, "variant": variant, "seconds": [1.0, 2.0], "peak_bytes": 1_000_000}
+
+
+def test_jobs_are_at_least_one(minimal, fashion, tmp_path, capsys):
+    assert reproduce("params", tmp_path, fashion, "--jobs", "0") == 1
+    assert capsys.readouterr().err == "reproduce: jobs: expected at least 1, got 0\n"
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .scales import Scale
+    from .tables import Results
 
 #: In the order in which ``all`` does them.
 NAMES = (
     "params", "accuracy", "any-attention", "ablation", "no-skip", "no-norm", "no-augmentation", "correlation", "speed",
 )  # fmt: skip
 SCALES = ("tiny", "small", "full")
+
+#: Of the pictures: a page is wide enough for them, and a repository is large enough.
+_DOTS_PER_INCH = 90
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +52,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.data is not None:
         scale = replace(scale, also=None)
     try:
+        if arguments.jobs is not None and arguments.jobs < 1:
+            raise ValueError(f"jobs: expected at least 1, got {arguments.jobs}")
         for number, name in enumerate(names, start=1):
             print(f"[{number}/{len(names)}] ", end="")
             _do(name, scale, arguments)
@@ -59,42 +65,62 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _do(name: str, scale: Scale, arguments: argparse.Namespace) -> None:
     """Leaves ``<name>-<scale>.json``, ``.md`` and ``.png``; while it runs, a folder of that name holds its trials."""
-    import torch
-
-    from .. import info
     from ..train.files import write
     from ..train.settings import RunError
-    from . import variants
-    from .experiments import EXPERIMENTS, Work
-    from .trials import usual_jobs
+    from .experiments import EXPERIMENTS
 
     experiment, out = EXPERIMENTS[name], arguments.out
     stem = f"{name}-{scale.name}"
     place, file = out / stem, out / f"{stem}.json"
     if (place.exists() or file.exists()) and not arguments.resume:
         raise RunError(f"{out}: holds {stem} already; resume it, or name another folder")
-    jobs = usual_jobs() if arguments.jobs is None else arguments.jobs
-    if jobs < 1:
-        raise ValueError(f"jobs: expected at least 1, got {jobs}")
-    common = variants.base(scale, arguments.data, arguments.folder)
     print(f"{experiment.title} ({stem})", flush=True)
-    records = experiment.do(Work(scale, common, place, jobs, not arguments.no_progress))
-    results = {
+    if file.exists():
+        results = _read(file, _command(name, arguments))
+    else:
+        results = _results(name, scale, place, arguments)
+        write(file, lambda f: f.write(f"{json.dumps(results)}\n".encode()))
+    table = experiment.table(results)
+    text = f"# {experiment.title}\n\n`{results['command']}`\n\n{table}"
+    write(out / f"{stem}.md", lambda f: f.write(text.encode()))
+    experiment.draw(results).savefig(out / f"{stem}.png", dpi=_DOTS_PER_INCH)
+    print(table, flush=True)
+
+
+def _read(file: Path, command: str) -> Results:
+    """The results in ``file``, once it is sure that they are those of ``command``."""
+    from ..train.settings import RunError
+
+    try:
+        results = json.loads(file.read_text())
+        found = results["command"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{file}: damaged ({error})") from error
+    if found != command:
+        raise RunError(f"{file}: made by `{found}`; name another folder")
+    return results
+
+
+def _results(name: str, scale: Scale, place: Path, arguments: argparse.Namespace) -> Results:
+    import torch
+
+    from .. import info
+    from . import variants
+    from .experiments import EXPERIMENTS, Work
+    from .trials import usual_jobs
+
+    jobs = usual_jobs() if arguments.jobs is None else arguments.jobs
+    common = variants.base(scale, arguments.data, arguments.folder)
+    return {
         "experiment": name,
-        "title": experiment.title,
+        "title": EXPERIMENTS[name].title,
         "scale": scale.name,
         "data": common.data,
         "command": _command(name, arguments),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else info.processor_model(),
         "versions": info.versions(),
-        "records": records,
+        "records": EXPERIMENTS[name].do(Work(scale, common, place, jobs, not arguments.no_progress)),
     }
-    write(file, lambda f: f.write(f"{json.dumps(results)}\n".encode()))
-    table = experiment.table(results)
-    text = f"# {experiment.title}\n\n`{results['command']}`\n\n{table}"
-    write(out / f"{stem}.md", lambda f: f.write(text.encode()))
-    experiment.draw(results).savefig(out / f"{stem}.png", dpi=110)
-    print(table, flush=True)
 
 
 def _command(name: str, arguments: argparse.Namespace) -> str:

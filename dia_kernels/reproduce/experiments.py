@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from ..train.files import write
 from ..train.settings import Settings
 from . import parameters, pictures, speed, tables, variants
 from .scales import Scale
@@ -61,7 +63,17 @@ def _training(trials: Callable[[Scale, Settings], list[Trial]]) -> Callable[[Wor
 
 def _speed(work: Work) -> list[dict[str, Any]]:
     networks = tqdm(work.scale.networks, disable=not work.progress, unit="network")
-    return [record for network in networks for record in speed.measure(network, work.scale)]
+    return [record for network in networks for record in _once(work.folder / f"{network}.json", network, work.scale)]
+
+
+def _once(file: Path, network: str, scale: Scale) -> list[dict[str, Any]]:
+    """What ``speed.measure`` says; ``file`` keeps it for an experiment that is cut off and resumed."""
+    if file.exists():
+        return json.loads(file.read_text())
+    measured = speed.measure(network, scale)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write(file, lambda f: f.write(f"{json.dumps(measured)}\n".encode()))
+    return measured
 
 
 EXPERIMENTS: dict[str, Experiment] = {
