@@ -352,6 +352,13 @@ def test_correlations_are_those_of_the_scales(fashion, cell, shared):
     assert found[0][0][1] == pytest.approx(((a @ b) / (a.norm() * b.norm())).item(), abs=1e-4)
 
 
+def test_correlations_of_neighbours_and_of_all_pairs():
+    matrix = [[1.0, 0.9, 0.3], [0.9, 1.0, 0.5], [0.3, 0.5, 1.0]]
+    record = {"measured": [matrix, [[1.0]]]}
+    assert tables.neighbours(record) == [pytest.approx(0.7), pytest.approx(math.nan, nan_ok=True)]
+    assert tables.all_pairs(record)[0] == pytest.approx(1.7 / 3)
+
+
 def test_means_have_their_spread():
     assert tables.mean_and_spread([0.5, 0.7, 0.6]) == "60.0 ± 10.0"
 

@@ -44,7 +44,7 @@ SCALES = {
     scale.name: scale
     for scale in (
         Scale(
-            "tiny", "digits", "fashion", 1500, 3, 10, 32, True,
+            "tiny", "digits", "fashion", 1000, 3, 10, 32, True,
             ("resnet20bn", "preresnet20", "wrn16_1", "resnext20_2x8"), "resnet14",
             ("resnet14", "resnet20", "resnet26"), 16, 16, 9,
         ),

@@ -75,23 +75,30 @@ def _of_trials(results: Results, more: dict[str, Callable[[Sequence[Record]], st
 
 
 def of_correlations(results: Results) -> str:
-    """The table of the trials, and the mean correlation of neighbouring blocks in each stage."""
-    head = [*results["records"][0]["label"], *(f"stage {k + 1}" for k in range(3))]
+    """The table of the trials, and in each stage the mean correlation of neighbouring blocks, and that of all pairs."""
+    columns = list(results["records"][0]["label"])
+    head = [*columns, *(f"stage {k + 1}, {which}" for which in ("neighbours", "all pairs") for k in range(3))]
     rows = []
     for label, group in by_label(results["records"]).items():
-        stages = zip(*(neighbours(record) for record in group), strict=True)
+        stages = zip(*(neighbours(record) + all_pairs(record) for record in group), strict=True)
         rows.append([*label, *(f"{statistics.mean(s):.2f} ± {(max(s) - min(s)) / 2:.2f}" for s in stages)])
-    table = markdown(head, rows, len(head) - 3)
-    return f"{of_trials(results)}\nCorrelation of the scales of neighbouring blocks:\n\n{table}"
+    table = markdown(head, rows, len(columns))
+    return f"{of_trials(results)}\nCorrelation of the scales of two blocks of a stage, mean of the pairs:\n\n{table}"
 
 
 def neighbours(record: Record) -> list[float]:
     """Of each stage, the mean correlation of a block's scale with the next block's."""
-    means = []
-    for matrix in record["measured"]:
-        pairs = [matrix[k][k + 1] for k in range(len(matrix) - 1)]
-        means.append(statistics.mean(pairs) if pairs else float("nan"))
-    return means
+    return [_mean_of_pairs(matrix, lambda a, b: b == a + 1) for matrix in record["measured"]]
+
+
+def all_pairs(record: Record) -> list[float]:
+    """Of each stage, the mean correlation of the scales of two blocks."""
+    return [_mean_of_pairs(matrix, lambda a, b: b > a) for matrix in record["measured"]]
+
+
+def _mean_of_pairs(matrix: list[list[float]], counts: Callable[[int, int], bool]) -> float:
+    pairs = [value for a, row in enumerate(matrix) for b, value in enumerate(row) if counts(a, b)]
+    return statistics.mean(pairs) if pairs else math.nan
 
 
 def of_parameters(results: Results) -> str:
