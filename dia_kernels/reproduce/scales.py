@@ -1,4 +1,4 @@
-"""How large an experiment is: for two cores and minutes, for an afternoon, and the papers' own size."""
+"""How large an experiment is: for minutes and for hours on two cores, and the papers' own size."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ SCALES = {
             ("resnet14", "resnet20", "resnet26"), 16, 16, 9,
         ),
         Scale(
-            "small", "fashion", None, 10_000, 3, 30, 128, True,
-            ("resnet56bn", "preresnet56", "wrn28_2", "resnext29_4x16"), "resnet32",
-            ("resnet20", "resnet32", "resnet56"), 64, 32, 15,
+            "small", "fashion", None, 5_000, 3, 15, 32, True,
+            ("resnet29bn", "preresnet29", "wrn22_2", "resnext20_2x8"), "resnet20",
+            ("resnet20", "resnet32", "resnet44"), 64, 32, 15,
         ),
         Scale(
             "full", "cifar100", None, None, 5, None, None, False,
