@@ -130,7 +130,9 @@ def test_parameters_are_exact(minimal, fashion, tmp_path):
 def test_speed_times_every_variant(minimal, fashion, tmp_path, capsys):
     assert reproduce("speed", tmp_path, fashion) == 0
     found = results(tmp_path, "speed")["records"]
-    assert [r["variant"] for r in found] == ["plain", "SE", "DIA, eager", "DIA, compiled", "DIA, ours"]
+    assert [r["variant"] for r in found] == [
+        "plain", "plain, compiled", "SE", "DIA, eager", "DIA, compiled", "DIA, ours", "DIA, ours, compiled",
+    ]  # fmt: skip
     assert all(len(r["seconds"]) == 2 and min(r["seconds"]) > 0 and r["peak_bytes"] > 0 for r in found)
     assert "x plain" in capsys.readouterr().out
 
@@ -437,18 +439,24 @@ def test_the_picture_of_correlations_has_a_heat_map_a_stage():
 
 
 def test_the_picture_of_parameters_has_what_attention_adds():
-    counted = {"table": "networks", "network": "n", "plain": 10_000, "se": 12_000, "dia": 13_000}
-    (axes,) = shown("params", [{"table": "unit"}, counted]).axes
-    assert [bar.get_height() for bar in axes.patches] == [2, 3]
+    counted = [
+        {"table": "networks", "network": name, "plain": 10_000, "se": 12_000 + more, "dia": 13_000}
+        for name, more in (("wrn52_4", 0), ("resnet83", 0), ("resnet164", 2_000))
+    ]
+    networks, depths = shown("params", [{"table": "unit"}, *counted]).axes
+    assert [bar.get_height() for bar in networks.patches] == [2, 2, 4, 3, 3, 3]
+    assert [list(line.get_xdata()) for line in depths.lines] == 2 * [[83, 164]]
+    assert [list(line.get_ydata()) for line in depths.lines] == [[2, 4], [3, 3]]
 
 
-def test_the_picture_of_speed_has_ratios_within_rounds():
+def test_the_picture_of_speed_has_ratios_within_rounds_and_memory():
     records = [
-        {"network": "n", "variant": variant, "seconds": seconds, "peak_bytes": 1}
+        {"network": "n", "variant": variant, "seconds": seconds, "peak_bytes": 3_000_000}
         for variant, seconds in (("plain", [1.0, 2.0, 4.0]), ("DIA, ours", [2.0, 3.0, 4.0]))
     ]
-    (axes,) = shown("speed", records).axes
-    assert [bar.get_width() for bar in axes.patches] == [1, 1.5]
+    time, memory = shown("speed", records).axes
+    assert [bar.get_width() for bar in time.patches] == [1, 1.5]
+    assert [bar.get_width() for bar in memory.patches] == [3, 3]
 
 
 def test_other_images_are_taken_too_where_they_are_installed(monkeypatch, tmp_path):

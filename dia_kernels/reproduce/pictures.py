@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from .parameters import DEPTHS
 from .speed import ratio
 from .tables import Record, Results, by_label, speeds
 
@@ -110,30 +111,40 @@ def of_correlations(results: Results) -> Figure:
 
 
 def of_parameters(results: Results) -> Figure:
-    """What attention adds to each network for CIFAR-100."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot()
-    records = [r for r in results["records"] if r["table"] == "networks"]
+    """What attention adds to each of the papers' networks for CIFAR-100, and to a ResNet of growing depth."""
+    records = {r["network"]: r for r in results["records"] if r["table"] == "networks"}
+    deeper = [records[name] for name in DEPTHS if name in records]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    networks, depths = figure.subplots(1, 2, width_ratios=[2, 1])
     for offset, (name, label) in enumerate((("se", "SE, one a block"), ("dia", "DIA, one a stage"))):
-        added = [(r[name] - r["plain"]) / 1e3 for r in records]
-        axes.bar(
-            [k + 0.4 * offset for k in range(len(records))], added, 0.4, color=_COLOURS[1 + 2 * offset], label=label
-        )
-    axes.set_xticks([k + 0.2 for k in range(len(records))], [r["network"] for r in records], rotation=30, ha="right")
-    axes.set(ylabel="parameters that attention adds, thousands", yscale="log", title=results["title"])
-    axes.legend()
+        colour = _COLOURS[1 + 2 * offset]
+        added = [(r[name] - r["plain"]) / 1e3 for r in records.values()]
+        networks.bar([k + 0.4 * offset for k in range(len(records))], added, 0.4, color=colour, label=label)
+        depths.plot(
+            [int(r["network"].removeprefix("resnet")) for r in deeper],
+            [(r[name] - r["plain"]) / 1e3 for r in deeper],
+            "o-", color=colour,
+        )  # fmt: skip
+    networks.set_xticks([k + 0.2 for k in range(len(records))], list(records), rotation=30, ha="right")
+    networks.set(ylabel="parameters that attention adds, thousands", yscale="log")
+    networks.legend()
+    depths.set(xlabel="depth of the ResNet", ylim=(0, None))
+    depths.grid(alpha=0.3)
+    figure.suptitle(results["title"])
     return figure
 
 
 def of_speed(results: Results) -> Figure:
-    """Time of a training step, as a multiple of that of the network without attention."""
-    groups = {
-        f"{name} · {r['variant']}": ratio(group, r["variant"]) for name, group in speeds(results).items() for r in group
-    }
-    figure = Figure(figsize=(8, 1 + 0.25 * len(groups)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.barh(list(groups), list(groups.values()), color=_COLOURS[3])
-    axes.axvline(1, color=_COLOURS[1])
-    axes.invert_yaxis()
-    axes.set(xlabel="time of a training step, x that without attention", title=results["title"])
+    """Time of a training step, as a multiple of that of the network without attention, and the memory that it needs."""
+    rows = [(f"{name} · {r['variant']}", group, r) for name, group in speeds(results).items() for r in group]
+    labels = [label for label, _, _ in rows]
+    figure = Figure(figsize=(10, 1 + 0.22 * len(rows)), layout="constrained")
+    time, memory = figure.subplots(1, 2, sharey=True)
+    time.barh(labels, [ratio(group, r["variant"]) for _, group, r in rows], color=_COLOURS[3])
+    time.axvline(1, color=_COLOURS[1])
+    time.set(xlabel="time of a training step, x that without attention")
+    memory.barh(labels, [r["peak_bytes"] / 1e6 for _, _, r in rows], color=_COLOURS[2])
+    memory.set(xlabel="memory that it needs at most, MB")
+    time.invert_yaxis()
+    figure.suptitle(results["title"])
     return figure

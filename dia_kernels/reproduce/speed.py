@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -20,10 +21,12 @@ from .scales import Scale
 #: Arguments of the network behind each variant, and whether it is compiled.
 VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "plain": ({}, False),
+    "plain, compiled": ({}, True),
     "SE": ({"attention": "se"}, False),
     "DIA, eager": ({"attention": "dia", "backend": "reference", "fold_norm": False}, False),
     "DIA, compiled": ({"attention": "dia", "backend": "reference", "fold_norm": False}, True),
     "DIA, ours": ({"attention": "dia"}, False),
+    "DIA, ours, compiled": ({"attention": "dia"}, True),
 }
 _WARM_UP = 2
 
@@ -88,6 +91,9 @@ def _peak_bytes(step: Callable[[], None]) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # it writes of each profile, and of absent GPUs
     gc.collect()  # what is freed meanwhile would count too
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
