@@ -16,8 +16,9 @@ from dia_kernels.reproduce import command, correlation, curves, experiments, sca
 from dia_kernels.train import images, run
 from dia_kernels.train.settings import Settings
 
-MINIMAL = scales.Scale(
-    "tiny", "fashion", None, None, 2, 1, 30, True, ("resnet14",), "resnet14", ("resnet8", "resnet14"), 2, 8, 2
+MINIMAL = replace(
+    scales.SCALES["tiny"], data="fashion", also=None, images=None, seeds=2, epochs=1, batch_size=30,
+    networks=("resnet14",), depths=("resnet8", "resnet14"), timed_batch=2, timed_side=8, timed_rounds=2,
 )  # fmt: skip
 
 RESULTS = {
@@ -476,6 +477,12 @@ def test_images_that_are_named_are_the_only_ones(fashion, tmp_path, monkeypatch)
     assert reproduce("accuracy", tmp_path, fashion) == 0
     assert reproduce("accuracy", tmp_path, fashion, "--data", "digits") == 0
     assert seen == [("accuracy", "fashion"), ("accuracy", None)]
+
+
+def test_images_that_are_missing_are_said_at_once(minimal, fashion, tmp_path, capsys):
+    assert reproduce("accuracy", tmp_path, fashion, "--data", "cifar10") == 1
+    assert "cifar10 is not there" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir()), "nothing to resume"
 
 
 def test_all_are_done_in_turn_and_counted(monkeypatch, capsys, tmp_path, fashion):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """The size of every experiment.
 
@@ -40,23 +40,53 @@ class Scale:
     timed_rounds: int
 
 
-SCALES = {
-    scale.name: scale
-    for scale in (
-        Scale(
-            "tiny", "digits", "fashion", 1000, 3, 10, 32, True,
-            ("resnet20bn", "preresnet20", "wrn16_1", "resnext20_2x8"), "resnet14",
-            ("resnet14", "resnet20", "resnet26"), 16, 16, 9,
-        ),
-        Scale(
-            "small", "fashion", None, 5_000, 3, 15, 32, True,
-            ("resnet29bn", "preresnet29", "wrn22_2", "resnext20_2x8"), "resnet20",
-            ("resnet20", "resnet32", "resnet44"), 64, 32, 15,
-        ),
-        Scale(
-            "full", "cifar100", None, None, 5, None, None, False,
-            ("resnet164", "preresnet164", "wrn52_4", "resnext101_8x32"), "resnet164",
-            ("resnet83", "resnet164", "resnet245"), 128, 32, 25,
-        ),
-    )
-}  # fmt: skip
+_TINY = Scale(
+    name="tiny",
+    data="digits",
+    also="fashion",
+    images=1000,
+    seeds=3,
+    epochs=10,
+    batch_size=32,
+    channels_last=True,
+    networks=("resnet20bn", "preresnet20", "wrn16_1", "resnext20_2x8"),
+    network="resnet14",
+    depths=("resnet14", "resnet20", "resnet26"),
+    timed_batch=16,
+    timed_side=16,
+    timed_rounds=9,
+)
+_SMALL = Scale(
+    name="small",
+    data="fashion",
+    also=None,
+    images=5000,
+    seeds=3,
+    epochs=15,
+    batch_size=32,
+    channels_last=True,
+    networks=("resnet29bn", "preresnet29", "wrn22_2", "resnext20_2x8"),
+    network="resnet20",
+    depths=("resnet20", "resnet32", "resnet44"),
+    timed_batch=64,
+    timed_side=32,
+    timed_rounds=15,
+)
+_FULL = Scale(
+    name="full",
+    data="cifar100",
+    also=None,
+    images=None,
+    seeds=5,
+    epochs=None,
+    batch_size=None,
+    channels_last=False,
+    networks=("resnet164", "preresnet164", "wrn52_4", "resnext101_8x32"),
+    network="resnet164",
+    depths=("resnet83", "resnet164", "resnet245"),
+    timed_batch=128,
+    timed_side=32,
+    timed_rounds=25,
+)
+
+SCALES = {scale.name: scale for scale in (_TINY, _SMALL, _FULL)}

@@ -91,9 +91,7 @@ def _peak_bytes(step: Callable[[], None]) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # it writes of each profile, and of absent GPUs
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes of each profile, and of absent GPUs
     gc.collect()  # what is freed meanwhile would count too
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
