@@ -128,10 +128,13 @@ def test_parameters_are_exact(minimal, fashion, tmp_path):
 
 
 @pytest.mark.slow
-def test_speed_times_every_variant(minimal, fashion, tmp_path, capsys):
-    assert reproduce("speed", tmp_path, fashion) == 0
+def test_speed_times_every_variant(minimal, fashion, tmp_path, capsys, monkeypatch):
+    """Each compiled one is: of all networks there is one forward, of which only so many forms are compiled."""
+    monkeypatch.setitem(scales.SCALES, "tiny", replace(MINIMAL, networks=("resnet14", "resnet8")))
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+        assert reproduce("speed", tmp_path, fashion) == 0
     found = results(tmp_path, "speed")["records"]
-    assert [r["variant"] for r in found] == [
+    assert [r["variant"] for r in found] == 2 * [
         "plain", "plain, compiled", "SE", "DIA, eager", "DIA, compiled", "DIA, ours", "DIA, ours, compiled",
     ]  # fmt: skip
     assert all(len(r["seconds"]) == 2 and min(r["seconds"]) > 0 and r["peak_bytes"] > 0 for r in found)

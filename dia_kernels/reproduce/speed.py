@@ -37,6 +37,7 @@ def measure(name: str, scale: Scale) -> list[dict[str, Any]]:
     On a GPU if there is one. The peak is what a step adds to the memory that is in use before it, at most.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.compiler.reset()  # of the one forward that all networks have, only so many forms are compiled
     steps = {}
     for variant, (options, compiled) in VARIANTS.items():
         torch.manual_seed(0)
