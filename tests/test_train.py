@@ -579,7 +579,7 @@ def test_command_line(whole, tmp_path, capsys):
         (("--resume", tmp_path), "no run to go on with"),
         (("--output", tmp_path / "run", "--continue"), "has other settings (attention, epochs, batch_size)"),
         (("--accumulate", 3, "--output", tmp_path / "x"), "batch_size: expected a multiple of 3"),
-        (("--data", "fashion"), "folder: expected the folder that holds the files of 'fashion'"),
+        (("--data", "cifar10"), "folder: expected the folder that holds the files of 'cifar10'"),
         (("--data", "fashion", "--folder", tmp_path), "train-images-idx3-ubyte: no such file"),
         (("--precision", "8"), "precision: expected one of"),
         (("--backend", "tpu", "--output", tmp_path / "x"), "backend: expected None or one of"),
