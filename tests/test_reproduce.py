@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -486,6 +487,14 @@ def test_images_that_are_missing_are_said_at_once(minimal, fashion, tmp_path, ca
     assert reproduce("accuracy", tmp_path, fashion, "--data", "cifar10") == 1
     assert "cifar10 is not there" in capsys.readouterr().err
     assert not any(tmp_path.iterdir()), "nothing to resume"
+
+
+def test_the_command_does_it_again_with_a_folder_of_any_name(minimal, fashion, tmp_path):
+    folder = tmp_path / "a folder"
+    folder.symlink_to(fashion, target_is_directory=True)
+    assert reproduce("params", tmp_path, str(folder)) == 0
+    words = shlex.split(results(tmp_path, "params")["command"])
+    assert words[words.index("--folder") + 1] == str(folder)
 
 
 def test_all_are_done_in_turn_and_counted(monkeypatch, capsys, tmp_path, fashion):

@@ -370,7 +370,6 @@ SHORT = {"data": "fashion", "epochs": 2, "batch_size": 20, "checkpoint_every": 2
 #: Trains in a folder and kills itself, as a machine that loses power, before its step number `at`.
 KILLED = """
 import os, signal, sys
-from dataclasses import replace
 from pathlib import Path
 import torch
 from dia_kernels.train import run

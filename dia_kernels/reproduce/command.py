@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -126,5 +127,5 @@ def _results(name: str, scale: Scale, place: Path, arguments: argparse.Namespace
 def _command(name: str, arguments: argparse.Namespace) -> str:
     """What does experiment ``name`` again."""
     options = {"scale": arguments.scale, "data": arguments.data, "folder": arguments.folder}
-    given = "".join(f" --{option} {value}" for option, value in options.items() if value is not None)
-    return f"python -m dia_kernels reproduce {name}{given}"
+    given = [word for option, value in options.items() if value is not None for word in (f"--{option}", str(value))]
+    return shlex.join(["python", "-m", "dia_kernels", "reproduce", name, *given])

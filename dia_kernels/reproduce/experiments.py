@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from ..train import images
+from ..train import run
 from ..train.files import write
 from ..train.settings import Settings
 from . import parameters, pictures, speed, tables, variants
@@ -56,8 +56,7 @@ class Experiment:
 
 def _training(trials: Callable[[Scale, Settings], list[Trial]]) -> Callable[[Work], list[dict[str, Any]]]:
     def do(work: Work) -> list[dict[str, Any]]:
-        folder = work.common.folder
-        images.load(work.common.data, None if folder is None else Path(folder))  # missing ones are said before all else
+        run.build(work.common)  # images that are missing are said before anything is left
         seeded = with_seeds(trials(work.scale, work.common), work.scale.seeds)
         return do_all(seeded, work.folder, work.jobs, work.progress)
 
