@@ -437,9 +437,15 @@ def test_unevenness_is_the_geometric_mean_of_most_over_least():
 
 def test_the_picture_of_correlations_has_a_heat_map_a_stage():
     matrices = [[[1.0, 0.3 * k], [0.3 * k, 1.0]] for k in (1, 2, 3)]
-    figure = shown("correlation", [noted({"attention": kind}, 0, measured=matrices) for kind in ("LSTM", "SE")])
-    maps = [axes for axes in figure.axes if axes.images and axes.get_title()]
-    assert [axes.images[0].get_array().tolist() for axes in maps] == 2 * matrices
+    other = [[[1.0, 0.0], [0.0, 1.0]]] * 3
+    records = [
+        noted({"attention": kind}, seed, measured=(matrices, other)[seed]) for kind in ("LSTM", "SE") for seed in (0, 1)
+    ]
+    maps = [axes for axes in shown("correlation", records).axes if axes.images and axes.get_title()]
+    for k, axes in enumerate(maps):
+        mean = 0.15 * (k % 3 + 1)
+        assert axes.images[0].get_array().tolist() == [pytest.approx([1, mean]), pytest.approx([mean, 1])]
+    assert len(maps) == 6
     assert maps[4].get_title() == "SE, stage 2"
 
 

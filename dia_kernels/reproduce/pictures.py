@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -94,14 +95,15 @@ def _means(curves: Iterable[list[float | None]]) -> list[float]:
 
 
 def of_correlations(results: Results) -> Figure:
-    """Heat maps of the first seed: a row of stages for each variant."""
+    """Heat maps, the means over the runs: a row of stages for each variant."""
     groups = by_label(results["records"])
     figure = Figure(figsize=(9, 2.6 * len(groups)), layout="constrained")
     rows = figure.subplots(len(groups), 3, squeeze=False)
     image: Any = None
     for axes_of_row, (label, group) in zip(rows, groups.items(), strict=True):
-        for stage, (axes, matrix) in enumerate(zip(axes_of_row, group[0]["measured"], strict=True)):
-            image = axes.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
+        for stage, axes in enumerate(axes_of_row):
+            mean = np.mean([record["measured"][stage] for record in group], axis=0)
+            image = axes.imshow(mean, vmin=-1, vmax=1, cmap="RdBu_r")
             axes.set_title(f"{' · '.join(label)}, stage {stage + 1}", fontsize=9)
             axes.set_xticks([])
             axes.set_yticks([])
