@@ -25,8 +25,8 @@ BUILD = ROOT / "build" / "simulated"
 TORCH = Path(torch.__file__).parent
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 SHARED_BYTES = 227 << 10
-#: Of a block of ``weight_gradients``, which is compiled for so many.
-WEIGHT_THREADS = 256
+#: Of a block of kernels that make tables, which are compiled for so many.
+TABLE_THREADS = 256
 
 Tensors = dict[str, Tensor]
 
@@ -75,7 +75,8 @@ def machine() -> ModuleType:
 class Case:
     """A problem for the step's kernels, and how they are launched on it.
 
-    ``phase`` is how many elements past a 32-byte boundary each map begins, in the order of the maps of a kernel;
+    ``blocks`` take ``chunk`` samples at a time: a task has ``rows`` channels, and of an interleaved map ``piece``
+    positions; in a planar one ``lanes`` threads share a row. The bottlenecks' sums come in ``parts``. ``phase`` is how many elements past a 32-byte boundary each map begins, in the order of the maps of a kernel;
     ``gap`` how many elements lie between its samples.
     """
 
@@ -89,28 +90,37 @@ class Case:
     tanh: bool = False
     state: bool = True
     shortcut: bool = True
-    dy: bool = True
     dstate: bool = True
     need_x: bool = True
     need_state: bool = True
     affine: bool = False
-    teams: int = 1
-    ranks: int = 1
-    group: int = 1
-    quantum: int = 1
-    threads: int = 64
+    blocks: int = 2
+    chunk: int = 2
+    rows: int = 8
+    piece: int = 20
+    lanes: int = 4
+    parts: int = 2
     phase: tuple[int, ...] = (0,)
     gap: int = 0
     seed: int = 0
 
     def numbers(self) -> dict[str, int]:
-        names = ("samples", "channels", "positions", "bottleneck", "interleaved", "relu", "teams", "ranks", "group",
-                 "quantum", "threads", "seed")  # fmt: skip
+        names = ("samples", "channels", "positions", "bottleneck", "interleaved", "relu", "blocks", "chunk", "parts",
+                 "seed")  # fmt: skip
         return {name: int(getattr(self, name)) for name in names} | {
+            "tile_channels": self.rows,
+            "tile_positions": self.piece,
+            "tile_lanes": self.lanes,
+            "threads": TABLE_THREADS,
             "tanh_output": int(self.tanh),
             "affine": int(self.affine),
             "shared_bytes": SHARED_BYTES,
         }
+
+    @property
+    def pieces(self) -> int:
+        """Of a sample's positions, that are summed apart."""
+        return -(-self.positions // self.piece) if self.interleaved else 1
 
     @property
     def map_bytes(self) -> int:
@@ -173,7 +183,7 @@ class Problem:
         gates = torch.cat((trace.i, trace.f, trace.g, trace.o), 1)
         self.tables = {"p": p, "zx": trace.zx, "zh": trace.zh, "gates": gates, "new_h": trace.h, "new_c": trace.c}
         dx, dshortcut, _, dh, dc, dparameters = reference.step_backward(
-            wide["dy"] if case.dy else None, wide.get("dh"), wide.get("dc"), normed,
+            wide["dy"], wide.get("dh"), wide.get("dc"), normed,
             self.maps["y"].double() if case.relu else None, wide.get("h"), wide.get("c"), trace.c, p, trace, parameters,
             dim, output,
         )  # fmt: skip
@@ -223,13 +233,19 @@ class Problem:
         shrink = shrink or {}
         arrays = {name: array(t, name in given, shrink.get(name, (0, 0))) for name, t in (given | results).items()}
         numbers = self.case.numbers()
-        if kernel.startswith("weight_gradients"):
-            numbers["threads"] = WEIGHT_THREADS
+        if "counters" not in results:
+            del numbers["chunk"]  # no flow
         report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, numbers, without)
         return Result({k: v for k, v in results.items() if k in self.truth}, self.truth, self.scales, report)
 
     def weights(self) -> Tensors:
         return dict(self.parameters._asdict())
+
+    def workspace_of_a_flow(self, *sums: str) -> Tensors:
+        case = self.case
+        tables = {f"{name} of pieces": torch.zeros(case.pieces, case.samples, case.channels) for name in sums}
+        parts = torch.zeros(case.parts, case.samples, 2 * case.bottleneck)
+        return tables | {"parts": parts, "counters": torch.zeros(1 << 14, dtype=torch.int32)}
 
     def forward(self, **options) -> Result:
         case = self.case
@@ -239,10 +255,11 @@ class Problem:
             given["shortcut"] = self.map("shortcut", 1)
         sizes = {"p": c, "zx": m, "zh": m, "gates": 4 * c, "new_h": c, "new_c": c}
         results = {name: torch.zeros(n, size) for name, size in sizes.items()}
-        results["partial"] = torch.zeros(case.teams * case.ranks * case.group * 2 * m)
+        results |= self.workspace_of_a_flow("sum")
         results["y"] = placed(torch.zeros_like(self.maps["x"]), case.phase[2 % len(case.phase)], case.gap)
         if case.affine:
-            results["off"] = self.off = torch.zeros(n, c)
+            results |= {name: torch.zeros(n, c) for name in ("off", "factor", "added")}
+            self.off = results["off"]
         return self.launch("step_forward", given, results, **options)
 
     def backward(self, **options) -> Result:
@@ -253,19 +270,20 @@ class Problem:
         given["x"] = self.map("x", 0)
         if case.state:
             given["c"] = self.state["c"]
-        if case.dy:
-            given["dy"] = self.map("dy", 1)
+        given["dy"] = self.map("dy", 1)
         if case.relu:
             given["y"] = self.map("y", 2)
         sizes = {"du": 4 * c, "dzx": m, "dzh": m}
         if case.need_state:
             sizes |= {"old_dh": c, "old_dc": c}
         results = {name: torch.zeros(n, size) for name, size in sizes.items()}
-        results["partial"] = torch.zeros(case.teams * case.ranks * case.group * 2 * m)
+        results |= self.workspace_of_a_flow("product", *(["sum"] if case.affine else []))
+        results["factor"] = torch.zeros(n, c)
         blank = torch.zeros_like(self.maps["x"])
         if case.need_x:
+            results["offset"] = torch.zeros(n, c)
             results["dx"] = placed(blank, case.phase[3 % len(case.phase)], case.gap)
-        if case.dy and case.shortcut and case.relu:
+        if case.shortcut and case.relu:
             results["dshortcut"] = placed(blank, case.phase[4 % len(case.phase)], case.gap)
         names = ["du", "dzx", "dzh"]
         if case.affine:

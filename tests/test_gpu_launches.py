@@ -45,12 +45,12 @@ def run(norm: str) -> None:
     sum(t.sum() for t in (z, h, c)).backward()
 
 
-#: Teams of several blocks, and few of them, so that a team has several groups.
-DEVICES = ({"multiprocessors": 8, "flops": 1e10, "cluster": 4, "l2": 64 << 20}, {"multiprocessors": 2, "cluster": 1})
+#: All samples at once by several blocks, and chunks of them by few.
+DEVICES = ({"multiprocessors": 8, "flops": 1e10, "l2": 64 << 20}, {"multiprocessors": 2, "l2": 64 << 10})
 
 
-#: The plans choose no map on chip today, and its many tables take longest.
-@pytest.fixture(params=[pytest.param("on chip", marks=pytest.mark.slow), "sweeps", "products"])
+#: The many tables of a flow take longest.
+@pytest.fixture(params=[pytest.param("flow", marks=pytest.mark.slow), "sweeps", "products"])
 def places(request: pytest.FixtureRequest):
     """Every (norm, kernel, table) and (norm, kernel, barrier), each kernel at the first norm that has it."""
     library()
@@ -92,12 +92,12 @@ def test_each_table_is_used_to_both_ends(places):
 
 
 def test_each_barrier_is_needed(places):
-    """By one of the kernels that pass it: between the groups of a team, say, which not every launch has."""
+    """By one of the kernels that pass it: between the tasks of a block, say, of which not every launch has several."""
     layouts, _, barriers = places
     needed: dict[tuple[str, int, int], bool] = {}
     for norm, kernel, place in barriers:
         line = (simulated.ROOT / place[0]).read_text().splitlines()[place[1] - 1]
-        if "sync" in line and not needed.get(place):  # else the sum of a warp, which cannot be left out
+        if ("sync" in line or "await" in line) and not needed.get(place):  # else the sum of a warp, which cannot be left out
             needed[place] = noticed(layouts, norm, "", kernel=kernel, barrier=place)
     assert needed
     assert [place for place, missed in needed.items() if not missed] == []

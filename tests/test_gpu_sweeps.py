@@ -30,6 +30,12 @@ class Layout:
     blocks: int = 3
     threads: int = 64
 
+    @property
+    def pieces(self) -> list[int]:
+        """Positions of each piece that ``reduce`` sums apart."""
+        size = min(self.tile[1], self.positions) if self.interleaved else self.positions
+        return [min(size, self.positions - first) for first in range(0, self.positions, size)]
+
     def draw(self, generator: torch.Generator) -> Tensor:
         """A map (N, C, positions) whose values the dtype holds."""
         t = torch.randn(self.samples, self.channels, self.positions, generator=generator)
@@ -50,7 +56,7 @@ class Layout:
         channels, positions, lanes = self.tile
         numbers = {
             "samples": self.samples, "channels": self.channels, "positions": self.positions, "relu": relu,
-            "interleaved": self.interleaved, "teams": self.blocks, "ranks": 1, "threads": self.threads, "seed": 1,
+            "interleaved": self.interleaved, "blocks": self.blocks, "threads": self.threads, "seed": 1,
             "tile_channels": min(channels, self.channels), "tile_positions": min(positions, self.positions),
             "tile_lanes": lanes,
             "shared_bytes": simulated.SHARED_BYTES,
@@ -63,7 +69,7 @@ class Layout:
     def tables_kernel(self, kernel: str, given: Tensors, results: Tensors, **numbers: float) -> dict:
         """A kernel of tables alone."""
         sizes = {"samples": self.samples, "channels": self.channels, "positions": self.positions, "interleaved": 0}
-        grid = {"teams": self.blocks, "ranks": 1, "threads": self.threads, "seed": 1, "shared_bytes": 1 << 16}
+        grid = {"blocks": self.blocks, "threads": self.threads, "seed": 1, "shared_bytes": 1 << 16}
         arrays = {name: array(t, name in given) for name, t in (given | results).items()}
         return simulated.machine().launch(kernel, "float32", arrays, sizes | grid | numbers)
 
@@ -95,7 +101,8 @@ def test_reduce(shape, kind):
         x, dy, y = (layout.draw(g) for _ in range(3))
         shift = torch.randn(layout.channels, generator=g).double()
         maps, tables = {"x": x}, {}
-        found = {name: torch.zeros(layout.samples, layout.channels) for name in ("sum", "product")}
+        pieces = torch.tensor(layout.pieces, dtype=torch.float64)[:, None, None]
+        found = {name: torch.zeros(len(pieces), layout.samples, layout.channels) for name in ("sum", "product")}
         d, masked = x, dy
         if kind in ("pool about a shift", "masked gradient with g"):
             tables["shift"] = shift.float().double()
@@ -117,7 +124,7 @@ def test_reduce(shape, kind):
         if kind in ("masked gradient with g", "g alone"):
             results["g"] = placed(torch.zeros_like(layout.rows(x, 0)), 0, layout.gap)
         if kind == "moments about the first":
-            results |= {name: torch.zeros(layout.samples, layout.channels) for name in ("first", "rest")}
+            results |= {name: torch.zeros_like(found["sum"]) for name in ("first", "rest")}
         report = layout.launch("reduce", maps, tables, results)
         with_g = "dy" in maps
         first = masked if with_g else d
@@ -126,18 +133,21 @@ def test_reduce(shape, kind):
         # The mean that squares are about is itself rounded, by a share of |d|.
         scales = {"sum": first.abs().sum(2), "product": second.abs().sum(2) + (0 if with_g else 1e-6 * d.abs().sum(2))}
         if "first" in results:
-            assert torch.equal(results["first"].double(), x[:, :, 0])
+            assert torch.equal(results["first"].double(), x[:, :, 0].expand_as(results["first"]))
+            # Each piece's squares are about its own mean.
+            sums = found["sum"].double()
+            apart = (sums.square() / pieces).sum(0) - sums.sum(0).square() / layout.positions
+            found["product"] = found["product"].double() + apart / len(pieces)
         for name, value in found.items():
-            error = (value - true[name]).abs()
+            error = (value.double().sum(0) - true[name]).abs()
             bound = 4 * layout.positions**0.5 * torch.finfo(torch.float32).eps * scales[name]
             assert bool((error <= bound + 1e-30).all()), (name, layout)
         if "g" in results:
             assert torch.equal(layout.back(results["g"]), masked)
         bytes_of_map = x.numel() * torch.empty(0, dtype=layout.dtype).element_size()
-        # Of moments a row's threads each look at its first value, too.
-        threads = (
-            2 * layout.threads * layout.samples * layout.channels * torch.empty(0, dtype=layout.dtype).element_size()
-        )
+        # Of moments a row's threads each look at its first value, too, for each piece.
+        looks = 2 * layout.threads * layout.samples * layout.channels * len(pieces)
+        threads = looks * torch.empty(0, dtype=layout.dtype).element_size()
         for name in maps:
             read = report["tensors"][name][0]
             assert bytes_of_map <= read <= bytes_of_map + threads * ("first" in results), name
@@ -150,7 +160,7 @@ def test_reduce(shape, kind):
 @pytest.mark.parametrize("interleaved", LAYOUTS)
 def test_statistics_of_a_batch_keep_their_digits(mean, interleaved):
     """A channel of deviation 1e-2 at a mean of 1e4, of which a float holds a tenth of the deviation."""
-    layout = Layout(5, 40, 100, interleaved=interleaved, tile=(40, 33, 8))
+    layout = Layout(5, 40, 100, interleaved=interleaved, tile=(40, 10**6, 8))
     g = torch.Generator().manual_seed(0)
     x = (mean + 0.01 * torch.randn(5, 40, 100, generator=g)).float().double()
     table, vector = (lambda: torch.zeros(5, 40)), (lambda: torch.zeros(40))
@@ -225,7 +235,7 @@ def test_sectors(dtype, interleaved):
 
 
 def test_each_barrier_is_needed():
-    layout = Layout(2, 70, 40, interleaved=True, tile=(64, 16, 64), blocks=1)
+    layout = Layout(2, 70, 40, interleaved=True, tile=(64, 10**6, 64), blocks=1)
     x = layout.draw(torch.Generator().manual_seed(0))
 
     def run(without=None):

@@ -1,7 +1,7 @@
 // The LSTM cell as its kernels see it: arguments, and what is done for one channel of one sample.
 #pragma once
 
-#include "machine.h"
+#include "map.h"
 
 namespace dia::kernels {
 
@@ -22,7 +22,6 @@ struct CellForward {
   const float *h, *c;  // (N, C); no state: null
   CellWeights weights;
   CellTables tables;  // gates null: no gradient will be asked for
-  float* partial;     // (teams, ranks, group, 2 m), where a team makes the cell
   float *new_h, *new_c;
 };
 
@@ -35,42 +34,33 @@ struct CellBackward {
   CellTables tables;
   float* du;               // (N, 4 C), of the pre-activations
   float *dzx, *dzh;        // (N, m), of both bottlenecks
-  float* partial;          // (teams, ranks, group, 2 m), where a team makes the cell's gradient
   float *old_dh, *old_dc;  // null: not wanted
 };
 
-// How a launch takes the samples: `group` at a time; an owner's channels begin at multiples of `quantum`.
-struct Teams {
-  int group, quantum;
-};
-
-// A team's parts of both bottlenecks, or of their gradients: each owner's, (ranks, group, 2 m), the input's first.
-// Behind a barrier of the team, every block adds up some columns over the owners, in their order.
-template <class M>
-struct TeamParts {
-  float* data;  // of this team
-  int group, bottleneck;
-
-  DIA_DEVICE TeamParts(const M& m, float* partial, int group, int bottleneck)
-      : data(partial + static_cast<int64_t>(m.team()) * m.ranks() * group * 2 * bottleneck),
-        group(group),
-        bottleneck(bottleneck) {}
-  DIA_DEVICE float* at(int rank, int index, int column) const {
-    return data + (static_cast<int64_t>(rank) * group + index) * 2 * bottleneck + column;
-  }
-  // `done(index, of the input, row of the bottleneck, sum)` for this block's columns of `count` samples.
-  template <class Done>
-  DIA_DEVICE void add_up(M& m, int count, Done done) const {
-    const Part columns = part_of(2 * bottleneck, m.rank(), m.ranks());
-    for (int k = m.thread(); k < count * columns.size(); k += m.threads()) {
-      const int index = k / columns.size(), column = columns.begin + k % columns.size();
-      float sum = 0;
-      for (int rank = 0; rank < m.ranks(); ++rank) sum += m.load(at(rank, index, column));
-      const bool input = column < bottleneck;
-      done(index, input, input ? column : column - bottleneck, sum);
-    }
-  }
-};
+// The arguments of samples [first, first + count).
+DIA_DEVICE CellTables from_sample(const CellTables& tables, int64_t first, int64_t c, int64_t m) {
+  return {rows_from(tables.p, first, c), rows_from(tables.zx, first, m), rows_from(tables.zh, first, m),
+          rows_from(tables.gates, first, 4 * c)};
+}
+DIA_DEVICE CellForward of_samples(CellForward cell, int64_t first, int count) {
+  const int64_t c = cell.channels;
+  cell.samples = count;
+  cell.h = rows_from(cell.h, first, c), cell.c = rows_from(cell.c, first, c);
+  cell.tables = from_sample(cell.tables, first, c, cell.bottleneck);
+  cell.new_h = rows_from(cell.new_h, first, c), cell.new_c = rows_from(cell.new_c, first, c);
+  return cell;
+}
+DIA_DEVICE CellBackward of_samples(CellBackward cell, int64_t first, int count) {
+  const int64_t c = cell.channels, m = cell.bottleneck;
+  cell.samples = count;
+  cell.dh = rows_from(cell.dh, first, c), cell.dc = rows_from(cell.dc, first, c);
+  cell.c = rows_from(cell.c, first, c), cell.new_c = rows_from(cell.new_c, first, c);
+  cell.tables = from_sample(cell.tables, first, c, m);
+  cell.du = rows_from(cell.du, first, 4 * c);
+  cell.dzx = rows_from(cell.dzx, first, m), cell.dzh = rows_from(cell.dzh, first, m);
+  cell.old_dh = rows_from(cell.old_dh, first, c), cell.old_dc = rows_from(cell.old_dc, first, c);
+  return cell;
+}
 
 // Values where the bottleneck's ReLU lets them through: where z > 0, so that NaN passes.
 DIA_DEVICE float rectified(float value, float z) { return z <= 0.0f ? 0.0f : value; }
@@ -110,9 +100,9 @@ DIA_DEVICE float make_state(M& m, const CellForward& args, int64_t row, int chan
 }
 
 // The gradient of one channel of one sample, as far as its pre-activations and old c. `map_dh` is what the map sends to
-// h'. Returns h'; `kept(gate, gradient)` gets what also goes to du.
-template <class M, class Kept>
-DIA_DEVICE float gate_gradient(M& m, const CellBackward& args, int64_t row, int channel, float map_dh, Kept kept) {
+// h'. Returns h'.
+template <class M>
+DIA_DEVICE float gate_gradient(M& m, const CellBackward& args, int64_t row, int channel, float map_dh) {
   const int channels = args.channels;
   const int64_t at = row_at(row, channels) + channel;
   const float* from = args.tables.gates + row * 4 * channels + channel;
@@ -131,10 +121,7 @@ DIA_DEVICE float gate_gradient(M& m, const CellBackward& args, int64_t row, int 
   else
     keep(Cell<MachineMaths<M>, Output::sigmoid>::backward(gates, old_c, s, dh, dc));
   DIA_UNROLL
-  for (int gate = 0; gate < 4; ++gate) {
-    kept(gate, of[gate]);
-    m.store(args.du + (row * 4 + gate) * channels + channel, of[gate]);
-  }
+  for (int gate = 0; gate < 4; ++gate) m.store(args.du + (row * 4 + gate) * channels + channel, of[gate]);
   if (args.old_dc != nullptr) m.store(args.old_dc + at, of[4]);
   return gates.o * s;
 }

@@ -7,10 +7,6 @@ namespace dia::kernels {
 
 // Zero where the ReLU that made y let nothing through: where y <= 0, so that NaN passes.
 template <class M, class T>
-DIA_DEVICE void mask(T& g, T y) {
-  if (M::widen(y) <= 0.0f) g = M::template narrow<T>(0.0f);
-}
-template <class M, class T>
 DIA_DEVICE void mask_pack(Pack<T>& g, const Pack<T>& y) {
   DIA_UNROLL
   for (int k = 0; k < Pack<T>::size; ++k)

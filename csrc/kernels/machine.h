@@ -1,14 +1,22 @@
 // What a kernel may ask of its Machine. machines/cuda.cuh is a GPU, machines/simt.h one simulated on the CPU.
 //
 //   thread() threads() lane() warp() warps()      of this block; 32 lanes a warp
-//   rank() ranks() team() teams()                 of this block in its team, and of the team in the grid
-//   sync_warp() sync_block() sync_team()          barriers; what was written before is seen by all who were there
+//   block() blocks()                              of the grid
+//   as_block(number, count)                       this Machine in the place of another block, for a task that is written
+//                                                 as one; its arrays in shared memory lie behind those asked for before
+//   sync_warp() sync_block()                      barriers; what was written before is seen by all who were there
 //   warp_sum(value, stride = 1, width = 32)       sum over the lanes that lie a multiple of `stride` apart, of a group
 //                                                 of `width` neighbours (powers of two)
 //   shared<T>(count)                              the next array in shared memory: [i], pack(i), set_pack(i, pack)
 //   load(p) store(p, v) load_pack(p) store_pack   global memory; a pack is sixteen aligned bytes
 //   widen(element) narrow<T>(float)               conversions
+//   load_pack_once(p) store_pack_once             the same of what nobody wants again soon: caches need not keep it
 //   exp(x) tanh(x) sqrt(x)
+//   take(counter) release(counter)                the counter, before one is added to it: `take` only that; with
+//                                                 `release` what the block did before its last barrier is seen by who
+//                                                 counts there later, and, behind a barrier, by the whole of its block
+//   await(counter, count)                         until the counter is at least `count`; then what was released there
+//                                                 is seen behind the next barrier
 //
 // All threads of a block ask for the same arrays in the same order, and all that a barrier or sum covers come to it.
 #pragma once
@@ -47,16 +55,13 @@ struct Part {
   DIA_DEVICE int size() const { return end - begin; }
 };
 
-// Part `rank` of `count` entries among `ranks`; all but the last begin at multiples of `quantum`.
-DIA_DEVICE Part part_of(int count, int rank, int ranks, int quantum = 1) {
-  const int64_t quanta = (count + quantum - 1) / quantum;
-  const int64_t begin = quanta * rank / ranks * quantum, end = quanta * (rank + 1) / ranks * quantum;
-  return {static_cast<int>(begin < count ? begin : count), static_cast<int>(end < count ? end : count)};
+// Part `number` of `count` entries in `parts`.
+DIA_DEVICE Part part_of(int count, int number, int parts) {
+  return {static_cast<int>(static_cast<int64_t>(count) * number / parts),
+          static_cast<int>(static_cast<int64_t>(count) * (number + 1) / parts)};
 }
 
 // Where row `row` of a table begins: 64 bits, as tables may be larger than 32 bits can count.
 DIA_DEVICE int64_t row_at(int64_t row, int width) { return row * width; }
-
-DIA_DEVICE int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
 }  // namespace dia::kernels

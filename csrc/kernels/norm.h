@@ -41,15 +41,11 @@ DIA_DEVICE float added_of(M& m, const ChannelAffine& affine, int channel, float 
   return m.load(affine.bias + channel) * h - m.load(affine.d + channel) * (m.load(affine.scale + channel) * h);
 }
 
-// What the map sends to h', from its sums over the positions: `product` of g x; or with kAffine of g (z - shift), and
-// `sum` of g. The product about the mean, which norm_gradients takes, is left in its place. Null: no gradient of the
-// map.
-template <bool kAffine, class M>
-DIA_DEVICE float map_gradient(M& m, const ChannelAffine& affine, const float* sums, float* products, int channel,
-                              int64_t at) {
-  if constexpr (!kAffine) return products != nullptr ? m.load(products + at) : 0.0f;
-  const float sum = m.load(sums + at), product = m.load(products + at) - m.load(affine.d + channel) * sum;
-  m.store(products + at, product);
+// What the map sends to h' through a norm, from its sums over the positions, of g and of g (z - shift). Of the latter
+// the product about the mean, which norm_gradients takes, is left in its place.
+template <class M>
+DIA_DEVICE float map_gradient(M& m, const ChannelAffine& affine, float sum, float& product, int channel) {
+  product -= m.load(affine.d + channel) * sum;
   return m.load(affine.scale + channel) * product + m.load(affine.bias + channel) * sum;
 }
 
@@ -61,7 +57,7 @@ constexpr int kNormChannels = 8;
 template <class M, class Body>
 DIA_DEVICE void for_channels(M& m, int samples, int channels, Body body) {
   constexpr int kParts = 32 / kNormChannels;
-  const int blocks = m.teams() * m.ranks(), block = m.team() * m.ranks() + m.rank();
+  const int blocks = m.blocks(), block = m.block();
   for (int first = block * kNormChannels; first < channels; first += blocks * kNormChannels) {
     const int channel = first + m.lane() % kNormChannels, part = m.warp() * kParts + m.lane() / kNormChannels;
     body(channel, channel < channels ? part_of(samples, part, m.warps() * kParts) : Part{0, 0});
@@ -145,8 +141,8 @@ struct GivenStatistics {
 
 template <class M>
 DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
-  const int step = m.teams() * m.ranks() * m.threads();
-  for (int channel = (m.team() * m.ranks() + m.rank()) * m.threads() + m.thread(); channel < args.channels;
+  const int step = m.blocks() * m.threads();
+  for (int channel = (m.block()) * m.threads() + m.thread(); channel < args.channels;
        channel += step) {
     const bool wide = args.wide_mean != nullptr;
     const double mean = wide ? m.load(args.wide_mean + channel) : static_cast<double>(m.load(args.mean + channel));

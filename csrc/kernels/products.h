@@ -134,8 +134,9 @@ class TileProduct {
       }
       m.sync_block();
       DIA_UNROLL
-      for (int t = 0; t < kRows * kAcross / kTableThreads; ++t) {
+      for (int t = 0; t < (kRows * kAcross + kTableThreads - 1) / kTableThreads; ++t) {
         const int item = m.thread() + t * kTableThreads, row = item / kAcross, column = item % kAcross * kThread;
+        if (row >= kRows) break;
         float sums[kThread] = {};
         DIA_UNROLL
         for (int group = 0; group < kGroups; ++group) {
@@ -158,7 +159,7 @@ DIA_DEVICE int tiles_along(int size, int tile) { return (size + tile - 1) / tile
 // Calls `body(task)` for this block's share of `tasks`.
 template <class M, class Body>
 DIA_DEVICE void for_tasks(M& m, int tasks, Body body) {
-  for (int task = m.team() * m.ranks() + m.rank(); task < tasks; task += m.teams() * m.ranks()) body(task);
+  for (int task = m.block(); task < tasks; task += m.blocks()) body(task);
 }
 
 }  // namespace dia::kernels

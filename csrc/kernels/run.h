@@ -1,22 +1,18 @@
 // Every kernel, by its arguments' type.
 #pragma once
 
-#include "split_cell.h"
-#include "step_backward.h"
-#include "step_forward.h"
-#include "sweeps.h"
-#include "tile_cell.h"
+#include "flow.h"
 #include "weight_gradients.h"
 
 namespace dia::kernels {
 
 template <class M, class T, bool kAffine>
 DIA_DEVICE void run(M& m, const StepForward<T, kAffine>& args) {
-  step_forward(m, args);
+  run_flow(m, args);
 }
 template <class M, class T, bool kAffine>
 DIA_DEVICE void run(M& m, const StepBackward<T, kAffine>& args) {
-  step_backward(m, args);
+  run_flow(m, args);
 }
 template <class M, bool kAffine>
 DIA_DEVICE void run(M& m, const BottleneckSums<kAffine>& args) {
@@ -24,7 +20,7 @@ DIA_DEVICE void run(M& m, const BottleneckSums<kAffine>& args) {
 }
 template <class M, bool kAffine>
 DIA_DEVICE void run(M& m, const CellStates<kAffine>& args) {
-  cell_states(m, args);
+  cell_states<AllSamples>(m, args);
 }
 template <class M>
 DIA_DEVICE void run(M& m, const JoinParts& args) {
@@ -32,11 +28,11 @@ DIA_DEVICE void run(M& m, const JoinParts& args) {
 }
 template <class M>
 DIA_DEVICE void run(M& m, const BottleneckGradientSums& args) {
-  bottleneck_gradient_sums(m, args);
+  bottleneck_gradient_sums<AllSamples>(m, args);
 }
 template <class M>
 DIA_DEVICE void run(M& m, const CellGradients& args) {
-  cell_gradients(m, args);
+  cell_gradients<AllSamples>(m, args);
 }
 template <class M, class T>
 DIA_DEVICE void run(M& m, const Reduce<T>& args) {
@@ -87,13 +83,13 @@ DIA_DEVICE void run(M& m, const SplitGateGradients<kAffine>& args) {
   split_gate_gradients(m, args);
 }
 
-// Whether blocks belong together in teams.
+// Whether a kernel is a whole step, whose blocks take tasks as they come.
 template <class Args>
-constexpr bool kHasTeams = requires(Args args) { args.teams; };
+constexpr bool kIsFlow = requires(Args args) { args.order; };
 
-// Whether they make tiles of products, by just kTableThreads threads.
+// Whether its blocks make tiles of products, by just kTableThreads threads.
 template <class Args>
-constexpr bool kHasTiles = false;
+constexpr bool kHasTiles = kIsFlow<Args>;
 template <bool kAffine>
 constexpr bool kHasTiles<BottleneckSums<kAffine>> = true;
 template <bool kAffine>
@@ -105,11 +101,8 @@ constexpr bool kHasTiles<CellGradients> = true;
 template <int kTile>
 constexpr bool kHasTiles<WeightGradients<kTile>> = true;
 
-// Threads of a block: of those whose blocks share a cell, of those that sweep over a map, and of those that make
-// tables.
+// Threads of a block: of those that sweep over a map, and of others.
 template <class Args>
-constexpr int kThreadsOf = kHasTeams<Args>                      ? kGpuThreads
-                           : requires(Args args) { args.tile; } ? kSweepThreads
-                                                                : kTableThreads;
+constexpr int kThreadsOf = requires(Args args) { args.tile; } ? kSweepThreads : kTableThreads;
 
 }  // namespace dia::kernels

@@ -13,8 +13,8 @@ namespace dia::kernels {
 
 template <class M, class Body>
 DIA_DEVICE void for_elements(M& m, int64_t count, Body body) {
-  const int64_t blocks = static_cast<int64_t>(m.teams()) * m.ranks(), block = m.team() * m.ranks() + m.rank();
-  for (int64_t k = block * m.threads() + m.thread(); k < count; k += blocks * m.threads()) body(k);
+  const int64_t threads = static_cast<int64_t>(m.blocks()) * m.threads();
+  for (int64_t k = static_cast<int64_t>(m.block()) * m.threads() + m.thread(); k < count; k += threads) body(k);
 }
 
 // The means (N, C) from the sweep's sums, through the norm if there is one.
@@ -82,7 +82,7 @@ DIA_DEVICE void split_gates(M& m, const SplitGates<kAffine>& args) {
 template <bool kAffine>
 struct SplitGateGradients {
   CellBackward cell;
-  const float* sum;  // see map_gradient
+  const float* sum;  // see map_gradient; null: no gradient of the map
   float* product;
   ChannelAffine affine;
   float* factor;  // null: not wanted
@@ -94,8 +94,13 @@ DIA_DEVICE void split_gate_gradients(M& m, const SplitGateGradients<kAffine>& ar
   for_elements(m, row_at(args.cell.samples, channels), [&](int64_t k) {
     const int64_t row = k / channels;
     const int channel = static_cast<int>(k - row * channels);
-    const float dh = map_gradient<kAffine>(m, args.affine, args.sum, args.product, channel, k);
-    const float h = gate_gradient(m, args.cell, row, channel, dh, [](int, float) {});
+    float dh = args.product != nullptr ? m.load(args.product + k) : 0.0f;
+    if constexpr (kAffine) {
+      float product = dh;
+      dh = map_gradient(m, args.affine, m.load(args.sum + k), product, channel);
+      m.store(args.product + k, product);
+    }
+    const float h = gate_gradient(m, args.cell, row, channel, dh);
     if (args.factor != nullptr) m.store(args.factor + k, kAffine ? h * m.load(args.affine.scale + channel) : h);
   });
 }

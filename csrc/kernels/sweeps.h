@@ -30,7 +30,16 @@ struct Reduce {
   // (N, C), for the moments of a batch: a sample's first value of each channel is its shift, and is written here; and
   // what rounding takes off the sum. Then `product` has the squares about each sample's own mean.
   float *first, *rest;
-  float *sum, *product;  // (N, C): sums of g and of g (x - shift), without dy of x - shift. Null: not wanted.
+  // (pieces, N, C), of each piece of the positions: sums of g and of g (x - shift), without dy of x - shift. Null: not
+  // wanted.
+  float *sum, *product;
+  bool once;  // whether nobody wants dy, y and x again soon
+
+  // Pieces of a sample's positions that are summed apart, and channels of a sample that are a task's.
+  DIA_DEVICE int pieces() const {
+    return size.interleaved && size.positions > tile.positions ? (size.positions + tile.positions - 1) / tile.positions : 1;
+  }
+  DIA_DEVICE int across() const { return (size.channels + tile.channels - 1) / tile.channels; }
 };
 
 template <class T>
@@ -43,7 +52,17 @@ struct Spread {
   const float *scale, *offset;  // (N, C); null: 0, where nothing is to be scaled by it
   const float *shift, *slope;   // (C), null: 0. With slope out += (x - shift) slope, else (x - shift) scale.
   bool relu;
+  bool once;  // whether nobody wants any of the maps again soon
 };
+
+// Tasks of a sweep over these samples. Planar: some rows, each one channel of a sample. Interleaved: of a sample some
+// channels and positions.
+DIA_DEVICE int64_t tasks_of(const MapSize& size, const GpuTile& tile) {
+  const auto parts = [](int64_t of, int64_t unit) { return (of + unit - 1) / unit; };
+  const int64_t across = parts(size.channels, tile.channels);
+  if (!size.interleaved) return parts(static_cast<int64_t>(size.samples) * size.channels, tile.channels);
+  return size.samples * across * (size.positions > 0 ? parts(size.positions, tile.positions) : 1);
+}
 
 // --- reduce --------------------------------------------------------------------------------------------------
 
@@ -66,16 +85,16 @@ DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       if (first + b >= walk.count) continue;
-      if (with_x) x[b] = walk.load(m, args.x, first + b);
+      if (with_x) x[b] = walk.load(m, args.x, first + b, args.once);
       if (!kWithG) continue;
-      g[b] = walk.load(m, args.dy, first + b);
-      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, first + b));
+      g[b] = walk.load(m, args.dy, first + b, args.once);
+      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, first + b, args.once));
     }
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       const int number = first + b;
       if (number >= walk.count) continue;
-      if (kWithG && args.g.data != nullptr) walk.store(m, args.g, number, g[b]);
+      if (kWithG && args.g.data != nullptr) walk.store(m, args.g, number, g[b], false);
       DIA_UNROLL
       for (int k = 0; k < W::kValues; ++k) {
         if (!walk.holds(number, k)) continue;
@@ -102,12 +121,13 @@ DIA_DEVICE void put_sums(M& m, const Reduce<T>& args, int64_t at, float first, f
   if (args.product != nullptr) m.store(args.product + at, second);
 }
 
-// A sample's moments of a channel about its first value, from those of its threads. In double, where the squares about
-// the mean lose nothing.
+// A sample's moments of a channel over some positions about its first value, from those of its threads. In double,
+// where the squares about the mean lose nothing.
 template <class M, class T>
-DIA_DEVICE void put_moments(M& m, const Reduce<T>& args, int64_t at, float first, double total, double squares) {
+DIA_DEVICE void put_moments(M& m, const Reduce<T>& args, int64_t at, int positions, float first, double total,
+                            double squares) {
   const float sum = static_cast<float>(total);
-  const double about_mean = squares - total * total / static_cast<double>(args.size.positions);
+  const double about_mean = squares - total * total / static_cast<double>(positions);
   m.store(args.first + at, first);
   m.store(args.sum + at, sum);
   m.store(args.rest + at, static_cast<float>(total - static_cast<double>(sum)));
@@ -128,16 +148,32 @@ DIA_DEVICE V row_sum(M& m, int lanes, const Array& scratch, V value) {
   return sum;
 }
 
+// Calls `body(row)` for the rows of this block's tasks, as many at once as `lanes` threads each allow; all threads of
+// the block come along, beyond the last row where there are no more. `backwards`: the last task comes first.
+template <class M, class Body>
+DIA_DEVICE void for_rows(M& m, const MapSize& size, const GpuTile& tile, bool backwards, Body body) {
+  const int at_once = m.threads() / tile.lanes;
+  const int64_t rows = static_cast<int64_t>(size.samples) * size.channels, tasks = tasks_of(size, tile);
+  for (int64_t number = m.block(); number < tasks; number += m.blocks()) {
+    const int64_t task = backwards ? tasks - 1 - number : number;
+    const int64_t begin = task * tile.channels, end = begin + tile.channels < rows ? begin + tile.channels : rows;
+    for (int64_t first = begin; first < end; first += at_once) {
+      const int64_t row = first + m.thread() / tile.lanes;
+      body(row < end ? row : rows);
+    }
+  }
+}
+
 template <bool kWide, class M, class T>
 DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
   using W = Walk<T, kWide, false>;
-  const int lanes = args.tile.lanes, at_once = m.threads() / lanes;
+  const int lanes = args.tile.lanes;
   const auto scratch = m.template shared<double>(m.warps());
   const int64_t rows = static_cast<int64_t>(args.size.samples) * args.size.channels;
-  for (int64_t first = static_cast<int64_t>(m.team()) * at_once; first < rows;
-       first += static_cast<int64_t>(m.teams()) * at_once) {
-    const int64_t row = first + m.thread() / lanes;
-    const W walk = planar_walk<W>(m, args.size, lanes, row, args.x.data != nullptr ? args.x : args.dy);
+  Samples<const T> like = args.dy;  // not by ?:, which would be an address, and keep the arguments in memory
+  if (args.x.data != nullptr) like = args.x;
+  for_rows(m, args.size, args.tile, false, [&](int64_t row) {
+    const W walk = planar_walk<W>(m, args.size, lanes, row, like);
     const bool there = row < rows, writes = there && m.thread() % lanes == 0;
     float shift = 0;
     if (args.shift != nullptr && there) shift = m.load(args.shift + walk.channel);
@@ -154,13 +190,13 @@ DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
     if (args.first != nullptr) {
       const double all = row_sum(m, lanes, scratch, static_cast<double>(total));
       const double squares = row_sum(m, lanes, scratch, static_cast<double>(product));
-      if (writes) put_moments(m, args, row, shift, all, squares);
-      continue;
+      if (writes) put_moments(m, args, row, args.size.positions, shift, all, squares);
+      return;
     }
     if (args.sum != nullptr) total = row_sum(m, lanes, scratch, total);
     if (args.product != nullptr) product = row_sum(m, lanes, scratch, product);
     if (writes) put_sums(m, args, row, total, product);
-  }
+  });
 }
 
 // Sums of each channel of a task over the block's rows of threads: `value(k)` of this thread's channels, a sum for
@@ -193,15 +229,17 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
   const int most = args.tile.channels < size.channels ? args.tile.channels : size.channels;
   const auto scratch = m.template shared<double>(m.threads() * W::kValues);
   const auto totals = m.template shared<double>(args.first != nullptr ? most : 0);
-  const int across = (size.channels + args.tile.channels - 1) / args.tile.channels;
-  const int64_t tasks = static_cast<int64_t>(size.samples) * across;
-  for (int64_t task = m.team(); task < tasks; task += m.teams()) {
-    const int64_t sample = task / across;
-    const int begin = static_cast<int>(task - sample * across) * args.tile.channels;
+  const int pieces = args.pieces(), across = args.across();
+  const int64_t tasks = static_cast<int64_t>(size.samples) * across * pieces;
+  for (int64_t task = m.block(); task < tasks; task += m.blocks()) {
+    const int64_t whole = task / pieces, sample = whole / across, piece = task - whole * pieces;
+    const int begin = static_cast<int>(whole - sample * across) * args.tile.channels;
     const Part channels{begin, begin + args.tile.channels < size.channels ? begin + args.tile.channels : size.channels};
+    const int position = static_cast<int>(piece) * args.tile.positions;
+    const Part positions{position, piece + 1 < pieces ? position + args.tile.positions : size.positions};
     const Rows<W> rows(m, channels.size());
-    const W walk = interleaved_walk<W>(m, size, sample, channels, {0, size.positions});
-    const int64_t table = row_at(sample, size.channels) + channels.begin;
+    const W walk = interleaved_walk<W>(m, size, sample, channels, positions);
+    const int64_t table = row_at(piece * size.samples + sample, size.channels) + channels.begin;
     Sums<W> sums;
     if (rows.there()) {
       DIA_UNROLL
@@ -221,7 +259,7 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
           m, rows, channels.size(), scratch, [&](int k) { return sums.second[k]; },
           [&](int j, double squares) {
             const T* at = args.x.data + sample * args.x.stride + channels.begin + j;
-            put_moments(m, args, table + j, size.positions > 0 ? M::widen(m.load(at)) : 0.0f,
+            put_moments(m, args, table + j, positions.size(), size.positions > 0 ? M::widen(m.load(at)) : 0.0f,
                         static_cast<double>(totals[j]), squares);
           });
       continue;
@@ -303,10 +341,10 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
     for (int b = 0; b < kPacksOfEach; ++b) {
       const int number = first + b;
       if (number >= walk.count) continue;
-      if (has_g) g[b] = walk.load(m, args.dy, number);
-      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, number));
-      if (has_x) x[b] = walk.load(m, args.x, number);
-      if (added) shortcut[b] = walk.load(m, args.shortcut, number);
+      if (has_g) g[b] = walk.load(m, args.dy, number, args.once);
+      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, number, args.once));
+      if (has_x) x[b] = walk.load(m, args.x, number, args.once);
+      if (added) shortcut[b] = walk.load(m, args.shortcut, number, args.once);
     }
     DIA_UNROLL
     for (int b = 0; b < kPacksOfEach; ++b) {
@@ -322,7 +360,7 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
         if (added) sum += M::widen(shortcut[b][k]);
         out.set(k, M::template narrow<T>(args.relu && sum <= 0.0f ? 0.0f : sum));  // not a maximum: NaN passes
       }
-      walk.store(m, args.out, number, out);
+      walk.store(m, args.out, number, out, args.once);
     }
   }
 }
@@ -330,12 +368,9 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
 template <bool kWide, class M, class T>
 DIA_DEVICE void spread_planar(M& m, const Spread<T>& args) {
   using W = Walk<T, kWide, false>;
-  const int lanes = args.tile.lanes, at_once = m.threads() / lanes;
-  const int64_t rows = static_cast<int64_t>(args.size.samples) * args.size.channels;
-  const int64_t tasks = (rows + at_once - 1) / at_once;
-  for (int64_t task = m.team(); task < tasks; task += m.teams())
-    apply<false>(m, args,
-                 planar_walk<W>(m, args.size, lanes, (tasks - 1 - task) * at_once + m.thread() / lanes, args.out));
+  for_rows(m, args.size, args.tile, true, [&](int64_t row) {
+    apply<false>(m, args, planar_walk<W>(m, args.size, args.tile.lanes, row, args.out));
+  });
 }
 
 template <bool kWide, class M, class T>
@@ -345,7 +380,7 @@ DIA_DEVICE void spread_interleaved(M& m, const Spread<T>& args) {
   const int across = (size.channels + args.tile.channels - 1) / args.tile.channels;
   const int along = (size.positions + args.tile.positions - 1) / args.tile.positions;
   const int64_t tasks = static_cast<int64_t>(size.samples) * along * across;
-  for (int64_t task = m.team(); task < tasks; task += m.teams()) {
+  for (int64_t task = m.block(); task < tasks; task += m.blocks()) {
     const int64_t number = tasks - 1 - task, piece = number / across, sample = piece / along;
     const int channel = static_cast<int>(number - piece * across) * args.tile.channels;
     const int position = static_cast<int>(piece - sample * along) * args.tile.positions;

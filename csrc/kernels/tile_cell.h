@@ -24,14 +24,19 @@
 
 namespace dia::kernels {
 
-// Samples of a tile, and results of the bottlenecks' products, of the states' (channels, all gates of each) and of the
+// Tiles of kRows samples: results of the bottlenecks' products, of the states' (channels, all gates of each) and of the
 // gradients'.
-constexpr int kTileSamples = 32, kTileBottleneck = 32, kTileChannels = 16, kTileGradients = 64;
-using BottleneckTile = TileProduct<kTileSamples, kTileBottleneck>;
-using StateTile = TileProduct<kTileSamples, 4 * kTileChannels>;
-using GradientTile = TileProduct<kTileSamples, kTileGradients>;
-// Shared memory of a block, for the largest of them.
-constexpr int64_t kCellTileBytes = 4 * std::max({BottleneckTile::kFloats, StateTile::kFloats, GradientTile::kFloats});
+template <int kRows>
+struct CellTiles {
+  static constexpr int kSamples = kRows, kBottleneck = kRows < 32 ? 64 : 32, kChannels = 16, kGradients = 64;
+  using Bottleneck = TileProduct<kSamples, kBottleneck>;
+  using State = TileProduct<kSamples, 4 * kChannels>;
+  using Gradient = TileProduct<kSamples, kGradients>;
+  // Shared memory of a block, for the largest of them.
+  static constexpr int64_t kBytes = 4 * std::max({Bottleneck::kFloats, State::kFloats, Gradient::kFloats});
+};
+// Of launches of their own.
+using AllSamples = CellTiles<32>;
 
 // Parts of a sum, at most.
 constexpr int kMostParts = 8;
@@ -42,8 +47,9 @@ struct BottleneckParts {
   int count;
 
   // Tiles of both sides, or of the input's alone.
-  DIA_DEVICE int tasks(int samples, int bottleneck, bool both) const {
-    return (both ? 2 : 1) * count * tiles_along(samples, kTileSamples) * tiles_along(bottleneck, kTileBottleneck);
+  template <class Tiles>
+  DIA_DEVICE int tiles(int samples, int bottleneck, bool both) const {
+    return (both ? 2 : 1) * tiles_along(samples, Tiles::kSamples) * tiles_along(bottleneck, Tiles::kBottleneck);
   }
 };
 
@@ -60,6 +66,23 @@ struct JoinParts {
   JoinedSide input, hidden;
 };
 
+// Joins the parts of one element.
+template <class M>
+DIA_DEVICE void join(M& m, const JoinParts& args, bool hidden, int64_t row, int column) {
+  const JoinedSide side = hidden ? args.hidden : args.input;
+  const int width = 2 * args.bottleneck;
+  const int64_t at = row_at(row, args.bottleneck) + column;
+  float sum = 0;
+  if (side.summed) {
+    const float* from = args.parts.data + row_at(row, width) + (hidden ? args.bottleneck : 0) + column;
+    DIA_UNROLL
+    for (int part = 0; part < kMostParts; ++part)
+      if (part < args.parts.count) sum += m.load(from + row_at(part, args.samples) * width);
+  }
+  if (side.bias != nullptr) sum += m.load(side.bias + column);
+  m.store(side.out + at, rectified(sum, side.z != nullptr ? m.load(side.z + at) : sum));
+}
+
 template <class M>
 DIA_DEVICE void join_parts(M& m, const JoinParts& args) {
   const int width = 2 * args.bottleneck;
@@ -67,43 +90,35 @@ DIA_DEVICE void join_parts(M& m, const JoinParts& args) {
     const int64_t row = k / width;
     const int column = static_cast<int>(k - row * width);
     const bool hidden = column >= args.bottleneck;
-    const JoinedSide& side = hidden ? args.hidden : args.input;
-    const int j = hidden ? column - args.bottleneck : column;
-    const int64_t at = row_at(row, args.bottleneck) + j;
-    float sum = 0;
-    if (side.summed) {
-      DIA_UNROLL
-      for (int part = 0; part < kMostParts; ++part)
-        if (part < args.parts.count) sum += m.load(args.parts.data + row_at(part, args.samples) * width + k);
-    }
-    if (side.bias != nullptr) sum += m.load(side.bias + j);
-    m.store(side.out + at, rectified(sum, side.z != nullptr ? m.load(side.z + at) : sum));
+    join(m, args, hidden, row, hidden ? column - args.bottleneck : column);
   });
 }
 
 // A task of products into parts: which side, tile and part.
 struct PartTask {
   bool hidden;
-  int sample, column, part;
+  int sample, column, part, tile;
 
-  DIA_DEVICE PartTask(int task, int samples, int bottleneck, int parts) {
-    const int across = tiles_along(bottleneck, kTileBottleneck), down = tiles_along(samples, kTileSamples);
-    column = task % across * kTileBottleneck, task /= across;
-    sample = task % down * kTileSamples, task /= down;
-    part = task % parts, hidden = task / parts > 0;
+  template <class Tiles>
+  DIA_DEVICE static PartTask of(Tiles, int task, int samples, int bottleneck, int parts) {
+    const int across = tiles_along(bottleneck, Tiles::kBottleneck), down = tiles_along(samples, Tiles::kSamples);
+    const int tile = task / parts;
+    return {tile / across / down > 0, tile / across % down * Tiles::kSamples, tile % across * Tiles::kBottleneck,
+            task % parts, tile};
   }
 };
 
 // A tile of both bottlenecks' parts: the sum over `inner` of left(sample, k) weight(j, k).
-template <bool kAlong, class M, class Array, class Left, class Right>
+template <class Tiles, bool kAlong, class M, class Array, class Left, class Right>
 DIA_DEVICE void part_product(M& m, const Array& memory, const PartTask& task, const BottleneckParts& parts, int samples,
                              int bottleneck, Part inner, const Left& left, Right right) {
-  BottleneckTile tile(m);
+  using Tile = typename Tiles::Bottleneck;
+  Tile tile(m);
   tile.template add<true, kAlong>(m, memory, inner, left, Plain{task.column, bottleneck, right});
   tile.finish(m, memory, [&](int row, int column, const auto& values) {
     const int sample = task.sample + row;
     DIA_UNROLL
-    for (int j = 0; j < BottleneckTile::kThread; ++j) {
+    for (int j = 0; j < Tile::kThread; ++j) {
       const int at = task.column + column + j;
       if (sample < samples && at < bottleneck)
         m.store(
@@ -163,12 +178,13 @@ struct MeanSide {
 template <class M, bool kAffine>
 DIA_DEVICE void bottleneck_sums(M& m, const BottleneckSums<kAffine>& args) {
   const CellForward& cell = args.cell;
-  const auto memory = m.template shared<float>(BottleneckTile::kFloats);
-  const int channels = cell.channels;
-  for_tasks(m, args.parts.tasks(cell.samples, cell.bottleneck, cell.h != nullptr), [&](int number) {
-    const PartTask task(number, cell.samples, cell.bottleneck, args.parts.count);
+  const auto memory = m.template shared<float>(AllSamples::Bottleneck::kFloats);
+  const int channels = cell.channels, parts = args.parts.count;
+  const int tiles = args.parts.template tiles<AllSamples>(cell.samples, cell.bottleneck, cell.h != nullptr);
+  for_tasks(m, tiles * parts, [&](int number) {
+    const PartTask task = PartTask::of(AllSamples(), number, cell.samples, cell.bottleneck, parts);
     const float* weight = task.hidden ? cell.weights.hidden_reduce : cell.weights.input_reduce;
-    part_product<true>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
+    part_product<AllSamples, true>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
                        part_of(channels, task.part, args.parts.count),
                        MeanSide<M, kAffine>{m, args, task.hidden ? cell.h : args.sum, task.sample, task.hidden,
                                             !task.hidden && task.column == 0},
@@ -183,19 +199,20 @@ struct CellStates {
   float *factor, *added;  // y = act((x - shift) factor + added + shortcut)
 };
 
-template <class M, bool kAffine>
+template <class Tiles, class M, bool kAffine>
 DIA_DEVICE void cell_states(M& m, const CellStates<kAffine>& args) {
+  using Tile = typename Tiles::State;
   const CellForward& cell = args.cell;
-  const auto memory = m.template shared<float>(StateTile::kFloats);
-  const int channels = cell.channels, bottleneck = cell.bottleneck, across = tiles_along(channels, kTileChannels);
-  for_tasks(m, across * tiles_along(cell.samples, kTileSamples), [&](int task) {
-    const int first = task / across * kTileSamples, channel = task % across * kTileChannels;
+  const auto memory = m.template shared<float>(Tile::kFloats);
+  const int channels = cell.channels, bottleneck = cell.bottleneck, across = tiles_along(channels, Tiles::kChannels);
+  for_tasks(m, across * tiles_along(cell.samples, Tiles::kSamples), [&](int task) {
+    const int first = task / across * Tiles::kSamples, channel = task % across * Tiles::kChannels;
     // This thread's channel of the results, and what they need beside the products: loaded ahead of them.
-    const int own = channel + m.thread() % kTileChannels, of = own < channels ? own : channels - 1;
+    const int own = channel + m.thread() % Tiles::kChannels, of = own < channels ? own : channels - 1;
     float biases[4];
     DIA_UNROLL
     for (int gate = 0; gate < 4; ++gate) biases[gate] = expand_bias(m, cell, gate, of);
-    StateTile tile(m);
+    Tile tile(m);
     tile.template add<true, true>(
         m, memory, {0, 2 * bottleneck},
         Plain{first, cell.samples,
@@ -230,15 +247,15 @@ struct BottleneckGradientSums {
   BottleneckParts parts;
 };
 
-template <class M>
+template <class Tiles, class M>
 DIA_DEVICE void bottleneck_gradient_sums(M& m, const BottleneckGradientSums& args) {
   const CellBackward& cell = args.cell;
-  const auto memory = m.template shared<float>(BottleneckTile::kFloats);
-  const int rows = 4 * cell.channels;
-  for_tasks(m, args.parts.tasks(cell.samples, cell.bottleneck, true), [&](int number) {
-    const PartTask task(number, cell.samples, cell.bottleneck, args.parts.count);
+  const auto memory = m.template shared<float>(Tiles::Bottleneck::kFloats);
+  const int rows = 4 * cell.channels, parts = args.parts.count;
+  for_tasks(m, args.parts.template tiles<Tiles>(cell.samples, cell.bottleneck, true) * parts, [&](int number) {
+    const PartTask task = PartTask::of(Tiles(), number, cell.samples, cell.bottleneck, parts);
     const float* weight = task.hidden ? cell.weights.hidden_expand : cell.weights.input_expand;
-    part_product<false>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
+    part_product<Tiles, false>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
                         part_of(rows, task.part, args.parts.count),
                         Plain{task.sample, cell.samples,
                               [&](int sample, int row) { return m.load(cell.du + row_at(sample, rows) + row); }},
@@ -248,35 +265,57 @@ DIA_DEVICE void bottleneck_gradient_sums(M& m, const BottleneckGradientSums& arg
 
 struct CellGradients {
   CellBackward cell;
-  float* dp;    // (N, C), or null
-  float scale;  // of dp
+  float *dp, *offset;  // (N, C), each may be null: offset = dp scale / HW is what the second sweep adds
+  const float* scale;  // (C), of a norm; or null, for 1
+  int positions;
+
+  // Tiles of one side, and how many there are of the input's.
+  template <class Tiles>
+  DIA_DEVICE int tiles() const {
+    return tiles_along(cell.samples, Tiles::kSamples) * tiles_along(cell.channels, Tiles::kGradients);
+  }
+  template <class Tiles>
+  DIA_DEVICE int inputs() const {
+    return dp != nullptr || offset != nullptr ? tiles<Tiles>() : 0;
+  }
+  template <class Tiles>
+  DIA_DEVICE int tasks() const {
+    return inputs<Tiles>() + (cell.old_dh != nullptr ? tiles<Tiles>() : 0);
+  }
 };
 
-template <class M>
+template <class Tiles, class M>
 DIA_DEVICE void cell_gradients(M& m, const CellGradients& args) {
+  using Tile = typename Tiles::Gradient;
   const CellBackward& cell = args.cell;
-  const auto memory = m.template shared<float>(GradientTile::kFloats);
-  const int channels = cell.channels, bottleneck = cell.bottleneck, down = tiles_along(cell.samples, kTileSamples);
-  const int across = tiles_along(channels, kTileGradients);
-  const int tiles = down * across, inputs = args.dp != nullptr ? tiles : 0;
-  for_tasks(m, inputs + (cell.old_dh != nullptr ? tiles : 0), [&](int task) {
+  const auto memory = m.template shared<float>(Tile::kFloats);
+  const int channels = cell.channels, bottleneck = cell.bottleneck, across = tiles_along(channels, Tiles::kGradients);
+  const int inputs = args.template inputs<Tiles>();
+  for_tasks(m, args.template tasks<Tiles>(), [&](int task) {
     const bool hidden = task >= inputs;
     const int of_side = hidden ? task - inputs : task;
-    const int first = of_side / across * kTileSamples, channel = of_side % across * kTileGradients;
+    const int first = of_side / across * Tiles::kSamples, channel = of_side % across * Tiles::kGradients;
     const float* weight = hidden ? cell.weights.hidden_reduce : cell.weights.input_reduce;
     const float* dz = hidden ? cell.dzh : cell.dzx;
-    float* out = hidden ? cell.old_dh : args.dp;
-    GradientTile tile(m);
+    Tile tile(m);
     tile.template add<true, false>(
         m, memory, {0, bottleneck},
         Plain{first, cell.samples, [&](int sample, int j) { return m.load(dz + row_at(sample, bottleneck) + j); }},
         Plain{channel, channels, [&](int column, int j) { return m.load(weight + row_at(j, channels) + column); }});
     tile.finish(m, memory, [&](int row, int column, const auto& values) {
       DIA_UNROLL
-      for (int k = 0; k < GradientTile::kThread; ++k) {
-        if (first + row >= cell.samples || channel + column + k >= channels) continue;
-        const int64_t at = row_at(first + row, channels) + channel + column + k;
-        m.store(out + at, hidden ? values[k] : values[k] * args.scale);
+      for (int k = 0; k < Tile::kThread; ++k) {
+        const int own = channel + column + k;
+        if (first + row >= cell.samples || own >= channels) continue;
+        const int64_t at = row_at(first + row, channels) + own;
+        if (hidden) {
+          m.store(cell.old_dh + at, values[k]);
+          continue;
+        }
+        if (args.dp != nullptr) m.store(args.dp + at, values[k]);
+        if (args.offset == nullptr) continue;
+        const float scale = args.scale != nullptr ? m.load(args.scale + own) : 1.0f;
+        m.store(args.offset + at, scale * values[k] / static_cast<float>(args.positions));
       }
     });
   });

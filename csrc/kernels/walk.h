@@ -11,7 +11,7 @@
 #pragma once
 
 #include "../core/gpu_plan.h"
-#include "image.h"
+#include "map.h"
 
 namespace dia::kernels {
 
@@ -27,7 +27,7 @@ class InPacks {
   template <class E>
   DIA_DEVICE void add(const Samples<E>& map) {
     if (map.data == nullptr) return;
-    const int phase = Image<T>::phase(map.data);
+    const int phase = phase_of(map.data);
     const int stride = size_.samples > 1 ? static_cast<int>(map.stride % kPack) : 0;
     if (size_.interleaved)
       so_far_ = so_far_ && phase == 0 && stride == 0;
@@ -67,16 +67,16 @@ struct Walk {
   DIA_DEVICE E* at(const Samples<E>& map, int number) const {
     return map.data + sample * map.stride + offset + number * step;
   }
-  // Pack `number` of a map; what does not belong to the row is zero.
+  // Pack `number` of a map; what does not belong to the row is zero. `once`: nobody wants it again soon.
   template <class M>
-  DIA_DEVICE Pack<T> load(M& m, const Samples<const T>& map, int number) const {
+  DIA_DEVICE Pack<T> load(M& m, const Samples<const T>& map, int number, bool once) const {
     const T* from = at(map, number);
     if constexpr (!kWide) {
       Pack<T> pack{};
       pack.set(0, m.load(from));
       return pack;
     } else {
-      if (whole(number)) return m.load_pack(from);
+      if (whole(number)) return once ? m.load_pack_once(from) : m.load_pack(from);
       Pack<T> pack{};
       DIA_UNROLL
       for (int k = 0; k < kValues; ++k)
@@ -85,13 +85,16 @@ struct Walk {
     }
   }
   template <class M>
-  DIA_DEVICE void store(M& m, const Samples<T>& map, int number, const Pack<T>& pack) const {
+  DIA_DEVICE void store(M& m, const Samples<T>& map, int number, const Pack<T>& pack, bool once) const {
     T* to = at(map, number);
     if constexpr (!kWide) {
       m.store(to, pack[0]);
     } else {
       if (whole(number)) {
-        m.store_pack(to, pack);
+        if (once)
+          m.store_pack_once(to, pack);
+        else
+          m.store_pack(to, pack);
         return;
       }
       DIA_UNROLL
@@ -119,7 +122,6 @@ struct Rows {
 // A thread's part of row `row` of all samples' rows; no packs where there is no such row. Phases are those of `like`.
 template <class W, class M, class Like>
 DIA_DEVICE W planar_walk(M& m, const MapSize& size, int lanes, int64_t row, const Samples<Like>& like) {
-  using T = std::remove_const_t<Like>;
   W walk{};
   // In 32 bits where they hold it: a division of 64 costs as much as a pack's sums.
   const int64_t sample =
@@ -127,7 +129,7 @@ DIA_DEVICE W planar_walk(M& m, const MapSize& size, int lanes, int64_t row, cons
   if (sample >= size.samples) return walk;
   walk.sample = sample, walk.channel = static_cast<int>(row - sample * size.channels), walk.length = size.positions;
   const int64_t begin = static_cast<int64_t>(walk.channel) * size.positions;
-  const int phase = W::kValues > 1 ? Image<T>::phase(like.data + sample * like.stride + begin) : 0;
+  const int phase = W::kValues > 1 ? phase_of(like.data + sample * like.stride + begin) : 0;
   const int lane = m.thread() % lanes, packs = (phase + size.positions + W::kValues - 1) / W::kValues;
   walk.from = lane * W::kValues - phase, walk.step = static_cast<int64_t>(lanes) * W::kValues;
   walk.offset = begin + walk.from;

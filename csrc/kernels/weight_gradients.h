@@ -65,7 +65,7 @@ template <class M, int kTile>
 DIA_DEVICE void weight_gradients(M& m, const WeightGradients<kTile>& args) {
   using Tile = typename WeightGradients<kTile>::Tile;
   const auto memory = m.template shared<float>(Tile::kFloats);
-  const int block = m.team() * m.ranks() + m.rank(), blocks = m.teams() * m.ranks();
+  const int block = m.block(), blocks = m.blocks();
   int passed = 0;
   for (int number = 0; number < args.count; ++number) {
     const WeightGradient& product = args.products[number];

@@ -1,4 +1,4 @@
-// A GPU by CUDA's runtime: the kernels of csrc/kernels for every element type and kind of team, and their launch.
+// A GPU by CUDA's runtime: the kernels of csrc/kernels for every element type, and their launch.
 #include <cuda_runtime.h>
 
 #include <map>
@@ -15,27 +15,19 @@ namespace {
 
 extern __shared__ __align__(16) char shared_memory[];
 
-// Two blocks of 512 threads a multiprocessor: one streams while the other waits for its team. Of 256 threads three of
-// sweeps, which keep packs of several maps and sums in registers, two of tiles of products, four of others.
+// Of 256 threads three blocks of sweeps a multiprocessor, which keep packs of several maps and sums in registers, two of
+// tiles of products, four of others.
 template <class Args>
-constexpr int kResidentOf = kernels::kHasTeams<Args> || kernels::kHasTiles<Args> ? 2
-                            : requires(Args args) { args.tile; }                 ? kSweepResident
-                                                                                 : 4;
+constexpr int kResidentOf = kernels::kIsFlow<Args>                 ? kFlowResident
+                            : kernels::kHasTiles<Args>             ? 2
+                            : requires(Args args) { args.tile; } ? kSweepResident
+                                                                   : 4;
 
-template <class Args, GpuTeam kTeam>
+template <class Args>
 __global__ void __launch_bounds__(kernels::kThreadsOf<Args>, kResidentOf<Args>)
-    kernel(__grid_constant__ const Args args, unsigned* counters) {
-  Machine<kTeam> machine(shared_memory, counters);
+    kernel(__grid_constant__ const Args args) {
+  Machine machine(shared_memory);
   kernels::run(machine, args);
-}
-
-template <class Args>
-const void* kernel_of(GpuTeam team) {
-  if constexpr (kernels::kHasTeams<Args>) {
-    if (team == GpuTeam::cluster) return reinterpret_cast<const void*>(&kernel<Args, GpuTeam::cluster>);
-    if (team == GpuTeam::grid) return reinterpret_cast<const void*>(&kernel<Args, GpuTeam::grid>);
-  }
-  return reinterpret_cast<const void*>(&kernel<Args, GpuTeam::block>);
 }
 
 // Raises with what the runtime says. The error is taken back: the next check must not find it.
@@ -68,37 +60,11 @@ GpuLimits limits_of(int device) {
   const double share = static_cast<double>(multiprocessors) / limits.multiprocessors;
   limits.name = "this", limits.architecture = architecture;
   limits.multiprocessors = multiprocessors - multiprocessors * kHeadroom / 64;
-  limits.threads = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device);
-  limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   limits.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   limits.l2_bytes = attribute(cudaDevAttrL2CacheSize, device);
-  if (attribute(cudaDevAttrClusterLaunch, device) == 0) limits.cluster = 1;
   for (double* rate : {&limits.memory, &limits.l2, &limits.flops, &limits.tf32}) *rate *= share;
   return limits;
 }
-
-// A launch as the runtime takes it.
-struct Launch {
-  cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attributes[1]{};
-
-  Launch(const LaunchShape& shape, int threads, cudaStream_t stream) {
-    config.gridDim = dim3(shape.ranks, shape.teams);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-    config.stream = stream;
-    config.attrs = attributes;
-    if (shape.team == GpuTeam::cluster) {
-      attributes[0].id = cudaLaunchAttributeClusterDimension;
-      attributes[0].val.clusterDim = {static_cast<unsigned>(shape.ranks), 1, 1};
-      config.numAttrs = 1;
-    } else if (shape.team == GpuTeam::grid) {
-      attributes[0].id = cudaLaunchAttributeCooperative;
-      attributes[0].val.cooperative = 1;
-      config.numAttrs = 1;
-    }
-  }
-};
 
 class CudaGpu final : public Gpu {
  public:
@@ -112,31 +78,19 @@ class CudaGpu final : public Gpu {
     return found != known.end() ? found->second : known[device_] = limits_of(device_);
   }
 
-  void launch(const AnyKernel& any, const LaunchShape& shape, unsigned* counters) override {
+  void launch(const AnyKernel& any, int blocks, int64_t shared_bytes) override {
     std::visit(
         [&]<class Args>(const Args& args) {
-          const void* function = prepared<Args>(shape);
-          Launch launch(shape, kernels::kThreadsOf<Args>, stream_);
-          void* arguments[] = {const_cast<Args*>(&args), &counters};
-          check(cudaLaunchKernelExC(&launch.config, function, arguments), "a launch");
-        },
-        any);
-  }
-
-  int64_t resident(const AnyKernel& any, const LaunchShape& shape) override {
-    return std::visit(
-        [&]<class Args>(const Args&) -> int64_t {
-          const void* function = prepared<Args>(shape);
-          Launch launch(shape, kernels::kThreadsOf<Args>, stream_);
-          int count = 0;
-          if (shape.team == GpuTeam::cluster) {
-            check(cudaOccupancyMaxActiveClusters(&count, function, &launch.config), "occupancy of clusters");
-            return static_cast<int64_t>(count) * shape.ranks;
-          }
-          check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, kernels::kThreadsOf<Args>,
-                                                              launch.config.dynamicSmemBytes),
-                "occupancy");
-          return static_cast<int64_t>(count) * limits().multiprocessors;
+          const void* function = reinterpret_cast<const void*>(&kernel<Args>);
+          // More than 48 KB a block have to be asked for.
+          if (shared_bytes > (48 << 10))
+            check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(shared_bytes)),
+                  "shared memory of a kernel");
+          void* arguments[] = {const_cast<Args*>(&args)};
+          check(cudaLaunchKernel(function, dim3(blocks), dim3(kernels::kThreadsOf<Args>), arguments,
+                                 static_cast<size_t>(shared_bytes), stream_),
+                "a launch");
         },
         any);
   }
@@ -146,17 +100,6 @@ class CudaGpu final : public Gpu {
   }
 
  private:
-  // The kernel, with so much shared memory allowed. More than 48 KB a block has to be asked for.
-  template <class Args>
-  const void* prepared(const LaunchShape& shape) {
-    const void* function = kernel_of<Args>(shape.team);
-    if (shape.shared_bytes > (48 << 10))
-      check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared_bytes)),
-            "shared memory of a kernel");
-    return function;
-  }
-
   int device_ = 0;
   cudaStream_t stream_;
 };

@@ -1,12 +1,10 @@
 // A GPU as a Machine for the kernels of csrc/kernels: each of its functions is an instruction or a few.
 //
-// A team is a block, a cluster (compute capability 9.0 and later), or blocks that meet at a counter in global memory.
-// The counters belong to one call: zero when the kernel starts, and such a kernel is launched cooperatively, so that
-// all blocks of a team are resident. Fences: a barrier in global memory releases before it counts and acquires after it
-// has seen all; the barriers of a block and of a cluster do both by themselves.
+// Fences: the barrier of a block orders what its threads do, and counting behind it releases and acquires for all of
+// them at the scope of the device (PTX, memory consistency model: causality order). Acquiring empties the
+// multiprocessor's own cache, so that plain loads see what other blocks have written.
 #pragma once
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -48,48 +46,39 @@ class Shared {
   unsigned begin_;
 };
 
-template <GpuTeam kTeam>
+class Task;
+
 class Machine {
  public:
-  // The grid is (blocks of a team, teams). `counters`: one for each team, zero; read by teams of blocks that meet in
-  // global memory. Nothing is kept that a special register or a kernel's argument tells: registers are what is scarce.
-  __device__ __forceinline__ Machine(char* shared, unsigned* counters)
-      : shared_(static_cast<unsigned>(__cvta_generic_to_shared(shared))), counters_(counters) {}
+  // Nothing is kept that a special register or a kernel's argument tells: registers are what is scarce.
+  __device__ __forceinline__ explicit Machine(char* shared)
+      : shared_(static_cast<unsigned>(__cvta_generic_to_shared(shared))) {}
 
   __device__ __forceinline__ int thread() const { return threadIdx.x; }
   __device__ __forceinline__ int threads() const { return blockDim.x; }
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
   __device__ __forceinline__ int warp() const { return threadIdx.x / 32; }
   __device__ __forceinline__ int warps() const { return blockDim.x / 32; }
-  __device__ __forceinline__ int rank() const { return kTeam == GpuTeam::block ? 0 : blockIdx.x; }
-  __device__ __forceinline__ int ranks() const { return kTeam == GpuTeam::block ? 1 : gridDim.x; }
-  __device__ __forceinline__ int team() const { return blockIdx.y; }
-  __device__ __forceinline__ int teams() const { return gridDim.y; }
+  __device__ __forceinline__ int block() const { return blockIdx.x; }
+  __device__ __forceinline__ int blocks() const { return gridDim.x; }
+  __device__ __forceinline__ Task as_block(int number, int count) const;
 
   __device__ __forceinline__ void sync_warp() { __syncwarp(); }
   __device__ __forceinline__ void sync_block() { __syncthreads(); }
-  __device__ __forceinline__ void sync_team() {
-    if constexpr (kTeam == GpuTeam::block) {
-      __syncthreads();
-    } else if constexpr (kTeam == GpuTeam::cluster) {
-#if __CUDA_ARCH__ >= 900
-      asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-      __trap();  // never launched: the plan knows which GPUs have clusters
-#endif
-    } else {
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        unsigned* counter = counters_ + team();
-        asm volatile("fence.acq_rel.gpu;" ::: "memory");
-        // Nobody comes to the next barrier before all have come to this one, so who comes tells which one it is.
-        const unsigned before = atomicAdd(counter, 1u), all = (before / ranks() + 1) * ranks();
-        unsigned seen;
-        do {
-          asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-        } while (seen < all);
-      }
-      __syncthreads();
+
+  __device__ __forceinline__ static unsigned take(unsigned* counter) { return atomicAdd(counter, 1u); }
+  __device__ __forceinline__ static unsigned release(unsigned* counter) {
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    const unsigned before = atomicAdd(counter, 1u);
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    return before;
+  }
+  __device__ __forceinline__ static void await(const unsigned* counter, unsigned count) {
+    unsigned seen;
+    while (true) {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+      if (seen >= count) return;
+      __nanosleep(40);
     }
   }
 
@@ -129,6 +118,21 @@ class Machine {
                  : "memory");
   }
 
+  template <class T>
+  __device__ __forceinline__ static Pack<std::remove_const_t<T>> load_pack_once(T* from) {
+    Pack<std::remove_const_t<T>> pack;
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(pack.words[0]), "=r"(pack.words[1]), "=r"(pack.words[2]), "=r"(pack.words[3])
+                 : "l"(from));
+    return pack;
+  }
+  template <class T>
+  __device__ __forceinline__ static void store_pack_once(T* to, const Pack<T>& pack) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(pack.words[0]), "r"(pack.words[1]),
+                 "r"(pack.words[2]), "r"(pack.words[3])
+                 : "memory");
+  }
+
   __device__ __forceinline__ static float widen(float value) { return value; }
   __device__ __forceinline__ static float widen(BFloat16 value) {
     return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
@@ -149,7 +153,20 @@ class Machine {
 
  private:
   unsigned shared_;  // where the next array begins: shared addresses have 32 bits
-  unsigned* counters_;
 };
+
+// A machine in the place of another block.
+class Task : public Machine {
+ public:
+  __device__ __forceinline__ Task(const Machine& machine, int number, int count)
+      : Machine(machine), number_(number), count_(count) {}
+  __device__ __forceinline__ int block() const { return number_; }
+  __device__ __forceinline__ int blocks() const { return count_; }
+
+ private:
+  int number_, count_;
+};
+
+__device__ __forceinline__ Task Machine::as_block(int number, int count) const { return {*this, number, count}; }
 
 }  // namespace dia::cuda

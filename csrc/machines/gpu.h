@@ -10,14 +10,6 @@
 
 namespace dia {
 
-// How a kernel is launched: a grid of ranks x teams blocks, `ranks` of which are a team. Blocks that have nothing to do
-// with each other are teams of one.
-struct LaunchShape {
-  GpuTeam team = GpuTeam::block;
-  int ranks = 1, teams = 1;
-  int64_t shared_bytes = 0;
-};
-
 // Every kernel, as its arguments.
 using AnyKernel = std::variant<
     kernels::StepForward<float, false>, kernels::StepForward<float, true>, kernels::StepForward<BFloat16, false>,
@@ -39,10 +31,7 @@ class Gpu {
   virtual ~Gpu() = default;
 
   virtual GpuLimits limits() = 0;
-  // `counters`: zero, one for each team; read by teams of GpuTeam::grid.
-  virtual void launch(const AnyKernel& kernel, const LaunchShape& shape, unsigned* counters) = 0;
-  // Blocks of this kernel that all multiprocessors together hold at once.
-  virtual int64_t resident(const AnyKernel& kernel, const LaunchShape& shape) = 0;
+  virtual void launch(const AnyKernel& kernel, int blocks, int64_t shared_bytes) = 0;
   // Sets `bytes` of the GPU's memory to zero, in stream order.
   virtual void clear(void* data, int64_t bytes) = 0;
 };

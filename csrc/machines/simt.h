@@ -4,9 +4,10 @@
 //   * bytes and 32-byte sectors read and written, of each tensor; barriers passed
 //   * races: two accesses to a place, one of them a write, with no barrier between them that covers both threads
 //   * accesses out of bounds, misaligned vectors, reads of memory that nothing wrote
-//   * threads that wait at different barriers, and barriers that not all threads come to
+//   * threads that wait at different barriers, barriers that not all threads come to, counts that nobody reaches
 //
-// Threads run in an order shuffled by a seed, each until it waits. What it cannot see (docs/simulated-gpu.md): memory
+// Blocks order each other by counters alone (`release`, `await`): what a block did before the barrier before it counted
+// is before what another does behind the barrier after it saw the count. Threads run in an order shuffled by a seed, each until it waits. What it cannot see (docs/simulated-gpu.md): memory
 // fences, stale caches, whether blocks are resident together, contraction of multiply-adds, time.
 #pragma once
 
@@ -35,10 +36,10 @@ namespace dia::simt {
 constexpr int kWarp = 32;
 constexpr int64_t kSectorBytes = 32;
 
-// What a barrier covers, from the smallest to the largest.
-enum Scope { kWarpScope, kBlockScope, kTeamScope, kGridScope, kScopes };
+// What a barrier covers.
+enum Scope { kWarpScope, kBlockScope, kScopes };
 inline const char* scope_name(int scope) {
-  static const char* names[] = {"warp", "block", "team", "grid"};
+  static const char* names[] = {"warp", "block"};
   return names[scope];
 }
 
@@ -58,54 +59,52 @@ inline std::string text_of(const Site& site) {
   return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(site.line);
 }
 
-// The shape of a launch: blocks `ranks` at a time form a team.
+// The shape of a launch.
 struct Grid {
-  int teams = 1, ranks = 1, threads = kWarp;
+  int blocks = 1, threads = kWarp;
   size_t shared_bytes = 0;
-  bool cooperative = false;  // whether there are barriers of the whole grid
-  uint64_t seed = 0;         // of the order in which threads run
-  // A barrier to leave out: none of its threads waits there. Tests show with it that the barrier is needed.
+  bool together = false;  // whether blocks run beside each other: else one after another
+  uint64_t seed = 0;      // of the order in which threads run
+  // A barrier, or a wait for a count, to leave out: nobody waits there. Tests show with it that it is needed.
   const Site* without = nullptr;
-
-  int blocks() const { return teams * ranks; }
 };
 
 // --- memory and what is known about each place of it ------------------------------------------------
 
+// Of each other block, how many of its barriers had been passed when it counted what this block has seen.
+using Seen = std::vector<uint32_t>;
+inline void merge(Seen& into, const Seen& other) {
+  if (into.size() < other.size()) into.resize(other.size());
+  for (size_t k = 0; k < other.size(); ++k) into[k] = std::max(into[k], other[k]);
+}
+
 // Who did something, and how many barriers of each scope that thread had passed.
 struct Moment {
-  int32_t thread = -1, warp = -1, block = -1, team = -1;  // -1: several of them (or nobody, where thread and all are)
+  int32_t thread = -1, warp = -1, block = -1;  // -1: several of the block; no block: nobody
   std::array<uint32_t, kScopes> epochs{};
 
-  bool nobody() const { return thread == -1 && team == -1 && epochs[kGridScope] == UINT32_MAX; }
-  static Moment none() {
-    Moment moment;
-    moment.epochs[kGridScope] = UINT32_MAX;
-    return moment;
-  }
-
-  // Whether all of this came before `now`: same thread, or a barrier in between that covers both.
-  bool before(const Moment& now) const {
-    if (nobody() || (thread >= 0 && thread == now.thread)) return true;
+  // Whether all of this came before `now`: same thread, a barrier in between that covers both, or a count.
+  bool before(const Moment& now, const Seen& seen) const {
+    if (block < 0 || (thread >= 0 && thread == now.thread)) return true;
+    if (block != now.block) return static_cast<size_t>(block) < seen.size() && seen[block] > epochs[kBlockScope];
     return (warp >= 0 && warp == now.warp && now.epochs[kWarpScope] > epochs[kWarpScope]) ||
-           (block >= 0 && block == now.block && now.epochs[kBlockScope] > epochs[kBlockScope]) ||
-           (team >= 0 && team == now.team && now.epochs[kTeamScope] > epochs[kTeamScope]) ||
-           now.epochs[kGridScope] > epochs[kGridScope];
+           now.epochs[kBlockScope] > epochs[kBlockScope];
   }
 
-  // This and another, neither before the other: what is after both is after the result.
+  // This and another of the same block, neither before the other: what is after both is after the result.
   void join(const Moment& other) {
     if (thread != other.thread) thread = -1;
     if (warp != other.warp) warp = -1;
-    if (block != other.block) block = -1;
-    if (team != other.team) team = -1;
     for (int k = 0; k < kScopes; ++k) epochs[k] = std::max(epochs[k], other.epochs[k]);
   }
 };
 
 struct Cell {
-  Moment writer = Moment::none(), readers = Moment::none();
+  Moment writer, readers;
+  std::vector<Moment> others;  // readers of other blocks
   bool defined = false, allowed = true;
+
+  void forget() { writer = readers = Moment(), others.clear(); }
 };
 
 struct Counts {
@@ -153,7 +152,7 @@ class Device {
   // Forgets who touched what: between two launches everything is ordered.
   void settle() {
     for (TensorMemory& memory : tensors_)
-      for (Cell& cell : memory.cells) cell.writer = cell.readers = Moment::none();
+      for (Cell& cell : memory.cells) cell.forget();
   }
 
   template <class Kernel>
@@ -180,11 +179,12 @@ struct Meeting {
 
 // A block: its shared memory, and its barriers.
 struct Block {
-  int index = 0, team = 0;
+  int index = 0;
   std::vector<char> shared;  // bytes, sixteen-aligned
   std::vector<Cell> cells;   // one for two bytes
   std::vector<Meeting> warps;
   Meeting meeting;
+  Seen seen, coming;  // of other blocks; and what its next barrier adds
 
   char* base() { return shared.data() + (16 - reinterpret_cast<uintptr_t>(shared.data()) % 16) % 16; }
 };
@@ -203,15 +203,28 @@ class Thread {
   int lane() const { return thread_ % kWarp; }
   int warp() const { return thread_ / kWarp; }
   int warps() const { return threads_ / kWarp; }
-  int rank() const { return rank_; }
-  int ranks() const { return ranks_; }
-  int team() const { return team_; }
-  int teams() const { return teams_; }
+  int block() const { return number_; }
+  int blocks() const { return numbers_; }
+
+  // This thread as one of block `number` of `count`, whose arrays in shared memory lie behind those taken before.
+  Thread& as_block(int number, int count) {
+    number_ = number, numbers_ = count;
+    if (shared_before_ < 0) shared_before_ = static_cast<int64_t>(shared_taken_);
+    shared_taken_ = static_cast<size_t>(shared_before_);
+    return *this;
+  }
 
   void sync_warp(std::source_location where = std::source_location::current()) { wait(kWarpScope, where); }
   void sync_block(std::source_location where = std::source_location::current()) { wait(kBlockScope, where); }
-  void sync_team(std::source_location where = std::source_location::current()) { wait(kTeamScope, where); }
-  void sync_grid(std::source_location where = std::source_location::current()) { wait(kGridScope, where); }
+
+  // Counters in global memory: see kernels/machine.h.
+  unsigned take(unsigned* counter, std::source_location where = std::source_location::current()) {
+    return count(counter, where, false);
+  }
+  unsigned release(unsigned* counter, std::source_location where = std::source_location::current()) {
+    return count(counter, where, true);
+  }
+  void await(unsigned* counter, unsigned count, std::source_location where = std::source_location::current());
 
   // The sum over the lanes of a group of `width` neighbours that lie a multiple of `stride` apart (powers of two), in
   // each of them: lane l adds that of lane l ^ width / 2, then l ^ width / 4, ... The whole warp comes here together.
@@ -248,6 +261,15 @@ class Thread {
   }
 
   template <class T>
+  Pack<std::remove_const_t<T>> load_pack_once(T* from, std::source_location where = std::source_location::current()) {
+    return load_pack(from, where);
+  }
+  template <class T>
+  void store_pack_once(T* to, const Pack<T>& pack, std::source_location where = std::source_location::current()) {
+    store_pack(to, pack, where);
+  }
+
+  template <class T>
   static float widen(T value) {
     return dia::widen(value);
   }
@@ -275,22 +297,26 @@ class Thread {
     moment.thread = global_;
     moment.warp = global_ / kWarp;
     moment.block = block_->index;
-    moment.team = team_;
     moment.epochs = epochs_;
     return moment;
   }
   void wait(Scope scope, const std::source_location& where);
+  unsigned count(unsigned* counter, const std::source_location& where, bool releases);
   void touch_global(const void* at, int count, size_t element_bytes, bool write, const std::source_location& where);
+  TensorMemory& memory_of(const void* at, const Site& site);
   // `first` and `count` in cells; `what` makes the name for a message.
   template <class Name>
   void touch(Cell* cells, int64_t first, int64_t count, bool write, const Moment& moment, Name what);
 
   Run* run_ = nullptr;
   Block* block_ = nullptr;
-  int thread_ = 0, threads_ = 0, rank_ = 0, ranks_ = 0, team_ = 0, teams_ = 0, global_ = 0;
+  int thread_ = 0, threads_ = 0, number_ = 0, numbers_ = 0, global_ = 0;
   std::array<uint32_t, kScopes> epochs_{};
   std::array<int64_t, kScopes> passed_{};
-  size_t shared_taken_ = 0;
+  size_t shared_taken_ = 0, shared_most_ = 0;
+  int64_t shared_before_ = -1;
+  const unsigned* counter_ = nullptr;  // that it waits for, until it says so many
+  unsigned awaited_ = 0;
   bool waiting_ = false;
   int waits_for_ = 0;
   Site waits_at_{};
@@ -366,13 +392,13 @@ class Run {
 
   void all() {
     if (grid.threads % kWarp != 0) throw LaunchError("threads: expected a multiple of 32");
-    std::vector<int> order(grid.teams);
-    for (int k = 0; k < grid.teams; ++k) order[k] = k;
+    std::vector<int> order(grid.blocks);
+    for (int k = 0; k < grid.blocks; ++k) order[k] = k;
     std::shuffle(order.begin(), order.end(), random_);
-    if (grid.cooperative)
+    if (grid.together)
       together(order);
     else
-      for (int team : order) together({team});
+      for (int block : order) together({block});
     for (auto& [key, accesses] : accesses_) {
       Counts& counts = std::get<0>(key)->counts;
       for (const auto& sectors : accesses.sectors)
@@ -391,29 +417,22 @@ class Run {
   }
 
   Meeting& meeting(Thread& thread, int scope) {
-    if (scope == kWarpScope) return thread.block_->warps[thread.warp()];
-    if (scope == kBlockScope) return thread.block_->meeting;
-    return scope == kTeamScope ? teams_[thread.team_] : whole_;
+    return scope == kWarpScope ? thread.block_->warps[thread.warp()] : thread.block_->meeting;
   }
-  int members(int scope) const {
-    const int sizes[] = {kWarp, grid.threads, grid.threads * grid.ranks, grid.threads * grid.blocks()};
-    return sizes[scope];
-  }
-  bool covers(int scope, const Thread& one, const Thread& other) const {
-    if (scope == kWarpScope) return one.global_ / kWarp == other.global_ / kWarp;
-    if (scope == kBlockScope) return one.block_ == other.block_;
-    return scope == kGridScope || one.team_ == other.team_;
-  }
+  int members(int scope) const { return scope == kWarpScope ? kWarp : grid.threads; }
   // Lets everybody at the barrier of `thread` go on.
   void release(Thread& thread, int scope) {
-    for (Thread& other : threads_) {
-      if (!covers(scope, thread, other)) continue;
-      other.waiting_ = false;
-      for (int k = 0; k <= scope; ++k) ++other.epochs_[k];
-      ++other.passed_[scope];
+    Thread* first = &thread - (scope == kWarpScope ? thread.lane() : thread.thread());
+    for (Thread* other = first; other < first + members(scope); ++other) {
+      other->waiting_ = false;
+      for (int k = 0; k <= scope; ++k) ++other->epochs_[k];
+      ++other->passed_[scope];
     }
+    if (scope == kBlockScope) merge(thread.block_->seen, thread.block_->coming);
     meeting(thread, scope) = Meeting();
   }
+  // What was counted at a counter: by whom, and what they had seen.
+  Seen& counted(const unsigned* counter) { return counted_[counter]; }
   Thread& lane_of(const Thread& thread, int lane) { return threads_[&thread - threads_.data() - thread.lane() + lane]; }
 
   Device& device;
@@ -421,17 +440,16 @@ class Run {
   Report report;
 
  private:
-  // Runs the blocks of some teams to their ends.
-  void together(const std::vector<int>& teams) {
-    const int blocks = static_cast<int>(teams.size()) * grid.ranks;
-    blocks_.assign(blocks, Block());
+  // Runs some blocks to their ends.
+  void together(const std::vector<int>& numbers) {
+    const int blocks = static_cast<int>(numbers.size());
+    blocks_.clear();
+    blocks_.resize(blocks);
     threads_.assign(static_cast<size_t>(blocks) * grid.threads, Thread());
     while (fibers_.size() < threads_.size()) fibers_.push_back(std::make_unique<Fiber>());
-    teams_.clear();
     for (int k = 0; k < blocks; ++k) {
       Block& block = blocks_[k];
-      block.team = teams[k / grid.ranks];
-      block.index = block.team * grid.ranks + k % grid.ranks;
+      block.index = numbers[k];
       block.shared.resize(grid.shared_bytes + 16);
       block.cells.resize((grid.shared_bytes + 1) / 2);
       block.warps.resize(grid.threads / kWarp);
@@ -440,8 +458,7 @@ class Run {
         thread.run_ = this;
         thread.block_ = &block;
         thread.thread_ = t, thread.threads_ = grid.threads;
-        thread.rank_ = k % grid.ranks, thread.ranks_ = grid.ranks;
-        thread.team_ = block.team, thread.teams_ = grid.teams;
+        thread.number_ = block.index, thread.numbers_ = grid.blocks;
         thread.global_ = block.index * grid.threads + t;
         thread.fiber_ = fibers_[static_cast<size_t>(k) * grid.threads + t].get();
         thread.fiber_->reset(&Run::start, &thread);
@@ -451,7 +468,9 @@ class Run {
     while (true) {
       ready.clear();
       for (Thread& thread : threads_)
-        if (!thread.waiting_ && !thread.fiber_->finished()) ready.push_back(&thread);
+        if (!thread.waiting_ && !thread.fiber_->finished() &&
+            (thread.counter_ == nullptr || *thread.counter_ >= thread.awaited_))
+          ready.push_back(&thread);
       if (ready.empty()) break;
       std::shuffle(ready.begin(), ready.end(), random_);
       for (Thread* thread : ready) {
@@ -462,19 +481,21 @@ class Run {
     for (const Thread& thread : threads_) {
       if (!thread.fiber_->finished()) throw LaunchError(stuck());
       for (int k = 0; k < kScopes; ++k) report.passed[k] = std::max(report.passed[k], thread.passed_[k]);
-      report.shared_bytes = std::max(report.shared_bytes, thread.shared_taken_);
+      report.shared_bytes = std::max(report.shared_bytes, thread.shared_most_);
     }
   }
 
   std::string stuck() const {
-    std::map<std::pair<int, Site>, int> waiting;
+    std::map<std::pair<std::string, Site>, int> waiting;
     int finished = 0;
-    for (const Thread& thread : threads_)
-      thread.fiber_->finished() ? void(++finished) : void(++waiting[{thread.waits_for_, thread.waits_at_}]);
+    for (const Thread& thread : threads_) {
+      if (thread.fiber_->finished()) ++finished;
+      else if (thread.counter_ != nullptr) ++waiting[{"for the count", thread.waits_at_}];
+      else ++waiting[{"at the " + std::string(scope_name(thread.waits_for_)) + " barrier", thread.waits_at_}];
+    }
     std::ostringstream text;
     text << "deadlock: " << finished << " threads have finished";
-    for (const auto& [key, count] : waiting)
-      text << ", " << count << " wait at the " << scope_name(key.first) << " barrier " << text_of(key.second);
+    for (const auto& [key, count] : waiting) text << ", " << count << " wait " << key.first << " " << text_of(key.second);
     return text.str();
   }
 
@@ -494,8 +515,7 @@ class Run {
   std::vector<Block> blocks_;
   std::vector<Thread> threads_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::unordered_map<int, Meeting> teams_;
-  Meeting whole_;
+  std::unordered_map<const unsigned*, Seen> counted_;
   std::map<std::tuple<TensorMemory*, int, Site, bool>, WarpAccesses> accesses_;
   std::string error_;
 };
@@ -510,7 +530,6 @@ inline void Thread::wait(Scope scope, const std::source_location& where) {
   const Site site = site_of(where);
   ++run_->report.barriers[site];
   if (run_->grid.without != nullptr && *run_->grid.without == site) return;
-  if (scope == kGridScope && !run_->grid.cooperative) fail("barrier of the grid in a launch that is not cooperative");
   Meeting& meeting = run_->meeting(*this, scope);
   if (meeting.arrived > 0 && meeting.site != site)
     fail("divergence: at one " + std::string(scope_name(scope)) + " barrier, threads wait at " + text_of(meeting.site) +
@@ -519,6 +538,32 @@ inline void Thread::wait(Scope scope, const std::source_location& where) {
   if (++meeting.arrived == run_->members(scope)) return run_->release(*this, scope);
   waiting_ = true, waits_for_ = scope, waits_at_ = site;
   Fiber::pause();
+}
+
+inline unsigned Thread::count(unsigned* counter, const std::source_location& where, bool releases) {
+  memory_of(counter, site_of(where));
+  if (releases) {
+    Seen& counted = run_->counted(counter);
+    merge(counted, block_->seen);
+    Seen own(block_->index + 1);
+    own.back() = epochs_[kBlockScope];
+    merge(counted, own);
+    merge(block_->coming, counted);
+  }
+  return (*counter)++;
+}
+
+inline void Thread::await(unsigned* counter, unsigned count, std::source_location where) {
+  const Site site = site_of(where);
+  memory_of(counter, site);
+  ++run_->report.barriers[site];
+  if (run_->grid.without != nullptr && *run_->grid.without == site) return;
+  if (*counter < count) {
+    counter_ = counter, awaited_ = count, waits_at_ = site;
+    Fiber::pause();
+    counter_ = nullptr;
+  }
+  merge(block_->coming, run_->counted(counter));
 }
 
 template <class V>
@@ -539,6 +584,7 @@ template <class T>
 Shared<T> Thread::shared(int64_t count) {
   const size_t offset = (shared_taken_ + 15) / 16 * 16;
   shared_taken_ = offset + static_cast<size_t>(count) * sizeof(T);
+  shared_most_ = std::max(shared_most_, shared_taken_);
   if (shared_taken_ > run_->grid.shared_bytes)
     fail("shared memory: " + std::to_string(shared_taken_) + " bytes asked for, " +
          std::to_string(run_->grid.shared_bytes) + " there");
@@ -551,28 +597,43 @@ void Thread::touch(Cell* cells, int64_t first, int64_t count, bool write, const 
     Cell& cell = cells[k];
     if (!cell.allowed) fail(what(k) + ": no element of the tensor");
     if (!write && !cell.defined) fail(what(k) + ": read, but nothing was written there");
-    if (!cell.writer.before(moment))
+    const Seen& seen = block_->seen;
+    if (!cell.writer.before(moment, seen))
       fail(what(k) + ": race, " + (write ? "written" : "read") + " with no barrier since another thread's write");
     if (write) {
-      if (!cell.readers.before(moment)) fail(what(k) + ": race, written with no barrier since another thread's read");
+      bool read = cell.readers.before(moment, seen);
+      for (const Moment& other : cell.others) read = read && other.before(moment, seen);
+      if (!read) fail(what(k) + ": race, written with no barrier since another thread's read");
+      cell.forget();
       cell.writer = moment;
-      cell.readers = Moment::none();
       cell.defined = true;
-    } else if (cell.readers.before(moment)) {
+    } else if (cell.readers.before(moment, seen)) {
       cell.readers = moment;
-    } else {
+    } else if (cell.readers.block == moment.block) {
       cell.readers.join(moment);
+    } else {
+      const auto of_block = [&](const Moment& other) { return other.block == moment.block; };
+      const auto known = std::find_if(cell.others.begin(), cell.others.end(), of_block);
+      if (known != cell.others.end())
+        known->join(moment);
+      else
+        cell.others.push_back(moment);
     }
   }
+}
+
+inline TensorMemory& Thread::memory_of(const void* at, const Site& site) {
+  const char* address = static_cast<const char*>(at);
+  if (recent_ == nullptr || address < recent_->begin || address >= recent_->end()) recent_ = run_->device.find(at);
+  if (recent_ == nullptr) fail("global memory at " + text_of(site) + ": out of bounds of every tensor");
+  return *recent_;
 }
 
 inline void Thread::touch_global(const void* at, int count, size_t element_bytes, bool write,
                                  const std::source_location& where) {
   const char* address = static_cast<const char*>(at);
-  if (recent_ == nullptr || address < recent_->begin || address >= recent_->end()) recent_ = run_->device.find(at);
   const Site site = site_of(where);
-  if (recent_ == nullptr) fail("global memory at " + text_of(site) + ": out of bounds of every tensor");
-  TensorMemory& memory = *recent_;
+  TensorMemory& memory = memory_of(at, site);
   const int64_t first = (address - memory.begin) / memory.element_bytes;
   const auto name = [&](int64_t k) {
     return memory.name + " at element " + std::to_string(k) + " (" + text_of(site) + ")";

@@ -7,9 +7,7 @@
 
 #include <optional>
 
-#include "../kernels/step_backward.h"
-#include "../kernels/step_forward.h"
-#include "../kernels/sweeps.h"
+#include "../kernels/flow.h"
 #include "../kernels/weight_gradients.h"
 #include "simt.h"
 
@@ -69,7 +67,22 @@ class Arguments {
     return {static_cast<int>(number("tile_channels")), static_cast<int>(number("tile_positions")),
             static_cast<int>(number("tile_lanes"))};
   }
-  kernels::Teams teams() const { return {static_cast<int>(number("group")), static_cast<int>(number("quantum"))}; }
+  // Of a flow: its parts and counters, as large as they must be, and its order.
+  template <class Flow>
+  void order(Flow& args) {
+    args.join.samples = static_cast<int>(number("samples")), args.join.bottleneck = args.cell.bottleneck;
+    args.join.parts = {pointer<float>("parts"), static_cast<int>(number("parts"))};
+    args.order.samples = args.join.samples, args.order.chunk = static_cast<int>(number("chunk"));
+    kernels::FlowCounters& counters = args.order.counters;
+    counters.reduce_groups = args.tasks(kernels::kReducePhase, args.order.chunk).counted();
+    counters.bottleneck_groups = args.tasks(kernels::kBottleneckPhase, args.order.chunk).counted();
+    const Array& array = arrays_.at("counters");
+    const int64_t count =
+        kernels::FlowCounters::count(args.order.chunks(), counters.reduce_groups, counters.bottleneck_groups);
+    if (count > array.length) throw std::invalid_argument("counters: too few");
+    counters.data = reinterpret_cast<unsigned*>(array.address);
+    device.tensor("counters", counters.data + array.before, count - array.before - array.after, true);
+  }
   kernels::ChannelAffine affine() {
     return {pointer<const float>("shift"), pointer<const float>("d"), pointer<const float>("scale"),
             pointer<const float>("bias")};
@@ -91,7 +104,6 @@ class Arguments {
   kernels::CellForward cell_forward() {
     auto args = cell<kernels::CellForward>();
     args.h = pointer<const float>("h");
-    args.partial = pointer<float>("partial");
     args.new_h = pointer<float>("new_h"), args.new_c = pointer<float>("new_c");
     return args;
   }
@@ -100,14 +112,13 @@ class Arguments {
     args.dh = pointer<const float>("dh"), args.dc = pointer<const float>("dc");
     args.new_c = pointer<const float>("new_c");
     args.du = pointer<float>("du"), args.dzx = pointer<float>("dzx"), args.dzh = pointer<float>("dzh");
-    args.partial = pointer<float>("partial");
     args.old_dh = pointer<float>("old_dh"), args.old_dc = pointer<float>("old_dc");
     return args;
   }
   Grid grid() const {
     Grid grid;
-    grid.teams = static_cast<int>(number("teams"));
-    grid.ranks = static_cast<int>(number("ranks"));
+    grid.blocks = static_cast<int>(number("blocks"));
+    grid.together = numbers_.count("chunk") > 0;
     grid.threads = static_cast<int>(number("threads"));
     grid.shared_bytes = static_cast<size_t>(number("shared_bytes"));
     grid.seed = static_cast<uint64_t>(number("seed"));
@@ -123,23 +134,49 @@ class Arguments {
 
 template <class T, bool kAffine>
 auto forward_kernel(Arguments& of) {
-  kernels::StepForward<T, kAffine> args{of.cell_forward(), of.teams(), of.size(), of.number("relu") != 0};
-  args.x = of.map<const T>("x"), args.shortcut = of.map<const T>("shortcut"), args.y = of.map<T>("y");
-  if (kAffine) args.norm = {of.affine(), of.pointer<float>("off")};
-  return [args](Thread& m) { kernels::step_forward(m, args); };
+  kernels::StepForward<T, kAffine> args{};
+  args.cell = of.cell_forward();
+  args.reduce.size = args.spread.size = of.size(), args.reduce.tile = args.spread.tile = of.tile();
+  args.reduce.x = args.spread.x = of.map<const T>("x");
+  args.reduce.sum = of.pointer<float>("sum of pieces");
+  args.spread.shortcut = of.map<const T>("shortcut"), args.spread.out = of.map<T>("y");
+  args.spread.relu = of.number("relu") != 0, args.spread.once = true, args.spread.scale = args.cell.new_h;
+  if (kAffine) {
+    args.norm = {of.affine(), of.pointer<float>("off")};
+    args.reduce.shift = args.spread.shift = args.norm.affine.shift;
+    args.spread.scale = args.factor = of.pointer<float>("factor");
+    args.spread.offset = args.added = of.pointer<float>("added");
+  }
+  args.join.input = {args.cell.weights.input_reduce_bias, nullptr, args.cell.tables.zx, true};
+  args.join.hidden = {args.cell.weights.hidden_reduce_bias, nullptr, args.cell.tables.zh, args.cell.h != nullptr};
+  of.order(args);
+  return [args](Thread& m) { kernels::run_flow(m, args); };
 }
 
 template <class T, bool kAffine>
 auto backward_kernel(Arguments& of) {
-  kernels::StepBackward<T, kAffine> args{of.cell_backward(), of.teams(), of.size(), of.number("relu") != 0};
-  args.dy = of.map<const T>("dy"), args.y = of.map<const T>("y"), args.x = of.map<const T>("x");
-  args.dshortcut = of.map<T>("dshortcut"), args.dx = of.map<T>("dx");
+  kernels::StepBackward<T, kAffine> args{};
+  args.cell = of.cell_backward();
+  args.reduce.size = args.spread.size = of.size(), args.reduce.tile = args.spread.tile = of.tile();
+  args.reduce.dy = of.map<const T>("dy"), args.reduce.y = of.map<const T>("y"), args.reduce.x = of.map<const T>("x");
+  args.reduce.g = of.map<T>("dshortcut"), args.reduce.once = args.reduce.g.data != nullptr;
+  args.reduce.product = of.pointer<float>("product of pieces");
+  args.spread.out = of.map<T>("dx"), args.spread.once = true;
+  args.spread.dy = args.reduce.dy, args.spread.y = args.reduce.y;
+  if (args.reduce.g.data != nullptr)
+    args.spread.dy = {args.reduce.g.data, args.reduce.g.stride}, args.spread.y = {};
+  args.spread.scale = args.factor = of.pointer<float>("factor");
+  args.spread.offset = args.offset = of.pointer<float>("offset");
   if (kAffine) {
     args.affine = of.affine();
+    args.reduce.shift = args.affine.shift, args.reduce.sum = of.pointer<float>("sum of pieces");
     args.sum = of.pointer<float>("sum"), args.product = of.pointer<float>("product");
     args.dp = of.pointer<float>("dp");
   }
-  return [args](Thread& m) { kernels::step_backward(m, args); };
+  args.join.input = {nullptr, args.cell.tables.zx, args.cell.dzx, true};
+  args.join.hidden = {nullptr, args.cell.tables.zh, args.cell.dzh, true};
+  of.order(args);
+  return [args](Thread& m) { kernels::run_flow(m, args); };
 }
 
 template <class T>

@@ -13,6 +13,9 @@
 namespace dia::ops {
 namespace {
 
+using kernels::from_sample;
+using kernels::of_samples;
+using kernels::rows_from;
 using kernels::Samples;
 
 // A map as the kernels take it: samples at any distance, each dense. Where a tensor is not, `tensor` is a copy.
@@ -66,38 +69,6 @@ struct GpuResult {
   Samples<const T> read() const { return {samples.data, samples.stride}; }
 };
 
-template <class T>
-Samples<T> from_sample(const Samples<T>& map, int64_t first) {
-  return map.data == nullptr ? map : Samples<T>{map.data + first * map.stride, map.stride};
-}
-template <class T>
-T* rows_from(T* table, int64_t first, int64_t width) {
-  return table == nullptr ? nullptr : table + first * width;
-}
-
-// The cell's arguments of samples [first, first + count).
-inline kernels::CellForward of_samples(kernels::CellForward cell, int64_t first, int64_t count) {
-  const int64_t c = cell.channels, m = cell.bottleneck;
-  cell.samples = static_cast<int>(count);
-  cell.h = rows_from(cell.h, first, c), cell.c = rows_from(cell.c, first, c);
-  cell.tables = {rows_from(cell.tables.p, first, c), rows_from(cell.tables.zx, first, m),
-                 rows_from(cell.tables.zh, first, m), rows_from(cell.tables.gates, first, 4 * c)};
-  cell.new_h = rows_from(cell.new_h, first, c), cell.new_c = rows_from(cell.new_c, first, c);
-  return cell;
-}
-inline kernels::CellBackward of_samples(kernels::CellBackward cell, int64_t first, int64_t count) {
-  const int64_t c = cell.channels, m = cell.bottleneck;
-  cell.samples = static_cast<int>(count);
-  cell.dh = rows_from(cell.dh, first, c), cell.dc = rows_from(cell.dc, first, c);
-  cell.c = rows_from(cell.c, first, c), cell.new_c = rows_from(cell.new_c, first, c);
-  cell.tables = {rows_from(cell.tables.p, first, c), rows_from(cell.tables.zx, first, m),
-                 rows_from(cell.tables.zh, first, m), rows_from(cell.tables.gates, first, 4 * c)};
-  cell.du = rows_from(cell.du, first, 4 * c);
-  cell.dzx = rows_from(cell.dzx, first, m), cell.dzh = rows_from(cell.dzh, first, m);
-  cell.old_dh = rows_from(cell.old_dh, first, c), cell.old_dc = rows_from(cell.old_dc, first, c);
-  return cell;
-}
-
 // The parameters as the kernels take them; `dense` keeps what had to be copied.
 struct GpuWeights {
   std::vector<Tensor> kept;
@@ -124,6 +95,22 @@ struct GpuWeights {
 inline std::atomic<GpuLayouts>& layouts() {
   static std::atomic<GpuLayouts> chosen{GpuLayouts::any};
   return chosen;
+}
+
+// What joins the parts of both bottlenecks, and of their gradients.
+inline kernels::JoinParts join_of(const kernels::CellForward& cell, const kernels::BottleneckParts& parts) {
+  return {cell.samples,
+          cell.bottleneck,
+          parts,
+          {cell.weights.input_reduce_bias, nullptr, cell.tables.zx, true},
+          {cell.weights.hidden_reduce_bias, nullptr, cell.tables.zh, cell.h != nullptr}};
+}
+inline kernels::JoinParts join_of(const kernels::CellBackward& cell, const kernels::BottleneckParts& parts) {
+  return {cell.samples,
+          cell.bottleneck,
+          parts,
+          {nullptr, cell.tables.zx, cell.dzx, true},
+          {nullptr, cell.tables.zh, cell.dzh, true}};
 }
 
 // One call of an operator: its device, the sizes, and what it allocates on the way.
@@ -166,51 +153,56 @@ class GpuCall {
     return std::exchange(next_, next_ + taken);
   }
 
-  // The plan for a direction, if its teams fit the device together; `on_chip` is what they would run.
-  GpuPlan plan(bool combined, bool backward, GpuNorm norm, int element_bytes, bool aligned, const AnyKernel& on_chip) {
+  // The plan for a direction.
+  GpuPlan plan(bool combined, bool backward, GpuNorm norm, int element_bytes, bool aligned) {
     GpuProblem problem{};
     problem.samples = shape_.samples, problem.channels = shape_.channels, problem.positions = shape_.positions;
     problem.bottleneck = bottleneck_, problem.element_bytes = element_bytes, problem.interleaved = shape_.interleaved;
     problem.aligned = aligned, problem.combined = combined, problem.backward = backward, problem.norm = norm;
     problem.tf32 = false;  // whether torch allows it cannot be asked from here
-    return known_plan(problem, [&] {
-      const GpuPlan plan = plan_step(problem, limits_, layouts().load());
-      if (!plan.on_chip || plan.team == GpuTeam::block) return plan;
-      const int64_t blocks = static_cast<int64_t>(plan.ranks) * plan.teams;
-      if (blocks <= device_.gpu().resident(on_chip, shape_of(plan))) return plan;
-      return plan_step(problem, limits_, GpuLayouts::sweeps);
-    });
+    return known_plan(problem);
   }
 
-  static LaunchShape shape_of(const GpuPlan& plan) { return {plan.team, plan.ranks, plan.teams, plan.shared_bytes}; }
-
-  // A kernel of teams, as planned: its counters are this launch's own.
-  void launch_teams(const AnyKernel& kernel, const GpuPlan& plan) {
-    unsigned* counters = nullptr;
-    if (plan.team == GpuTeam::grid) {
-      counters = reinterpret_cast<unsigned*>(scratch(plan.teams));
-      device_.gpu().clear(counters, plan.teams * static_cast<int64_t>(sizeof(unsigned)));
-    }
-    device_.gpu().launch(kernel, shape_of(plan), counters);
-  }
   void clear(float* table, int64_t count) { device_.gpu().clear(table, count * static_cast<int64_t>(sizeof(float))); }
-  float* team_parts(const GpuPlan& plan) {
-    return scratch(static_cast<int64_t>(plan.teams) * plan.ranks * plan.group * 2 * bottleneck_);
+
+  // A step as one kernel, of sums with and without x. What is left to fill in: the order, the tiles, the parts of sums.
+  template <class Flow>
+  void launch_flow(Flow args, const GpuPlan& plan, bool sum, bool product) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(args.spread.x.data)>>;
+    const GpuProblem problem = swept(args.reduce.size, sizeof(T));
+    args.reduce.tile = detail::flow_tile_of(problem, limits_, 4);
+    args.spread.tile = detail::flow_tile_of(problem, limits_, 2);
+    const int64_t entries = args.reduce.pieces() * shape_.samples * shape_.channels;
+    if (sum) args.reduce.sum = scratch(entries);
+    if (product) args.reduce.product = scratch(entries);
+    const int count = static_cast<int>(plan.chunk);
+    args.join = join_of(args.cell, parts_of<kernels::FlowTiles>(count, args.terms(), shape_.samples));
+    args.order.samples = static_cast<int>(shape_.samples), args.order.chunk = count;
+    kernels::FlowCounters& counters = args.order.counters;
+    counters.reduce_groups = args.tasks(kernels::kReducePhase, count).counted();
+    counters.bottleneck_groups = args.tasks(kernels::kBottleneckPhase, count).counted();
+    const int64_t words =
+        kernels::FlowCounters::count(args.order.chunks(), counters.reduce_groups, counters.bottleneck_groups);
+    counters.data = reinterpret_cast<unsigned*>(scratch(words));
+    device_.gpu().clear(counters.data, words * static_cast<int64_t>(sizeof(unsigned)));
+    int64_t tasks = 0;
+    for (int phase = 0; phase < kernels::kFlowPhases; ++phase) tasks += args.tasks(phase, count).all();
+    launch_blocks(args, tasks, kFlowResident,
+                  kernels::flow_shared_bytes(
+                      reduce_shared_bytes(args.reduce.tile, args.reduce.size.interleaved, sizeof(T))));
   }
-  kernels::Teams teams(const GpuPlan& plan) const { return {plan.group, plan.quantum}; }
 
   // A sweep over args.size.samples samples.
   template <class T>
   void launch_sweep(kernels::Reduce<T> args) {
     args.tile = detail::reduce_tile_of(swept(args.size, sizeof(T)), limits_);
-    launch_blocks(args, sweep_tasks(args.size, args.tile), kSweepResident,
+    launch_blocks(args, kernels::tasks_of(args.size, args.tile), kSweepResident,
                   reduce_shared_bytes(args.tile, args.size.interleaved, sizeof(T)));
   }
   template <class T>
   void launch_sweep(kernels::Spread<T> args) {
     args.tile = detail::spread_tile_of(swept(args.size, sizeof(T)), limits_);
-    const int64_t along = args.size.interleaved ? detail::parts(args.size.positions, args.tile.positions) : 1;
-    launch_blocks(args, along * sweep_tasks(args.size, args.tile), kSweepResident, 0);
+    launch_blocks(args, kernels::tasks_of(args.size, args.tile), kSweepResident, 0);
   }
 
   // A kernel of `count` values of tables, one a thread.
@@ -224,13 +216,13 @@ class GpuCall {
   }
   // A kernel of `tiles` of the cell's products.
   void launch_tiles(const AnyKernel& kernel, int64_t tiles) {
-    launch_blocks(kernel, tiles, 4, kernels::kCellTileBytes);
+    launch_blocks(kernel, tiles, 4, kernels::AllSamples::kBytes);
   }
-  // Memory for parts of both bottlenecks' sums of `inner` terms each: as many as multiprocessors wait for, of at least
-  // 64 terms.
-  kernels::BottleneckParts bottleneck_parts(int64_t samples, int64_t inner) {
-    const int64_t tiles =
-        2 * detail::parts(samples, kernels::kTileSamples) * detail::parts(bottleneck_, kernels::kTileBottleneck);
+  // Memory for parts of both bottlenecks' sums of `inner` terms each, of `samples`: as many as multiprocessors wait for
+  // when `at_once` of them are at hand, of at least 64 terms.
+  template <class Tiles>
+  kernels::BottleneckParts parts_of(int64_t at_once, int64_t inner, int64_t samples) {
+    const int64_t tiles = 2 * detail::parts(at_once, Tiles::kSamples) * detail::parts(bottleneck_, Tiles::kBottleneck);
     const int64_t count = std::clamp(4 * limits_.multiprocessors / std::max<int64_t>(tiles, 1), int64_t{1},
                                      std::clamp<int64_t>(inner / 64, 1, kernels::kMostParts));
     return {scratch(count * samples * 2 * bottleneck_), static_cast<int>(count)};
@@ -252,7 +244,7 @@ class GpuCall {
   void launch_blocks(const AnyKernel& kernel, int64_t tasks, int resident, int64_t shared_bytes) {
     if (tasks == 0) return;
     const int64_t most = static_cast<int64_t>(limits_.multiprocessors) * resident;
-    device_.gpu().launch(kernel, {GpuTeam::block, 1, static_cast<int>(std::min(tasks, most)), shared_bytes}, nullptr);
+    device_.gpu().launch(kernel, static_cast<int>(std::min(tasks, most)), shared_bytes);
   }
   // Whether there were at least so many tiles.
   template <int kTile>
@@ -275,11 +267,6 @@ class GpuCall {
     problem.aligned = (size.interleaved ? size.channels : size.positions) % (16 / element_bytes) == 0;
     return problem;
   }
-  // Of a sweep whose tasks take all positions.
-  static int64_t sweep_tasks(const kernels::MapSize& size, const GpuTile& tile) {
-    if (size.interleaved) return size.samples * detail::parts(size.channels, tile.channels);
-    return detail::parts(static_cast<int64_t>(size.samples) * size.channels, kSweepThreads / tile.lanes);
-  }
   Tensor view(const float* data, int64_t rows, int64_t columns, int64_t row, int64_t column) const {
     int32_t type, index;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x_.get(), &type));
@@ -290,12 +277,11 @@ class GpuCall {
                                                                      aoti_torch_dtype_float32(), type, index, &handle));
     return Tensor(handle);
   }
-  // Plans are made once for each problem and device: hundreds of layouts are priced for one.
-  template <class Make>
-  GpuPlan known_plan(const GpuProblem& p, Make make) {
+  // Plans are made once for each problem and device.
+  GpuPlan known_plan(const GpuProblem& p) {
     static std::mutex mutex;
-    static std::map<std::array<int64_t, 18>, GpuPlan> known;
-    const std::array<int64_t, 18> key{x_.get_device_index(),
+    static std::map<std::array<int64_t, 16>, GpuPlan> known;
+    const std::array<int64_t, 16> key{x_.get_device_index(),
                                       p.samples,
                                       p.channels,
                                       p.positions,
@@ -308,9 +294,7 @@ class GpuCall {
                                       p.tf32,
                                       static_cast<int64_t>(p.norm),
                                       limits_.multiprocessors,
-                                      limits_.shared_per_block,
                                       limits_.l2_bytes,
-                                      limits_.cluster,
                                       static_cast<int64_t>(limits_.flops),
                                       static_cast<int64_t>(layouts().load())};
     {
@@ -318,7 +302,7 @@ class GpuCall {
       const auto found = known.find(key);
       if (found != known.end()) return found->second;
     }
-    const GpuPlan plan = make();
+    const GpuPlan plan = plan_step(p, limits_, layouts().load());
     const std::lock_guard lock(mutex);
     return known[key] = plan;
   }
@@ -351,19 +335,15 @@ template <bool kAffine>
 void run_cell(GpuCall& call, const GpuPlan& plan, const kernels::CellForward& cell, const float* sum,
               const kernels::NormedMeans& norm, float* factor, float* added) {
   const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
-  if (plan.team != GpuTeam::products) {
-    const kernels::BottleneckParts parts = call.bottleneck_parts(n, c);
+  if (plan.cell == GpuCell::tiles) {
+    const kernels::BottleneckParts parts = call.parts_of<kernels::AllSamples>(n, c, n);
     const kernels::BottleneckSums<kAffine> sums{cell, static_cast<int>(call.positions()), sum, norm, parts};
-    call.launch_tiles(sums, parts.tasks(cell.samples, cell.bottleneck, cell.h != nullptr));
-    call.launch_elements(
-        kernels::JoinParts{cell.samples,
-                           cell.bottleneck,
-                           parts,
-                           {cell.weights.input_reduce_bias, nullptr, cell.tables.zx, true},
-                           {cell.weights.hidden_reduce_bias, nullptr, cell.tables.zh, cell.h != nullptr}},
-        2 * n * m);
-    call.launch_tiles(kernels::CellStates<kAffine>{cell, norm.affine, factor, added},
-                      detail::parts(n, kernels::kTileSamples) * detail::parts(c, kernels::kTileChannels));
+    const bool both = cell.h != nullptr;
+    call.launch_tiles(sums, parts.count * parts.tiles<kernels::AllSamples>(cell.samples, cell.bottleneck, both));
+    call.launch_elements(join_of(cell, parts), 2 * n * m);
+    call.launch_tiles(
+        kernels::CellStates<kAffine>{cell, norm.affine, factor, added},
+        detail::parts(n, kernels::AllSamples::kSamples) * detail::parts(c, kernels::AllSamples::kChannels));
     return;
   }
   call.launch_elements(kernels::SplitMeans<kAffine>{cell.samples, cell.channels, static_cast<int>(call.positions()),
@@ -382,26 +362,26 @@ void run_cell(GpuCall& call, const GpuPlan& plan, const kernels::CellForward& ce
   call.launch_elements(kernels::SplitGates<kAffine>{cell, products, norm.affine, factor, added}, n * c);
 }
 
-// From the sums of the map's gradient: that of the pre-activations and bottlenecks, of the old state, and of the means:
-// to `dp`, which is divided by the positions unless there is a norm.
+// Where the gradient of the means goes, (N, C) each or null: `dp`, and `offset`, what the second sweep adds for it, dp /
+// HW through the norm if there is one.
+struct MeanGradient {
+  float *dp, *offset;
+};
+
+// From the sums of the map's gradient: that of the pre-activations and bottlenecks, of the old state, and of the means.
 template <bool kAffine>
 void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBackward& cell, const float* sum,
-                       float* product, const kernels::ChannelAffine& affine, float* dp, float* factor) {
+                       float* product, const kernels::ChannelAffine& affine, MeanGradient means, float* factor) {
   const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
   call.launch_elements(kernels::SplitGateGradients<kAffine>{cell, sum, product, affine, factor}, n * c);
-  const float scale = kAffine || call.positions() == 0 ? 1.0f : 1.0f / static_cast<float>(call.positions());
-  if (plan.team != GpuTeam::products) {
-    const kernels::BottleneckParts parts = call.bottleneck_parts(n, 4 * c);
-    call.launch_tiles(kernels::BottleneckGradientSums{cell, parts}, parts.tasks(cell.samples, cell.bottleneck, true));
-    call.launch_elements(kernels::JoinParts{cell.samples,
-                                            cell.bottleneck,
-                                            parts,
-                                            {nullptr, cell.tables.zx, cell.dzx, true},
-                                            {nullptr, cell.tables.zh, cell.dzh, true}},
-                         2 * n * m);
-    const int64_t sides = (dp != nullptr ? 1 : 0) + (cell.old_dh != nullptr ? 1 : 0);
-    call.launch_tiles(kernels::CellGradients{cell, dp, scale},
-                      sides * detail::parts(n, kernels::kTileSamples) * detail::parts(c, kernels::kTileGradients));
+  if (plan.cell == GpuCell::tiles) {
+    const kernels::BottleneckParts parts = call.parts_of<kernels::AllSamples>(n, 4 * c, n);
+    call.launch_tiles(kernels::BottleneckGradientSums{cell, parts},
+                      parts.count * parts.tiles<kernels::AllSamples>(cell.samples, cell.bottleneck, true));
+    call.launch_elements(join_of(cell, parts), 2 * n * m);
+    const float* scale = kAffine && means.offset != nullptr ? affine.scale : nullptr;
+    const kernels::CellGradients gradients{cell, means.dp, means.offset, scale, static_cast<int>(call.positions())};
+    call.launch_tiles(gradients, gradients.tasks<kernels::AllSamples>());
     return;
   }
   const auto down = [&](float* dz, const float* expand, const float* z) {
@@ -411,7 +391,16 @@ void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBa
   down(cell.dzx, cell.weights.input_expand, cell.tables.zx);
   down(cell.dzh, cell.weights.hidden_expand, cell.tables.zh);
   if (cell.old_dh != nullptr) call.product(cell.old_dh, cell.dzh, n, m, cell.weights.hidden_reduce, c, false);
-  if (dp != nullptr) call.product(dp, cell.dzx, n, m, cell.weights.input_reduce, c, false, false, scale);
+  const double share = call.positions() == 0 ? 1.0 : 1.0 / static_cast<double>(call.positions());
+  const auto gradient = [&](float* to, double factor_of) {
+    if (to != nullptr) call.product(to, cell.dzx, n, m, cell.weights.input_reduce, c, false, false, factor_of);
+  };
+  gradient(means.dp, 1.0);
+  if (!kAffine) return gradient(means.offset, share);
+  if (means.offset != nullptr)
+    call.launch_elements(kernels::MeanGradients{n * c, cell.channels, static_cast<int>(call.positions()), means.dp,
+                                                affine.scale, means.offset},
+                         n * c);
 }
 
 // --- gradients of the parameters ---------------------------------------------------------------------------

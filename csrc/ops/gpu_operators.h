@@ -1,7 +1,7 @@
 // The operators on a GPU: checks, plans, workspaces, launches. Included where they are registered: for CUDA
 // (cuda_operators.cpp), and in tests for a simulated GPU, so that all of this runs in every test.
 //
-//     step    the map on chip: one kernel | or by chunks of samples: reduce | cell | spread
+//     step    by chunks of samples: reduce | cell | spread; or the same tasks in one kernel
 //     tail    reduce: moments | statistics of the batch | cell | spread; of given statistics as the step
 //     and their gradients, with the weights' once over all samples at the end
 //
@@ -61,40 +61,36 @@ template <class T, bool kAffine>
 void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, const ForwardMaps<T>& maps, bool relu,
                  const kernels::NormedMeans& norm) {
   const int64_t n = call.samples(), width = call.channels();
-  if (plan.on_chip) {
-    kernels::StepForward<T, kAffine> args{cell.args, call.teams(plan), call.size(n), relu,
-                                          maps.x,    maps.shortcut,    maps.y,       norm};
-    args.cell.partial = call.team_parts(plan);
-    call.launch_teams(args, plan);
-    return;
-  }
-  float* sum = call.scratch(n * width);
   float* factor = kAffine ? call.scratch(n * width) : cell.args.new_h;
   float* added = kAffine ? call.scratch(n * width) : nullptr;
+  kernels::Reduce<T> reduce{};
+  reduce.size = call.size(n), reduce.x = maps.x;
+  kernels::Spread<T> spread{};
+  spread.size = call.size(n), spread.relu = relu;
+  spread.x = maps.x, spread.shortcut = maps.shortcut, spread.out = maps.y;
+  spread.scale = factor, spread.offset = added;
+  if (kAffine) reduce.shift = spread.shift = norm.affine.shift;
+  if (plan.flow) {
+    spread.once = true;
+    call.launch_flow(kernels::StepForward<T, kAffine>{{}, reduce, cell.args, norm, factor, added, {}, spread}, plan,
+                     true, false);
+    return;
+  }
+  reduce.sum = call.scratch(n * width);
   for (int64_t first = 0; first < n; first += plan.chunk) {
-    const int64_t count = std::min(plan.chunk, n - first);
+    const int count = static_cast<int>(std::min(plan.chunk, n - first));
     const auto rows = [&](float* table) { return rows_from(table, first, width); };
-    kernels::Reduce<T> reduce{};
-    reduce.size = call.size(count);
-    reduce.x = from_sample(maps.x, first), reduce.sum = rows(sum);
-    if (kAffine) reduce.shift = norm.affine.shift;
-    call.launch_sweep(reduce);
-    kernels::NormedMeans of_chunk = norm;
-    of_chunk.off = rows(norm.off);
-    run_cell<kAffine>(call, plan, of_samples(cell.args, first, count), rows(sum), of_chunk, rows(factor), rows(added));
-    kernels::Spread<T> spread{};
-    spread.size = reduce.size;
-    spread.x = reduce.x, spread.shortcut = from_sample(maps.shortcut, first), spread.out = from_sample(maps.y, first);
-    spread.scale = rows(factor), spread.offset = rows(added), spread.shift = reduce.shift, spread.relu = relu;
-    call.launch_sweep(spread);
+    call.launch_sweep(of_samples(reduce, first, count));
+    run_cell<kAffine>(call, plan, of_samples(cell.args, first, count), rows(reduce.sum), {norm.affine, rows(norm.off)},
+                      rows(factor), rows(added));
+    call.launch_sweep(of_samples(spread, first, count));
   }
 }
 
-template <class T, bool kAffine>
+template <class T>
 GpuPlan forward_plan(GpuCall& call, const MapInfo& info, const ForwardMaps<T>& maps, bool relu, GpuNorm norm) {
   return call.plan(maps.shortcut.data != nullptr || relu, false, norm, sizeof(T),
-                   aligned_maps<T>(info, {maps.x, maps.shortcut, {maps.y.data, maps.y.stride}}),
-                   kernels::StepForward<T, kAffine>{});
+                   aligned_maps<T>(info, {maps.x, maps.shortcut, {maps.y.data, maps.y.stride}}));
 }
 
 template <class T>
@@ -103,7 +99,7 @@ StepResult run_step(const Tensor& x, const MapInfo& info, const ForwardMaps<T>& 
   GpuCall call(x, info, w.input_reduce_weight.size(0));
   ForwardCell cell(call, w, h, c, tanh_output, 0);
   if (!keep_tables) cell.args.tables.gates = nullptr;
-  run_forward<T, false>(call, forward_plan<T, false>(call, info, maps, relu, GpuNorm::none), cell, maps, relu, {});
+  run_forward<T, false>(call, forward_plan<T>(call, info, maps, relu, GpuNorm::none), cell, maps, relu, {});
   if (!keep_tables) cell.result.tables = call.table({0});
   return cell.result;
 }
@@ -204,32 +200,30 @@ struct NormOfGradient {
 
 // The first sweep: g, and what the cell's gradient begins with.
 template <class T>
-void run_reduce(GpuCall& call, const BackwardMaps<T>& maps, int64_t first, int64_t count, const float* shift,
-                float* sum, float* product) {
+kernels::Reduce<T> reduce_of(const GpuCall& call, const BackwardMaps<T>& maps, const float* shift, float* sum,
+                             float* product) {
   kernels::Reduce<T> reduce{};
-  reduce.size = call.size(count);
-  reduce.dy = from_sample(maps.dy, first), reduce.y = from_sample(maps.y, first);
-  reduce.x = from_sample(maps.x, first), reduce.g = from_sample(maps.dshortcut, first);
+  reduce.size = call.size(call.samples());
+  reduce.dy = maps.dy, reduce.y = maps.y, reduce.x = maps.x, reduce.g = maps.dshortcut;
   reduce.shift = shift, reduce.sum = sum, reduce.product = product;
-  if (reduce.dy.data != nullptr) call.launch_sweep(reduce);
+  return reduce;
 }
 
 // The second sweep: dx = g factor + (x - shift) slope + offset. What the first wrote is masked, and one map instead of
 // two.
 template <class T>
-void run_spread(GpuCall& call, const BackwardMaps<T>& maps, int64_t first, int64_t count, const float* factor,
-                const float* offset, const float* shift, const float* slope) {
+kernels::Spread<T> spread_of(const GpuCall& call, const BackwardMaps<T>& maps, const float* factor, const float* offset,
+                             const float* shift, const float* slope) {
   kernels::Spread<T> spread{};
-  spread.size = call.size(count);
+  spread.size = call.size(call.samples());
   const bool reread = maps.dshortcut.data != nullptr && maps.dy.data != nullptr;
   spread.dy = reread ? Samples<const T>{maps.dshortcut.data, maps.dshortcut.stride} : maps.dy;
-  spread.dy = from_sample(spread.dy, first);
-  if (!reread) spread.y = from_sample(maps.y, first);
-  if (slope != nullptr) spread.x = from_sample(maps.x, first);
-  spread.out = from_sample(maps.dx, first);
+  if (!reread) spread.y = maps.y;
+  if (slope != nullptr) spread.x = maps.x;
+  spread.out = maps.dx;
   spread.scale = spread.dy.data != nullptr ? factor : nullptr, spread.offset = offset;
   spread.shift = shift, spread.slope = slope;
-  call.launch_sweep(spread);
+  return spread;
 }
 
 // The gradient of a step by the plan, behind a norm of given statistics if kAffine; the weights' comes after.
@@ -237,47 +231,47 @@ template <class T, bool kAffine>
 void run_backward(GpuCall& call, const GpuPlan& plan, const BackwardCell& cell, const BackwardMaps<T>& maps,
                   const NormOfGradient& norm) {
   const int64_t n = call.samples(), width = call.channels();
-  if (plan.on_chip) {
-    kernels::StepBackward<T, kAffine> args{};
-    args.cell = cell.args, args.teams = call.teams(plan), args.size = call.size(n), args.relu = maps.y.data != nullptr;
-    args.dy = maps.dy, args.y = maps.y, args.x = maps.x, args.dshortcut = maps.dshortcut, args.dx = maps.dx;
-    args.affine = norm.affine, args.sum = norm.sum, args.product = norm.product, args.dp = norm.dp;
-    args.cell.partial = call.team_parts(plan);
-    call.launch_teams(args, plan);
-    return;
-  }
   const bool has_g = maps.dy.data != nullptr, has_dx = maps.dx.data != nullptr;
   float* product = kAffine ? norm.product : has_g ? call.scratch(n * width) : nullptr;
   if (kAffine && !has_g)
     for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
-  float* factor = has_dx ? call.scratch(n * width) : nullptr;
-  float* dp = kAffine ? norm.dp : has_dx ? call.scratch(n * width) : nullptr;
-  float* offset = dp;
-  if (kAffine && has_dx) offset = call.scratch(n * width);
+  float *factor = has_dx ? call.scratch(n * width) : nullptr, *offset = has_dx ? call.scratch(n * width) : nullptr;
+  kernels::Reduce<T> reduce = reduce_of(call, maps, norm.affine.shift, norm.sum, product);
+  kernels::Spread<T> spread = spread_of<T>(call, maps, factor, offset, nullptr, nullptr);
+  // Without a gradient of the map there is nothing to sweep first, and little to gain.
+  if (plan.flow && has_g) {
+    reduce.once = reduce.g.data != nullptr, spread.once = true;
+    call.launch_flow(kernels::StepBackward<T, kAffine>{{},
+                                                       reduce,
+                                                       cell.args,
+                                                       norm.affine,
+                                                       norm.sum,
+                                                       norm.product,
+                                                       norm.dp,
+                                                       offset,
+                                                       factor,
+                                                       {},
+                                                       spread},
+                     plan, kAffine, true);
+    return;
+  }
   for (int64_t first = 0; first < n; first += plan.chunk) {
-    const int64_t count = std::min(plan.chunk, n - first);
+    const int count = static_cast<int>(std::min(plan.chunk, n - first));
     const auto rows = [&](float* table) { return rows_from(table, first, width); };
-    run_reduce(call, maps, first, count, norm.affine.shift, rows(norm.sum), rows(product));
+    if (has_g) call.launch_sweep(of_samples(reduce, first, count));
     run_cell_gradient<kAffine>(call, plan, of_samples(cell.args, first, count), rows(norm.sum), rows(product),
-                               norm.affine, rows(dp), rows(factor));
-    if (!has_dx) continue;
-    if (kAffine)
-      call.launch_elements(
-          kernels::MeanGradients{count * width, static_cast<int>(width), static_cast<int>(call.positions()), rows(dp),
-                                 norm.affine.scale, rows(offset)},
-          count * width);
-    run_spread<T>(call, maps, first, count, rows(factor), rows(offset), nullptr, nullptr);
+                               norm.affine, {rows(norm.dp), rows(offset)}, rows(factor));
+    if (has_dx) call.launch_sweep(of_samples(spread, first, count));
   }
 }
 
-template <class T, bool kAffine>
+template <class T>
 GpuPlan backward_plan(GpuCall& call, const MapInfo& info, const BackwardMaps<T>& maps, GpuNorm norm) {
   return call.plan(
       maps.y.data != nullptr || maps.dshortcut.data != nullptr, true, norm, sizeof(T),
       aligned_maps<T>(
           info,
-          {maps.x, maps.dy, maps.y, {maps.dx.data, maps.dx.stride}, {maps.dshortcut.data, maps.dshortcut.stride}}),
-      kernels::StepBackward<T, kAffine>{});
+          {maps.x, maps.dy, maps.y, {maps.dx.data, maps.dx.stride}, {maps.dshortcut.data, maps.dshortcut.stride}}));
 }
 
 // The maps of a gradient, and the copies that some may need.
@@ -315,7 +309,7 @@ StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
     GpuCall call(x, info, w1.size(0));
     const GradientMaps<T> maps(given, info, {need_x, need_shortcut, need_state, need_parameters, false});
     const BackwardCell cell(call, given, w, tanh_output, need_state);
-    run_backward<T, false>(call, backward_plan<T, false>(call, info, maps.maps, GpuNorm::none), cell, maps.maps, {});
+    run_backward<T, false>(call, backward_plan<T>(call, info, maps.maps, GpuNorm::none), cell, maps.maps, {});
     GpuParameterGradients d(call, need_parameters);
     const OptionalTensor old_h = dense(h);
     if (need_parameters) d.fill(call, cell.args, data_of<float>(old_h));
@@ -385,13 +379,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     const ForwardMaps<T> maps{z_map.samples, s_map.samples, y.samples};
     if (mean) {
       norm.given(call, *mean, *var, eps);
-      run_forward<T, true>(call, forward_plan<T, true>(call, info, maps, relu, GpuNorm::given), cell, maps, relu,
+      run_forward<T, true>(call, forward_plan<T>(call, info, maps, relu, GpuNorm::given), cell, maps, relu,
                            {norm.affine(), tables.off});
       return std::make_tuple(y.tensor, cell.result.h, cell.result.c, cell.result.tables, call.table({0}),
                              call.table({0}));
     }
     const Tensor batch_mean = call.table({width}), batch_var = call.table({width});
-    const GpuPlan plan = forward_plan<T, true>(call, info, maps, relu, GpuNorm::batch);
+    const GpuPlan plan = forward_plan<T>(call, info, maps, relu, GpuNorm::batch);
     float *sum = call.scratch(n * width), *rest = call.scratch(n * width);
     float *squares = call.scratch(n * width), *first = call.scratch(n * width);
     float *factor = call.scratch(n * width), *added = call.scratch(n * width);
@@ -448,18 +442,19 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
   gradients.new_h = new_h, gradients.d = tables.d, gradients.scale = scale, gradients.rstd = tables.rstd;
   gradients.dgamma = data_of<float>(dgamma), gradients.dbeta = data_of<float>(dbeta);
   if (batch) {
-    const GpuPlan plan = backward_plan<T, true>(call, info, maps.maps, GpuNorm::batch);
+    const GpuPlan plan = backward_plan<T>(call, info, maps.maps, GpuNorm::batch);
     float *factor = nullptr, *offset = nullptr, *slope = nullptr;
     if (wanted.x) factor = call.scratch(n * width), offset = call.scratch(n * width), slope = call.scratch(width);
     if (maps.maps.dy.data == nullptr)
       for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
-    run_reduce(call, maps.maps, 0, n, tables.shift, norm.sum, norm.product);
-    run_cell_gradient<true>(call, plan, cell.args, norm.sum, norm.product, norm.affine, norm.dp, factor);
+    if (maps.maps.dy.data != nullptr)
+      call.launch_sweep(reduce_of(call, maps.maps, tables.shift, norm.sum, norm.product));
+    run_cell_gradient<true>(call, plan, cell.args, norm.sum, norm.product, norm.affine, {norm.dp, nullptr}, factor);
     gradients.offset = offset, gradients.slope = slope;
     call.launch_channels(gradients);
-    if (wanted.x) run_spread<T>(call, maps.maps, 0, n, factor, offset, tables.shift, slope);
+    if (wanted.x) call.launch_sweep(spread_of<T>(call, maps.maps, factor, offset, tables.shift, slope));
   } else {
-    run_backward<T, true>(call, backward_plan<T, true>(call, info, maps.maps, GpuNorm::given), cell, maps.maps, norm);
+    run_backward<T, true>(call, backward_plan<T>(call, info, maps.maps, GpuNorm::given), cell, maps.maps, norm);
     if (wanted.affine) call.launch_channels(gradients);
   }
   // Sums over no values, whatever the mean and the deviation of none are.
@@ -565,9 +560,10 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(Tensor dy, Tensor x, Tensor 
     // A map without positions may have no memory, which looks as if there were none.
     if (need_scale && call.positions() == 0) torch::stable::fill_(dscale, 0.0);
     if (need_scale || need_shortcut)
-      run_reduce(call, maps, 0, n, nullptr, nullptr, need_scale ? data_of<float>(dscale) : nullptr);
+      call.launch_sweep(reduce_of(call, maps, nullptr, nullptr, need_scale ? data_of<float>(dscale) : nullptr));
     if (need_x)
-      run_spread<T>(call, maps, 0, n, static_cast<const float*>(scales.const_data_ptr()), nullptr, nullptr, nullptr);
+      call.launch_sweep(
+          spread_of<T>(call, maps, static_cast<const float*>(scales.const_data_ptr()), nullptr, nullptr, nullptr));
     return std::make_tuple(dx.tensor, dscale, dshortcut.tensor);
   });
 }

@@ -5,25 +5,6 @@
 
 #include "../core/gpu_plan.h"
 
-namespace {
-
-const char* name_of(dia::GpuTeam team) {
-  switch (team) {
-    case dia::GpuTeam::block:
-      return "block";
-    case dia::GpuTeam::cluster:
-      return "cluster";
-    case dia::GpuTeam::grid:
-      return "grid";
-    case dia::GpuTeam::tiles:
-      return "tiles";
-    default:
-      return "products";
-  }
-}
-
-}  // namespace
-
 // The names of the GPUs that plans are known for, one a line.
 extern "C" __attribute__((visibility("default"))) const char* dia_kernels_gpus() {
   static const std::string text = [] {
@@ -47,10 +28,8 @@ extern "C" __attribute__((visibility("default"))) const char* dia_kernels_plan(
                        gpu);
     std::ostringstream json;
     json.precision(17);
-    json << "{\"on_chip\": " << (plan.on_chip ? "true" : "false") << ", \"team\": \"" << name_of(plan.team)
-         << "\", \"ranks\": " << plan.ranks << ", \"teams\": " << plan.teams << ", \"group\": " << plan.group
-         << ", \"quantum\": " << plan.quantum << ", \"resident\": " << plan.resident
-         << ", \"shared_bytes\": " << plan.shared_bytes << ", \"chunk\": " << plan.chunk
+    json << "{\"flow\": " << (plan.flow ? "true" : "false") << ", \"cell\": \""
+         << (plan.cell == dia::GpuCell::tiles ? "tiles" : "products") << "\", \"chunk\": " << plan.chunk
          << ", \"launches\": " << plan.launches << ", \"passes\": " << plan.passes << ", \"bytes\": " << plan.bytes
          << ", \"seconds\": " << plan.seconds << ", \"ideal_seconds\": " << plan.ideal << "}";
     static thread_local std::string text;

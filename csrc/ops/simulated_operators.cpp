@@ -14,11 +14,8 @@
 namespace dia::simulated {
 namespace {
 
-// What the simulated GPU is like: small, and quick to launch on, so that small problems have several teams, groups and
-// chunks.
-GpuLimits limits{"simulated", 90,    4,    2048, 64 << 10, 128 << 10, 2,    64 << 10,
-                 90e9,        170e9, 2e12, 9e12, 1.5e-6,   0.5e-6,    1e-10};
-int64_t blocks_that_fit = 1 << 20;
+// What the simulated GPU is like: small, and quick to launch on, so that small problems have several chunks.
+GpuLimits limits{"simulated", 90, 4, 128 << 10, 64 << 10, 90e9, 170e9, 2e12, 9e12, 1e-10};
 // Of a block, where the kernel lets the launch choose: fewer than on a card, as a fiber is slow.
 int most_threads = 64;
 std::string launches;  // a line each
@@ -74,45 +71,48 @@ class Memory {
   void tables(const kernels::CellTables& t, int64_t n, int64_t c, int64_t m) {
     table("p", t.p, n * c), table("zx", t.zx, n * m), table("zh", t.zh, n * m), table("gates", t.gates, n * 4 * c);
   }
-  void cell(const kernels::CellForward& of, int64_t parts) {
+  void cell(const kernels::CellForward& of) {
     const int64_t n = of.samples, c = of.channels, m = of.bottleneck;
     table("h", of.h, n * c), table("c", of.c, n * c), table("new_h", of.new_h, n * c), table("new_c", of.new_c, n * c);
     weights(of.weights, c, m), tables(of.tables, n, c, m);
-    table("partial", of.partial, parts * 2 * m);
   }
-  void cell(const kernels::CellBackward& of, int64_t parts) {
+  void cell(const kernels::CellBackward& of) {
     const int64_t n = of.samples, c = of.channels, m = of.bottleneck;
     table("dh", of.dh, n * c), table("dc", of.dc, n * c), table("c", of.c, n * c), table("new_c", of.new_c, n * c);
     weights(of.weights, c, m), tables(of.tables, n, c, m);
     table("du", of.du, n * 4 * c), table("dzx", of.dzx, n * m), table("dzh", of.dzh, n * m);
     table("old_dh", of.old_dh, n * c), table("old_dc", of.old_dc, n * c);
-    table("partial", of.partial, parts * 2 * m);
   }
 
-  // What each kernel takes; `blocks` of it run.
+  void flow(const kernels::FlowOrder& order) {
+    table("counters", order.counters.data,
+          kernels::FlowCounters::count(order.chunks(), order.counters.reduce_groups, order.counters.bottleneck_groups));
+  }
+
+  // What each kernel takes.
   template <class T, bool kAffine>
-  void of(const kernels::StepForward<T, kAffine>& a, int64_t blocks) {
-    map("x", a.x, a.size), map("shortcut", a.shortcut, a.size), map("y", a.y, a.size);
-    cell(a.cell, blocks * a.teams.group);
-    affine(a.norm.affine, a.size.channels), table("off", a.norm.off, area(a.cell));
+  void of(const kernels::StepForward<T, kAffine>& a) {
+    flow(a.order), of(a.reduce), of(a.spread), cell(a.cell);
+    affine(a.norm.affine, a.cell.channels), table("off", a.norm.off, area(a.cell));
+    table("factor", a.factor, area(a.cell)), table("added", a.added, area(a.cell));
+    parts(a.join.parts, a.cell.samples, a.cell.bottleneck);
   }
   template <class T, bool kAffine>
-  void of(const kernels::StepBackward<T, kAffine>& a, int64_t blocks) {
-    map("dy", a.dy, a.size), map("y", a.y, a.size), map("x", a.x, a.size);
-    map("dshortcut", a.dshortcut, a.size), map("dx", a.dx, a.size);
-    cell(a.cell, blocks * a.teams.group);
-    affine(a.affine, a.size.channels);
-    table("sum", a.sum, area(a.cell)), table("product", a.product, area(a.cell)), table("dp", a.dp, area(a.cell));
+  void of(const kernels::StepBackward<T, kAffine>& a) {
+    flow(a.order), of(a.reduce), of(a.spread), cell(a.cell), affine(a.affine, a.cell.channels);
+    if (kAffine) table("sum of all", a.sum, area(a.cell)), table("product of all", a.product, area(a.cell));
+    table("dp", a.dp, area(a.cell)), table("offset", a.offset, area(a.cell)), table("factor", a.factor, area(a.cell));
+    parts(a.join.parts, a.cell.samples, a.cell.bottleneck);
   }
   template <class T>
-  void of(const kernels::Reduce<T>& a, int64_t) {
-    const int64_t nc = static_cast<int64_t>(a.size.samples) * a.size.channels;
+  void of(const kernels::Reduce<T>& a) {
+    const int64_t nc = static_cast<int64_t>(a.size.samples) * a.size.channels, all = a.pieces() * nc;
     map("x", a.x, a.size), map("dy", a.dy, a.size), map("y", a.y, a.size), map("g", a.g, a.size);
     table("shift", a.shift, a.size.channels), table("first", a.first, nc), table("rest", a.rest, nc);
-    table("sum", a.sum, nc), table("product", a.product, nc);
+    table("sum", a.sum, all), table("product", a.product, all);
   }
   template <class T>
-  void of(const kernels::Spread<T>& a, int64_t) {
+  void of(const kernels::Spread<T>& a) {
     const int64_t c = a.size.channels, nc = a.size.samples * c;
     map("dy", a.dy, a.size), map("y", a.y, a.size), map("x", a.x, a.size), map("shortcut", a.shortcut, a.size);
     map("out", a.out, a.size);
@@ -128,13 +128,13 @@ class Memory {
     table("input_expand_weight", w.input_expand, 4 * c * m), table("hidden_expand_weight", w.hidden_expand, 4 * c * m);
   }
   template <bool kAffine>
-  void of(const kernels::BottleneckSums<kAffine>& a, int64_t) {
+  void of(const kernels::BottleneckSums<kAffine>& a) {
     const int64_t n = a.cell.samples, c = a.cell.channels, m = a.cell.bottleneck;
     parts(a.parts, n, m), reduce_weights(a.cell.weights, c, m), table("sum", a.sum, n * c);
     table("h", a.cell.h, n * c), table("p", a.cell.tables.p, n * c), table("off", a.norm.off, n * c);
     table("d", a.norm.affine.d, c), table("scale", a.norm.affine.scale, c), table("bias", a.norm.affine.bias, c);
   }
-  void of(const kernels::JoinParts& a, int64_t) {
+  void of(const kernels::JoinParts& a) {
     const int64_t n = a.samples, m = a.bottleneck;
     parts(a.parts, n, m);
     table("input bias", a.input.bias, m), table("hidden bias", a.hidden.bias, m);
@@ -142,7 +142,7 @@ class Memory {
     table("input", a.input.out, n * m), table("hidden", a.hidden.out, n * m);
   }
   template <bool kAffine>
-  void of(const kernels::CellStates<kAffine>& a, int64_t) {
+  void of(const kernels::CellStates<kAffine>& a) {
     const int64_t n = a.cell.samples, c = a.cell.channels, m = a.cell.bottleneck;
     table("zx", a.cell.tables.zx, n * m), table("zh", a.cell.tables.zh, n * m), expand_weights(a.cell.weights, c, m);
     table("input_expand_bias", a.cell.weights.input_expand_bias, 4 * c);
@@ -151,36 +151,37 @@ class Memory {
     table("gates", a.cell.tables.gates, n * 4 * c), table("d", a.affine.d, c), table("scale", a.affine.scale, c);
     table("bias", a.affine.bias, c), table("factor", a.factor, n * c), table("added", a.added, n * c);
   }
-  void of(const kernels::BottleneckGradientSums& a, int64_t) {
+  void of(const kernels::BottleneckGradientSums& a) {
     const int64_t n = a.cell.samples, c = a.cell.channels, m = a.cell.bottleneck;
     parts(a.parts, n, m), expand_weights(a.cell.weights, c, m), table("du", a.cell.du, n * 4 * c);
   }
-  void of(const kernels::CellGradients& a, int64_t) {
+  void of(const kernels::CellGradients& a) {
     const int64_t n = a.cell.samples, c = a.cell.channels, m = a.cell.bottleneck;
     table("dzx", a.cell.dzx, n * m), table("dzh", a.cell.dzh, n * m), reduce_weights(a.cell.weights, c, m);
-    table("old_dh", a.cell.old_dh, n * c), table("dp", a.dp, n * c);
+    table("old_dh", a.cell.old_dh, n * c), table("dp", a.dp, n * c), table("offset", a.offset, n * c);
+    table("scale", a.scale, c);
   }
   template <bool kAffine>
-  void of(const kernels::SplitMeans<kAffine>& a, int64_t) {
+  void of(const kernels::SplitMeans<kAffine>& a) {
     const int64_t nc = static_cast<int64_t>(a.samples) * a.channels;
     table("sum", a.sum, nc), table("p", a.p, nc), table("off", a.norm.off, nc), affine(a.norm.affine, a.channels);
   }
-  void of(const kernels::Rectify& a, int64_t) {
+  void of(const kernels::Rectify& a) {
     table("values", a.values, a.count), table("bias", a.bias, a.width), table("z", a.z, a.count);
   }
   template <bool kAffine>
-  void of(const kernels::SplitGates<kAffine>& a, int64_t) {
-    cell(a.cell, 0), affine(a.affine, a.cell.channels), table("products", a.products, 4 * area(a.cell));
+  void of(const kernels::SplitGates<kAffine>& a) {
+    cell(a.cell), affine(a.affine, a.cell.channels), table("products", a.products, 4 * area(a.cell));
     table("factor", a.factor, area(a.cell)), table("added", a.added, area(a.cell));
   }
   template <bool kAffine>
-  void of(const kernels::SplitGateGradients<kAffine>& a, int64_t) {
-    cell(a.cell, 0), affine(a.affine, a.cell.channels);
+  void of(const kernels::SplitGateGradients<kAffine>& a) {
+    cell(a.cell), affine(a.affine, a.cell.channels);
     table("sum", a.sum, area(a.cell)), table("product", a.product, area(a.cell));
     table("factor", a.factor, area(a.cell));
   }
   template <int kTile>
-  void of(const kernels::WeightGradients<kTile>& a, int64_t) {
+  void of(const kernels::WeightGradients<kTile>& a) {
     for (int k = 0; k < a.count; ++k) {
       const kernels::WeightGradient& p = a.products[k];
       table("left", p.left, static_cast<int64_t>(a.samples) * p.rows);
@@ -188,30 +189,30 @@ class Memory {
       table("gradient", p.out, static_cast<int64_t>(p.rows) * std::max(p.columns, 1));
     }
   }
-  void of(const kernels::BatchStatistics& a, int64_t) {
+  void of(const kernels::BatchStatistics& a) {
     const int64_t c = a.channels, nc = a.samples * c;
     table("first", a.first, nc), table("rest", a.rest, nc), table("squares", a.squares, nc), table("sum", a.sum, nc);
     table("gamma", a.gamma, c), table("beta", a.beta, c), table("shift", a.shift, c), table("d", a.d, c);
     table("scale", a.scale, c), table("bias", a.bias, c), table("rstd", a.rstd, c);
     table("mean", a.mean, c), table("var", a.var, c);
   }
-  void of(const kernels::GivenStatistics& a, int64_t) {
+  void of(const kernels::GivenStatistics& a) {
     const int64_t c = a.channels;
     table("wide mean", a.wide_mean, c), table("wide var", a.wide_var, c);
     table("mean", a.mean, c), table("var", a.var, c), table("gamma", a.gamma, c), table("beta", a.beta, c);
     table("shift", a.shift, c), table("d", a.d, c), table("scale", a.scale, c), table("bias", a.bias, c);
     table("rstd", a.rstd, c);
   }
-  void of(const kernels::MeanGradients& a, int64_t) {
+  void of(const kernels::MeanGradients& a) {
     table("dp", a.dp, a.count), table("scale", a.scale, a.channels), table("offset", a.offset, a.count);
   }
-  void of(const kernels::NormAgain& a, int64_t) {
+  void of(const kernels::NormAgain& a) {
     const int64_t c = a.channels, nc = a.samples * c;
     table("rstd", a.rstd, c), table("gamma", a.gamma, c), table("beta", a.beta, c);
     table("gates", a.gates, 4 * nc), table("new_c", a.new_c, nc), table("new_h", a.new_h, nc);
     table("scale", a.scale, c), table("bias", a.bias, c);
   }
-  void of(const kernels::NormGradients& a, int64_t) {
+  void of(const kernels::NormGradients& a) {
     const int64_t c = a.channels, nc = a.samples * c;
     table("sum", a.sum, nc), table("product", a.product, nc), table("dp", a.dp, nc), table("off", a.off, nc);
     table("new_h", a.new_h, nc), table("d", a.d, c), table("scale", a.scale, c), table("rstd", a.rstd, c);
@@ -234,19 +235,14 @@ class SimulatedGpu final : public Gpu {
  public:
   GpuLimits limits() override { return simulated::limits; }
 
-  void launch(const AnyKernel& any, const LaunchShape& shape, unsigned* counters) override {
+  void launch(const AnyKernel& any, int blocks, int64_t shared_bytes) override {
     std::visit(
         [&]<class Args>(const Args& args) {
-          launches += name_of<Args>() + " " + std::to_string(static_cast<int>(shape.team)) + " " +
-                      std::to_string(shape.ranks) + " " + std::to_string(shape.teams) + " " +
-                      std::to_string(shape.shared_bytes) + "\n";
-          if (shape.team == GpuTeam::grid)
-            for (int team = 0; team < shape.teams; ++team)
-              if (counters == nullptr || counters[team] != 0) throw std::runtime_error("a counter is not cleared");
+          launches += name_of<Args>() + " " + std::to_string(blocks) + " " + std::to_string(shared_bytes) + "\n";
           simt::Device device;
-          Memory(device, name_of<Args>()).of(args, static_cast<int64_t>(shape.ranks) * shape.teams);
+          Memory(device, name_of<Args>()).of(args);
           simt::Grid grid;
-          grid.teams = shape.teams, grid.ranks = shape.ranks;
+          grid.blocks = blocks, grid.together = kernels::kIsFlow<Args>;
           grid.threads = kernels::kThreadsOf<Args>;
           if (!kernels::kHasTiles<Args>) grid.threads = std::min(grid.threads, most_threads);
           // A sweep's tile was chosen for all threads: those that share a row, or take its channels, must be there.
@@ -254,14 +250,13 @@ class SimulatedGpu final : public Gpu {
             grid.threads = std::max(
                 grid.threads,
                 static_cast<int>(rounded_up(args.size.interleaved ? args.tile.channels : args.tile.lanes, 32)));
-          grid.shared_bytes = static_cast<size_t>(shape.shared_bytes);
+          grid.shared_bytes = static_cast<size_t>(shared_bytes);
           if (lie.barrier.line != 0 && name_of<Args>() == lie.kernel) grid.without = &lie.barrier;
           const auto report = device.launch(grid, [args](simt::Thread& m) { kernels::run(m, args); });
           for (const auto& [site, count] : report.barriers) barriers_passed[name_of<Args>()][site] += count;
         },
         any);
   }
-  int64_t resident(const AnyKernel&, const LaunchShape&) override { return blocks_that_fit; }
   void clear(void* data, int64_t bytes) override {
     launches += "clear " + std::to_string(bytes) + "\n";
     std::memset(data, 0, static_cast<size_t>(bytes));
@@ -271,20 +266,15 @@ class SimulatedGpu final : public Gpu {
 }  // namespace
 }  // namespace dia::simulated
 
-// The device's limits from now on, how many blocks of a kernel it says to hold at once, and the most threads of a
-// block.
-extern "C" __attribute__((visibility("default"))) void dia_simulated_limits(int multiprocessors,
-                                                                            int64_t shared_per_block, int cluster,
-                                                                            int64_t l2_bytes, double flops,
-                                                                            int64_t resident, int threads) {
+// The device's limits from now on, and the most threads of a block.
+extern "C" __attribute__((visibility("default"))) void dia_simulated_limits(int multiprocessors, int64_t l2_bytes,
+                                                                            double flops, int threads) {
   using dia::simulated::limits;
-  limits.multiprocessors = multiprocessors, limits.cluster = cluster, limits.l2_bytes = l2_bytes;
-  limits.shared_per_block = shared_per_block, limits.shared_per_multiprocessor = 2 * shared_per_block;
-  limits.flops = flops;
-  dia::simulated::blocks_that_fit = resident, dia::simulated::most_threads = threads;
+  limits.multiprocessors = multiprocessors, limits.l2_bytes = l2_bytes, limits.flops = flops;
+  dia::simulated::most_threads = threads;
 }
 
-// What has been launched since the last call, a line each: kernel, team, ranks, teams, bytes of shared memory.
+// What has been launched since the last call, a line each: kernel, blocks, bytes of shared memory.
 extern "C" __attribute__((visibility("default"))) const char* dia_simulated_launches() {
   static std::string text;
   text = std::move(dia::simulated::launches);

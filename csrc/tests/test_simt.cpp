@@ -109,12 +109,12 @@ void reads_of_what_nothing_wrote() {
 template <class Sync>
 std::string exchange(Grid grid, int distance, Sync sync) {
   Device device;
-  const int count = grid.blocks() * grid.threads;
+  const int count = grid.blocks * grid.threads;
   Buffer<float> x(count), y(count);
   device.tensor("x", x.data, count, false);
   device.tensor("y", y.data, count, false);
   return complaint(device, grid, [&](Thread& m) {
-    const int self = (m.team() * m.ranks() + m.rank()) * m.threads() + m.thread();
+    const int self = m.block() * m.threads() + m.thread();
     m.store(x.data + self, 1.0f);
     sync(m);
     m.store(y.data + self, m.load(x.data + (self + distance) % count));
@@ -122,13 +122,10 @@ std::string exchange(Grid grid, int distance, Sync sync) {
 }
 
 void a_barrier_must_cover_both_threads() {
-  const Grid warp{.threads = 32}, block{.threads = 64}, team{.ranks = 2, .threads = 32},
-      grid{.teams = 2, .ranks = 2, .threads = 32, .cooperative = true};
+  const Grid warp{.threads = 32}, block{.threads = 64}, blocks{.blocks = 2, .threads = 64, .together = true};
   const auto none = [](Thread&) {};
   const auto by_warp = [](Thread& m) { m.sync_warp(); };
   const auto by_block = [](Thread& m) { m.sync_block(); };
-  const auto by_team = [](Thread& m) { m.sync_team(); };
-  const auto by_grid = [](Thread& m) { m.sync_grid(); };
   for (uint64_t seed = 0; seed < 5; ++seed) {
     const auto at = [seed](Grid shape) {
       shape.seed = seed;
@@ -138,12 +135,8 @@ void a_barrier_must_cover_both_threads() {
     CHECK_EQUAL(exchange(at(warp), 1, by_warp), "");
     CHECK(exchange(at(block), 32, by_warp) != "");
     CHECK_EQUAL(exchange(at(block), 32, by_block), "");
-    CHECK(exchange(at(team), 32, by_block) != "");
-    CHECK_EQUAL(exchange(at(team), 32, by_team), "");
-    CHECK(exchange(at(grid), 64, by_team) != "");
-    CHECK_EQUAL(exchange(at(grid), 64, by_grid), "");
+    CHECK(exchange(at(blocks), 64, by_block) != "");
   }
-  CHECK(has(exchange({.teams = 2, .threads = 32}, 1, by_grid), "cooperative"));
 }
 
 void a_place_is_not_written_while_others_may_still_read_it() {
@@ -152,10 +145,10 @@ void a_place_is_not_written_while_others_may_still_read_it() {
     Device device;
     Buffer<float> x(64);
     device.tensor("x", x.data, 64, true);
-    return complaint(device, {.ranks = 2, .threads = 64}, [&](Thread& m) {
+    return complaint(device, {.threads = 64}, [&](Thread& m) {
       m.load(x.data);
-      if (barrier) m.sync_team();
-      if (m.rank() == 1 && m.thread() == 40) m.store(x.data, 0.0f);
+      if (barrier) m.sync_block();
+      if (m.thread() == 40) m.store(x.data, 0.0f);
     });
   };
   CHECK(has(run(false), "race, written"));
@@ -226,26 +219,126 @@ void the_order_of_threads_depends_on_the_seed_only() {
   const auto order = [](uint64_t seed) {
     Device device;
     std::vector<int> seen;
-    device.launch({.teams = 3, .threads = 32, .seed = seed},
-                  [&](Thread& m) { seen.push_back(m.team() * 32 + m.lane()); });
+    device.launch({.blocks = 3, .threads = 32, .seed = seed},
+                  [&](Thread& m) { seen.push_back(m.block() * 32 + m.lane()); });
     return seen;
   };
   CHECK(order(1) == order(1));
   CHECK(order(1) != order(2));
 }
 
+// What a message between blocks may lack.
+enum Lack { kNothing, kBarrierBefore, kBarrierAfter, kWait };
+
+// One block writes a value with each thread and counts; the others wait for the count, and read what its threads wrote.
+std::string message(int blocks, uint64_t seed, Lack lack) {
+  Device device;
+  Buffer<float> x(64), y(64 * blocks);
+  unsigned counter = 0;
+  device.tensor("x", x.data, 64, true);
+  device.tensor("y", y.data, y.count, false);
+  device.tensor("counter", &counter, 1, true);
+  return complaint(device, {.blocks = blocks, .threads = 64, .together = true, .seed = seed}, [&](Thread& m) {
+    if (m.block() == 0) {
+      m.store(x.data + m.thread(), 1.0f);
+      if (lack != kBarrierBefore) m.sync_block();
+      if (m.thread() == 0) m.release(&counter);
+      return;
+    }
+    if (m.thread() == 0 && lack != kWait) m.await(&counter, 1);
+    if (lack != kBarrierAfter) m.sync_block();
+    m.store(y.data + 64 * m.block() + m.thread(), m.load(x.data + 63 - m.thread()));
+  });
+}
+
+void counts_order_blocks() {
+  for (uint64_t seed = 0; seed < 5; ++seed) {
+    CHECK_EQUAL(message(4, seed, kNothing), "");
+    for (const Lack lack : {kBarrierBefore, kBarrierAfter, kWait}) CHECK(has(message(4, seed, lack), "race"));
+  }
+}
+
+// Each block counts what it wrote; who counts last reads what all wrote, and writes where all have read.
+void the_last_to_count_knows_all() {
+  for (uint64_t seed = 0; seed < 5; ++seed) {
+    for (const bool all : {true, false}) {
+      Device device;
+      Buffer<float> x(5), y(1);
+      unsigned counter = 0;
+      device.tensor("x", x.data, 5, false);
+      device.tensor("y", y.data, 1, true);
+      device.tensor("counter", &counter, 1, true);
+      const Grid grid{.blocks = 5, .threads = 64, .shared_bytes = 16, .together = true, .seed = seed};
+      const std::string text = complaint(device, grid, [&](Thread& m) {
+        const auto place = m.shared<unsigned>(1);
+        m.load(y.data);
+        if (m.thread() == 0) m.store(x.data + m.block(), static_cast<float>(m.block()));
+        m.sync_block();
+        if (m.thread() == 0) place[0] = m.release(&counter);
+        m.sync_block();
+        if (static_cast<unsigned>(place[0]) + (all ? 1 : 2) < 5 || m.thread() != 40) return;
+        float sum = 0;
+        for (int k = 0; k < 5; ++k) sum += m.load(x.data + k);
+        m.store(y.data, sum);
+      });
+      if (all) CHECK_EQUAL(text, "");
+      if (all) CHECK_EQUAL(y.data[0], 10.0f);
+      if (!all) CHECK(text != "");
+    }
+  }
+}
+
+void a_count_that_nobody_reaches() {
+  Device device;
+  unsigned counter = 0;
+  device.tensor("counter", &counter, 1, true);
+  const auto kernel = [&](Thread& m) {
+    if (m.thread() == 0 && m.block() == 0) m.release(&counter);
+    if (m.thread() == 0) m.await(&counter, 2);
+    m.sync_block();
+  };
+  const std::string text = complaint(device, {.blocks = 2, .threads = 64, .together = true}, kernel);
+  CHECK(has(text, "deadlock: 0 threads have finished"));
+  CHECK(has(text, "2 wait for the count test_simt.cpp"));
+  CHECK(has(text, "126 wait at the block barrier"));
+  unsigned unknown = 0;
+  CHECK(has(complaint(device, {}, [&](Thread& m) { m.take(&unknown); }), "out of bounds"));
+}
+
+// A block that acts as others in turn takes the same shared memory each time.
+void blocks_in_turn() {
+  Device device;
+  Buffer<float> y(8);
+  device.tensor("y", y.data, 8, false);
+  const Report report = device.launch({.threads = 32, .shared_bytes = 32}, [&](Thread& m) {
+    const auto kept = m.shared<float>(1);
+    if (m.thread() == 0) kept[0] = 3.0f;
+    for (int number = 0; number < 8; ++number) {
+      Thread& task = m.as_block(number, 8);
+      const auto own = task.shared<float>(1);
+      task.sync_block();
+      if (task.thread() == number) own[0] = static_cast<float>(task.block() * task.blocks());
+      task.sync_block();
+      if (task.thread() == 31) task.store(y.data + number, static_cast<float>(own[0]) + static_cast<float>(kept[0]));
+    }
+  });
+  CHECK_EQUAL(report.shared_bytes, 20u);
+  for (int number = 0; number < 8; ++number) CHECK_EQUAL(y.data[number], static_cast<float>(number * 8 + 3));
+}
+
 void many_blocks_at_once() {
   Device device;
   Buffer<float> y(132);
+  unsigned counter = 0;
   device.tensor("y", y.data, 132, false);
-  const Report report = device.launch({.teams = 4, .ranks = 33, .threads = 256, .cooperative = true}, [&](Thread& m) {
-    m.sync_team();
-    m.sync_grid();
-    if (m.thread() == 0) m.store(y.data + m.team() * m.ranks() + m.rank(), 1.0f);
+  device.tensor("counter", &counter, 1, true);
+  const Report report = device.launch({.blocks = 132, .threads = 256, .together = true}, [&](Thread& m) {
+    if (m.thread() == 0) m.release(&counter), m.await(&counter, 132);
+    m.sync_block();
+    if (m.thread() == 0) m.store(y.data + m.block(), 1.0f);
   });
   CHECK_EQUAL(report.tensors.at("y").bytes_written, 528);
-  CHECK_EQUAL(report.passed[kTeamScope], 1);
-  CHECK_EQUAL(report.passed[kGridScope], 1);
+  CHECK_EQUAL(report.passed[kBlockScope], 1);
 }
 
 }  // namespace
@@ -264,6 +357,10 @@ int main() {
   threads_must_come_to_the_same_barrier();
   sums_of_a_warp();
   the_order_of_threads_depends_on_the_seed_only();
+  counts_order_blocks();
+  the_last_to_count_knows_all();
+  a_count_that_nobody_reaches();
+  blocks_in_turn();
   many_blocks_at_once();
   return dia::test::failures == 0 ? 0 : 1;
 }
