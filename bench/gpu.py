@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from dia_kernels import SharedAttention, backends, models, operators, plan
 
-LAYOUTS = ("any", "on chip", "sweeps", "products")
+LAYOUTS = ("any", "flow", "sweeps", "products")
 #: N, C, side of the map, r.
 SHAPES = (
     (256, 256, 56, 4),

@@ -33,9 +33,8 @@ SHAPES = (
 
 
 def layout(p: Plan) -> str:
-    """Where the map is, and who makes the cell."""
-    cell = f"{p.teams} x {p.ranks} {p.team}, {p.group} samples" if p.on_chip else p.team
-    return f"on chip, {cell}, {p.resident} resident" if p.on_chip else f"sweeps of {p.chunk}, {cell}"
+    """How the map is swept, and who makes the cell."""
+    return f"one kernel, chunks of {p.chunk}" if p.flow else f"sweeps of {p.chunk}, {p.cell}"
 
 
 def row(shape: Sequence[int], device: str, dtype: str, channels_last: bool, norm: str) -> list[str]:
@@ -51,8 +50,7 @@ def row(shape: Sequence[int], device: str, dtype: str, channels_last: bool, norm
 def markdown(device: str, dtype: str) -> str:
     parts = [
         f"# Plans of the GPU step: {device}, {dtype}",
-        "With shortcut and ReLU. The map on chip or sweeps over so many samples, teams x blocks of a team that make "
-        "the cell; launches; passes over the map (3 forward and 5 backward are the least); microseconds by the plan's "
+        "With shortcut and ReLU. Sweeps over so many samples, and what makes the cell; launches; passes over the map (3 forward and 5 backward are the least); microseconds by the plan's "
         "model / of the least passes. Measured on an H100: gpu-h100.md.",
     ]
     columns = ["N x C x HW", *["forward", "launches", "passes", "us", "backward", "launches", "passes", "us"]]

@@ -26,22 +26,16 @@ NORMS = ("none", "given", "batch")
 class Plan:
     """A plan of one direction of the step.
 
-    With ``on_chip`` it is one kernel that keeps the map in shared memory. Else there are sweeps over the map, ``chunk``
-    samples at a time, and the cell between them.
+    Sweeps over the map, ``chunk`` samples at a time, and the cell between them; with ``flow`` they are one kernel,
+    whose blocks take the tasks of all chunks as they come.
 
-    ``team`` is what makes the cell: ``block``, ``cluster`` or ``grid``, teams of ``ranks`` blocks, ``resident`` of
-    which share a multiprocessor, that take ``group`` samples at a time; or ``products``, a BLAS. ``passes`` over the
-    map move ``bytes``; ``ideal_seconds`` is the time of those passes that nobody can avoid.
+    ``cell`` is what makes the cell: kernels of ``tiles``, or ``products``, a BLAS. ``passes`` over the map move
+    ``bytes``, where what the second-level cache holds is not counted for a flow; ``ideal_seconds`` is the time of those
+    passes that nobody can avoid.
     """
 
-    on_chip: bool
-    team: str
-    ranks: int
-    teams: int
-    group: int
-    quantum: int
-    resident: int
-    shared_bytes: int
+    flow: bool
+    cell: str
     chunk: int
     launches: int
     passes: float
@@ -125,21 +119,11 @@ def plan(
     return Plan(**json.loads(text))
 
 
-def _who_makes_the_cell(p: Plan) -> str:
-    if not p.on_chip:
-        return {"tiles": "kernels of tiles", "products": "a BLAS"}[p.team]
-    blocks = {"block": "one block", "cluster": f"a cluster of {p.ranks}", "grid": f"{p.ranks} blocks"}[p.team]
-    return (
-        f"{p.teams} teams of {blocks}, {p.resident} a multiprocessor, {p.group} samples at a time, owners at multiples "
-        f"of {p.quantum} channels, {p.shared_bytes / 1024:.0f} KB of shared memory"
-    )
-
-
 def as_text(name: str, p: Plan) -> str:
     """A plan for a reader."""
-    cell = _who_makes_the_cell(p)
-    layout = f"the map on chip: {cell}"
-    if not p.on_chip:
+    cell = {"tiles": "kernels of tiles", "products": "a BLAS"}[p.cell]
+    layout = f"one kernel, {p.chunk} samples at a time"
+    if not p.flow:
         layout = f"sweeps, {p.chunk} samples at a time; the cell between them: {cell}"
     return (
         f"{name}\n    {layout}\n"

@@ -233,8 +233,8 @@ class Problem:
         shrink = shrink or {}
         arrays = {name: array(t, name in given, shrink.get(name, (0, 0))) for name, t in (given | results).items()}
         numbers = self.case.numbers()
-        if "counters" not in results:
-            del numbers["chunk"]  # no flow
+        if "counters" in results:
+            numbers["resident"] = self.case.blocks
         report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, numbers, without)
         return Result({k: v for k, v in results.items() if k in self.truth}, self.truth, self.scales, report)
 

@@ -31,23 +31,31 @@ def library() -> ctypes.CDLL:
     for function in (loaded.dia_simulated_launches, loaded.dia_simulated_seen):
         function.restype = ctypes.c_char_p
     int64, text = ctypes.c_int64, ctypes.c_char_p
-    loaded.dia_simulated_limits.argtypes = [ctypes.c_int, int64, ctypes.c_double, ctypes.c_int]
+    loaded.dia_simulated_limits.argtypes = [ctypes.c_int, int64, ctypes.c_double, ctypes.c_int, ctypes.c_int]
     loaded.dia_simulated_lie.argtypes = [text, text, int64, int64, text, ctypes.c_uint32, ctypes.c_uint32]
     return loaded
 
 
 @contextmanager
 def device(
-    layouts: str = "any", multiprocessors: int = 4, l2: int = 64 << 10, flops: float = 2e12, threads: int = 64
+    layouts: str = "any",
+    multiprocessors: int = 4,
+    l2: int = 64 << 10,
+    flops: float = 2e12,
+    threads: int = 64,
+    resident: int = 1 << 20,
 ) -> Iterator[None]:
-    """A simulated GPU with these limits, which takes these plans and runs at most ``threads`` of a block."""
-    library().dia_simulated_limits(multiprocessors, l2, flops, threads)
+    """A simulated GPU with these limits, which takes these plans.
+
+    It runs at most ``threads`` of a block, and at most ``resident`` blocks of a flow beside each other.
+    """
+    library().dia_simulated_limits(multiprocessors, l2, flops, threads, resident)
     library().dia_kernels_gpu_layouts(LAYOUTS.index(layouts))
     launches()
     try:
         yield
     finally:
-        library().dia_simulated_limits(4, 64 << 10, 2e12, 64)
+        library().dia_simulated_limits(4, 64 << 10, 2e12, 64, 1 << 20)
         library().dia_kernels_gpu_layouts(0)
 
 

@@ -246,6 +246,15 @@ def test_launches(layout, norm, forward, backward):
         assert [name for name in launches() if name != "clear"] == backward
 
 
+@pytest.mark.parametrize("resident", [1, 3])
+def test_trial_22_blocks_that_are_not_resident_are_not_waited_for(resident):
+    """A flow's blocks wait for what those before them have taken only: however few run at once, they get to the end."""
+    x, s = maps((5, 8, 6, 6))
+    with device("flow", multiprocessors=8, resident=resident):
+        assert_gradients_agree(SharedAttention(8, 2, backend="simulated"), None, x, s)
+        assert launches().count("StepForward") == 2
+
+
 def test_bottlenecks_in_parts():
     """Channels enough for sums of both bottlenecks, forward and backward, that several blocks share."""
     x, s = maps((3, 130, 2, 3))

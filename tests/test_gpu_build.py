@@ -15,12 +15,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "gpu"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-TYPES, TEAMS = ("float32", "bfloat16", "float16"), ("block", "cluster", "grid")
-#: Two blocks of 512 threads a multiprocessor; of 256 three of sweeps, two of tiles of products, four of others.
+TYPES = ("float32", "bfloat16", "float16")
+#: Of blocks of 256 threads a multiprocessor holds three of sweeps, two of tiles of products and of flows, four of others.
 MOST_REGISTERS = 64
 MOST_REGISTERS_OF_SWEEPS, MOST_REGISTERS_OF_TILES = 80, 128
-#: Bytes that a kernel may spill: a few registers of the largest tile, one or two of others (docs/kernels.md).
-MOST_SPILLED = 16
+#: Bytes that a kernel may spill: a few registers of the largest tile, one or two of others (docs/kernels.md). A flow, in
+#: which all of them are one kernel, keeps its place in the order and what is the same for a phase.
+MOST_SPILLED, MOST_SPILLED_BY_FLOWS = 16, 256
 #: Types of the kernels' arguments, by which their mangled names tell them apart.
 NAMES = (
     *("StepForward", "StepBackward", "Reduce", "Spread", "WeightGradients"),
@@ -31,8 +32,7 @@ NAMES = (
 STEPS = ("StepForward", "StepBackward")
 SWEEPS = ("Reduce", "Spread")
 MAPS = (*STEPS, *SWEEPS)
-TILES = ("BottleneckSums", "CellStates", "BottleneckGradientSums", "CellGradients", "WeightGradients")
-CELLS = (*STEPS, *TILES)
+TILES = (*STEPS, "BottleneckSums", "CellStates", "BottleneckGradientSums", "CellGradients", "WeightGradients")
 #: The most bytes of shared memory that a kernel takes by itself: all of it is asked for at the launch.
 MOST_STATIC_SHARED = 0
 
@@ -128,7 +128,7 @@ def plain(mangled: str) -> str:
 @pytest.mark.slow
 def test_budgets(compiled):
     kernels = compiled["kernels"]
-    assert len(kernels) == len(TYPES) * (2 * 2 * len(TEAMS) + 2) + 21
+    assert len(kernels) == len(TYPES) * (2 * 2 + 2) + 21
     for name, figures in kernels.items():
         most = MOST_REGISTERS
         if plain(name) in SWEEPS:
@@ -136,18 +136,17 @@ def test_budgets(compiled):
         if plain(name) in TILES:
             most = MOST_REGISTERS_OF_TILES
         assert figures["registers"] <= most, name
-        assert figures["spilled"] <= MOST_SPILLED, (name, figures)
+        spilled = MOST_SPILLED_BY_FLOWS if plain(name) in STEPS else MOST_SPILLED
+        assert figures["spilled"] <= spilled, (name, figures)
         assert figures["shared"] <= MOST_STATIC_SHARED, (name, figures)
 
 
 @pytest.fixture
 def accesses(compiled) -> dict[str, dict[str, int]]:
-    """``accesses_of`` the machine code of an architecture, of kernels that can run there."""
+    """``accesses_of`` the machine code of an architecture."""
     if not compiled["accesses"]:
         pytest.skip("no nvdisasm, neither beside nvcc nor in Triton's wheel")
-    # Teams that are clusters exist from 9.0 on: below, the kernel ends at its first barrier.
-    older = compiled["architecture"] < 90
-    return {name: counts for name, counts in compiled["accesses"].items() if not (older and "TeamE1" in name)}
+    return compiled["accesses"]
 
 
 @pytest.mark.slow
@@ -160,7 +159,6 @@ def test_maps_are_moved_in_sixteen_bytes(accesses):
         if kind != "Reduce":
             assert counts["STG"] > 0, name
         if kind in STEPS:
-            assert counts["STS"] > 0, f"{name}: packs go to shared memory in pieces"
             assert counts["LDS"] > 0, f"{name}: packs come from shared memory in pieces"
 
 
@@ -168,16 +166,17 @@ def test_maps_are_moved_in_sixteen_bytes(accesses):
 def test_loads_are_on_their_way_before_the_first_is_used(accesses):
     for name, counts in accesses.items():
         if plain(name) in MAPS:
-            assert counts["batch"] >= (4 if plain(name) in SWEEPS else 2), name
-        if plain(name) in CELLS:
+            assert counts["batch"] >= 4, name
+        if plain(name) in TILES:
             assert counts["ahead"] >= 4, f"{name}: a weight is used before the next is asked for"
 
 
 @pytest.mark.slow
-def test_a_team_reads_what_others_wrote_past_its_own_cache(accesses):
+def test_a_flow_reads_what_others_wrote_past_its_own_cache(accesses):
+    """Where it waits for a count, and where it counts last."""
     for name, counts in accesses.items():
-        if "TeamE1" in name or "TeamE2" in name:
-            assert counts["emptied"] >= 2, f"{name}: a barrier does not empty the multiprocessor's cache"
+        if plain(name) in STEPS:
+            assert counts["emptied"] >= 2, f"{name}: what it has seen counted, it may read from before"
 
 
 def test_the_report_is_read_right():

@@ -93,9 +93,11 @@ inline int64_t parts(int64_t value, int64_t unit) { return (value + unit - 1) / 
 // Products reach this part of the peak: in tiles, and in the narrow ones of a flow, by a BLAS. Measured on an H100
 // (docs/kernels.md), but for the narrow ones.
 constexpr double kTileRate = 0.2, kNarrowRate = 0.1, kBlasRate = 0.3;
-// Of a flow, neither measured: bytes of a task's maps, at most, and the time from the end of a phase to the beginning of
-// the next.
-constexpr int64_t kFlowTaskBytes = 32 << 10;
+// Of a flow, none measured. Bytes of a task's maps, at most: it takes a block longer to move them than to come to the
+// next task. How much of the second-level cache all tasks under way may take, and those with all that waits to be read
+// again. The time from the end of a phase to the beginning of the next.
+constexpr int64_t kFlowTaskBytes = 64 << 10;
+constexpr double kFlowUnderWay = 0.35, kFlowRoom = 0.8;
 constexpr double kFlowHop = 3e-6;
 
 // Times of what does not depend on the layout.
@@ -168,16 +170,22 @@ inline GpuTile spread_tile_of(const GpuProblem& p, const GpuLimits& gpu) {
   return tile;
 }
 
-// Of both sweeps of a flow: tasks of few bytes, as many of them are under way and must all be in the second-level
-// cache; but so many that each thread has `packs` under way.
-inline GpuTile flow_tile_of(const GpuProblem& p, const GpuLimits& gpu, int64_t packs) {
+// Bytes that a task of a flow moves, and blocks that are under way.
+inline int64_t flow_blocks(const GpuLimits& gpu) { return static_cast<int64_t>(gpu.multiprocessors) * kFlowResident; }
+inline int64_t flow_task_bytes(const GpuLimits& gpu) {
+  return std::min(kFlowTaskBytes, static_cast<int64_t>(kFlowUnderWay * static_cast<double>(gpu.l2_bytes)) /
+                                      std::max<int64_t>(flow_blocks(gpu), 1));
+}
+
+// Of a sweep of a flow that moves `maps`: as many bytes as a task may have, fewer where blocks would idle; but so many
+// that each thread has `packs` of each map under way. Rows are shared within a warp, where sums need no barrier.
+inline GpuTile flow_tile_of(const GpuProblem& p, const GpuLimits& gpu, int64_t packs, int64_t maps) {
   GpuTile tile;
-  tile.lanes = lanes_of(p, gpu, packs);
-  const int64_t blocks = static_cast<int64_t>(gpu.multiprocessors) * kFlowResident;
-  const int64_t map = p.samples * p.channels * p.positions * p.element_bytes;
-  const int64_t bytes = std::min(kFlowTaskBytes, std::max<int64_t>(map / blocks, 1));
+  tile.lanes = std::min(lanes_of(p, gpu, 2 * packs), 32);
+  const int64_t all = p.samples * p.channels * p.positions * p.element_bytes * maps;
+  const int64_t bytes = std::min(flow_task_bytes(gpu), all / std::max<int64_t>(flow_blocks(gpu), 1));
   const auto units = [&](int64_t unit_bytes, int64_t step) {
-    return std::max(bytes / std::max<int64_t>(unit_bytes, 1) / step * step, step);
+    return std::max(bytes / std::max<int64_t>(unit_bytes * maps, 1) / step * step, step);
   };
   if (!p.interleaved) {
     tile.channels = static_cast<int>(units(p.positions * p.element_bytes, kSweepThreads / tile.lanes));
@@ -233,16 +241,19 @@ inline bool can_flow(const GpuProblem& p) {
 inline GpuPlan flow_of(const GpuProblem& p, const GpuLimits& gpu, const Work& work) {
   GpuPlan plan;
   plan.flow = true;
-  plan.passes = work.passes;
+  const double room = kFlowRoom * static_cast<double>(gpu.l2_bytes) -
+                      static_cast<double>(flow_blocks(gpu) * flow_task_bytes(gpu));
+  const double window = 3 * work.sample_bytes;
+  const double kept = std::min(1.0, room / window);  // less than all where a sample is too large
+  plan.passes = work.passes + (1 - kept);
   plan.bytes = plan.passes * static_cast<double>(p.samples) * work.sample_bytes;
-  const double window = 4 * work.sample_bytes, room = 0.5 * static_cast<double>(gpu.l2_bytes);
   int64_t chunk = std::clamp(static_cast<int64_t>(room / window), int64_t{1}, p.samples);
   if (chunk >= 8 && chunk < p.samples) chunk = chunk / 8 * 8;  // whole tiles of the cell
   plan.chunk = chunk;
   plan.launches = 2 + norm_launches(p) + (p.backward ? 1 : 0);  // with that which clears the counters
   const double samples = static_cast<double>(p.samples), narrow = std::min(1.0, static_cast<double>(chunk) / 8);
   const double cell = samples * work.sample_flops / (kNarrowRate * narrow * gpu.flops);
-  const double map = plan.bytes / gpu.memory + samples * work.sample_bytes / gpu.l2;
+  const double map = plan.bytes / gpu.memory + kept * samples * work.sample_bytes / gpu.l2;
   const double weights = static_cast<double>(parts(p.samples, std::min<int64_t>(chunk, 8))) * work.weight_bytes / gpu.l2;
   // The cell hides behind the sweeps but for the first and the last chunk.
   const double chunks = static_cast<double>(parts(p.samples, chunk));

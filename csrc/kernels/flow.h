@@ -35,8 +35,12 @@ enum FlowPhase { kReducePhase, kBottleneckPhase, kCellPhase, kSpreadPhase, kFlow
 // Tiles of the cell: of few samples, as a chunk has no more.
 using FlowTiles = CellTiles<8>;
 
+// What a block keeps in shared memory: what its first thread says to the others (its ticket, and how many counted before
+// it), then groups and members of each phase, of a whole chunk and of the last one.
+constexpr int kFlowKept = 2 + 2 * 2 * kFlowPhases;
+
 // Shared memory of a block whose sums take so much.
-constexpr int64_t flow_shared_bytes(int64_t of_sums) { return 16 + std::max(of_sums, FlowTiles::kBytes); }
+constexpr int64_t flow_shared_bytes(int64_t of_sums) { return 4 * kFlowKept + 8 + std::max(of_sums, FlowTiles::kBytes); }
 
 // Counters, all zero at first: of tasks taken; and of each chunk, how much of each phase is done that others wait for,
 // and of the groups of the first two phases.
@@ -295,16 +299,25 @@ struct StepBackward {
 
 // --- the order -----------------------------------------------------------------------------------------------
 
+template <class M, class Array, class Flow>
+DIA_DEVICE void keep_tasks(M& m, const Array& kept, const Flow& flow) {
+  const int phase = m.thread() % kFlowPhases, last = m.thread() / kFlowPhases;
+  if (last > 1) return;
+  const FlowOrder& order = flow.order;
+  const FlowTasks tasks = flow.tasks(phase, order.samples_of(last == 1 ? order.chunks() - 1 : 0).size());
+  kept[2 + 2 * m.thread()] = tasks.groups, kept[3 + 2 * m.thread()] = tasks.members;
+}
+
 // Which tasks a ticket is of: the tickets of a phase of a chunk follow each other.
-template <class Flow>
+template <class Array>
 class FlowTurn {
  public:
-  DIA_DEVICE explicit FlowTurn(const Flow& flow) : flow_(flow) { enter(); }
+  DIA_DEVICE FlowTurn(const FlowOrder& order, const Array& kept) : chunks_(order.chunks()), kept_(kept) { enter(); }
 
   // Goes on to the phase and chunk of a ticket that is not before the last one. False: there is none.
   DIA_DEVICE bool reach(unsigned ticket) {
     while (ticket - begin_ >= count_) {
-      if (chunk_ + 1 >= flow_.order.chunks() && phase_ == kSpreadPhase) return false;
+      if (chunk_ + 1 >= chunks_ && phase_ == kSpreadPhase) return false;
       begin_ += count_;
       ++number_;
       enter();
@@ -315,6 +328,8 @@ class FlowTurn {
   DIA_DEVICE int chunk() const { return chunk_; }
   DIA_DEVICE int task(unsigned ticket) const { return static_cast<int>(ticket - begin_); }
   DIA_DEVICE int tasks() const { return static_cast<int>(count_); }
+  DIA_DEVICE unsigned groups(int phase) const { return kept_[at(phase)]; }
+  DIA_DEVICE unsigned members(int phase) const { return kept_[at(phase) + 1]; }
 
  private:
   // Of each turn: the first phase, the second of the chunk before, the last of the one before that, the third.
@@ -322,11 +337,12 @@ class FlowTurn {
     const int turn = number_ / kFlowPhases, place = number_ % kFlowPhases;
     phase_ = place == 0 ? kReducePhase : place == 1 ? kBottleneckPhase : place == 2 ? kSpreadPhase : kCellPhase;
     chunk_ = turn - (place == 0 ? 0 : place == 2 ? 2 : 1);
-    const bool there = chunk_ >= 0 && chunk_ < flow_.order.chunks();
-    count_ = there ? static_cast<unsigned>(flow_.tasks(phase_, flow_.order.samples_of(chunk_).size()).all()) : 0;
+    count_ = chunk_ >= 0 && chunk_ < chunks_ ? groups(phase_) * members(phase_) : 0;
   }
+  DIA_DEVICE int at(int phase) const { return 2 + 2 * (phase + (chunk_ + 1 == chunks_ ? kFlowPhases : 0)); }
 
-  const Flow& flow_;
+  int chunks_;
+  Array kept_;
   unsigned begin_ = 0, count_ = 0;
   int number_ = 0, phase_ = 0, chunk_ = 0;
 };
@@ -334,8 +350,10 @@ class FlowTurn {
 template <class M, class Flow>
 DIA_DEVICE void run_flow(M& m, const Flow& flow) {
   const FlowCounters& counters = flow.order.counters;
-  const auto said = m.template shared<unsigned>(2);  // by the first thread to the others: its ticket, and how many before
-  FlowTurn<Flow> turn(flow);
+  const auto said = m.template shared<unsigned>(kFlowKept);
+  keep_tasks(m, said, flow);
+  m.sync_block();
+  FlowTurn turn(flow.order, said);
   // Each ticket is asked for a task ahead: by the time it is needed it has come.
   unsigned next = 0;
   if (m.thread() == 0) next = m.take(counters.taken());
@@ -350,14 +368,14 @@ DIA_DEVICE void run_flow(M& m, const Flow& flow) {
     const int phase = turn.phase(), chunk = turn.chunk();
     const Part samples = flow.order.samples_of(chunk);
     if (phase > 0 && m.thread() == 0)
-      m.await(counters.done(chunk, phase - 1), flow.tasks(phase - 1, samples.size()).groups);
+      m.await(counters.done(chunk, phase - 1), turn.groups(phase - 1));
     m.sync_block();
     auto&& task = m.as_block(turn.task(ticket), turn.tasks());
     flow.run(task, phase, turn.task(ticket), samples);
     if (phase == kSpreadPhase) continue;
     m.sync_block();
     if (phase != kCellPhase) {
-      const int members = flow.tasks(phase, samples.size()).members, group = turn.task(ticket) / members;
+      const int members = static_cast<int>(turn.members(phase)), group = turn.task(ticket) / members;
       if (members > 1) {
         if (m.thread() == 0) said[1] = m.release(counters.group(chunk, phase, group));
         m.sync_block();

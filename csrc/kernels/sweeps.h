@@ -39,6 +39,11 @@ struct Reduce {
   DIA_DEVICE int pieces() const {
     return size.interleaved && size.positions > tile.positions ? (size.positions + tile.positions - 1) / tile.positions : 1;
   }
+  // Maps that it moves.
+  DIA_DEVICE int maps() const {
+    return (x.data != nullptr ? 1 : 0) + (dy.data != nullptr ? 1 : 0) + (y.data != nullptr ? 1 : 0) +
+           (g.data != nullptr ? 1 : 0);
+  }
   DIA_DEVICE int across() const { return (size.channels + tile.channels - 1) / tile.channels; }
 };
 
@@ -53,6 +58,11 @@ struct Spread {
   const float *shift, *slope;   // (C), null: 0. With slope out += (x - shift) slope, else (x - shift) scale.
   bool relu;
   bool once;  // whether nobody wants any of the maps again soon
+
+  DIA_DEVICE int maps() const {
+    return (x.data != nullptr ? 1 : 0) + (dy.data != nullptr ? 1 : 0) + (y.data != nullptr ? 1 : 0) +
+           (shortcut.data != nullptr ? 1 : 0) + (out.data != nullptr ? 1 : 0);
+  }
 };
 
 // Tasks of a sweep over these samples. Planar: some rows, each one channel of a sample. Interleaved: of a sample some

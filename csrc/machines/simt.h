@@ -63,8 +63,8 @@ inline std::string text_of(const Site& site) {
 struct Grid {
   int blocks = 1, threads = kWarp;
   size_t shared_bytes = 0;
-  bool together = false;  // whether blocks run beside each other: else one after another
-  uint64_t seed = 0;      // of the order in which threads run
+  int resident = 1;   // so many blocks run beside each other; the next begins when one has ended
+  uint64_t seed = 0;  // of the order in which threads run
   // A barrier, or a wait for a count, to leave out: nobody waits there. Tests show with it that it is needed.
   const Site* without = nullptr;
 };
@@ -392,13 +392,10 @@ class Run {
 
   void all() {
     if (grid.threads % kWarp != 0) throw LaunchError("threads: expected a multiple of 32");
-    std::vector<int> order(grid.blocks);
-    for (int k = 0; k < grid.blocks; ++k) order[k] = k;
-    std::shuffle(order.begin(), order.end(), random_);
-    if (grid.together)
-      together(order);
-    else
-      for (int block : order) together({block});
+    numbers_.resize(grid.blocks);
+    for (int k = 0; k < grid.blocks; ++k) numbers_[k] = k;
+    std::shuffle(numbers_.begin(), numbers_.end(), random_);
+    run();
     for (auto& [key, accesses] : accesses_) {
       Counts& counts = std::get<0>(key)->counts;
       for (const auto& sectors : accesses.sectors)
@@ -440,32 +437,17 @@ class Run {
   Report report;
 
  private:
-  // Runs some blocks to their ends.
-  void together(const std::vector<int>& numbers) {
-    const int blocks = static_cast<int>(numbers.size());
-    blocks_.clear();
-    blocks_.resize(blocks);
-    threads_.assign(static_cast<size_t>(blocks) * grid.threads, Thread());
+  // Runs all blocks to their ends, each in one of as many places as are resident.
+  void run() {
+    const int places = std::min(grid.resident, grid.blocks);
+    blocks_.resize(places);
+    threads_.resize(static_cast<size_t>(places) * grid.threads);
     while (fibers_.size() < threads_.size()) fibers_.push_back(std::make_unique<Fiber>());
-    for (int k = 0; k < blocks; ++k) {
-      Block& block = blocks_[k];
-      block.index = numbers[k];
-      block.shared.resize(grid.shared_bytes + 16);
-      block.cells.resize((grid.shared_bytes + 1) / 2);
-      block.warps.resize(grid.threads / kWarp);
-      for (int t = 0; t < grid.threads; ++t) {
-        Thread& thread = threads_[static_cast<size_t>(k) * grid.threads + t];
-        thread.run_ = this;
-        thread.block_ = &block;
-        thread.thread_ = t, thread.threads_ = grid.threads;
-        thread.number_ = block.index, thread.numbers_ = grid.blocks;
-        thread.global_ = block.index * grid.threads + t;
-        thread.fiber_ = fibers_[static_cast<size_t>(k) * grid.threads + t].get();
-        thread.fiber_->reset(&Run::start, &thread);
-      }
-    }
+    for (int place = 0; place < places; ++place) begin(place);
     std::vector<Thread*> ready;
     while (true) {
+      for (int place = 0; place < places; ++place)
+        if (ended(place) && begun_ < grid.blocks) begin(place);
       ready.clear();
       for (Thread& thread : threads_)
         if (!thread.waiting_ && !thread.fiber_->finished() &&
@@ -476,12 +458,35 @@ class Run {
       for (Thread* thread : ready) {
         thread->fiber_->resume();
         if (!error_.empty()) throw LaunchError(error_);
+        if (!thread->fiber_->finished()) continue;
+        for (int k = 0; k < kScopes; ++k) report.passed[k] = std::max(report.passed[k], thread->passed_[k]);
+        report.shared_bytes = std::max(report.shared_bytes, thread->shared_most_);
       }
     }
-    for (const Thread& thread : threads_) {
-      if (!thread.fiber_->finished()) throw LaunchError(stuck());
-      for (int k = 0; k < kScopes; ++k) report.passed[k] = std::max(report.passed[k], thread.passed_[k]);
-      report.shared_bytes = std::max(report.shared_bytes, thread.shared_most_);
+    for (int place = 0; place < places; ++place)
+      if (!ended(place)) throw LaunchError(stuck());
+  }
+
+  Thread* of(int place) { return threads_.data() + static_cast<size_t>(place) * grid.threads; }
+  bool ended(int place) {
+    return std::all_of(of(place), of(place) + grid.threads, [](const Thread& t) { return t.fiber_->finished(); });
+  }
+  // Lets the next block begin in a place.
+  void begin(int place) {
+    Block& block = blocks_[place] = Block();
+    block.index = numbers_[begun_++];
+    block.shared.resize(grid.shared_bytes + 16);
+    block.cells.resize((grid.shared_bytes + 1) / 2);
+    block.warps.resize(grid.threads / kWarp);
+    for (int t = 0; t < grid.threads; ++t) {
+      Thread& thread = of(place)[t] = Thread();
+      thread.run_ = this;
+      thread.block_ = &block;
+      thread.thread_ = t, thread.threads_ = grid.threads;
+      thread.number_ = block.index, thread.numbers_ = grid.blocks;
+      thread.global_ = block.index * grid.threads + t;
+      thread.fiber_ = fibers_[static_cast<size_t>(place) * grid.threads + t].get();
+      thread.fiber_->reset(&Run::start, &thread);
     }
   }
 
@@ -512,6 +517,8 @@ class Run {
   void (*body_)(void*, Thread&);
   void* kernel_;
   std::mt19937_64 random_;
+  std::vector<int> numbers_;  // of the blocks, in the order in which they begin; and how many have begun
+  int begun_ = 0;
   std::vector<Block> blocks_;
   std::vector<Thread> threads_;
   std::vector<std::unique_ptr<Fiber>> fibers_;

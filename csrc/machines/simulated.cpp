@@ -118,7 +118,7 @@ class Arguments {
   Grid grid() const {
     Grid grid;
     grid.blocks = static_cast<int>(number("blocks"));
-    grid.together = numbers_.count("chunk") > 0;
+    if (numbers_.count("resident") > 0) grid.resident = static_cast<int>(number("resident"));
     grid.threads = static_cast<int>(number("threads"));
     grid.shared_bytes = static_cast<size_t>(number("shared_bytes"));
     grid.seed = static_cast<uint64_t>(number("seed"));

@@ -170,8 +170,8 @@ class GpuCall {
   void launch_flow(Flow args, const GpuPlan& plan, bool sum, bool product) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(args.spread.x.data)>>;
     const GpuProblem problem = swept(args.reduce.size, sizeof(T));
-    args.reduce.tile = detail::flow_tile_of(problem, limits_, 4);
-    args.spread.tile = detail::flow_tile_of(problem, limits_, 2);
+    args.reduce.tile = detail::flow_tile_of(problem, limits_, kernels::kPacksAlone, args.reduce.maps());
+    args.spread.tile = detail::flow_tile_of(problem, limits_, kernels::kPacksOfEach, args.spread.maps());
     const int64_t entries = args.reduce.pieces() * shape_.samples * shape_.channels;
     if (sum) args.reduce.sum = scratch(entries);
     if (product) args.reduce.product = scratch(entries);

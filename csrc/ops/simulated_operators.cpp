@@ -18,6 +18,7 @@ namespace {
 GpuLimits limits{"simulated", 90, 4, 128 << 10, 64 << 10, 90e9, 170e9, 2e12, 9e12, 1e-10};
 // Of a block, where the kernel lets the launch choose: fewer than on a card, as a fiber is slow.
 int most_threads = 64;
+int resident_blocks = 1 << 20;  // of a flow, at most
 std::string launches;  // a line each
 
 // What a test lies about: a kernel's table is shorter by so many elements at its begin and end; or a barrier is left
@@ -242,7 +243,7 @@ class SimulatedGpu final : public Gpu {
           simt::Device device;
           Memory(device, name_of<Args>()).of(args);
           simt::Grid grid;
-          grid.blocks = blocks, grid.together = kernels::kIsFlow<Args>;
+          grid.blocks = blocks, grid.resident = kernels::kIsFlow<Args> ? resident_blocks : 1;
           grid.threads = kernels::kThreadsOf<Args>;
           if (!kernels::kHasTiles<Args>) grid.threads = std::min(grid.threads, most_threads);
           // A sweep's tile was chosen for all threads: those that share a row, or take its channels, must be there.
@@ -266,12 +267,12 @@ class SimulatedGpu final : public Gpu {
 }  // namespace
 }  // namespace dia::simulated
 
-// The device's limits from now on, and the most threads of a block.
+// The device's limits from now on, the most threads of a block, and how many blocks of a flow are resident at most.
 extern "C" __attribute__((visibility("default"))) void dia_simulated_limits(int multiprocessors, int64_t l2_bytes,
-                                                                            double flops, int threads) {
+                                                                            double flops, int threads, int resident) {
   using dia::simulated::limits;
   limits.multiprocessors = multiprocessors, limits.l2_bytes = l2_bytes, limits.flops = flops;
-  dia::simulated::most_threads = threads;
+  dia::simulated::most_threads = threads, dia::simulated::resident_blocks = resident;
 }
 
 // What has been launched since the last call, a line each: kernel, blocks, bytes of shared memory.

@@ -6,11 +6,7 @@
 #include <random>
 
 #include "check.h"
-#include "kernels/split_cell.h"
-#include "kernels/step_backward.h"
-#include "kernels/step_forward.h"
-#include "kernels/sweeps.h"
-#include "kernels/tile_cell.h"
+#include "kernels/flow.h"
 #include "kernels/weight_gradients.h"
 #include "machines/simt.h"
 
@@ -109,11 +105,30 @@ void check_near(const float* found, const Values& expected, const char* what) {
   }
 }
 
-// On chip, or by sweeps with the cell between.
-void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
-  const std::vector<Values> in = draw(ranks);
+// Counters of a flow.
+struct Counters {
+  std::vector<unsigned> values;
+
+  template <class Flow>
+  Counters(Memory& memory, Flow& flow, int chunk) {
+    flow.order.samples = kSamples, flow.order.chunk = chunk;
+    kernels::FlowCounters& counters = flow.order.counters;
+    counters.reduce_groups = flow.tasks(kernels::kReducePhase, chunk).counted();
+    counters.bottleneck_groups = flow.tasks(kernels::kBottleneckPhase, chunk).counted();
+    values.resize(
+        kernels::FlowCounters::count(flow.order.chunks(), counters.reduce_groups, counters.bottleneck_groups));
+    counters.data = memory.device.tensor("counters", values.data(), static_cast<int64_t>(values.size()), true);
+  }
+};
+
+// As one kernel, `chunk` samples at a time, or by sweeps with the cell between.
+void step_and_its_gradients(int parts_of_sums, int blocks_of, int chunk, bool sweeps) {
+  const std::vector<Values> in = draw(parts_of_sums);
   const Results true_results = step(in);
-  const simt::Grid grid{.teams = teams, .ranks = ranks, .threads = 64, .shared_bytes = 64 << 10};
+  const simt::Grid grid{.blocks = blocks_of,
+                        .threads = kernels::kTableThreads,
+                        .shared_bytes = static_cast<size_t>(kernels::flow_shared_bytes(16 << 10)),
+                        .resident = blocks_of};
   const kernels::MapSize size{kSamples, kChannels, kPositions, false};
   const int64_t stride = kChannels * kPositions;
 
@@ -127,47 +142,53 @@ void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
   cell.weights = {at[kW1], at[kB1], at[kW2], at[kB2], at[kV1], at[kA1], at[kV2], at[kA2]};
   cell.tables = {memory.result("p", kTable), memory.result("zx", kSamples * kBottleneck),
                  memory.result("zh", kSamples * kBottleneck), memory.result("gates", 4 * kTable)};
-  cell.partial = memory.result("forward partial", teams * ranks * group * 2 * kBottleneck);
   cell.new_h = memory.result("new_h", kTable), cell.new_c = memory.result("new_c", kTable);
-  forward.size = size, forward.relu = true, forward.teams = {group, 1};
-  forward.x = {at[kX], stride}, forward.shortcut = {at[kShortcut], stride};
-  forward.y = {memory.result("y", kMap), stride};
-  const simt::Grid blocks{.teams = 2, .threads = 64, .shared_bytes = 16 << 10};
-  const simt::Grid tiles{.teams = teams, .threads = kernels::kTableThreads, .shared_bytes = kernels::kCellTileBytes};
+  kernels::Reduce<float>& reduce = forward.reduce;
+  reduce.size = size, reduce.tile = {2, kPositions, 4}, reduce.x = {at[kX], stride};
+  reduce.sum = memory.result("sum of x", kTable);
+  kernels::Spread<float>& spread = forward.spread;
+  spread.size = size, spread.tile = {2, kPositions, 4}, spread.relu = true;
+  spread.x = reduce.x, spread.shortcut = {at[kShortcut], stride}, spread.out = {memory.result("y", kMap), stride};
+  spread.scale = cell.new_h;
+  const kernels::BottleneckParts parts{
+      memory.result("forward parts", 2 * parts_of_sums * kSamples * kBottleneck), parts_of_sums};
+  forward.join = {kSamples,
+                  kBottleneck,
+                  parts,
+                  {cell.weights.input_reduce_bias, nullptr, cell.tables.zx, true},
+                  {cell.weights.hidden_reduce_bias, nullptr, cell.tables.zh, true}};
+  const simt::Grid blocks{.blocks = 2, .threads = 64, .shared_bytes = 16 << 10};
+  const simt::Grid tiles{.blocks = blocks_of,
+                         .threads = kernels::kTableThreads,
+                         .shared_bytes = static_cast<size_t>(kernels::AllSamples::kBytes)};
   if (sweeps) {
-    kernels::Reduce<float> reduce{};
-    reduce.size = size, reduce.tile = {2, kPositions, 4}, reduce.x = forward.x;
-    reduce.sum = memory.result("sum of x", kTable);
     memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, reduce); });
-    const kernels::BottleneckParts parts{memory.result("forward parts", 2 * ranks * kSamples * kBottleneck), ranks};
     const kernels::BottleneckSums<false> sums{cell, kPositions, reduce.sum, {}, parts};
     memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_sums(m, sums); });
-    const kernels::JoinParts join{kSamples,
-                                  kBottleneck,
-                                  parts,
-                                  {cell.weights.input_reduce_bias, nullptr, cell.tables.zx, true},
-                                  {cell.weights.hidden_reduce_bias, nullptr, cell.tables.zh, true}};
-    memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, join); });
+    memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, forward.join); });
     const kernels::CellStates<false> states{cell, {}, nullptr, nullptr};
-    memory.device.launch(tiles, [&](Thread& m) { kernels::cell_states(m, states); });
-    kernels::Spread<float> spread{};
-    spread.size = size, spread.tile = {2, kPositions, 4}, spread.relu = true;
-    spread.x = forward.x, spread.shortcut = forward.shortcut, spread.out = forward.y, spread.scale = cell.new_h;
+    memory.device.launch(tiles, [&](Thread& m) { kernels::cell_states<kernels::AllSamples>(m, states); });
     memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, spread); });
   } else {
-    memory.device.launch(grid, [&](Thread& m) { kernels::step_forward(m, forward); });
+    const Counters counters(memory, forward, chunk);
+    memory.device.launch(grid, [&](Thread& m) { kernels::run_flow(m, forward); });
   }
-  check_near(forward.y.data, true_results.y, "y");
+  check_near(spread.out.data, true_results.y, "y");
   check_near(cell.new_h, true_results.h, "h");
   check_near(cell.new_c, true_results.c, "c");
 
   const std::vector<Values> other = draw(100);
   const Values &dy = other[kX], &dh = other[kH], &dc = other[kC];
   kernels::StepBackward<float, false> backward{};
-  backward.size = size, backward.relu = true, backward.teams = {group, 1};
-  backward.dy = {memory.add("dy", dy), stride}, backward.y = {forward.y.data, stride}, backward.x = forward.x;
-  backward.dshortcut = {memory.result("dshortcut", kMap), stride};
-  backward.dx = {memory.result("dx", kMap), stride};
+  kernels::Reduce<float>& sums = backward.reduce;
+  sums.size = size, sums.tile = {1, 4, 4};
+  sums.dy = {memory.add("dy", dy), stride}, sums.y = {spread.out.data, stride}, sums.x = reduce.x;
+  sums.g = {memory.result("dshortcut", kMap), stride}, sums.product = memory.result("product", kTable);
+  kernels::Spread<float>& last = backward.spread;
+  last.size = size, last.tile = {1, 4, 4}, last.dy = {sums.g.data, stride};
+  last.out = {memory.result("dx", kMap), stride};
+  last.scale = backward.factor = memory.result("factor", kTable);
+  last.offset = backward.offset = memory.result("offset", kTable);
   kernels::CellBackward& back = backward.cell;
   back.samples = kSamples, back.channels = kChannels, back.bottleneck = kBottleneck;
   back.dh = memory.add("dh", dh), back.dc = memory.add("dc", dc);
@@ -176,40 +197,34 @@ void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
   back.du = memory.result("du", 4 * kTable);
   back.dzx = memory.result("dzx", kSamples * kBottleneck);
   back.dzh = memory.result("dzh", kSamples * kBottleneck);
-  back.partial = memory.result("partial", teams * ranks * group * 2 * kBottleneck);
   back.old_dh = memory.result("old_dh", kTable), back.old_dc = memory.result("old_dc", kTable);
+  backward.join = {
+      kSamples,
+      kBottleneck,
+      {memory.result("parts", 2 * parts_of_sums * kSamples * kBottleneck), parts_of_sums},
+      {nullptr, cell.tables.zx, back.dzx, true},
+      {nullptr, cell.tables.zh, back.dzh, true}};
   if (sweeps) {
-    kernels::Reduce<float> reduce{};
-    reduce.size = size, reduce.tile = {1, 4, 4}, reduce.dy = backward.dy, reduce.y = backward.y, reduce.x = backward.x;
-    reduce.g = backward.dshortcut, reduce.product = memory.result("product", kTable);
-    memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, reduce); });
+    memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, sums); });
     kernels::SplitGateGradients<false> gates{};
-    gates.cell = back, gates.product = reduce.product, gates.factor = memory.result("factor", kTable);
+    gates.cell = back, gates.product = sums.product, gates.factor = backward.factor;
     memory.device.launch(blocks, [&](Thread& m) { kernels::split_gate_gradients(m, gates); });
-    const kernels::BottleneckParts parts{memory.result("parts", 2 * ranks * kSamples * kBottleneck), ranks};
-    const kernels::BottleneckGradientSums sums{back, parts};
-    memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_gradient_sums(m, sums); });
-    const kernels::JoinParts join{kSamples,
-                                  kBottleneck,
-                                  parts,
-                                  {nullptr, cell.tables.zx, back.dzx, true},
-                                  {nullptr, cell.tables.zh, back.dzh, true}};
-    memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, join); });
-    const kernels::CellGradients gradients{back, memory.result("offset", kTable), 1.0f / kPositions};
-    memory.device.launch(tiles, [&](Thread& m) { kernels::cell_gradients(m, gradients); });
-    kernels::Spread<float> spread{};
-    spread.size = size, spread.tile = {1, 4, 4}, spread.dy = {backward.dshortcut.data, stride},
-    spread.out = backward.dx;
-    spread.scale = gates.factor, spread.offset = gradients.dp;
-    memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, spread); });
+    const kernels::BottleneckGradientSums products{back, backward.join.parts};
+    memory.device.launch(tiles,
+                         [&](Thread& m) { kernels::bottleneck_gradient_sums<kernels::AllSamples>(m, products); });
+    memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, backward.join); });
+    const kernels::CellGradients gradients{back, nullptr, backward.offset, nullptr, kPositions};
+    memory.device.launch(tiles, [&](Thread& m) { kernels::cell_gradients<kernels::AllSamples>(m, gradients); });
+    memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, last); });
   } else {
-    memory.device.launch(grid, [&](Thread& m) { kernels::step_backward(m, backward); });
+    const Counters counters(memory, backward, chunk);
+    memory.device.launch(grid, [&](Thread& m) { kernels::run_flow(m, backward); });
   }
 
   kernels::WeightGradients<32> weights{};
   weights.samples = kSamples;
   std::vector<float*> gradients(kInputs);
-  gradients[kX] = backward.dx.data, gradients[kShortcut] = backward.dshortcut.data;
+  gradients[kX] = last.out.data, gradients[kShortcut] = sums.g.data;
   gradients[kH] = back.old_dh, gradients[kC] = back.old_dc;
   for (int k = kW1; k < kInputs; ++k) gradients[k] = memory.result("gradient " + std::to_string(k), kSizes[k]);
   const auto add = [&](const float* left, int rows, const float* right, int columns, Input out) {
@@ -223,7 +238,7 @@ void step_and_its_gradients(int ranks, int teams, int group, bool sweeps) {
   add(back.dzh, kBottleneck, nullptr, 0, kA1);
   add(back.du, 4 * kChannels, cell.tables.zh, kBottleneck, kV2);
   add(back.du, 4 * kChannels, nullptr, 0, kA2);
-  memory.device.launch({.teams = 2, .threads = kernels::kTableThreads, .shared_bytes = weights.kSharedBytes},
+  memory.device.launch({.blocks = 2, .threads = kernels::kTableThreads, .shared_bytes = weights.kSharedBytes},
                        [&](Thread& m) { kernels::weight_gradients(m, weights); });
 
   const auto loss = [&](const std::vector<Values>& inputs) {
@@ -256,7 +271,7 @@ void sweeps_of_a_tiled_map() {
   reduce.size = size, reduce.tile = {1, 4, 4};
   reduce.x = {x, stride};
   reduce.sum = memory.result("sum", kTable);
-  const simt::Grid grid{.teams = 2, .threads = 64, .shared_bytes = 16 << 10};
+  const simt::Grid grid{.blocks = 2, .threads = 64, .shared_bytes = 16 << 10};
   memory.device.launch(grid, [&](Thread& m) { kernels::reduce(m, reduce); });
   Values sum(kTable), scaled(kMap);
   for (int k = 0; k < kMap; ++k) {
@@ -282,7 +297,7 @@ void tables_of_a_norm() {
   reduce.x = {memory.add("z", in[kX]), kChannels * kPositions};
   reduce.first = memory.result("first", kTable), reduce.sum = memory.result("sum", kTable);
   reduce.product = memory.result("squares", kTable), reduce.rest = memory.result("rest", kTable);
-  const simt::Grid grid{.teams = 2, .threads = 64, .shared_bytes = 16 << 10};
+  const simt::Grid grid{.blocks = 2, .threads = 64, .shared_bytes = 16 << 10};
   memory.device.launch(grid, [&](Thread& m) { kernels::reduce(m, reduce); });
   kernels::BatchStatistics of{kSamples,     kChannels,   kPositions,     kEps,
                               reduce.first, reduce.rest, reduce.product, reduce.sum};

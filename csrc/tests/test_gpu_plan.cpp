@@ -1,10 +1,14 @@
 // core/gpu_plan.h: every plan fits its GPU, covers every channel and sample once, and promises what the kernels do.
 #include "check.h"
 #include "core/gpu_plan.h"
+#include "kernels/flow.h"
 
 namespace {
 
 using namespace dia;
+
+// Shared memory that the system keeps of each resident block.
+constexpr int64_t kReservedShared = 1 << 10;
 
 double least_passes(const GpuProblem& p) { return p.backward ? (p.combined ? 5 : 3) : (p.combined ? 3 : 2); }
 
@@ -16,8 +20,12 @@ void check_sweeps(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu
   CHECK(p.norm != GpuNorm::batch || plan.chunk == p.samples);
   const int64_t pack = 16 / p.element_bytes;
   for (const GpuTile& tile : {detail::reduce_tile_of(p, gpu), detail::spread_tile_of(p, gpu)}) {
-    CHECK(tile.channels >= 1 && tile.channels <= std::min<int64_t>(std::max<int64_t>(p.channels, 1), kSweepThreads));
-    CHECK(tile.channels % pack == 0 || tile.channels >= p.channels);
+    if (p.interleaved) {
+      CHECK(tile.channels >= 1 && tile.channels <= std::min<int64_t>(std::max<int64_t>(p.channels, 1), kSweepThreads));
+      CHECK(tile.channels % pack == 0 || tile.channels >= p.channels);
+    } else {
+      CHECK_EQUAL(tile.channels * tile.lanes, kSweepThreads);
+    }
     CHECK(tile.positions >= 1);
     CHECK(tile.lanes >= 1 && tile.lanes <= kSweepThreads && (tile.lanes & (tile.lanes - 1)) == 0);
     CHECK(2 * (reduce_shared_bytes(tile, p.interleaved, p.element_bytes) + kReservedShared) <=
@@ -25,51 +33,41 @@ void check_sweeps(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu
   }
 }
 
-// A kernel's teams are resident together and own every channel once. The owners' ranges are those of kernels/machine.h,
-// part_of.
-void check_teams(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu) {
-  CHECK(plan.ranks >= 1 && plan.teams >= 1 && plan.group >= 1 && plan.resident >= 1);
-  // In shared memory and threads.
-  CHECK(static_cast<int64_t>(plan.ranks) * plan.teams <= static_cast<int64_t>(gpu.multiprocessors) * plan.resident);
-  CHECK(plan.resident * kGpuThreads <= gpu.threads);
-  CHECK(plan.shared_bytes <= gpu.shared_per_block);
-  CHECK(plan.resident * (plan.shared_bytes + kReservedShared) <= gpu.shared_per_multiprocessor);
-  CHECK(plan.team != GpuTeam::block || plan.ranks == 1);
-  CHECK(plan.team != GpuTeam::cluster || (plan.ranks <= gpu.cluster && gpu.architecture >= 90));
-  // No team is idle from the start.
-  CHECK(static_cast<int64_t>(plan.teams - 1) * plan.group < p.samples);
-  // Owners cover the channels once, each with one at least, and begin at whole packs.
-  const int pack = 16 / p.element_bytes;
-  const int64_t quanta = (p.channels + plan.quantum - 1) / plan.quantum;
-  int64_t end = 0, most = 0;
-  for (int64_t rank = 0; rank < plan.ranks; ++rank) {
-    const int64_t first = std::min(quanta * rank / plan.ranks * plan.quantum, p.channels);
-    const int64_t last = std::min(quanta * (rank + 1) / plan.ranks * plan.quantum, p.channels);
-    CHECK_EQUAL(first, end);
-    CHECK(last > first);
-    CHECK_EQUAL(first * (p.interleaved ? 1 : p.positions) % pack, 0);
-    end = last, most = std::max(most, last - first);
+// A flow's chunks cover the samples, its tasks are not too many to count, and its blocks fit a multiprocessor.
+void check_flow(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu) {
+  CHECK(p.norm != GpuNorm::batch && p.samples > 0 && p.positions > 0);
+  CHECK(plan.chunk >= 1 && plan.chunk <= p.samples);
+  CHECK(plan.chunk < 8 || plan.chunk == p.samples || plan.chunk % 8 == 0);
+  CHECK(plan.passes >= least_passes(p) && plan.passes < least_passes(p) + 1);
+  // All chunks that are under way lie in the second-level cache, unless a sample alone is too large.
+  const double sample = static_cast<double>(p.channels * p.positions * p.element_bytes);
+  const double under_way = static_cast<double>(detail::flow_task_bytes(gpu) * kFlowResident * gpu.multiprocessors);
+  const double room = 0.8 * static_cast<double>(gpu.l2_bytes) - under_way;
+  CHECK(room > 0.4 * static_cast<double>(gpu.l2_bytes));
+  CHECK(plan.chunk == 1 || 3 * sample * static_cast<double>(plan.chunk) <= room);
+  CHECK_EQUAL(plan.passes == least_passes(p), 3 * sample <= room);
+  CHECK_EQUAL(plan.launches, 2 + (p.backward ? 1 : 0) + (p.norm == GpuNorm::none ? 0 : p.backward ? 2 : 1));
+  const int64_t pack = 16 / p.element_bytes;
+  for (int64_t maps : {1, 4}) {
+    const GpuTile tile = detail::flow_tile_of(p, gpu, maps == 1 ? 4 : 2, maps);
+    CHECK(tile.lanes >= 1 && tile.lanes <= 32 && (tile.lanes & (tile.lanes - 1)) == 0);
+    CHECK(tile.channels >= 1 && tile.positions >= 1);
+    if (p.interleaved)
+      CHECK(tile.channels % pack == 0 || tile.channels >= p.channels);
+    else
+      CHECK_EQUAL(tile.channels % (kSweepThreads / tile.lanes), 0);  // no thread idles in the middle of a task
+    const int64_t block = kernels::flow_shared_bytes(reduce_shared_bytes(tile, p.interleaved, p.element_bytes));
+    CHECK(kFlowResident * (block + kReservedShared) <= gpu.shared_per_multiprocessor);
   }
-  CHECK_EQUAL(end, p.channels);
-  // The shared memory is what the kernels ask for.
-  const int64_t image = image_elements(most, p.positions, p.interleaved, p.aligned, pack);
-  const bool affine = p.norm != GpuNorm::none;
-  const int warps = kGpuThreads / 32;
-  CHECK(plan.shared_bytes >=
-        (p.backward ? backward_shared_bytes(image, p.element_bytes, most, p.bottleneck, plan.group, warps, affine)
-                    : forward_shared_bytes(image, p.element_bytes, most, p.bottleneck, plan.group, warps, affine)));
 }
 
 // What must hold of any plan.
 void check_plan(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts layouts = GpuLayouts::any) {
   const GpuPlan plan = plan_step(p, gpu, layouts);
   CHECK(plan.seconds >= 0.999 * plan.ideal);
-  CHECK(plan.on_chip == (plan.team != GpuTeam::tiles && plan.team != GpuTeam::products));
-  if (!plan.on_chip) return check_sweeps(plan, p, gpu);
-  check_teams(plan, p, gpu);
-  CHECK(p.norm != GpuNorm::batch);
-  CHECK_EQUAL(plan.passes, least_passes(p));
-  CHECK_EQUAL(plan.launches, (p.backward ? 2 : 1) * (p.norm == GpuNorm::none ? 1 : 2));
+  if (!plan.flow) return check_sweeps(plan, p, gpu);
+  CHECK(layouts == GpuLayouts::flow);
+  check_flow(plan, p, gpu);
 }
 
 void thousands_of_problems() {
@@ -92,7 +90,7 @@ void thousands_of_problems() {
                                          (flags & 8) != 0,
                                          true,
                                          static_cast<GpuNorm>(flags / 16)};
-                check_plan(problem, gpu), check_plan(problem, gpu, GpuLayouts::on_chip);
+                check_plan(problem, gpu), check_plan(problem, gpu, GpuLayouts::flow);
               }
   CHECK(count > 50000);
 }
@@ -100,25 +98,39 @@ void thousands_of_problems() {
 void sizes_around_what_32_bits_hold() {
   const GpuLimits& h100 = kGpus[4];
   for (int64_t size : {(int64_t{1} << 31) - 1, int64_t{1} << 31, (int64_t{1} << 31) + 1})
-    for (bool backward : {false, true}) {
-      check_plan({size, 4, 4, 1, 4, false, true, true, backward, true}, h100);
-      check_plan({2, 4, size, 1, 4, false, true, true, backward, true}, h100);
-      check_plan({2, size, 1, 1, 4, true, true, true, backward, true}, h100);
-      check_plan({2, 4, 4, size, 4, true, true, true, backward, true}, h100);
-    }
+    for (bool backward : {false, true})
+      for (GpuLayouts layouts : {GpuLayouts::any, GpuLayouts::flow}) {
+        check_plan({size, 4, 4, 1, 4, false, true, true, backward, true}, h100, layouts);
+        check_plan({2, 4, size, 1, 4, false, true, true, backward, true}, h100, layouts);
+        check_plan({2, size, 1, 1, 4, true, true, true, backward, true}, h100, layouts);
+        check_plan({2, 4, 4, size, 4, true, true, true, backward, true}, h100, layouts);
+      }
 }
 
 // What was faster on an H100 (docs/kernels.md).
 void large_cells_are_left_to_a_blas() {
   for (bool backward : {false, true}) {
     const GpuLimits& h100 = kGpus[4];
-    CHECK(plan_step({256, 2048, 49, 512, 2, false, false, true, backward, false}, h100).team == GpuTeam::products);
-    CHECK(plan_step({256, 256, 3136, 64, 2, false, true, true, backward, false}, h100).team == GpuTeam::tiles);
-    CHECK(plan_step({128, 64, 1024, 16, 2, false, true, true, backward, false}, h100).team == GpuTeam::tiles);
+    CHECK(plan_step({256, 2048, 49, 512, 2, false, false, true, backward, false}, h100).cell == GpuCell::products);
+    CHECK(plan_step({256, 256, 3136, 64, 2, false, true, true, backward, false}, h100).cell == GpuCell::tiles);
+    CHECK(plan_step({128, 64, 1024, 16, 2, false, true, true, backward, false}, h100).cell == GpuCell::tiles);
     const GpuPlan tail = plan_step({128, 64, 1024, 16, 2, false, true, true, backward, false, GpuNorm::batch}, h100);
-    CHECK(tail.team == GpuTeam::tiles);
+    CHECK(tail.cell == GpuCell::tiles);
     CHECK_EQUAL(tail.launches, backward ? 9 : 6);
     CHECK_EQUAL(tail.passes, backward ? 7 : 4);
+  }
+}
+
+// The map's second reading comes from the second-level cache, and that is what a flow is for.
+void a_flow_moves_each_map_once() {
+  for (bool backward : {false, true}) {
+    const GpuLimits& h100 = kGpus[4];
+    const GpuProblem problem{256, 256, 3136, 64, 2, true, true, true, backward, false};
+    const GpuPlan flow = plan_step(problem, h100, GpuLayouts::flow), sweeps = plan_step(problem, h100);
+    CHECK(flow.flow && !sweeps.flow);
+    CHECK_EQUAL(flow.passes, backward ? 5 : 3);
+    CHECK(flow.chunk >= 2 && flow.chunk <= 8);
+    CHECK(flow.seconds < sweeps.seconds);
   }
 }
 
@@ -128,5 +140,6 @@ int main() {
   thousands_of_problems();
   sizes_around_what_32_bits_hold();
   large_cells_are_left_to_a_blas();
+  a_flow_moves_each_map_once();
   return dia::test::failures == 0 ? 0 : 1;
 }

@@ -122,7 +122,7 @@ std::string exchange(Grid grid, int distance, Sync sync) {
 }
 
 void a_barrier_must_cover_both_threads() {
-  const Grid warp{.threads = 32}, block{.threads = 64}, blocks{.blocks = 2, .threads = 64, .together = true};
+  const Grid warp{.threads = 32}, block{.threads = 64}, blocks{.blocks = 2, .threads = 64, .resident = 2};
   const auto none = [](Thread&) {};
   const auto by_warp = [](Thread& m) { m.sync_warp(); };
   const auto by_block = [](Thread& m) { m.sync_block(); };
@@ -238,7 +238,7 @@ std::string message(int blocks, uint64_t seed, Lack lack) {
   device.tensor("x", x.data, 64, true);
   device.tensor("y", y.data, y.count, false);
   device.tensor("counter", &counter, 1, true);
-  return complaint(device, {.blocks = blocks, .threads = 64, .together = true, .seed = seed}, [&](Thread& m) {
+  return complaint(device, {.blocks = blocks, .threads = 64, .resident = blocks, .seed = seed}, [&](Thread& m) {
     if (m.block() == 0) {
       m.store(x.data + m.thread(), 1.0f);
       if (lack != kBarrierBefore) m.sync_block();
@@ -268,7 +268,7 @@ void the_last_to_count_knows_all() {
       device.tensor("x", x.data, 5, false);
       device.tensor("y", y.data, 1, true);
       device.tensor("counter", &counter, 1, true);
-      const Grid grid{.blocks = 5, .threads = 64, .shared_bytes = 16, .together = true, .seed = seed};
+      const Grid grid{.blocks = 5, .threads = 64, .shared_bytes = 16, .resident = 3, .seed = seed};
       const std::string text = complaint(device, grid, [&](Thread& m) {
         const auto place = m.shared<unsigned>(1);
         m.load(y.data);
@@ -297,12 +297,28 @@ void a_count_that_nobody_reaches() {
     if (m.thread() == 0) m.await(&counter, 2);
     m.sync_block();
   };
-  const std::string text = complaint(device, {.blocks = 2, .threads = 64, .together = true}, kernel);
+  const std::string text = complaint(device, {.blocks = 2, .threads = 64, .resident = 2}, kernel);
   CHECK(has(text, "deadlock: 0 threads have finished"));
   CHECK(has(text, "2 wait for the count test_simt.cpp"));
   CHECK(has(text, "126 wait at the block barrier"));
   unsigned unknown = 0;
   CHECK(has(complaint(device, {}, [&](Thread& m) { m.take(&unknown); }), "out of bounds"));
+}
+
+// Who waits for a block that has not begun, as those before it do not end, waits for ever; in order nobody does.
+void blocks_wait_for_those_before_them() {
+  for (const bool in_order : {true, false}) {
+    Device device;
+    unsigned counters[2] = {0, 0};
+    device.tensor("counters", counters, 2, true);
+    const std::string text = complaint(device, {.blocks = 6, .resident = 2}, [&](Thread& m) {
+      if (m.thread() > 0) return;
+      const unsigned number = m.take(counters);
+      m.await(counters + 1, in_order ? number : 5 - number);
+      m.release(counters + 1);
+    });
+    CHECK_EQUAL(text.empty(), in_order);
+  }
 }
 
 // A block that acts as others in turn takes the same shared memory each time.
@@ -332,7 +348,7 @@ void many_blocks_at_once() {
   unsigned counter = 0;
   device.tensor("y", y.data, 132, false);
   device.tensor("counter", &counter, 1, true);
-  const Report report = device.launch({.blocks = 132, .threads = 256, .together = true}, [&](Thread& m) {
+  const Report report = device.launch({.blocks = 132, .threads = 256, .resident = 132}, [&](Thread& m) {
     if (m.thread() == 0) m.release(&counter), m.await(&counter, 132);
     m.sync_block();
     if (m.thread() == 0) m.store(y.data + m.block(), 1.0f);
@@ -360,6 +376,7 @@ int main() {
   counts_order_blocks();
   the_last_to_count_knows_all();
   a_count_that_nobody_reaches();
+  blocks_wait_for_those_before_them();
   blocks_in_turn();
   many_blocks_at_once();
   return dia::test::failures == 0 ? 0 : 1;
