@@ -232,6 +232,7 @@ def test_only_what_is_asked_for(layouts):
          ["NormAgain", "Reduce", "SplitGateGradients", "BottleneckGradientSums", "JoinParts", "CellGradients",
           "NormGradients", "Spread",
           "WeightGradients"]),
+        ("flow", "batch", ["StepForward"], ["NormAgain", "StepBackward", "WeightGradients"]),
         ("flow", "running", ["GivenStatistics", "StepForward"],
          ["NormAgain", "StepBackward", "NormGradients", "WeightGradients"]),
     ],
@@ -253,6 +254,17 @@ def test_trial_22_blocks_that_are_not_resident_are_not_waited_for(resident):
     with device("flow", multiprocessors=8, resident=resident):
         assert_gradients_agree(SharedAttention(8, 2, backend="simulated"), None, x, s)
         assert launches().count("StepForward") == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["none", "batch", "running"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_many_tasks_of_a_sample(channels_last, norm, dtype):
+    """Samples large enough for a flow to sum pieces of their positions apart, and several tasks in either sweep."""
+    x, s = maps((3, 64, 17, 16), dtype, channels_last)
+    module = None if norm == "none" else nn.BatchNorm2d(64).train(norm == "batch")
+    with device("flow", multiprocessors=8, l2=1 << 20):
+        assert_gradients_agree(SharedAttention(64, 8, backend="simulated"), module, x, s)
 
 
 def test_bottlenecks_in_parts():

@@ -229,9 +229,9 @@ inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu,
   if (!batch && small >= 1 && small < p.samples) with_chunk(small);
 }
 
-// Where a flow can be: it knows no statistics of a batch yet, and counts in 32 bits.
+// Where a flow can be: it counts in 32 bits.
 inline bool can_flow(const GpuProblem& p) {
-  return p.samples > 0 && p.positions > 0 && p.norm != GpuNorm::batch && p.channels <= INT32_MAX / 8 &&
+  return p.samples > 0 && p.positions > 0 && p.channels <= INT32_MAX / 8 &&
          p.bottleneck <= INT32_MAX / 8 && p.samples * p.channels <= INT32_MAX / 8 &&
          p.samples * p.channels * parts(p.positions, 256) <= INT32_MAX / 8;
 }
@@ -244,15 +244,20 @@ inline GpuPlan flow_of(const GpuProblem& p, const GpuLimits& gpu, const Work& wo
   const double room = kFlowRoom * static_cast<double>(gpu.l2_bytes) -
                       static_cast<double>(flow_blocks(gpu) * flow_task_bytes(gpu));
   const double window = 3 * work.sample_bytes;
-  const double kept = std::min(1.0, room / window);  // less than all where a sample is too large
-  plan.passes = work.passes + (1 - kept);
+  // Less than all where a sample is too large, and behind a batch's statistics, which need all samples first.
+  const bool batch = p.norm == GpuNorm::batch;
+  const double again = batch && p.backward ? 2 : 1;
+  const double kept = batch ? 0.0 : std::min(1.0, room / window);
+  plan.passes = work.passes + again * (1 - kept);
   plan.bytes = plan.passes * static_cast<double>(p.samples) * work.sample_bytes;
   int64_t chunk = std::clamp(static_cast<int64_t>(room / window), int64_t{1}, p.samples);
   if (chunk >= 8 && chunk < p.samples) chunk = chunk / 8 * 8;  // whole tiles of the cell
+  if (batch) chunk = p.samples;
   plan.chunk = chunk;
-  plan.launches = 2 + norm_launches(p) + (p.backward ? 1 : 0);  // with that which clears the counters
+  // With that which clears the counters, and of a norm what the kernel does not do.
+  plan.launches = 2 + (p.backward ? 1 : 0) + (batch ? (p.backward ? 1 : 0) : norm_launches(p));
   const double samples = static_cast<double>(p.samples), narrow = std::min(1.0, static_cast<double>(chunk) / 8);
-  const double cell = samples * work.sample_flops / (kNarrowRate * narrow * gpu.flops);
+  const double cell = samples * work.sample_flops / ((batch ? kTileRate : kNarrowRate * narrow) * gpu.flops);
   const double map = plan.bytes / gpu.memory + kept * samples * work.sample_bytes / gpu.l2;
   const double weights = static_cast<double>(parts(p.samples, std::min<int64_t>(chunk, 8))) * work.weight_bytes / gpu.l2;
   // The cell hides behind the sweeps but for the first and the last chunk.

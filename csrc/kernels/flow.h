@@ -1,28 +1,31 @@
-// A whole step, or its gradient, as one kernel: its tasks in one order, each taken by the next block that is free.
+// A whole step or tail, or its gradient, as one kernel: its tasks in one order, each taken by the next block that is free.
 //
-// Samples go in chunks so small that the second-level cache still holds what the second sweep reads again. A chunk has
-// four phases, and their tasks are those of the kernels that sweeps are made of, some of them with an end that the last
-// one of a group sees to:
+// Samples go in chunks so small that the second-level cache still holds what the second sweep reads again; behind a norm
+// of the batch's own statistics, where all samples must have been read first, in one. A chunk has these phases, and their
+// tasks are those of the kernels that sweeps are made of, some with an end that the last one of a group sees to:
 //
-//     forward    reduce       sums of x of a piece of the map     | the last piece: the means p
-//                bottleneck   a part of W1 p and V1 h, in tiles   | the last part: through bias and ReLU
+//     forward    reduce       sums of x of a piece of the map, or moments  | the last piece: the means p
+//                statistics   of the batch, some channels; p
+//                bottleneck   a part of W1 p and V1 h, in tiles            | the last part: through bias and ReLU
 //                cell         W2 zx + V2 zh, gates, state
 //                spread       y = act(x h' + s)
-//     backward   reduce       g, sums of g x of a piece           | the last piece: through the gates
-//                bottleneck   a part of du W2 and du V2           | the last part: through the ReLU
+//     backward   reduce       g, sums of g x of a piece                    | the last piece: through the gates
+//                bottleneck   a part of du W2 and du V2                    | the last part: through the ReLU
 //                cell         dp = dzx W1 and dh = dzh V1
+//                norm         of the batch: the gradients of its parameters, some channels
 //                spread       dx = g h' + dp / HW
 //
-// The order is by turns: of turn t the first phase of chunk t, the second of t - 1, the last of t - 2, the third of t - 1,
-// so that nearly always what a task waits for was begun long before, and the cell's latency hides behind the sweeps of
-// other chunks. A task waits for tasks before it only, and blocks take them in order: whoever holds the first unfinished
-// one can go on, however few blocks are resident. So no cooperative launch is needed, nor an occupancy query.
+// The order is by turns: turn t has the first phases of chunk t, the bottleneck of t - 1, the spread of t - 2, the cell of
+// t - 1, so that nearly always what a task waits for was begun long before, and the cell's latency hides behind the sweeps
+// of other chunks. A task waits for tasks before it only, and blocks take them in order: whoever holds the first
+// unfinished one can go on, however few blocks are resident. So no cooperative launch is needed, nor an occupancy query.
 //
 // Bytes: those of the sweeps, of which the second reading comes from the second-level cache. Barriers of a block: three
 // a task, one or two more at its end. Between blocks: counters (kernels/machine.h); how many tasks have been taken, of
-// each chunk and phase how many are done, of each group how many.
+// each chunk and phase how much is done, of each group how many.
 //
-// Not measured on a GPU yet (docs/kernels.md).
+// Not measured on a GPU yet (docs/kernels.md). Before it there were teams of blocks that kept the map in shared memory
+// and met at barriers: slower than sweeps wherever they were measured.
 #pragma once
 
 #include "sweeps.h"
@@ -30,17 +33,29 @@
 
 namespace dia::kernels {
 
-enum FlowPhase { kReducePhase, kBottleneckPhase, kCellPhase, kSpreadPhase, kFlowPhases };
+enum FlowPhase {
+  kReducePhase,
+  kStatisticsPhase,
+  kBottleneckPhase,
+  kCellPhase,
+  kNormPhase,
+  kSpreadPhase,
+  kFlowPhases
+};
 
-// Tiles of the cell: of few samples, as a chunk has no more.
-using FlowTiles = CellTiles<8>;
+// Tiles of the cell: of few samples where a chunk has few.
+template <GpuNorm kNorm>
+using FlowTiles = CellTiles<kNorm == GpuNorm::batch ? 32 : 8>;
 
 // What a block keeps in shared memory: what its first thread says to the others (its ticket, and how many counted before
 // it), then groups and members of each phase, of a whole chunk and of the last one.
 constexpr int kFlowKept = 2 + 2 * 2 * kFlowPhases;
 
 // Shared memory of a block whose sums take so much.
-constexpr int64_t flow_shared_bytes(int64_t of_sums) { return 4 * kFlowKept + 8 + std::max(of_sums, FlowTiles::kBytes); }
+template <GpuNorm kNorm>
+constexpr int64_t flow_shared_bytes(int64_t of_sums) {
+  return rounded_up(4 * kFlowKept, 16) + std::max(of_sums, FlowTiles<kNorm>::kBytes);
+}
 
 // Counters, all zero at first: of tasks taken; and of each chunk, how much of each phase is done that others wait for,
 // and of the groups of the first two phases.
@@ -52,7 +67,7 @@ struct FlowCounters {
     return 1 + chunks * (kAwaited + reduce_groups + bottleneck_groups);
   }
   DIA_DEVICE unsigned* taken() const { return data; }
-  DIA_DEVICE unsigned* done(int chunk, int phase) const { return of(chunk) + phase; }
+  DIA_DEVICE unsigned* done(int chunk, int phase) const { return of(chunk) + (kAwaited - 1 - phase); }
   DIA_DEVICE unsigned* group(int chunk, int phase, int number) const {
     return of(chunk) + kAwaited + (phase == kReducePhase ? number : reduce_groups + number);
   }
@@ -116,6 +131,7 @@ DIA_DEVICE Reduce<T> of_samples(Reduce<T> reduce, int64_t first, int count) {
   reduce.size.samples = count;
   reduce.x = from_sample(reduce.x, first), reduce.dy = from_sample(reduce.dy, first);
   reduce.y = from_sample(reduce.y, first), reduce.g = from_sample(reduce.g, first);
+  reduce.first = rows_from(reduce.first, first, width), reduce.rest = rows_from(reduce.rest, first, width);
   reduce.sum = rows_from(reduce.sum, first, width), reduce.product = rows_from(reduce.product, first, width);
   return reduce;
 }
@@ -154,12 +170,39 @@ DIA_DEVICE void join_tile(M& m, const JoinParts& args, const PartTask& task, boo
   }
 }
 
+// The moments of one entry from those of its pieces, each about the sample's first value (norm.h).
+template <class M, class T>
+DIA_DEVICE void join_moments(M& m, const Reduce<T>& reduce, const BatchStatistics& to, int entry) {
+  const int64_t step = row_at(reduce.size.samples, reduce.size.channels);
+  const double positions = reduce.size.positions;
+  double total = 0, squares = 0;
+  for (int piece = 0; piece < reduce.pieces(); ++piece) {
+    const int64_t at = piece * step + entry;
+    const int begin = piece * reduce.tile.positions, left = reduce.size.positions - begin;
+    const double sum = static_cast<double>(m.load(reduce.sum + at)) + static_cast<double>(m.load(reduce.rest + at));
+    total += sum;
+    squares += static_cast<double>(m.load(reduce.product + at)) +
+               sum * sum / static_cast<double>(left < reduce.tile.positions ? left : reduce.tile.positions);
+  }
+  const double about_mean = squares - total * total / positions;
+  const float sum = static_cast<float>(total);
+  m.store(to.first + entry, m.load(reduce.first + entry));
+  m.store(to.sum + entry, sum);
+  m.store(to.rest + entry, static_cast<float>(total - static_cast<double>(sum)));
+  m.store(to.squares + entry, about_mean < 0 ? 0.0f : static_cast<float>(about_mean));  // not a maximum: NaN passes
+}
+
 // --- forward -------------------------------------------------------------------------------------------------
 
-template <class T, bool kAffine>
+template <class T, GpuNorm kNorm>
 struct StepForward {
+  static constexpr GpuNorm kBehind = kNorm;
+  static constexpr bool kAffine = kNorm != GpuNorm::none, kBatch = kNorm == GpuNorm::batch;
+  using Tiles = FlowTiles<kNorm>;
+
   FlowOrder order;
   Reduce<T> reduce;  // into pieces
+  BatchStatistics statistics;  // of a batch; where there is one piece, its tables are those of `reduce`
   CellForward cell;
   NormedMeans norm;  // with kAffine; and (N, C):
   float *factor, *added;
@@ -172,12 +215,16 @@ struct StepForward {
     switch (phase) {
       case kReducePhase:
         return tasks_of(of_samples(reduce, 0, count));
+      case kStatisticsPhase:
+        return {kBatch ? tasks_of_channels(cell.channels) : 0, 1};
       case kBottleneckPhase:
-        return {join.parts.template tiles<FlowTiles>(count, cell.bottleneck, cell.h != nullptr), join.parts.count};
+        return {join.parts.template tiles<Tiles>(count, cell.bottleneck, cell.h != nullptr), join.parts.count};
       case kCellPhase:
-        return {tiles_along(count, FlowTiles::kSamples) * tiles_along(cell.channels, FlowTiles::kChannels), 1};
-      default:
+        return {tiles_along(count, Tiles::kSamples) * tiles_along(cell.channels, Tiles::kChannels), 1};
+      case kSpreadPhase:
         return {static_cast<int>(kernels::tasks_of(of_samples(spread, 0, count).size, spread.tile)), 1};
+      default:
+        return {0, 1};
     }
   }
 
@@ -186,17 +233,18 @@ struct StepForward {
     const int first = samples.begin, count = samples.size();
     if (phase == kReducePhase) return kernels::reduce(m, of_samples(reduce, first, count));
     if (phase == kSpreadPhase) return kernels::spread(m, of_samples(spread, first, count));
+    if constexpr (kBatch)
+      if (phase == kStatisticsPhase) return batch_statistics(m, statistics);
     const CellForward own = of_samples(cell, first, count);
     if (phase == kCellPhase)
-      return cell_states<FlowTiles>(
-          m, CellStates<kAffine>{own, norm.affine, rows_from(factor, first, own.channels),
-                                 rows_from(added, first, own.channels)});
-    const auto memory = m.template shared<float>(FlowTiles::Bottleneck::kFloats);
-    const PartTask part = PartTask::of(FlowTiles(), task, count, own.bottleneck, join.parts.count);
+      return cell_states<Tiles>(m, CellStates<kAffine>{own, norm.affine, rows_from(factor, first, own.channels),
+                                                       rows_from(added, first, own.channels)});
+    const auto memory = m.template shared<float>(Tiles::Bottleneck::kFloats);
+    const PartTask part = PartTask::of(Tiles(), task, count, own.bottleneck, join.parts.count);
     const float* weight = part.hidden ? own.weights.hidden_reduce : own.weights.input_reduce;
     const float* left = part.hidden ? own.h : own.tables.p;
     const int channels = own.channels;
-    part_product<FlowTiles, true>(
+    part_product<Tiles, true>(
         m, memory, part, of_samples(join, first, count).parts, count, own.bottleneck,
         part_of(channels, part.part, join.parts.count),
         Plain{part.sample, count,
@@ -208,15 +256,19 @@ struct StepForward {
   DIA_DEVICE void end(M& m, int phase, int group, Part samples) const {
     const int first = samples.begin, count = samples.size();
     if (phase == kBottleneckPhase) {
-      const PartTask task =
-          PartTask::of(FlowTiles(), group * join.parts.count, count, cell.bottleneck, join.parts.count);
-      return join_tile<FlowTiles>(m, of_samples(join, first, count), task, cell.h == nullptr);
+      const PartTask task = PartTask::of(Tiles(), group * join.parts.count, count, cell.bottleneck, join.parts.count);
+      return join_tile<Tiles>(m, of_samples(join, first, count), task, cell.h == nullptr);
     }
     const Reduce<T> own = of_samples(reduce, first, count);
+    if (kBatch && own.pieces() == 1) return;
     const int channels = own.size.channels;
     const int64_t before = row_at(first, channels);
     const Part entries = entries_of(own, group);
     for (int k = entries.begin + m.thread(); k < entries.end; k += m.threads()) {
+      if constexpr (kBatch) {
+        join_moments(m, own, statistics, k);
+        continue;
+      }
       const float mean = sum_of_pieces(m, own, own.sum, k) / static_cast<float>(own.size.positions);
       m.store(cell.tables.p + before + k, kAffine ? normed_mean(m, norm, k % channels, before + k, mean) : mean);
     }
@@ -225,21 +277,26 @@ struct StepForward {
 
 // --- backward ------------------------------------------------------------------------------------------------
 
-template <class T, bool kAffine>
+template <class T, GpuNorm kNorm>
 struct StepBackward {
+  static constexpr GpuNorm kBehind = kNorm;
+  static constexpr bool kAffine = kNorm != GpuNorm::none, kBatch = kNorm == GpuNorm::batch;
+  using Tiles = FlowTiles<kNorm>;
+
   FlowOrder order;
   Reduce<T> reduce;  // into pieces
   CellBackward cell;
-  ChannelAffine affine;   // with kAffine; and what the gradients of scale and bias are made of, (N, C) each:
-  float *sum, *product;   // sums of g and of g ((x - shift) - d)
-  float *dp, *offset;     // see CellGradients
-  float* factor;          // null: not wanted
+  ChannelAffine affine;      // with kAffine; and what the gradients of scale and bias are made of, (N, C) each:
+  float *sum, *product;      // sums of g and of g ((x - shift) - d)
+  float *dp, *offset;        // see CellGradients; null: not wanted
+  float *factor, *new_h;     // (N, C); null: not wanted
+  NormGradients gradients;   // of a batch
   JoinParts join;
-  Spread<T> spread;       // no out: not wanted
+  Spread<T> spread;  // no out: not wanted
 
   DIA_DEVICE CellGradients cell_gradients_of(int64_t first, int count) const {
-    return {of_samples(cell, first, count), rows_from(dp, first, cell.channels), rows_from(offset, first, cell.channels),
-            affine.scale, reduce.size.positions};
+    return {of_samples(cell, first, count), rows_from(dp, first, cell.channels),
+            rows_from(offset, first, cell.channels), affine.scale, reduce.size.positions};
   }
 
   DIA_DEVICE int terms() const { return 4 * cell.channels; }
@@ -248,14 +305,18 @@ struct StepBackward {
       case kReducePhase:
         return tasks_of(of_samples(reduce, 0, count));
       case kBottleneckPhase:
-        return {join.parts.template tiles<FlowTiles>(count, cell.bottleneck, true), join.parts.count};
+        return {join.parts.template tiles<Tiles>(count, cell.bottleneck, true), join.parts.count};
       case kCellPhase:
-        return {cell_gradients_of(0, count).template tasks<FlowTiles>(), 1};
-      default:
+        return {cell_gradients_of(0, count).template tasks<Tiles>(), 1};
+      case kNormPhase:
+        return {kBatch ? tasks_of_channels(cell.channels) : 0, 1};
+      case kSpreadPhase:
         return {spread.out.data == nullptr
                     ? 0
                     : static_cast<int>(kernels::tasks_of(of_samples(spread, 0, count).size, spread.tile)),
                 1};
+      default:
+        return {0, 1};
     }
   }
 
@@ -264,8 +325,10 @@ struct StepBackward {
     const int first = samples.begin, count = samples.size();
     if (phase == kReducePhase) return kernels::reduce(m, of_samples(reduce, first, count));
     if (phase == kSpreadPhase) return kernels::spread(m, of_samples(spread, first, count));
-    if (phase == kCellPhase) return cell_gradients<FlowTiles>(m, cell_gradients_of(first, count));
-    bottleneck_gradient_sums<FlowTiles>(
+    if constexpr (kBatch)
+      if (phase == kNormPhase) return norm_gradients(m, gradients);
+    if (phase == kCellPhase) return cell_gradients<Tiles>(m, cell_gradients_of(first, count));
+    bottleneck_gradient_sums<Tiles>(
         m, BottleneckGradientSums{of_samples(cell, first, count), of_samples(join, first, count).parts});
   }
 
@@ -273,9 +336,8 @@ struct StepBackward {
   DIA_DEVICE void end(M& m, int phase, int group, Part samples) const {
     const int first = samples.begin, count = samples.size();
     if (phase == kBottleneckPhase) {
-      const PartTask task =
-          PartTask::of(FlowTiles(), group * join.parts.count, count, cell.bottleneck, join.parts.count);
-      return join_tile<FlowTiles>(m, of_samples(join, first, count), task, false);
+      const PartTask task = PartTask::of(Tiles(), group * join.parts.count, count, cell.bottleneck, join.parts.count);
+      return join_tile<Tiles>(m, of_samples(join, first, count), task, false);
     }
     const Reduce<T> own = of_samples(reduce, first, count);
     const int channels = own.size.channels;
@@ -292,6 +354,7 @@ struct StepBackward {
         m.store(product + before + k, about_mean);
       }
       const float h = gate_gradient(m, cell, row, channel, dh);
+      if (kBatch) m.store(new_h + before + k, h);
       if (factor != nullptr) m.store(factor + before + k, kAffine ? h * m.load(affine.scale + channel) : h);
     }
   }
@@ -328,15 +391,22 @@ class FlowTurn {
   DIA_DEVICE int chunk() const { return chunk_; }
   DIA_DEVICE int task(unsigned ticket) const { return static_cast<int>(ticket - begin_); }
   DIA_DEVICE int tasks() const { return static_cast<int>(count_); }
+  // The phase that this one waits for: the last before it that has tasks.
+  DIA_DEVICE int before() const {
+    int phase = phase_ - 1;
+    while (groups(phase) == 0) --phase;
+    return phase;
+  }
   DIA_DEVICE unsigned groups(int phase) const { return kept_[at(phase)]; }
   DIA_DEVICE unsigned members(int phase) const { return kept_[at(phase) + 1]; }
 
  private:
-  // Of each turn: the first phase, the second of the chunk before, the last of the one before that, the third.
+  // Of each turn: the first two phases, the third of the chunk before, the last of the one before that, the others.
   DIA_DEVICE void enter() {
     const int turn = number_ / kFlowPhases, place = number_ % kFlowPhases;
-    phase_ = place == 0 ? kReducePhase : place == 1 ? kBottleneckPhase : place == 2 ? kSpreadPhase : kCellPhase;
-    chunk_ = turn - (place == 0 ? 0 : place == 2 ? 2 : 1);
+    const bool spread = place == kBottleneckPhase + 1;
+    phase_ = spread ? kSpreadPhase : place - (place > kBottleneckPhase ? 1 : 0);
+    chunk_ = turn - (spread ? 2 : place < kBottleneckPhase ? 0 : 1);
     count_ = chunk_ >= 0 && chunk_ < chunks_ ? groups(phase_) * members(phase_) : 0;
   }
   DIA_DEVICE int at(int phase) const { return 2 + 2 * (phase + (chunk_ + 1 == chunks_ ? kFlowPhases : 0)); }
@@ -367,14 +437,14 @@ DIA_DEVICE void run_flow(M& m, const Flow& flow) {
     if (!turn.reach(ticket)) return;
     const int phase = turn.phase(), chunk = turn.chunk();
     const Part samples = flow.order.samples_of(chunk);
-    if (phase > 0 && m.thread() == 0)
-      m.await(counters.done(chunk, phase - 1), turn.groups(phase - 1));
+    if (phase > kReducePhase && m.thread() == 0)
+      m.await(counters.done(chunk, turn.before()), turn.groups(turn.before()));
     m.sync_block();
     auto&& task = m.as_block(turn.task(ticket), turn.tasks());
     flow.run(task, phase, turn.task(ticket), samples);
     if (phase == kSpreadPhase) continue;
     m.sync_block();
-    if (phase != kCellPhase) {
+    if (phase == kReducePhase || phase == kBottleneckPhase) {
       const int members = static_cast<int>(turn.members(phase)), group = turn.task(ticket) / members;
       if (members > 1) {
         if (m.thread() == 0) said[1] = m.release(counters.group(chunk, phase, group));

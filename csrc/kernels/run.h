@@ -6,12 +6,12 @@
 
 namespace dia::kernels {
 
-template <class M, class T, bool kAffine>
-DIA_DEVICE void run(M& m, const StepForward<T, kAffine>& args) {
+template <class M, class T, GpuNorm kNorm>
+DIA_DEVICE void run(M& m, const StepForward<T, kNorm>& args) {
   run_flow(m, args);
 }
-template <class M, class T, bool kAffine>
-DIA_DEVICE void run(M& m, const StepBackward<T, kAffine>& args) {
+template <class M, class T, GpuNorm kNorm>
+DIA_DEVICE void run(M& m, const StepBackward<T, kNorm>& args) {
   run_flow(m, args);
 }
 template <class M, bool kAffine>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 #include <variant>
 
 #include "../core/gpu_plan.h"
@@ -10,19 +11,31 @@
 
 namespace dia {
 
-// Every kernel, as its arguments.
-using AnyKernel = std::variant<
-    kernels::StepForward<float, false>, kernels::StepForward<float, true>, kernels::StepForward<BFloat16, false>,
-    kernels::StepForward<BFloat16, true>, kernels::StepForward<Float16, false>, kernels::StepForward<Float16, true>,
-    kernels::StepBackward<float, false>, kernels::StepBackward<float, true>, kernels::StepBackward<BFloat16, false>,
-    kernels::StepBackward<BFloat16, true>, kernels::StepBackward<Float16, false>, kernels::StepBackward<Float16, true>,
-    kernels::Reduce<float>, kernels::Reduce<BFloat16>, kernels::Reduce<Float16>, kernels::Spread<float>,
-    kernels::Spread<BFloat16>, kernels::Spread<Float16>, kernels::BottleneckSums<false>, kernels::BottleneckSums<true>,
-    kernels::CellStates<false>, kernels::CellStates<true>, kernels::JoinParts, kernels::BottleneckGradientSums,
-    kernels::CellGradients, kernels::SplitMeans<false>, kernels::SplitMeans<true>, kernels::SplitGates<false>,
-    kernels::SplitGates<true>, kernels::SplitGateGradients<false>, kernels::SplitGateGradients<true>,
-    kernels::WeightGradients<32>, kernels::WeightGradients<64>, kernels::BatchStatistics, kernels::GivenStatistics,
-    kernels::MeanGradients, kernels::NormAgain, kernels::NormGradients, kernels::Rectify>;
+// Every kernel, as its arguments: those of a type of maps, and those of tables.
+template <class T>
+using KernelsOfMaps =
+    std::tuple<kernels::StepForward<T, GpuNorm::none>, kernels::StepForward<T, GpuNorm::given>,
+               kernels::StepForward<T, GpuNorm::batch>, kernels::StepBackward<T, GpuNorm::none>,
+               kernels::StepBackward<T, GpuNorm::given>, kernels::StepBackward<T, GpuNorm::batch>, kernels::Reduce<T>,
+               kernels::Spread<T>>;
+using KernelsOfTables =
+    std::tuple<kernels::BottleneckSums<false>, kernels::BottleneckSums<true>, kernels::CellStates<false>,
+               kernels::CellStates<true>, kernels::JoinParts, kernels::BottleneckGradientSums, kernels::CellGradients,
+               kernels::SplitMeans<false>, kernels::SplitMeans<true>, kernels::SplitGates<false>,
+               kernels::SplitGates<true>, kernels::SplitGateGradients<false>, kernels::SplitGateGradients<true>,
+               kernels::WeightGradients<32>, kernels::WeightGradients<64>, kernels::BatchStatistics,
+               kernels::GivenStatistics, kernels::MeanGradients, kernels::NormAgain, kernels::NormGradients,
+               kernels::Rectify>;
+template <class... Tuples>
+struct AnyOf;
+template <class... A, class... B, class... Rest>
+struct AnyOf<std::tuple<A...>, std::tuple<B...>, Rest...> : AnyOf<std::tuple<A..., B...>, Rest...> {};
+template <class... A>
+struct AnyOf<std::tuple<A...>> {
+  using Kernel = std::variant<A...>;
+};
+using AnyKernel =
+    AnyOf<KernelsOfMaps<float>, KernelsOfMaps<BFloat16>, KernelsOfMaps<Float16>, KernelsOfTables>::Kernel;
 
 // The current device, and the stream that work is put on. A function that fails raises std::runtime_error with what the
 // runtime said.

@@ -134,7 +134,7 @@ class Arguments {
 
 template <class T, bool kAffine>
 auto forward_kernel(Arguments& of) {
-  kernels::StepForward<T, kAffine> args{};
+  kernels::StepForward<T, kAffine ? GpuNorm::given : GpuNorm::none> args{};
   args.cell = of.cell_forward();
   args.reduce.size = args.spread.size = of.size(), args.reduce.tile = args.spread.tile = of.tile();
   args.reduce.x = args.spread.x = of.map<const T>("x");
@@ -155,7 +155,7 @@ auto forward_kernel(Arguments& of) {
 
 template <class T, bool kAffine>
 auto backward_kernel(Arguments& of) {
-  kernels::StepBackward<T, kAffine> args{};
+  kernels::StepBackward<T, kAffine ? GpuNorm::given : GpuNorm::none> args{};
   args.cell = of.cell_backward();
   args.reduce.size = args.spread.size = of.size(), args.reduce.tile = args.spread.tile = of.tile();
   args.reduce.dy = of.map<const T>("dy"), args.reduce.y = of.map<const T>("y"), args.reduce.x = of.map<const T>("x");
@@ -230,9 +230,9 @@ auto batch_statistics_kernel(Arguments& of) {
                                       size.channels,
                                       size.positions,
                                       of.real("eps"),
-                                      of.pointer<const float>("first"),
-                                      of.pointer<const float>("rest"),
-                                      of.pointer<const float>("squares"),
+                                      of.pointer<float>("first"),
+                                      of.pointer<float>("rest"),
+                                      of.pointer<float>("squares"),
                                       of.pointer<float>("sum"),
                                       of.pointer<const float>("gamma"),
                                       of.pointer<const float>("beta"),
@@ -242,7 +242,9 @@ auto batch_statistics_kernel(Arguments& of) {
                                       of.pointer<float>("bias"),
                                       of.pointer<float>("rstd"),
                                       of.pointer<float>("mean"),
-                                      of.pointer<float>("var")};
+                                      of.pointer<float>("var"),
+                                      of.pointer<float>("p"),
+                                      of.pointer<float>("off")};
   return [args](Thread& m) { kernels::batch_statistics(m, args); };
 }
 

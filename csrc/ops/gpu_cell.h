@@ -165,18 +165,23 @@ class GpuCall {
 
   void clear(float* table, int64_t count) { device_.gpu().clear(table, count * static_cast<int64_t>(sizeof(float))); }
 
-  // A step as one kernel, of sums with and without x. What is left to fill in: the order, the tiles, the parts of sums.
+  // A step or tail as one kernel. Left to fill in are the order, the tiles, and tables of sums where pieces need more than
+  // one row of them a sample.
   template <class Flow>
-  void launch_flow(Flow args, const GpuPlan& plan, bool sum, bool product) {
+  void launch_flow(Flow args, const GpuPlan& plan) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(args.spread.x.data)>>;
     const GpuProblem problem = swept(args.reduce.size, sizeof(T));
     args.reduce.tile = detail::flow_tile_of(problem, limits_, kernels::kPacksAlone, args.reduce.maps());
     args.spread.tile = detail::flow_tile_of(problem, limits_, kernels::kPacksOfEach, args.spread.maps());
-    const int64_t entries = args.reduce.pieces() * shape_.samples * shape_.channels;
-    if (sum) args.reduce.sum = scratch(entries);
-    if (product) args.reduce.product = scratch(entries);
+    if (const int pieces = args.reduce.pieces(); pieces > 1)
+      for (float** table : {&args.reduce.first, &args.reduce.rest, &args.reduce.sum, &args.reduce.product})
+        if (*table != nullptr) *table = scratch(pieces * shape_.samples * shape_.channels);
+    // What all maps together cannot leave in the second-level cache, others may have the room of.
+    const bool large = args.spread.maps() * shape_.samples * shape_.channels * shape_.positions *
+                           static_cast<int64_t>(sizeof(T)) > limits_.l2_bytes;
+    args.spread.once = large, args.reduce.once = large && args.reduce.g.data != nullptr && !Flow::kBatch;
     const int count = static_cast<int>(plan.chunk);
-    args.join = join_of(args.cell, parts_of<kernels::FlowTiles>(count, args.terms(), shape_.samples));
+    args.join = join_of(args.cell, parts_of<typename Flow::Tiles>(count, args.terms(), shape_.samples));
     args.order.samples = static_cast<int>(shape_.samples), args.order.chunk = count;
     kernels::FlowCounters& counters = args.order.counters;
     counters.reduce_groups = args.tasks(kernels::kReducePhase, count).counted();
@@ -188,7 +193,7 @@ class GpuCall {
     int64_t tasks = 0;
     for (int phase = 0; phase < kernels::kFlowPhases; ++phase) tasks += args.tasks(phase, count).all();
     launch_blocks(args, tasks, kFlowResident,
-                  kernels::flow_shared_bytes(
+                  kernels::flow_shared_bytes<Flow::kBehind>(
                       reduce_shared_bytes(args.reduce.tile, args.reduce.size.interleaved, sizeof(T))));
   }
 

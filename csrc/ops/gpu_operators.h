@@ -64,19 +64,17 @@ void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, co
   float* factor = kAffine ? call.scratch(n * width) : cell.args.new_h;
   float* added = kAffine ? call.scratch(n * width) : nullptr;
   kernels::Reduce<T> reduce{};
-  reduce.size = call.size(n), reduce.x = maps.x;
+  reduce.size = call.size(n), reduce.x = maps.x, reduce.sum = call.scratch(n * width);
   kernels::Spread<T> spread{};
   spread.size = call.size(n), spread.relu = relu;
   spread.x = maps.x, spread.shortcut = maps.shortcut, spread.out = maps.y;
   spread.scale = factor, spread.offset = added;
   if (kAffine) reduce.shift = spread.shift = norm.affine.shift;
   if (plan.flow) {
-    spread.once = true;
-    call.launch_flow(kernels::StepForward<T, kAffine>{{}, reduce, cell.args, norm, factor, added, {}, spread}, plan,
-                     true, false);
-    return;
+    constexpr GpuNorm kNorm = kAffine ? GpuNorm::given : GpuNorm::none;
+    return call.launch_flow(
+        kernels::StepForward<T, kNorm>{{}, reduce, {}, cell.args, norm, factor, added, {}, spread}, plan);
   }
-  reduce.sum = call.scratch(n * width);
   for (int64_t first = 0; first < n; first += plan.chunk) {
     const int count = static_cast<int>(std::min(plan.chunk, n - first));
     const auto rows = [&](float* table) { return rows_from(table, first, width); };
@@ -240,20 +238,12 @@ void run_backward(GpuCall& call, const GpuPlan& plan, const BackwardCell& cell, 
   kernels::Spread<T> spread = spread_of<T>(call, maps, factor, offset, nullptr, nullptr);
   // Without a gradient of the map there is nothing to sweep first, and little to gain.
   if (plan.flow && has_g) {
-    reduce.once = reduce.g.data != nullptr, spread.once = true;
-    call.launch_flow(kernels::StepBackward<T, kAffine>{{},
-                                                       reduce,
-                                                       cell.args,
-                                                       norm.affine,
-                                                       norm.sum,
-                                                       norm.product,
-                                                       norm.dp,
-                                                       offset,
-                                                       factor,
-                                                       {},
-                                                       spread},
-                     plan, kAffine, true);
-    return;
+    constexpr GpuNorm kNorm = kAffine ? GpuNorm::given : GpuNorm::none;
+    kernels::StepBackward<T, kNorm> args{};
+    args.reduce = reduce, args.cell = cell.args, args.spread = spread;
+    args.affine = norm.affine, args.sum = norm.sum, args.product = norm.product;
+    args.dp = norm.dp, args.offset = offset, args.factor = factor;
+    return call.launch_flow(args, plan);
   }
   for (int64_t first = 0; first < n; first += plan.chunk) {
     const int count = static_cast<int>(std::min(plan.chunk, n - first));
@@ -392,7 +382,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     kernels::Reduce<T> reduce{};
     reduce.size = call.size(n);
     reduce.x = maps.x, reduce.first = first, reduce.rest = rest, reduce.sum = sum, reduce.product = squares;
-    call.launch_sweep(reduce);
+    kernels::Spread<T> spread{};
+    spread.size = reduce.size, spread.relu = relu;
+    spread.x = maps.x, spread.shortcut = maps.shortcut, spread.out = maps.y;
+    spread.scale = factor, spread.offset = added, spread.shift = norm.shift;
     kernels::BatchStatistics statistics{};
     statistics.samples = static_cast<int>(n), statistics.channels = static_cast<int>(width);
     statistics.positions = static_cast<int>(call.positions()), statistics.eps = static_cast<float>(eps);
@@ -401,13 +394,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     statistics.shift = norm.shift, statistics.d = norm.d, statistics.scale = norm.scale, statistics.bias = norm.bias;
     statistics.rstd = norm.rstd, statistics.mean = data_of<float>(batch_mean),
     statistics.var = data_of<float>(batch_var);
-    call.launch_channels(statistics);
-    run_cell<true>(call, plan, cell.args, sum, {norm.affine(), tables.off}, factor, added);
-    kernels::Spread<T> spread{};
-    spread.size = reduce.size, spread.relu = relu;
-    spread.x = maps.x, spread.shortcut = maps.shortcut, spread.out = maps.y;
-    spread.scale = factor, spread.offset = added, spread.shift = norm.shift;
-    call.launch_sweep(spread);
+    const kernels::NormedMeans means{norm.affine(), tables.off};
+    if (plan.flow) {
+      statistics.p = cell.args.tables.p, statistics.off = tables.off;
+      call.launch_flow(
+          kernels::StepForward<T, GpuNorm::batch>{
+              {}, reduce, statistics, cell.args, means, factor, added, {}, spread},
+          plan);
+    } else {
+      call.launch_sweep(reduce);
+      call.launch_channels(statistics);
+      run_cell<true>(call, plan, cell.args, sum, means, factor, added);
+      call.launch_sweep(spread);
+    }
     return std::make_tuple(y.tensor, cell.result.h, cell.result.c, cell.result.tables, batch_mean, batch_var);
   });
 }
@@ -439,20 +438,30 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
   gradients.samples = static_cast<int>(n), gradients.channels = static_cast<int>(width);
   gradients.positions = static_cast<int>(call.positions());
   gradients.sum = norm.sum, gradients.product = norm.product, gradients.dp = norm.dp, gradients.off = tables.off;
-  gradients.new_h = new_h, gradients.d = tables.d, gradients.scale = scale, gradients.rstd = tables.rstd;
+  gradients.new_h = new_h, gradients.rstd = tables.rstd;
   gradients.dgamma = data_of<float>(dgamma), gradients.dbeta = data_of<float>(dbeta);
   if (batch) {
     const GpuPlan plan = backward_plan<T>(call, info, maps.maps, GpuNorm::batch);
     float *factor = nullptr, *offset = nullptr, *slope = nullptr;
     if (wanted.x) factor = call.scratch(n * width), offset = call.scratch(n * width), slope = call.scratch(width);
-    if (maps.maps.dy.data == nullptr)
-      for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
-    if (maps.maps.dy.data != nullptr)
-      call.launch_sweep(reduce_of(call, maps.maps, tables.shift, norm.sum, norm.product));
-    run_cell_gradient<true>(call, plan, cell.args, norm.sum, norm.product, norm.affine, {norm.dp, nullptr}, factor);
-    gradients.offset = offset, gradients.slope = slope;
-    call.launch_channels(gradients);
-    if (wanted.x) call.launch_sweep(spread_of<T>(call, maps.maps, factor, offset, tables.shift, slope));
+    gradients.d = tables.d, gradients.scale = scale, gradients.offset = offset, gradients.slope = slope;
+    const bool has_g = maps.maps.dy.data != nullptr;
+    const kernels::Reduce<T> reduce = reduce_of(call, maps.maps, tables.shift, norm.sum, norm.product);
+    const kernels::Spread<T> spread = spread_of<T>(call, maps.maps, factor, offset, tables.shift, slope);
+    if (plan.flow && has_g) {
+      kernels::StepBackward<T, GpuNorm::batch> args{};
+      args.reduce = reduce, args.cell = cell.args, args.spread = spread, args.gradients = gradients;
+      args.affine = norm.affine, args.sum = norm.sum, args.product = norm.product;
+      args.dp = norm.dp, args.factor = factor, args.new_h = new_h;
+      call.launch_flow(args, plan);
+    } else {
+      if (has_g) call.launch_sweep(reduce);
+      else
+        for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
+      run_cell_gradient<true>(call, plan, cell.args, norm.sum, norm.product, norm.affine, {norm.dp, nullptr}, factor);
+      call.launch_channels(gradients);
+      if (wanted.x) call.launch_sweep(spread);
+    }
   } else {
     run_backward<T, true>(call, backward_plan<T>(call, info, maps.maps, GpuNorm::given), cell, maps.maps, norm);
     if (wanted.affine) call.launch_channels(gradients);

@@ -91,17 +91,19 @@ class Memory {
   }
 
   // What each kernel takes.
-  template <class T, bool kAffine>
-  void of(const kernels::StepForward<T, kAffine>& a) {
+  template <class T, GpuNorm kNorm>
+  void of(const kernels::StepForward<T, kNorm>& a) {
     flow(a.order), of(a.reduce), of(a.spread), cell(a.cell);
+    if (a.kBatch) of(a.statistics);
     affine(a.norm.affine, a.cell.channels), table("off", a.norm.off, area(a.cell));
     table("factor", a.factor, area(a.cell)), table("added", a.added, area(a.cell));
     parts(a.join.parts, a.cell.samples, a.cell.bottleneck);
   }
-  template <class T, bool kAffine>
-  void of(const kernels::StepBackward<T, kAffine>& a) {
+  template <class T, GpuNorm kNorm>
+  void of(const kernels::StepBackward<T, kNorm>& a) {
     flow(a.order), of(a.reduce), of(a.spread), cell(a.cell), affine(a.affine, a.cell.channels);
-    if (kAffine) table("sum of all", a.sum, area(a.cell)), table("product of all", a.product, area(a.cell));
+    if (a.kBatch) of(a.gradients), table("new_h", a.new_h, area(a.cell));
+    if (a.kAffine) table("sum of all", a.sum, area(a.cell)), table("product of all", a.product, area(a.cell));
     table("dp", a.dp, area(a.cell)), table("offset", a.offset, area(a.cell)), table("factor", a.factor, area(a.cell));
     parts(a.join.parts, a.cell.samples, a.cell.bottleneck);
   }
@@ -109,7 +111,7 @@ class Memory {
   void of(const kernels::Reduce<T>& a) {
     const int64_t nc = static_cast<int64_t>(a.size.samples) * a.size.channels, all = a.pieces() * nc;
     map("x", a.x, a.size), map("dy", a.dy, a.size), map("y", a.y, a.size), map("g", a.g, a.size);
-    table("shift", a.shift, a.size.channels), table("first", a.first, nc), table("rest", a.rest, nc);
+    table("shift", a.shift, a.size.channels), table("first", a.first, all), table("rest", a.rest, all);
     table("sum", a.sum, all), table("product", a.product, all);
   }
   template <class T>
@@ -195,7 +197,7 @@ class Memory {
     table("first", a.first, nc), table("rest", a.rest, nc), table("squares", a.squares, nc), table("sum", a.sum, nc);
     table("gamma", a.gamma, c), table("beta", a.beta, c), table("shift", a.shift, c), table("d", a.d, c);
     table("scale", a.scale, c), table("bias", a.bias, c), table("rstd", a.rstd, c);
-    table("mean", a.mean, c), table("var", a.var, c);
+    table("mean", a.mean, c), table("var", a.var, c), table("p", a.p, nc), table("off", a.off, nc);
   }
   void of(const kernels::GivenStatistics& a) {
     const int64_t c = a.channels;

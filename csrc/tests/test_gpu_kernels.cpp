@@ -127,7 +127,7 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of, int chunk, bool sw
   const Results true_results = step(in);
   const simt::Grid grid{.blocks = blocks_of,
                         .threads = kernels::kTableThreads,
-                        .shared_bytes = static_cast<size_t>(kernels::flow_shared_bytes(16 << 10)),
+                        .shared_bytes = static_cast<size_t>(kernels::flow_shared_bytes<GpuNorm::none>(16 << 10)),
                         .resident = blocks_of};
   const kernels::MapSize size{kSamples, kChannels, kPositions, false};
   const int64_t stride = kChannels * kPositions;
@@ -135,7 +135,7 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of, int chunk, bool sw
   Memory memory;
   std::vector<float*> at(kInputs);
   for (int k = 0; k < kInputs; ++k) at[k] = memory.add("input " + std::to_string(k), in[k]);
-  kernels::StepForward<float, false> forward{};
+  kernels::StepForward<float, GpuNorm::none> forward{};
   kernels::CellForward& cell = forward.cell;
   cell.samples = kSamples, cell.channels = kChannels, cell.bottleneck = kBottleneck;
   cell.h = at[kH], cell.c = at[kC];
@@ -179,7 +179,7 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of, int chunk, bool sw
 
   const std::vector<Values> other = draw(100);
   const Values &dy = other[kX], &dh = other[kH], &dc = other[kC];
-  kernels::StepBackward<float, false> backward{};
+  kernels::StepBackward<float, GpuNorm::none> backward{};
   kernels::Reduce<float>& sums = backward.reduce;
   sums.size = size, sums.tile = {1, 4, 4};
   sums.dy = {memory.add("dy", dy), stride}, sums.y = {spread.out.data, stride}, sums.x = reduce.x;

@@ -35,18 +35,24 @@ void check_sweeps(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu
 
 // A flow's chunks cover the samples, its tasks are not too many to count, and its blocks fit a multiprocessor.
 void check_flow(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu) {
-  CHECK(p.norm != GpuNorm::batch && p.samples > 0 && p.positions > 0);
+  CHECK(p.samples > 0 && p.positions > 0);
   CHECK(plan.chunk >= 1 && plan.chunk <= p.samples);
+  CHECK(p.norm != GpuNorm::batch || plan.chunk == p.samples);
   CHECK(plan.chunk < 8 || plan.chunk == p.samples || plan.chunk % 8 == 0);
-  CHECK(plan.passes >= least_passes(p) && plan.passes < least_passes(p) + 1);
+  const bool batch = p.norm == GpuNorm::batch;
+  if (batch)
+    CHECK_EQUAL(plan.passes, least_passes(p) + (p.backward ? 2 : 1));
+  else
+    CHECK(plan.passes >= least_passes(p) && plan.passes < least_passes(p) + 1);
   // All chunks that are under way lie in the second-level cache, unless a sample alone is too large.
   const double sample = static_cast<double>(p.channels * p.positions * p.element_bytes);
   const double under_way = static_cast<double>(detail::flow_task_bytes(gpu) * kFlowResident * gpu.multiprocessors);
   const double room = 0.8 * static_cast<double>(gpu.l2_bytes) - under_way;
   CHECK(room > 0.4 * static_cast<double>(gpu.l2_bytes));
-  CHECK(plan.chunk == 1 || 3 * sample * static_cast<double>(plan.chunk) <= room);
-  CHECK_EQUAL(plan.passes == least_passes(p), 3 * sample <= room);
-  CHECK_EQUAL(plan.launches, 2 + (p.backward ? 1 : 0) + (p.norm == GpuNorm::none ? 0 : p.backward ? 2 : 1));
+  CHECK(batch || plan.chunk == 1 || 3 * sample * static_cast<double>(plan.chunk) <= room);
+  if (!batch) CHECK_EQUAL(plan.passes == least_passes(p), 3 * sample <= room);
+  const int of_norm[] = {0, p.backward ? 2 : 1, p.backward ? 1 : 0};
+  CHECK_EQUAL(plan.launches, 2 + (p.backward ? 1 : 0) + of_norm[static_cast<int>(p.norm)]);
   const int64_t pack = 16 / p.element_bytes;
   for (int64_t maps : {1, 4}) {
     const GpuTile tile = detail::flow_tile_of(p, gpu, maps == 1 ? 4 : 2, maps);
@@ -56,8 +62,12 @@ void check_flow(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu) 
       CHECK(tile.channels % pack == 0 || tile.channels >= p.channels);
     else
       CHECK_EQUAL(tile.channels % (kSweepThreads / tile.lanes), 0);  // no thread idles in the middle of a task
-    const int64_t block = kernels::flow_shared_bytes(reduce_shared_bytes(tile, p.interleaved, p.element_bytes));
-    CHECK(kFlowResident * (block + kReservedShared) <= gpu.shared_per_multiprocessor);
+    const int64_t sums = reduce_shared_bytes(tile, p.interleaved, p.element_bytes);
+    const int64_t room = gpu.shared_per_multiprocessor;
+    CHECK(kFlowResident * (kernels::flow_shared_bytes<GpuNorm::none>(sums) + kReservedShared) <= room);
+    // The larger tiles of a batch: a T4 holds one block.
+    const int resident = gpu.architecture < 80 ? 1 : kFlowResident;
+    CHECK(resident * (kernels::flow_shared_bytes<GpuNorm::batch>(sums) + kReservedShared) <= room);
   }
 }
 
