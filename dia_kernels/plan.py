@@ -21,6 +21,9 @@ ELEMENT_BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2
 #: What may lie before the step: nothing, a norm of given statistics, or one of the batch's own.
 NORMS = ("none", "given", "batch")
 
+#: Which layouts a plan may have: what the operators take, or one kind for comparison (GpuLayouts in the C++ source).
+LAYOUTS = ("any", "flow", "sweeps", "products")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -50,7 +53,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(operators.LIBRARY_PATH))
     for function in (library.dia_kernels_gpus, library.dia_kernels_plan):
         function.restype = ctypes.c_char_p
-    library.dia_kernels_plan.argtypes = [ctypes.c_char_p, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 7]
+    library.dia_kernels_plan.argtypes = [ctypes.c_char_p, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 8]
     return library
 
 
@@ -74,6 +77,7 @@ def plan(
     backward: bool = False,
     tf32: bool = False,
     norm: str = "none",
+    layouts: str = "any",
 ) -> Plan:
     """The plan for a map (N, C, \\*spatial).
 
@@ -85,6 +89,7 @@ def plan(
         combined: whether shortcut and activation are part of the step.
         tf32: whether products may be in tf32, as ``torch.backends.cuda.matmul.allow_tf32`` says.
         norm: what lies before the step, out of ``NORMS``.
+        layouts: those to choose from, out of ``LAYOUTS``: what operators take, or one kind alone.
 
     Raises:
         ValueError: an argument is wrong; the message names it.
@@ -96,6 +101,8 @@ def plan(
         raise ValueError(f"dtype: expected one of {', '.join(ELEMENT_BYTES)}, got {dtype!r}")
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+    if layouts not in LAYOUTS:
+        raise ValueError(f"layouts: expected one of {', '.join(LAYOUTS)}, got {layouts!r}")
     samples, channels, *spatial = shape
     if not 1 <= reduction <= channels:
         raise ValueError(f"reduction: expected 1 to {channels}, the channels, got {reduction}")
@@ -113,6 +120,7 @@ def plan(
         backward,
         tf32,
         NORMS.index(norm),
+        LAYOUTS.index(layouts),
     )
     if text is None:
         raise ValueError(f"device: expected one of {', '.join(gpus())}, got {device!r}")

@@ -76,7 +76,8 @@ class Case:
     """A problem for the step's kernels, and how they are launched on it.
 
     ``blocks`` take ``chunk`` samples at a time: a task has ``rows`` channels, and of an interleaved map ``piece``
-    positions; in a planar one ``lanes`` threads share a row. The bottlenecks' sums come in ``parts``. ``phase`` is how many elements past a 32-byte boundary each map begins, in the order of the maps of a kernel;
+    positions; in a planar one ``lanes`` threads share a row. The bottlenecks' sums come in ``parts``. ``phase`` is how
+    many elements past a 32-byte boundary each map begins, in the order of the maps of a kernel;
     ``gap`` how many elements lie between its samples.
     """
 

@@ -96,7 +96,8 @@ def test_each_barrier_is_needed(places):
     needed: dict[tuple[str, int, int], bool] = {}
     for norm, kernel, place in barriers:
         line = (simulated.ROOT / place[0]).read_text().splitlines()[place[1] - 1]
-        if ("sync" in line or "await" in line) and not needed.get(place):  # else the sum of a warp, which cannot be left out
+        # Else it is the sum of a warp, which cannot be left out.
+        if ("sync" in line or "await" in line) and not needed.get(place):
             needed[place] = noticed(layouts, norm, "", kernel=kernel, barrier=place)
     assert needed
     assert [place for place, missed in needed.items() if not missed] == []

@@ -26,6 +26,18 @@ def test_a_plan_for_every_gpu():
                 assert p.passes == (7 if backward else 4)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_flow_reads_each_map_once(backward):
+    shape = (256, 256, 56, 56)
+    flow, sweeps = (plan.plan(shape, backward=backward, layouts=layouts) for layouts in ("flow", "sweeps"))
+    assert flow.flow
+    assert flow.passes == (5 if backward else 3) == sweeps.passes - 1
+    assert flow.launches < sweeps.launches
+    tail = plan.plan(shape, backward=backward, norm="batch", layouts="flow")
+    assert tail.flow
+    assert tail.chunk == 256
+
+
 PLANS = {"step forward", "step backward", "tail forward", "tail backward"}
 
 
@@ -38,6 +50,7 @@ PLANS = {"step forward", "step backward", "tail forward", "tail backward"}
         ((2, 8, 4), {"reduction": 9}, "reduction"),
         ((2, 8, 4), {"device": "abacus"}, "device"),
         ((2, 8, 4), {"norm": "layer"}, "norm"),
+        ((2, 8, 4), {"layouts": "on chip"}, "layouts"),
     ],
 )
 def test_a_wrong_argument_is_named(shape, options, name):

@@ -16,7 +16,7 @@ namespace dia {
 // What a GPU offers. Rates are what kernels reach, in bytes, operations and seconds.
 struct GpuLimits {
   const char* name;
-  int architecture;              // 90 for compute capability 9.0
+  int architecture;  // 90 for compute capability 9.0
   int multiprocessors;
   int64_t shared_per_multiprocessor, l2_bytes;
   double memory, l2, flops, tf32;
@@ -231,9 +231,8 @@ inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu,
 
 // Where a flow can be: it counts in 32 bits.
 inline bool can_flow(const GpuProblem& p) {
-  return p.samples > 0 && p.positions > 0 && p.channels <= INT32_MAX / 8 &&
-         p.bottleneck <= INT32_MAX / 8 && p.samples * p.channels <= INT32_MAX / 8 &&
-         p.samples * p.channels * parts(p.positions, 256) <= INT32_MAX / 8;
+  return p.samples > 0 && p.positions > 0 && p.channels <= INT32_MAX / 8 && p.bottleneck <= INT32_MAX / 8 &&
+         p.samples * p.channels <= INT32_MAX / 8 && p.samples * p.channels * parts(p.positions, 256) <= INT32_MAX / 8;
 }
 
 // One kernel of tasks, whose second sweep finds in the second-level cache what the first has read or written: three
@@ -241,8 +240,8 @@ inline bool can_flow(const GpuProblem& p) {
 inline GpuPlan flow_of(const GpuProblem& p, const GpuLimits& gpu, const Work& work) {
   GpuPlan plan;
   plan.flow = true;
-  const double room = kFlowRoom * static_cast<double>(gpu.l2_bytes) -
-                      static_cast<double>(flow_blocks(gpu) * flow_task_bytes(gpu));
+  const double room =
+      kFlowRoom * static_cast<double>(gpu.l2_bytes) - static_cast<double>(flow_blocks(gpu) * flow_task_bytes(gpu));
   const double window = 3 * work.sample_bytes;
   // Less than all where a sample is too large, and behind a batch's statistics, which need all samples first.
   const bool batch = p.norm == GpuNorm::batch;
@@ -251,7 +250,10 @@ inline GpuPlan flow_of(const GpuProblem& p, const GpuLimits& gpu, const Work& wo
   plan.passes = work.passes + again * (1 - kept);
   plan.bytes = plan.passes * static_cast<double>(p.samples) * work.sample_bytes;
   int64_t chunk = std::clamp(static_cast<int64_t>(room / window), int64_t{1}, p.samples);
-  if (chunk >= 8 && chunk < p.samples) chunk = chunk / 8 * 8;  // whole tiles of the cell
+  // Chunks alike, and of whole tiles of the cell.
+  if (chunk >= 8 && chunk < p.samples) chunk = chunk / 8 * 8;
+  chunk = parts(p.samples, parts(p.samples, chunk));
+  if (chunk >= 8 && chunk < p.samples) chunk = rounded_up(chunk, 8);
   if (batch) chunk = p.samples;
   plan.chunk = chunk;
   // With that which clears the counters, and of a norm what the kernel does not do.
@@ -259,7 +261,8 @@ inline GpuPlan flow_of(const GpuProblem& p, const GpuLimits& gpu, const Work& wo
   const double samples = static_cast<double>(p.samples), narrow = std::min(1.0, static_cast<double>(chunk) / 8);
   const double cell = samples * work.sample_flops / ((batch ? kTileRate : kNarrowRate * narrow) * gpu.flops);
   const double map = plan.bytes / gpu.memory + kept * samples * work.sample_bytes / gpu.l2;
-  const double weights = static_cast<double>(parts(p.samples, std::min<int64_t>(chunk, 8))) * work.weight_bytes / gpu.l2;
+  const double weights =
+      static_cast<double>(parts(p.samples, std::min<int64_t>(chunk, 8))) * work.weight_bytes / gpu.l2;
   // The cell hides behind the sweeps but for the first and the last chunk.
   const double chunks = static_cast<double>(parts(p.samples, chunk));
   plan.seconds = std::max(map, std::max(cell, weights)) + std::min(map, cell) / chunks + 4 * kFlowHop +

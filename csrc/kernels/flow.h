@@ -1,8 +1,10 @@
-// A whole step or tail, or its gradient, as one kernel: its tasks in one order, each taken by the next block that is free.
+// A whole step or tail, or its gradient, as one kernel: its tasks in one order, each taken by the next block that is
+// free.
 //
-// Samples go in chunks so small that the second-level cache still holds what the second sweep reads again; behind a norm
-// of the batch's own statistics, where all samples must have been read first, in one. A chunk has these phases, and their
-// tasks are those of the kernels that sweeps are made of, some with an end that the last one of a group sees to:
+// Samples go in chunks so small that the second-level cache still holds what the second sweep reads again; behind a
+// norm of the batch's own statistics, where all samples must have been read first, in one. A chunk has these phases,
+// and their tasks are those of the kernels that sweeps are made of, some with an end that the last one of a group sees
+// to:
 //
 //     forward    reduce       sums of x of a piece of the map, or moments  | the last piece: the means p
 //                statistics   of the batch, some channels; p
@@ -15,10 +17,11 @@
 //                norm         of the batch: the gradients of its parameters, some channels
 //                spread       dx = g h' + dp / HW
 //
-// The order is by turns: turn t has the first phases of chunk t, the bottleneck of t - 1, the spread of t - 2, the cell of
-// t - 1, so that nearly always what a task waits for was begun long before, and the cell's latency hides behind the sweeps
-// of other chunks. A task waits for tasks before it only, and blocks take them in order: whoever holds the first
-// unfinished one can go on, however few blocks are resident. So no cooperative launch is needed, nor an occupancy query.
+// The order is by turns: turn t has the first phases of chunk t, the bottleneck of t - 1, the spread of t - 2, the cell
+// of t - 1, so that nearly always what a task waits for was begun long before, and the cell's latency hides behind the
+// sweeps of other chunks. A task waits for tasks before it only, and blocks take them in order: whoever holds the first
+// unfinished one can go on, however few blocks are resident. So no cooperative launch is needed, nor an occupancy
+// query.
 //
 // Bytes: those of the sweeps, of which the second reading comes from the second-level cache. Barriers of a block: three
 // a task, one or two more at its end. Between blocks: counters (kernels/machine.h); how many tasks have been taken, of
@@ -33,22 +36,14 @@
 
 namespace dia::kernels {
 
-enum FlowPhase {
-  kReducePhase,
-  kStatisticsPhase,
-  kBottleneckPhase,
-  kCellPhase,
-  kNormPhase,
-  kSpreadPhase,
-  kFlowPhases
-};
+enum FlowPhase { kReducePhase, kStatisticsPhase, kBottleneckPhase, kCellPhase, kNormPhase, kSpreadPhase, kFlowPhases };
 
 // Tiles of the cell: of few samples where a chunk has few.
 template <GpuNorm kNorm>
 using FlowTiles = CellTiles<kNorm == GpuNorm::batch ? 32 : 8>;
 
-// What a block keeps in shared memory: what its first thread says to the others (its ticket, and how many counted before
-// it), then groups and members of each phase, of a whole chunk and of the last one.
+// What a block keeps in shared memory: what its first thread says to the others (its ticket, and how many counted
+// before it), then groups and members of each phase, of a whole chunk and of the last one.
 constexpr int kFlowKept = 2 + 2 * 2 * kFlowPhases;
 
 // Shared memory of a block whose sums take so much.
@@ -201,7 +196,7 @@ struct StepForward {
   using Tiles = FlowTiles<kNorm>;
 
   FlowOrder order;
-  Reduce<T> reduce;  // into pieces
+  Reduce<T> reduce;            // into pieces
   BatchStatistics statistics;  // of a batch; where there is one piece, its tables are those of `reduce`
   CellForward cell;
   NormedMeans norm;  // with kAffine; and (N, C):
@@ -286,11 +281,11 @@ struct StepBackward {
   FlowOrder order;
   Reduce<T> reduce;  // into pieces
   CellBackward cell;
-  ChannelAffine affine;      // with kAffine; and what the gradients of scale and bias are made of, (N, C) each:
-  float *sum, *product;      // sums of g and of g ((x - shift) - d)
-  float *dp, *offset;        // see CellGradients; null: not wanted
-  float *factor, *new_h;     // (N, C); null: not wanted
-  NormGradients gradients;   // of a batch
+  ChannelAffine affine;     // with kAffine; and what the gradients of scale and bias are made of, (N, C) each:
+  float *sum, *product;     // sums of g and of g ((x - shift) - d)
+  float *dp, *offset;       // see CellGradients; null: not wanted
+  float *factor, *new_h;    // (N, C); null: not wanted
+  NormGradients gradients;  // of a batch
   JoinParts join;
   Spread<T> spread;  // no out: not wanted
 

@@ -2,7 +2,8 @@
 //
 //   thread() threads() lane() warp() warps()      of this block; 32 lanes a warp
 //   block() blocks()                              of the grid
-//   as_block(number, count)                       this Machine in the place of another block, for a task that is written
+//   as_block(number, count)                       this Machine in the place of another block, for a task that is
+//   written
 //                                                 as one; its arrays in shared memory lie behind those asked for before
 //   sync_warp() sync_block()                      barriers; what was written before is seen by all who were there
 //   warp_sum(value, stride = 1, width = 32)       sum over the lanes that lie a multiple of `stride` apart, of a group

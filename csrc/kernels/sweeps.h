@@ -37,7 +37,8 @@ struct Reduce {
 
   // Pieces of a sample's positions that are summed apart, and channels of a sample that are a task's.
   DIA_DEVICE int pieces() const {
-    return size.interleaved && size.positions > tile.positions ? (size.positions + tile.positions - 1) / tile.positions : 1;
+    return size.interleaved && size.positions > tile.positions ? (size.positions + tile.positions - 1) / tile.positions
+                                                               : 1;
   }
   // Maps that it moves.
   DIA_DEVICE int maps() const {
@@ -378,9 +379,8 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
 template <bool kWide, class M, class T>
 DIA_DEVICE void spread_planar(M& m, const Spread<T>& args) {
   using W = Walk<T, kWide, false>;
-  for_rows(m, args.size, args.tile, true, [&](int64_t row) {
-    apply<false>(m, args, planar_walk<W>(m, args.size, args.tile.lanes, row, args.out));
-  });
+  for_rows(m, args.size, args.tile, true,
+           [&](int64_t row) { apply<false>(m, args, planar_walk<W>(m, args.size, args.tile.lanes, row, args.out)); });
 }
 
 template <bool kWide, class M, class T>

@@ -185,10 +185,10 @@ DIA_DEVICE void bottleneck_sums(M& m, const BottleneckSums<kAffine>& args) {
     const PartTask task = PartTask::of(AllSamples(), number, cell.samples, cell.bottleneck, parts);
     const float* weight = task.hidden ? cell.weights.hidden_reduce : cell.weights.input_reduce;
     part_product<AllSamples, true>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
-                       part_of(channels, task.part, args.parts.count),
-                       MeanSide<M, kAffine>{m, args, task.hidden ? cell.h : args.sum, task.sample, task.hidden,
-                                            !task.hidden && task.column == 0},
-                       [&](int j, int channel) { return m.load(weight + row_at(j, channels) + channel); });
+                                   part_of(channels, task.part, args.parts.count),
+                                   MeanSide<M, kAffine>{m, args, task.hidden ? cell.h : args.sum, task.sample,
+                                                        task.hidden, !task.hidden && task.column == 0},
+                                   [&](int j, int channel) { return m.load(weight + row_at(j, channels) + channel); });
   });
 }
 
@@ -256,10 +256,10 @@ DIA_DEVICE void bottleneck_gradient_sums(M& m, const BottleneckGradientSums& arg
     const PartTask task = PartTask::of(Tiles(), number, cell.samples, cell.bottleneck, parts);
     const float* weight = task.hidden ? cell.weights.hidden_expand : cell.weights.input_expand;
     part_product<Tiles, false>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
-                        part_of(rows, task.part, args.parts.count),
-                        Plain{task.sample, cell.samples,
-                              [&](int sample, int row) { return m.load(cell.du + row_at(sample, rows) + row); }},
-                        [&](int j, int row) { return m.load(weight + row_at(row, cell.bottleneck) + j); });
+                               part_of(rows, task.part, args.parts.count),
+                               Plain{task.sample, cell.samples,
+                                     [&](int sample, int row) { return m.load(cell.du + row_at(sample, rows) + row); }},
+                               [&](int j, int row) { return m.load(weight + row_at(row, cell.bottleneck) + j); });
   });
 }
 

@@ -15,13 +15,13 @@ namespace {
 
 extern __shared__ __align__(16) char shared_memory[];
 
-// Of 256 threads three blocks of sweeps a multiprocessor, which keep packs of several maps and sums in registers, two of
-// tiles of products, four of others.
+// Of 256 threads three blocks of sweeps a multiprocessor, which keep packs of several maps and sums in registers, two
+// of tiles of products, four of others.
 template <class Args>
-constexpr int kResidentOf = kernels::kIsFlow<Args>                 ? kFlowResident
-                            : kernels::kHasTiles<Args>             ? 2
+constexpr int kResidentOf = kernels::kIsFlow<Args>               ? kFlowResident
+                            : kernels::kHasTiles<Args>           ? 2
                             : requires(Args args) { args.tile; } ? kSweepResident
-                                                                   : 4;
+                                                                 : 4;
 
 template <class Args>
 __global__ void __launch_bounds__(kernels::kThreadsOf<Args>, kResidentOf<Args>)

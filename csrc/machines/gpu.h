@@ -13,11 +13,10 @@ namespace dia {
 
 // Every kernel, as its arguments: those of a type of maps, and those of tables.
 template <class T>
-using KernelsOfMaps =
-    std::tuple<kernels::StepForward<T, GpuNorm::none>, kernels::StepForward<T, GpuNorm::given>,
-               kernels::StepForward<T, GpuNorm::batch>, kernels::StepBackward<T, GpuNorm::none>,
-               kernels::StepBackward<T, GpuNorm::given>, kernels::StepBackward<T, GpuNorm::batch>, kernels::Reduce<T>,
-               kernels::Spread<T>>;
+using KernelsOfMaps = std::tuple<kernels::StepForward<T, GpuNorm::none>, kernels::StepForward<T, GpuNorm::given>,
+                                 kernels::StepForward<T, GpuNorm::batch>, kernels::StepBackward<T, GpuNorm::none>,
+                                 kernels::StepBackward<T, GpuNorm::given>, kernels::StepBackward<T, GpuNorm::batch>,
+                                 kernels::Reduce<T>, kernels::Spread<T>>;
 using KernelsOfTables =
     std::tuple<kernels::BottleneckSums<false>, kernels::BottleneckSums<true>, kernels::CellStates<false>,
                kernels::CellStates<true>, kernels::JoinParts, kernels::BottleneckGradientSums, kernels::CellGradients,
@@ -34,8 +33,7 @@ template <class... A>
 struct AnyOf<std::tuple<A...>> {
   using Kernel = std::variant<A...>;
 };
-using AnyKernel =
-    AnyOf<KernelsOfMaps<float>, KernelsOfMaps<BFloat16>, KernelsOfMaps<Float16>, KernelsOfTables>::Kernel;
+using AnyKernel = AnyOf<KernelsOfMaps<float>, KernelsOfMaps<BFloat16>, KernelsOfMaps<Float16>, KernelsOfTables>::Kernel;
 
 // The current device, and the stream that work is put on. A function that fails raises std::runtime_error with what the
 // runtime said.

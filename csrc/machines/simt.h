@@ -7,8 +7,9 @@
 //   * threads that wait at different barriers, barriers that not all threads come to, counts that nobody reaches
 //
 // Blocks order each other by counters alone (`release`, `await`): what a block did before the barrier before it counted
-// is before what another does behind the barrier after it saw the count. Threads run in an order shuffled by a seed, each until it waits. What it cannot see (docs/simulated-gpu.md): memory
-// fences, stale caches, whether blocks are resident together, contraction of multiply-adds, time.
+// is before what another does behind the barrier after it saw the count. Threads run in an order shuffled by a seed,
+// each until it waits. What it cannot see (docs/simulated-gpu.md): memory fences, stale caches, whether blocks are
+// resident together, contraction of multiply-adds, time.
 #pragma once
 
 #include <algorithm>
@@ -494,13 +495,17 @@ class Run {
     std::map<std::pair<std::string, Site>, int> waiting;
     int finished = 0;
     for (const Thread& thread : threads_) {
-      if (thread.fiber_->finished()) ++finished;
-      else if (thread.counter_ != nullptr) ++waiting[{"for the count", thread.waits_at_}];
-      else ++waiting[{"at the " + std::string(scope_name(thread.waits_for_)) + " barrier", thread.waits_at_}];
+      if (thread.fiber_->finished())
+        ++finished;
+      else if (thread.counter_ != nullptr)
+        ++waiting[{"for the count", thread.waits_at_}];
+      else
+        ++waiting[{"at the " + std::string(scope_name(thread.waits_for_)) + " barrier", thread.waits_at_}];
     }
     std::ostringstream text;
     text << "deadlock: " << finished << " threads have finished";
-    for (const auto& [key, count] : waiting) text << ", " << count << " wait " << key.first << " " << text_of(key.second);
+    for (const auto& [key, count] : waiting)
+      text << ", " << count << " wait " << key.first << " " << text_of(key.second);
     return text.str();
   }
 

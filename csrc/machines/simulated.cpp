@@ -163,8 +163,7 @@ auto backward_kernel(Arguments& of) {
   args.reduce.product = of.pointer<float>("product of pieces");
   args.spread.out = of.map<T>("dx"), args.spread.once = true;
   args.spread.dy = args.reduce.dy, args.spread.y = args.reduce.y;
-  if (args.reduce.g.data != nullptr)
-    args.spread.dy = {args.reduce.g.data, args.reduce.g.stride}, args.spread.y = {};
+  if (args.reduce.g.data != nullptr) args.spread.dy = {args.reduce.g.data, args.reduce.g.stride}, args.spread.y = {};
   args.spread.scale = args.factor = of.pointer<float>("factor");
   args.spread.offset = args.offset = of.pointer<float>("offset");
   if (kAffine) {

@@ -165,8 +165,8 @@ class GpuCall {
 
   void clear(float* table, int64_t count) { device_.gpu().clear(table, count * static_cast<int64_t>(sizeof(float))); }
 
-  // A step or tail as one kernel. Left to fill in are the order, the tiles, and tables of sums where pieces need more than
-  // one row of them a sample.
+  // A step or tail as one kernel. Left to fill in are the order, the tiles, and tables of sums where pieces need more
+  // than one row of them a sample.
   template <class Flow>
   void launch_flow(Flow args, const GpuPlan& plan) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(args.spread.x.data)>>;
@@ -177,8 +177,9 @@ class GpuCall {
       for (float** table : {&args.reduce.first, &args.reduce.rest, &args.reduce.sum, &args.reduce.product})
         if (*table != nullptr) *table = scratch(pieces * shape_.samples * shape_.channels);
     // What all maps together cannot leave in the second-level cache, others may have the room of.
-    const bool large = args.spread.maps() * shape_.samples * shape_.channels * shape_.positions *
-                           static_cast<int64_t>(sizeof(T)) > limits_.l2_bytes;
+    const bool large =
+        args.spread.maps() * shape_.samples * shape_.channels * shape_.positions * static_cast<int64_t>(sizeof(T)) >
+        limits_.l2_bytes;
     args.spread.once = large, args.reduce.once = large && args.reduce.g.data != nullptr && !Flow::kBatch;
     const int count = static_cast<int>(plan.chunk);
     args.join = join_of(args.cell, parts_of<typename Flow::Tiles>(count, args.terms(), shape_.samples));
@@ -367,8 +368,8 @@ void run_cell(GpuCall& call, const GpuPlan& plan, const kernels::CellForward& ce
   call.launch_elements(kernels::SplitGates<kAffine>{cell, products, norm.affine, factor, added}, n * c);
 }
 
-// Where the gradient of the means goes, (N, C) each or null: `dp`, and `offset`, what the second sweep adds for it, dp /
-// HW through the norm if there is one.
+// Where the gradient of the means goes, (N, C) each or null: `dp`, and `offset`, what the second sweep adds for it, dp
+// / HW through the norm if there is one.
 struct MeanGradient {
   float *dp, *offset;
 };

@@ -72,8 +72,8 @@ void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, co
   if (kAffine) reduce.shift = spread.shift = norm.affine.shift;
   if (plan.flow) {
     constexpr GpuNorm kNorm = kAffine ? GpuNorm::given : GpuNorm::none;
-    return call.launch_flow(
-        kernels::StepForward<T, kNorm>{{}, reduce, {}, cell.args, norm, factor, added, {}, spread}, plan);
+    return call.launch_flow(kernels::StepForward<T, kNorm>{{}, reduce, {}, cell.args, norm, factor, added, {}, spread},
+                            plan);
   }
   for (int64_t first = 0; first < n; first += plan.chunk) {
     const int count = static_cast<int>(std::min(plan.chunk, n - first));
@@ -398,8 +398,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     if (plan.flow) {
       statistics.p = cell.args.tables.p, statistics.off = tables.off;
       call.launch_flow(
-          kernels::StepForward<T, GpuNorm::batch>{
-              {}, reduce, statistics, cell.args, means, factor, added, {}, spread},
+          kernels::StepForward<T, GpuNorm::batch>{{}, reduce, statistics, cell.args, means, factor, added, {}, spread},
           plan);
     } else {
       call.launch_sweep(reduce);
@@ -455,7 +454,8 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
       args.dp = norm.dp, args.factor = factor, args.new_h = new_h;
       call.launch_flow(args, plan);
     } else {
-      if (has_g) call.launch_sweep(reduce);
+      if (has_g)
+        call.launch_sweep(reduce);
       else
         for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
       run_cell_gradient<true>(call, plan, cell.args, norm.sum, norm.product, norm.affine, {norm.dp, nullptr}, factor);

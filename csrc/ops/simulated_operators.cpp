@@ -19,7 +19,7 @@ GpuLimits limits{"simulated", 90, 4, 128 << 10, 64 << 10, 90e9, 170e9, 2e12, 9e1
 // Of a block, where the kernel lets the launch choose: fewer than on a card, as a fiber is slow.
 int most_threads = 64;
 int resident_blocks = 1 << 20;  // of a flow, at most
-std::string launches;  // a line each
+std::string launches;           // a line each
 
 // What a test lies about: a kernel's table is shorter by so many elements at its begin and end; or a barrier is left
 // out.

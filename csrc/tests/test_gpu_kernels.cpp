@@ -150,8 +150,8 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of, int chunk, bool sw
   spread.size = size, spread.tile = {2, kPositions, 4}, spread.relu = true;
   spread.x = reduce.x, spread.shortcut = {at[kShortcut], stride}, spread.out = {memory.result("y", kMap), stride};
   spread.scale = cell.new_h;
-  const kernels::BottleneckParts parts{
-      memory.result("forward parts", 2 * parts_of_sums * kSamples * kBottleneck), parts_of_sums};
+  const kernels::BottleneckParts parts{memory.result("forward parts", 2 * parts_of_sums * kSamples * kBottleneck),
+                                       parts_of_sums};
   forward.join = {kSamples,
                   kBottleneck,
                   parts,
@@ -198,12 +198,11 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of, int chunk, bool sw
   back.dzx = memory.result("dzx", kSamples * kBottleneck);
   back.dzh = memory.result("dzh", kSamples * kBottleneck);
   back.old_dh = memory.result("old_dh", kTable), back.old_dc = memory.result("old_dc", kTable);
-  backward.join = {
-      kSamples,
-      kBottleneck,
-      {memory.result("parts", 2 * parts_of_sums * kSamples * kBottleneck), parts_of_sums},
-      {nullptr, cell.tables.zx, back.dzx, true},
-      {nullptr, cell.tables.zh, back.dzh, true}};
+  backward.join = {kSamples,
+                   kBottleneck,
+                   {memory.result("parts", 2 * parts_of_sums * kSamples * kBottleneck), parts_of_sums},
+                   {nullptr, cell.tables.zx, back.dzx, true},
+                   {nullptr, cell.tables.zh, back.dzh, true}};
   if (sweeps) {
     memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, sums); });
     kernels::SplitGateGradients<false> gates{};
