@@ -50,8 +50,8 @@ def row(shape: Sequence[int], device: str, dtype: str, channels_last: bool, norm
 def markdown(device: str, dtype: str) -> str:
     parts = [
         f"# Plans of the GPU step: {device}, {dtype}",
-        "With shortcut and ReLU. Sweeps over so many samples, and what makes the cell; launches; passes over the map (3 "
-        "forward and 5 backward are the least); microseconds by the plan's model / of the least passes. Measured on an "
+        "With shortcut and ReLU. Sweeps over so many samples, and what makes the cell; launches; passes over the map "
+        "(3 forward and 5 backward are the least); microseconds by the plan's model / of the least passes. Measured on an "
         "H100: gpu-h100.md.",
     ]
     columns = ["N x C x HW", *["forward", "launches", "passes", "us", "backward", "launches", "passes", "us"]]
