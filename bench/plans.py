@@ -51,8 +51,8 @@ def markdown(device: str, dtype: str) -> str:
     parts = [
         f"# Plans of the GPU step: {device}, {dtype}",
         "With shortcut and ReLU. Sweeps over so many samples, and what makes the cell; launches; passes over the map "
-        "(3 forward and 5 backward are the least); microseconds by the plan's model / of the least passes. Measured on an "
-        "H100: gpu-h100.md.",
+        "(3 forward and 5 backward are the least); microseconds by the plan's model / of the least passes. Measured on "
+        "an H100: gpu-h100.md.",
     ]
     columns = ["N x C x HW", *["forward", "launches", "passes", "us", "backward", "launches", "passes", "us"]]
     for what, norm in (("The step", "none"), ("The tail, with its batch norm", "batch")):

@@ -19,8 +19,8 @@ TYPES = ("float32", "bfloat16", "float16")
 #: A multiprocessor holds three blocks of sweeps, two of tiles of products and of flows, four of others.
 MOST_REGISTERS = 64
 MOST_REGISTERS_OF_SWEEPS, MOST_REGISTERS_OF_TILES = 80, 128
-#: Bytes that a kernel may spill: a few registers of the largest tile, one or two of others. A flow, which is all of them
-#: in one kernel, puts away its place in the order and what is the same for a phase (docs/kernels.md).
+#: Bytes that a kernel may spill: a few registers of the largest tile, one or two of others. A flow, which is all of
+#: them in one kernel, puts away its place in the order and what is the same for a phase (docs/kernels.md).
 MOST_SPILLED, MOST_SPILLED_BY_FLOWS = 16, 448
 #: Types of the kernels' arguments, by which their mangled names tell them apart.
 NAMES = (
