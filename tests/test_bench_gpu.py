@@ -67,7 +67,8 @@ def test_what_there_is_no_time_for_is_left_out(gpu, tmp_path):
 def test_predictions_are_those_of_the_card(gpu):
     case = gpu.Case(256, 256, 56, 4, True, "bfloat16", tail=True)
     of_h100 = gpu.predicted(case, "NVIDIA H100 80GB HBM3")
-    assert 0 < of_h100["forward"] < of_h100["forward + backward"]
+    for kind in gpu.LAYOUTS:
+        assert 0 < of_h100["forward"][kind] < of_h100["forward + backward"][kind]
     assert of_h100 != gpu.predicted(case, "NVIDIA A100-SXM4-40GB")
     assert gpu.predicted(case, "an abacus") == {}
 

@@ -193,7 +193,7 @@ class GpuCall {
     device_.gpu().clear(counters.data, words * static_cast<int64_t>(sizeof(unsigned)));
     int64_t tasks = 0;
     for (int phase = 0; phase < kernels::kFlowPhases; ++phase) tasks += args.tasks(phase, count).all();
-    launch_blocks(args, tasks, kFlowResident,
+    launch_blocks(args, args.order.chunks() * tasks, kFlowResident,
                   kernels::flow_shared_bytes<Flow::kBehind>(
                       reduce_shared_bytes(args.reduce.tile, args.reduce.size.interleaved, sizeof(T))));
   }
