@@ -114,7 +114,7 @@ DIA_DEVICE float sum_of_pieces(M& m, const Reduce<T>& reduce, const float* table
   const int pieces = reduce.pieces();
   const int64_t step = row_at(reduce.size.samples, reduce.size.channels);
   float sum = 0;
-  DIA_UNROLL_BY(4)
+  DIA_UNROLL_BY(8)
   for (int piece = 0; piece < pieces; ++piece) sum += m.load(table + piece * step + entry);
   return sum;
 }
@@ -171,6 +171,7 @@ DIA_DEVICE void join_moments(M& m, const Reduce<T>& reduce, const BatchStatistic
   const int64_t step = row_at(reduce.size.samples, reduce.size.channels);
   const double positions = reduce.size.positions;
   double total = 0, squares = 0;
+  DIA_UNROLL_BY(4)
   for (int piece = 0; piece < reduce.pieces(); ++piece) {
     const int64_t at = piece * step + entry;
     const int begin = piece * reduce.tile.positions, left = reduce.size.positions - begin;

@@ -391,6 +391,10 @@ class Run {
   Run(Device& device, const Grid& grid, void (*body)(void*, Thread&), void* kernel)
       : device(device), grid(grid), body_(body), kernel_(kernel), random_(grid.seed) {}
 
+  ~Run() {
+    if (fibers().size() > kKeptFibers) fibers().resize(kKeptFibers);
+  }
+
   void all() {
     if (grid.threads % kWarp != 0) throw LaunchError("threads: expected a multiple of 32");
     numbers_.resize(grid.blocks);
@@ -443,7 +447,7 @@ class Run {
     const int places = std::min(grid.resident, grid.blocks);
     blocks_.resize(places);
     threads_.resize(static_cast<size_t>(places) * grid.threads);
-    while (fibers_.size() < threads_.size()) fibers_.push_back(std::make_unique<Fiber>());
+    while (fibers().size() < threads_.size()) fibers().push_back(std::make_unique<Fiber>());
     for (int place = 0; place < places; ++place) begin(place);
     std::vector<Thread*> ready;
     while (true) {
@@ -468,6 +472,13 @@ class Run {
       if (!ended(place)) throw LaunchError(stuck());
   }
 
+  // Fibers serve one launch after another: to make and unmake their stacks takes longer than most launches.
+  static constexpr size_t kKeptFibers = 8192;
+  static std::vector<std::unique_ptr<Fiber>>& fibers() {
+    static thread_local std::vector<std::unique_ptr<Fiber>> made;
+    return made;
+  }
+
   Thread* of(int place) { return threads_.data() + static_cast<size_t>(place) * grid.threads; }
   bool ended(int place) {
     return std::all_of(of(place), of(place) + grid.threads, [](const Thread& t) { return t.fiber_->finished(); });
@@ -486,7 +497,7 @@ class Run {
       thread.thread_ = t, thread.threads_ = grid.threads;
       thread.number_ = block.index, thread.numbers_ = grid.blocks;
       thread.global_ = block.index * grid.threads + t;
-      thread.fiber_ = fibers_[static_cast<size_t>(place) * grid.threads + t].get();
+      thread.fiber_ = fibers()[static_cast<size_t>(place) * grid.threads + t].get();
       thread.fiber_->reset(&Run::start, &thread);
     }
   }
@@ -526,7 +537,6 @@ class Run {
   int begun_ = 0;
   std::vector<Block> blocks_;
   std::vector<Thread> threads_;
-  std::vector<std::unique_ptr<Fiber>> fibers_;
   std::unordered_map<const unsigned*, Seen> counted_;
   std::map<std::tuple<TensorMemory*, int, Site, bool>, WarpAccesses> accesses_;
   std::string error_;

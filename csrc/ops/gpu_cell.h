@@ -171,7 +171,8 @@ class GpuCall {
   void launch_flow(Flow args, const GpuPlan& plan) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(args.spread.x.data)>>;
     const GpuProblem problem = swept(args.reduce.size, sizeof(T));
-    args.reduce.tile = detail::flow_tile_of(problem, limits_, kernels::kPacksAlone, args.reduce.maps());
+    // Of the first sweep only one or two maps count: the fewer its pieces, the less is to be joined.
+    args.reduce.tile = detail::flow_tile_of(problem, limits_, kernels::kPacksAlone, std::min(args.reduce.maps(), 2));
     args.spread.tile = detail::flow_tile_of(problem, limits_, kernels::kPacksOfEach, args.spread.maps());
     if (const int pieces = args.reduce.pieces(); pieces > 1)
       for (float** table : {&args.reduce.first, &args.reduce.rest, &args.reduce.sum, &args.reduce.product})
