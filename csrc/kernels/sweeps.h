@@ -159,18 +159,20 @@ DIA_DEVICE V row_sum(M& m, int lanes, const Array& scratch, V value) {
   return sum;
 }
 
-// Calls `body(row)` for the rows of this block's tasks, as many at once as `lanes` threads each allow; all threads of
-// the block come along, beyond the last row where there are no more. `backwards`: the last task comes first.
+// Calls `body(row, there)` for the rows of this block's tasks, as many at once as `lanes` threads each allow; all
+// threads of the block come along, those for which there is no row beyond all of them. `backwards`: the last task comes
+// first.
 template <class M, class Body>
 DIA_DEVICE void for_rows(M& m, const MapSize& size, const GpuTile& tile, bool backwards, Body body) {
   const int at_once = m.threads() / tile.lanes;
   const int64_t rows = static_cast<int64_t>(size.samples) * size.channels, tasks = tasks_of(size, tile);
   for (int64_t number = m.block(); number < tasks; number += m.blocks()) {
     const int64_t task = backwards ? tasks - 1 - number : number;
-    const int64_t begin = task * tile.channels, end = begin + tile.channels < rows ? begin + tile.channels : rows;
-    for (int64_t first = begin; first < end; first += at_once) {
-      const int64_t row = first + m.thread() / tile.lanes;
-      body(row < end ? row : rows);
+    const int64_t begin = task * tile.channels, left = rows - begin;
+    const int count = left < tile.channels ? static_cast<int>(left) : tile.channels;
+    for (int first = 0; first < count; first += at_once) {
+      const int own = first + m.thread() / tile.lanes;
+      body(own < count ? begin + own : rows, own < count);
     }
   }
 }
@@ -180,12 +182,11 @@ DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
   using W = Walk<T, kWide, false>;
   const int lanes = args.tile.lanes;
   const auto scratch = m.template shared<double>(m.warps());
-  const int64_t rows = static_cast<int64_t>(args.size.samples) * args.size.channels;
-  Samples<const T> like = args.dy;  // not by ?:, which would be an address, and keep the arguments in memory
-  if (args.x.data != nullptr) like = args.x;
-  for_rows(m, args.size, args.tile, false, [&](int64_t row) {
-    const W walk = planar_walk<W>(m, args.size, lanes, row, like);
-    const bool there = row < rows, writes = there && m.thread() % lanes == 0;
+  RowPhases<T> phases(args.dy);  // not by ?:, which would be an address, and keep the arguments in memory
+  if (args.x.data != nullptr) phases = RowPhases<T>(args.x);
+  for_rows(m, args.size, args.tile, false, [&](int64_t row, bool there) {
+    const W walk = planar_walk<W>(m, args.size, lanes, row, phases);
+    const bool writes = there && m.thread() % lanes == 0;
     float shift = 0;
     if (args.shift != nullptr && there) shift = m.load(args.shift + walk.channel);
     if (args.first != nullptr && there && args.size.positions > 0)
@@ -243,14 +244,15 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
   const int pieces = args.pieces(), across = args.across();
   const int64_t tasks = static_cast<int64_t>(size.samples) * across * pieces;
   for (int64_t task = m.block(); task < tasks; task += m.blocks()) {
-    const int64_t whole = task / pieces, sample = whole / across, piece = task - whole * pieces;
-    const int begin = static_cast<int>(whole - sample * across) * args.tile.channels;
+    const int64_t whole = task / pieces;
+    const int sample = static_cast<int>(whole / across), piece = static_cast<int>(task - whole * pieces);
+    const int begin = static_cast<int>(whole - static_cast<int64_t>(sample) * across) * args.tile.channels;
     const Part channels{begin, begin + args.tile.channels < size.channels ? begin + args.tile.channels : size.channels};
-    const int position = static_cast<int>(piece) * args.tile.positions;
+    const int position = piece * args.tile.positions;
     const Part positions{position, piece + 1 < pieces ? position + args.tile.positions : size.positions};
     const Rows<W> rows(m, channels.size());
     const W walk = interleaved_walk<W>(m, size, sample, channels, positions);
-    const int64_t table = row_at(piece * size.samples + sample, size.channels) + channels.begin;
+    const int64_t table = row_at(static_cast<int64_t>(piece) * size.samples + sample, size.channels) + channels.begin;
     Sums<W> sums;
     if (rows.there()) {
       DIA_UNROLL
@@ -379,8 +381,10 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
 template <bool kWide, class M, class T>
 DIA_DEVICE void spread_planar(M& m, const Spread<T>& args) {
   using W = Walk<T, kWide, false>;
-  for_rows(m, args.size, args.tile, true,
-           [&](int64_t row) { apply<false>(m, args, planar_walk<W>(m, args.size, args.tile.lanes, row, args.out)); });
+  const RowPhases<T> phases(args.out);
+  for_rows(m, args.size, args.tile, true, [&](int64_t row, bool) {
+    apply<false>(m, args, planar_walk<W>(m, args.size, args.tile.lanes, row, phases));
+  });
 }
 
 template <bool kWide, class M, class T>

@@ -119,9 +119,23 @@ struct Rows {
   DIA_DEVICE bool there() const { return row < count; }
 };
 
-// A thread's part of row `row` of all samples' rows; no packs where there is no such row. Phases are those of `like`.
-template <class W, class M, class Like>
-DIA_DEVICE W planar_walk(M& m, const MapSize& size, int lanes, int64_t row, const Samples<Like>& like) {
+// Where the rows of a planar map begin in their packs.
+template <class T>
+struct RowPhases {
+  unsigned first, step;  // of the first sample, and from one to the next
+
+  template <class E>
+  DIA_DEVICE explicit RowPhases(const Samples<E>& map)
+      : first(static_cast<unsigned>(phase_of(map.data))), step(static_cast<unsigned>(map.stride % Pack<T>::size)) {}
+  DIA_DEVICE int of(int64_t sample, int64_t begin) const {
+    return static_cast<int>((first + static_cast<unsigned>(sample) * step + static_cast<unsigned>(begin)) %
+                            static_cast<unsigned>(Pack<T>::size));
+  }
+};
+
+// A thread's part of row `row` of all samples' rows; no packs where there is no such row.
+template <class W, class M, class T>
+DIA_DEVICE W planar_walk(M& m, const MapSize& size, int lanes, int64_t row, const RowPhases<T>& phases) {
   W walk{};
   // In 32 bits where they hold it: a division of 64 costs as much as a pack's sums.
   const int64_t sample =
@@ -129,7 +143,7 @@ DIA_DEVICE W planar_walk(M& m, const MapSize& size, int lanes, int64_t row, cons
   if (sample >= size.samples) return walk;
   walk.sample = sample, walk.channel = static_cast<int>(row - sample * size.channels), walk.length = size.positions;
   const int64_t begin = static_cast<int64_t>(walk.channel) * size.positions;
-  const int phase = W::kValues > 1 ? phase_of(like.data + sample * like.stride + begin) : 0;
+  const int phase = W::kValues > 1 ? phases.of(sample, begin) : 0;
   const int lane = m.thread() % lanes, packs = (phase + size.positions + W::kValues - 1) / W::kValues;
   walk.from = lane * W::kValues - phase, walk.step = static_cast<int64_t>(lanes) * W::kValues;
   walk.offset = begin + walk.from;
