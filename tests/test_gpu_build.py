@@ -98,7 +98,8 @@ def accesses_of(code: str) -> dict[str, dict[str, int]]:
 
     Loads and stores of sixteen bytes in global and shared memory; how many such loads of global memory come one after
     the other with no store between (``batch``), and how many of any width with no multiply-add between (``ahead``);
-    how often the multiprocessor's own cache is emptied; and how many accesses to spilled registers there are in
+    how often the multiprocessor's own cache is emptied; how many loads may miss what was written since the kernel began;
+    and how many accesses to spilled registers there are in
     innermost loops that load sixteen bytes at a time.
     """
     found = {}
@@ -109,6 +110,7 @@ def accesses_of(code: str) -> dict[str, dict[str, int]]:
             counts["batch"] = longest_run(section, r"\bLDG\S*\.128", r"\bST[GS]\b")
             counts["ahead"] = longest_run(section, r"\bLDG\b", r"\bFFMA\b")
             counts["emptied"] = len(re.findall(r"\bCCTL\.IVALL\b", section))
+            counts["incoherent"] = len(re.findall(r"\bLDG\S*\.CONSTANT\b", section))
             loops = [loop for loop in innermost_loops(section) if re.search(r"\bLDG\S*\.128", loop)]
             counts["spills in loops"] = sum(len(re.findall(r"\b(?:LDL|STL)\b", loop)) for loop in loops)
             found[name.group()] = counts
@@ -203,6 +205,7 @@ def test_a_flow_reads_what_others_wrote_past_its_own_cache(accesses):
     for name, counts in accesses.items():
         if plain(name) in STEPS:
             assert counts["emptied"] >= 2, f"{name}: what it has seen counted, it may read from before"
+            assert counts["incoherent"] == 0, name
 
 
 def test_the_report_is_read_right():
@@ -216,7 +219,17 @@ def test_the_report_is_read_right():
         "\n\t.section\t.text._Z1k,\n LDG.E.128.CONSTANT R4\n LDG.E.128 R8\n STS.128 [R2], R4\n LDG.E R3\n CCTL.IVALL\n"
         " FFMA R3\n"
     )
-    counts = {"LDG": 2, "STG": 0, "LDS": 0, "STS": 1, "batch": 2, "ahead": 3, "emptied": 1, "spills in loops": 0}
+    counts = {
+        "LDG": 2,
+        "STG": 0,
+        "LDS": 0,
+        "STS": 1,
+        "batch": 2,
+        "ahead": 3,
+        "emptied": 1,
+        "incoherent": 1,
+        "spills in loops": 0,
+    }
     assert accesses_of(code) == {"_Z1k": counts}
     inner = ".L_x_1:\n LDG.E.128 R4\n LDL R2\n @P0 BRA `(.L_x_1)\n"
     loops = f"\n\t.section\t.text._Z1k,\n.L_x_0:\n STL R1\n{inner} LDL R3\n BRA `(.L_x_0)\n LDL R1\n"
