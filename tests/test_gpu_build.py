@@ -54,11 +54,11 @@ def tool(name: str) -> str | None:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda a: f"sm_{a}")
 def compiled(request: pytest.FixtureRequest) -> dict:
-    """What ptxas says of each kernel for an architecture, and its machine code; kept by the sources' hash."""
+    """What ptxas says of each kernel for an architecture, and its machine code; kept by the sources' and our hash."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     architecture = request.param
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources())).hexdigest()[:16]
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in (*sources(), Path(__file__)))).hexdigest()[:16]
     report = BUILD / f"sm_{architecture}-{digest}.json"
     if not report.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -98,9 +98,8 @@ def accesses_of(code: str) -> dict[str, dict[str, int]]:
 
     Loads and stores of sixteen bytes in global and shared memory; how many such loads of global memory come one after
     the other with no store between (``batch``), and how many of any width with no multiply-add between (``ahead``);
-    how often the multiprocessor's own cache is emptied; how many loads may miss what was written since the kernel began;
-    and how many accesses to spilled registers there are in
-    innermost loops that load sixteen bytes at a time.
+    how often the multiprocessor's own cache is emptied; how many loads may miss what was written since the kernel
+    began; and how many accesses to spilled registers there are in innermost loops that load sixteen bytes at a time.
     """
     found = {}
     for section in re.split(r"\n\s*\.section\s+\.text\.", code)[1:]:
