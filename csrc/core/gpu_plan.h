@@ -260,7 +260,8 @@ inline GpuPlan flow_of(const GpuProblem& p, const GpuLimits& gpu, const Work& wo
   plan.launches = 2 + (p.backward ? 1 : 0) + (batch ? (p.backward ? 1 : 0) : norm_launches(p));
   const double samples = static_cast<double>(p.samples), narrow = std::min(1.0, static_cast<double>(chunk) / 8);
   const double cell = samples * work.sample_flops / ((batch ? kTileRate : kNarrowRate * narrow) * gpu.flops);
-  const double map = plan.bytes / gpu.memory + kept * samples * work.sample_bytes / gpu.l2;
+  // Both readings go on at once: what the memory needs for its part, or the second-level cache for all.
+  const double map = std::max(plan.bytes / gpu.memory, (work.passes + again) * samples * work.sample_bytes / gpu.l2);
   const double weights =
       static_cast<double>(parts(p.samples, std::min<int64_t>(chunk, 8))) * work.weight_bytes / gpu.l2;
   // The cell hides behind the sweeps but for the first and the last chunk.

@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step(Tensor x, OptionalTensor shortcu
   });
 }
 
-// Whoever writes an element of y has read that of x, or has it on chip: y may be x.
+// Whoever writes an element of y has read that of x: y may be x.
 std::tuple<Tensor, Tensor> step_in_place(Tensor x, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
                                          Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1, Tensor v2,
                                          Tensor a2, int64_t channel_dim, bool relu, bool tanh_output) {
