@@ -19,6 +19,7 @@ GpuLimits limits{"simulated", 90, 4, 128 << 10, 64 << 10, 90e9, 170e9, 2e12, 9e1
 // Of a block, where the kernel lets the launch choose: fewer than on a card, as a fiber is slow.
 int most_threads = 64;
 int resident_blocks = 1 << 20;  // of a flow, at most
+uint64_t schedule = 0;          // of the next launch: each has its own
 std::string launches;           // a line each
 
 // What a test lies about: a kernel's table is shorter by so many elements at its begin and end; or a barrier is left
@@ -246,7 +247,7 @@ class SimulatedGpu final : public Gpu {
           Memory(device, name_of<Args>()).of(args);
           simt::Grid grid;
           grid.blocks = blocks, grid.resident = kernels::kIsFlow<Args> ? resident_blocks : 1;
-          grid.threads = kernels::kThreadsOf<Args>;
+          grid.threads = kernels::kThreadsOf<Args>, grid.seed = schedule++;
           if (!kernels::kHasTiles<Args>) grid.threads = std::min(grid.threads, most_threads);
           // A sweep's tile was chosen for all threads: those that share a row, or take its channels, must be there.
           if constexpr (requires { args.tile; })
@@ -275,6 +276,7 @@ extern "C" __attribute__((visibility("default"))) void dia_simulated_limits(int 
   using dia::simulated::limits;
   limits.multiprocessors = multiprocessors, limits.l2_bytes = l2_bytes, limits.flops = flops;
   dia::simulated::most_threads = threads, dia::simulated::resident_blocks = resident;
+  dia::simulated::schedule = 0;
 }
 
 // What has been launched since the last call, a line each: kernel, blocks, bytes of shared memory.
