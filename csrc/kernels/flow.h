@@ -83,6 +83,11 @@ struct FlowOrder {
   }
 };
 
+DIA_DEVICE MapSize of_so_many(MapSize size, int samples) {
+  size.samples = samples;
+  return size;
+}
+
 // Tasks of a group, and groups; of those whose end nobody sees to, a group is a task.
 struct FlowTasks {
   int groups, members;
@@ -90,10 +95,26 @@ struct FlowTasks {
   // Groups that need a counter.
   DIA_DEVICE int counted() const { return members > 1 ? groups : 0; }
 };
+// Of either sweep over `samples`; of a spread that is not wanted, none.
 template <class T>
-DIA_DEVICE FlowTasks tasks_of(const Reduce<T>& reduce) {
+DIA_DEVICE FlowTasks tasks_of(const Reduce<T>& reduce, int samples) {
   const int pieces = reduce.pieces();
-  return {static_cast<int>(kernels::tasks_of(reduce.size, reduce.tile) / pieces), pieces};
+  return {static_cast<int>(tasks_of(of_so_many(reduce.size, samples), reduce.tile) / pieces), pieces};
+}
+template <class T>
+DIA_DEVICE FlowTasks tasks_of(const Spread<T>& spread, int samples) {
+  if (spread.out.data == nullptr) return {0, 1};
+  return {static_cast<int>(tasks_of(of_so_many(spread.size, samples), spread.tile)), 1};
+}
+
+// Sets how many groups have a counter, of a flow whose order, tiles and parts are known; returns how many counters it
+// needs.
+template <class Flow>
+DIA_DEVICE int64_t lay_out_counters(Flow& flow) {
+  FlowCounters& counters = flow.order.counters;
+  counters.reduce_groups = flow.tasks(kReducePhase, flow.order.chunk).counted();
+  counters.bottleneck_groups = flow.tasks(kBottleneckPhase, flow.order.chunk).counted();
+  return FlowCounters::count(flow.order.chunks(), counters.reduce_groups, counters.bottleneck_groups);
 }
 
 // The entries (N, C) of the samples at hand that a group of sums is of.
@@ -210,7 +231,7 @@ struct StepForward {
   DIA_DEVICE FlowTasks tasks(int phase, int count) const {
     switch (phase) {
       case kReducePhase:
-        return tasks_of(of_samples(reduce, 0, count));
+        return tasks_of(reduce, count);
       case kStatisticsPhase:
         return {kBatch ? tasks_of_channels(cell.channels) : 0, 1};
       case kBottleneckPhase:
@@ -218,14 +239,14 @@ struct StepForward {
       case kCellPhase:
         return {tiles_along(count, Tiles::kSamples) * tiles_along(cell.channels, Tiles::kChannels), 1};
       case kSpreadPhase:
-        return {static_cast<int>(kernels::tasks_of(of_samples(spread, 0, count).size, spread.tile)), 1};
+        return tasks_of(spread, count);
       default:
         return {0, 1};
     }
   }
 
   template <class M>
-  DIA_DEVICE void run(M& m, int phase, int task, Part samples) const {
+  DIA_DEVICE void run(M& m, int phase, Part samples) const {
     const int first = samples.begin, count = samples.size();
     if (phase == kReducePhase) return kernels::reduce(m, of_samples(reduce, first, count));
     if (phase == kSpreadPhase) return kernels::spread(m, of_samples(spread, first, count));
@@ -236,7 +257,7 @@ struct StepForward {
       return cell_states<Tiles>(m, CellStates<kAffine>{own, norm.affine, rows_from(factor, first, own.channels),
                                                        rows_from(added, first, own.channels)});
     const auto memory = m.template shared<float>(Tiles::Bottleneck::kFloats);
-    const PartTask part = PartTask::of(Tiles(), task, count, own.bottleneck, join.parts.count);
+    const PartTask part = PartTask::of(Tiles(), m.block(), count, own.bottleneck, join.parts.count);
     const float* weight = part.hidden ? own.weights.hidden_reduce : own.weights.input_reduce;
     const float* left = part.hidden ? own.h : own.tables.p;
     const int channels = own.channels;
@@ -299,7 +320,7 @@ struct StepBackward {
   DIA_DEVICE FlowTasks tasks(int phase, int count) const {
     switch (phase) {
       case kReducePhase:
-        return tasks_of(of_samples(reduce, 0, count));
+        return tasks_of(reduce, count);
       case kBottleneckPhase:
         return {join.parts.template tiles<Tiles>(count, cell.bottleneck, true), join.parts.count};
       case kCellPhase:
@@ -307,17 +328,14 @@ struct StepBackward {
       case kNormPhase:
         return {kBatch ? tasks_of_channels(cell.channels) : 0, 1};
       case kSpreadPhase:
-        return {spread.out.data == nullptr
-                    ? 0
-                    : static_cast<int>(kernels::tasks_of(of_samples(spread, 0, count).size, spread.tile)),
-                1};
+        return tasks_of(spread, count);
       default:
         return {0, 1};
     }
   }
 
   template <class M>
-  DIA_DEVICE void run(M& m, int phase, int, Part samples) const {
+  DIA_DEVICE void run(M& m, int phase, Part samples) const {
     const int first = samples.begin, count = samples.size();
     if (phase == kReducePhase) return kernels::reduce(m, of_samples(reduce, first, count));
     if (phase == kSpreadPhase) return kernels::spread(m, of_samples(spread, first, count));
@@ -437,7 +455,7 @@ DIA_DEVICE void run_flow(M& m, const Flow& flow) {
       m.await(counters.done(chunk, turn.before()), turn.groups(turn.before()));
     m.sync_block();
     auto&& task = m.as_block(turn.task(ticket), turn.tasks());
-    flow.run(task, phase, turn.task(ticket), samples);
+    flow.run(task, phase, samples);
     if (phase == kSpreadPhase) continue;
     m.sync_block();
     if (phase == kReducePhase || phase == kBottleneckPhase) {

@@ -157,7 +157,7 @@ struct GivenStatistics {
 template <class M>
 DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
   const int step = m.blocks() * m.threads();
-  for (int channel = (m.block()) * m.threads() + m.thread(); channel < args.channels; channel += step) {
+  for (int channel = m.block() * m.threads() + m.thread(); channel < args.channels; channel += step) {
     const bool wide = args.wide_mean != nullptr;
     const double mean = wide ? m.load(args.wide_mean + channel) : static_cast<double>(m.load(args.mean + channel));
     const double var = wide ? m.load(args.wide_var + channel) : static_cast<double>(m.load(args.var + channel));

@@ -66,6 +66,22 @@ struct JoinParts {
   JoinedSide input, hidden;
 };
 
+// What joins the parts of both bottlenecks, and of their gradients.
+DIA_DEVICE JoinParts join_of(const CellForward& cell, const BottleneckParts& parts) {
+  return {cell.samples,
+          cell.bottleneck,
+          parts,
+          {cell.weights.input_reduce_bias, nullptr, cell.tables.zx, true},
+          {cell.weights.hidden_reduce_bias, nullptr, cell.tables.zh, cell.h != nullptr}};
+}
+DIA_DEVICE JoinParts join_of(const CellBackward& cell, const BottleneckParts& parts) {
+  return {cell.samples,
+          cell.bottleneck,
+          parts,
+          {nullptr, cell.tables.zx, cell.dzx, true},
+          {nullptr, cell.tables.zh, cell.dzh, true}};
+}
+
 // Joins the parts of one element.
 template <class M>
 DIA_DEVICE void join(M& m, const JoinParts& args, bool hidden, int64_t row, int column) {
@@ -97,14 +113,14 @@ DIA_DEVICE void join_parts(M& m, const JoinParts& args) {
 // A task of products into parts: which side, tile and part.
 struct PartTask {
   bool hidden;
-  int sample, column, part, tile;
+  int sample, column, part;
 
   template <class Tiles>
   DIA_DEVICE static PartTask of(Tiles, int task, int samples, int bottleneck, int parts) {
     const int across = tiles_along(bottleneck, Tiles::kBottleneck), down = tiles_along(samples, Tiles::kSamples);
     const int tile = task / parts;
     return {tile / across / down > 0, tile / across % down * Tiles::kSamples, tile % across * Tiles::kBottleneck,
-            task % parts, tile};
+            task % parts};
   }
 };
 

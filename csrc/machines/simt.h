@@ -8,8 +8,8 @@
 //
 // Blocks order each other by counters alone (`release`, `await`): what a block did before the barrier before it counted
 // is before what another does behind the barrier after it saw the count. Threads run in an order shuffled by a seed,
-// each until it waits. What it cannot see (docs/simulated-gpu.md): memory fences, stale caches, whether blocks are
-// resident together, contraction of multiply-adds, time.
+// each until it waits. What it cannot see (docs/simulated-gpu.md): memory fences, stale caches, contraction of
+// multiply-adds, time.
 #pragma once
 
 #include <algorithm>

@@ -70,15 +70,11 @@ class Arguments {
   // Of a flow: its parts and counters, as large as they must be, and its order.
   template <class Flow>
   void order(Flow& args) {
-    args.join.samples = static_cast<int>(number("samples")), args.join.bottleneck = args.cell.bottleneck;
-    args.join.parts = {pointer<float>("parts"), static_cast<int>(number("parts"))};
-    args.order.samples = args.join.samples, args.order.chunk = static_cast<int>(number("chunk"));
+    args.join = kernels::join_of(args.cell, {pointer<float>("parts"), static_cast<int>(number("parts"))});
+    args.order.samples = args.cell.samples, args.order.chunk = static_cast<int>(number("chunk"));
     kernels::FlowCounters& counters = args.order.counters;
-    counters.reduce_groups = args.tasks(kernels::kReducePhase, args.order.chunk).counted();
-    counters.bottleneck_groups = args.tasks(kernels::kBottleneckPhase, args.order.chunk).counted();
     const Array& array = arrays_.at("counters");
-    const int64_t count =
-        kernels::FlowCounters::count(args.order.chunks(), counters.reduce_groups, counters.bottleneck_groups);
+    const int64_t count = kernels::lay_out_counters(args);
     if (count > array.length) throw std::invalid_argument("counters: too few");
     counters.data = reinterpret_cast<unsigned*>(array.address);
     device.tensor("counters", counters.data + array.before, count - array.before - array.after, true);
@@ -147,8 +143,6 @@ auto forward_kernel(Arguments& of) {
     args.spread.scale = args.factor = of.pointer<float>("factor");
     args.spread.offset = args.added = of.pointer<float>("added");
   }
-  args.join.input = {args.cell.weights.input_reduce_bias, nullptr, args.cell.tables.zx, true};
-  args.join.hidden = {args.cell.weights.hidden_reduce_bias, nullptr, args.cell.tables.zh, args.cell.h != nullptr};
   of.order(args);
   return [args](Thread& m) { kernels::run_flow(m, args); };
 }
@@ -172,8 +166,6 @@ auto backward_kernel(Arguments& of) {
     args.sum = of.pointer<float>("sum"), args.product = of.pointer<float>("product");
     args.dp = of.pointer<float>("dp");
   }
-  args.join.input = {nullptr, args.cell.tables.zx, args.cell.dzx, true};
-  args.join.hidden = {nullptr, args.cell.tables.zh, args.cell.dzh, true};
   of.order(args);
   return [args](Thread& m) { kernels::run_flow(m, args); };
 }

@@ -14,6 +14,7 @@ namespace dia::ops {
 namespace {
 
 using kernels::from_sample;
+using kernels::join_of;
 using kernels::of_samples;
 using kernels::rows_from;
 using kernels::Samples;
@@ -97,22 +98,6 @@ inline std::atomic<GpuLayouts>& layouts() {
   return chosen;
 }
 
-// What joins the parts of both bottlenecks, and of their gradients.
-inline kernels::JoinParts join_of(const kernels::CellForward& cell, const kernels::BottleneckParts& parts) {
-  return {cell.samples,
-          cell.bottleneck,
-          parts,
-          {cell.weights.input_reduce_bias, nullptr, cell.tables.zx, true},
-          {cell.weights.hidden_reduce_bias, nullptr, cell.tables.zh, cell.h != nullptr}};
-}
-inline kernels::JoinParts join_of(const kernels::CellBackward& cell, const kernels::BottleneckParts& parts) {
-  return {cell.samples,
-          cell.bottleneck,
-          parts,
-          {nullptr, cell.tables.zx, cell.dzx, true},
-          {nullptr, cell.tables.zh, cell.dzh, true}};
-}
-
 // One call of an operator: its device, the sizes, and what it allocates on the way.
 class GpuCall {
  public:
@@ -185,13 +170,9 @@ class GpuCall {
     const int count = static_cast<int>(plan.chunk);
     args.join = join_of(args.cell, parts_of<typename Flow::Tiles>(count, args.terms(), shape_.samples));
     args.order.samples = static_cast<int>(shape_.samples), args.order.chunk = count;
-    kernels::FlowCounters& counters = args.order.counters;
-    counters.reduce_groups = args.tasks(kernels::kReducePhase, count).counted();
-    counters.bottleneck_groups = args.tasks(kernels::kBottleneckPhase, count).counted();
-    const int64_t words =
-        kernels::FlowCounters::count(args.order.chunks(), counters.reduce_groups, counters.bottleneck_groups);
-    counters.data = reinterpret_cast<unsigned*>(scratch(words));
-    device_.gpu().clear(counters.data, words * static_cast<int64_t>(sizeof(unsigned)));
+    const int64_t words = kernels::lay_out_counters(args);
+    args.order.counters.data = reinterpret_cast<unsigned*>(scratch(words));
+    device_.gpu().clear(args.order.counters.data, words * static_cast<int64_t>(sizeof(unsigned)));
     int64_t tasks = 0;
     for (int phase = 0; phase < kernels::kFlowPhases; ++phase) tasks += args.tasks(phase, count).all();
     launch_blocks(args, args.order.chunks() * tasks, kFlowResident,
@@ -218,7 +199,7 @@ class GpuCall {
   }
   // A kernel whose blocks have some channels each.
   void launch_channels(const AnyKernel& kernel) {
-    launch_blocks(kernel, detail::parts(shape_.channels, kernels::kNormChannels), 8,
+    launch_blocks(kernel, kernels::tasks_of_channels(static_cast<int>(shape_.channels)), 8,
                   kernels::norm_shared_bytes(kernels::kTableThreads));
   }
   // A kernel of `tiles` of the cell's products.

@@ -56,6 +56,17 @@ struct ForwardCell {
   }
 };
 
+// The second sweep: y = act((x - shift) factor + added + shortcut).
+template <class T>
+kernels::Spread<T> spread_of(const GpuCall& call, const ForwardMaps<T>& maps, bool relu, const float* factor,
+                             const float* added, const float* shift) {
+  kernels::Spread<T> spread{};
+  spread.size = call.size(call.samples()), spread.relu = relu;
+  spread.x = maps.x, spread.shortcut = maps.shortcut, spread.out = maps.y;
+  spread.scale = factor, spread.offset = added, spread.shift = shift;
+  return spread;
+}
+
 // A step, behind a norm of known statistics if kAffine, by the plan.
 template <class T, bool kAffine>
 void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, const ForwardMaps<T>& maps, bool relu,
@@ -65,11 +76,8 @@ void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, co
   float* added = kAffine ? call.scratch(n * width) : nullptr;
   kernels::Reduce<T> reduce{};
   reduce.size = call.size(n), reduce.x = maps.x, reduce.sum = call.scratch(n * width);
-  kernels::Spread<T> spread{};
-  spread.size = call.size(n), spread.relu = relu;
-  spread.x = maps.x, spread.shortcut = maps.shortcut, spread.out = maps.y;
-  spread.scale = factor, spread.offset = added;
-  if (kAffine) reduce.shift = spread.shift = norm.affine.shift;
+  if (kAffine) reduce.shift = norm.affine.shift;
+  const kernels::Spread<T> spread = spread_of(call, maps, relu, factor, added, reduce.shift);
   if (plan.flow) {
     constexpr GpuNorm kNorm = kAffine ? GpuNorm::given : GpuNorm::none;
     return call.launch_flow(kernels::StepForward<T, kNorm>{{}, reduce, {}, cell.args, norm, factor, added, {}, spread},
@@ -234,8 +242,8 @@ void run_backward(GpuCall& call, const GpuPlan& plan, const BackwardCell& cell, 
   if (kAffine && !has_g)
     for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
   float *factor = has_dx ? call.scratch(n * width) : nullptr, *offset = has_dx ? call.scratch(n * width) : nullptr;
-  kernels::Reduce<T> reduce = reduce_of(call, maps, norm.affine.shift, norm.sum, product);
-  kernels::Spread<T> spread = spread_of<T>(call, maps, factor, offset, nullptr, nullptr);
+  const kernels::Reduce<T> reduce = reduce_of(call, maps, norm.affine.shift, norm.sum, product);
+  const kernels::Spread<T> spread = spread_of<T>(call, maps, factor, offset, nullptr, nullptr);
   // Without a gradient of the map there is nothing to sweep first, and little to gain.
   if (plan.flow && has_g) {
     constexpr GpuNorm kNorm = kAffine ? GpuNorm::given : GpuNorm::none;
@@ -382,10 +390,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     kernels::Reduce<T> reduce{};
     reduce.size = call.size(n);
     reduce.x = maps.x, reduce.first = first, reduce.rest = rest, reduce.sum = sum, reduce.product = squares;
-    kernels::Spread<T> spread{};
-    spread.size = reduce.size, spread.relu = relu;
-    spread.x = maps.x, spread.shortcut = maps.shortcut, spread.out = maps.y;
-    spread.scale = factor, spread.offset = added, spread.shift = norm.shift;
+    const kernels::Spread<T> spread = spread_of(call, maps, relu, factor, added, norm.shift);
     kernels::BatchStatistics statistics{};
     statistics.samples = static_cast<int>(n), statistics.channels = static_cast<int>(width);
     statistics.positions = static_cast<int>(call.positions()), statistics.eps = static_cast<float>(eps);

@@ -112,11 +112,8 @@ struct Counters {
   template <class Flow>
   Counters(Memory& memory, Flow& flow, int chunk) {
     flow.order.samples = kSamples, flow.order.chunk = chunk;
+    values.resize(kernels::lay_out_counters(flow));
     kernels::FlowCounters& counters = flow.order.counters;
-    counters.reduce_groups = flow.tasks(kernels::kReducePhase, chunk).counted();
-    counters.bottleneck_groups = flow.tasks(kernels::kBottleneckPhase, chunk).counted();
-    values.resize(
-        kernels::FlowCounters::count(flow.order.chunks(), counters.reduce_groups, counters.bottleneck_groups));
     counters.data = memory.device.tensor("counters", values.data(), static_cast<int64_t>(values.size()), true);
   }
 };
@@ -152,11 +149,7 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of, int chunk, bool sw
   spread.scale = cell.new_h;
   const kernels::BottleneckParts parts{memory.result("forward parts", 2 * parts_of_sums * kSamples * kBottleneck),
                                        parts_of_sums};
-  forward.join = {kSamples,
-                  kBottleneck,
-                  parts,
-                  {cell.weights.input_reduce_bias, nullptr, cell.tables.zx, true},
-                  {cell.weights.hidden_reduce_bias, nullptr, cell.tables.zh, true}};
+  forward.join = kernels::join_of(cell, parts);
   const simt::Grid blocks{.blocks = 2, .threads = 64, .shared_bytes = 16 << 10};
   const simt::Grid tiles{.blocks = blocks_of,
                          .threads = kernels::kTableThreads,
@@ -198,11 +191,8 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of, int chunk, bool sw
   back.dzx = memory.result("dzx", kSamples * kBottleneck);
   back.dzh = memory.result("dzh", kSamples * kBottleneck);
   back.old_dh = memory.result("old_dh", kTable), back.old_dc = memory.result("old_dc", kTable);
-  backward.join = {kSamples,
-                   kBottleneck,
-                   {memory.result("parts", 2 * parts_of_sums * kSamples * kBottleneck), parts_of_sums},
-                   {nullptr, cell.tables.zx, back.dzx, true},
-                   {nullptr, cell.tables.zh, back.dzh, true}};
+  backward.join =
+      kernels::join_of(back, {memory.result("parts", 2 * parts_of_sums * kSamples * kBottleneck), parts_of_sums});
   if (sweeps) {
     memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, sums); });
     kernels::SplitGateGradients<false> gates{};
