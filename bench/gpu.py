@@ -313,12 +313,13 @@ def cases(shapes: Sequence[tuple[int, int, int, int]], dtype: str) -> list[Case]
 
 @dataclass(frozen=True)
 class Network:
-    """A network, its images, and r of its attention."""
+    """A network, its images, and r of its attention; ``captured``: whether its steps are timed in CUDA graphs too."""
 
     network: str
     batch: int
     side: int
     reduction: int
+    captured: bool = False
 
     @property
     def name(self) -> str:
@@ -338,8 +339,8 @@ class Network:
 
 
 NETWORKS = (
-    Network("resnet164", 32, 32, 4),
-    Network("resnet164", 128, 32, 4),
+    Network("resnet164", 32, 32, 4, captured=True),
+    Network("resnet164", 128, 32, 4, captured=True),
     Network("resnet50", 256, 224, 4),
     Network("resnet50", 256, 224, 20),
 )
@@ -370,7 +371,10 @@ def time_network(case: Network, device: str, rounds: int) -> dict[str, Any]:
         if device == "cuda":
             result["peak_bytes"][variant] = torch.cuda.max_memory_allocated()
         steps[variant] = step
-    result["seconds"] = medians(steps, synchronised_seconds_a_call if device == "cuda" else clock_of(device), rounds)
+    clock = synchronised_seconds_a_call if device == "cuda" else clock_of(device)
+    result["seconds"] = medians(steps, clock, rounds)
+    if case.captured and device == "cuda":
+        result["seconds"] |= medians({f"{name}, graph": graphed(step) for name, step in steps.items()}, clock, rounds)
     return result
 
 
@@ -482,14 +486,19 @@ def tables_of_kernels(results: list[dict[str, Any]]) -> list[str]:
 
 def tables_of_nets(results: list[dict[str, Any]]) -> list[str]:
     """A training step of each variant, beside the plain network's, and peak memory."""
-    names = list(results[0]["seconds"])
+    names = list(dict.fromkeys(name for r in results for name in r["seconds"]))
+    measured = list(dict.fromkeys(name for r in results for name in r["peak_bytes"]))
     rows = []
     for r in results:
-        plain = r["seconds"]["plain"]
-        row = [r["name"], *(f"{r['seconds'][n] * 1e3:.2f}" for n in names), f"{r['seconds']['ours'] / plain:.3f}"]
-        rows.append(row + [f"{r['peak_bytes'][n] / 2**30:.2f}" if n in r["peak_bytes"] else "-" for n in names])
-    header = ["network", *(f"{n}, ms" for n in names), "ours / plain", *(f"{n}, GiB" for n in names)]
-    return [tables.table(header, rows)]
+        seconds, peaks = r["seconds"], r["peak_bytes"]
+        row = [r["name"], *(f"{seconds[n] * 1e3:.2f}" if n in seconds else "-" for n in names)]
+        row += [
+            f"{seconds[f'ours{how}'] / seconds[f'plain{how}']:.3f}" if f"ours{how}" in seconds else "-"
+            for how in ("", ", graph")
+        ]
+        rows.append(row + [f"{peaks[n] / 2**30:.2f}" if n in peaks else "-" for n in measured])
+    header = ["network", *(f"{n}, ms" for n in names), "ours / plain", "ours / plain, graphs"]
+    return [tables.table([*header, *(f"{n}, GiB" for n in measured)], rows)]
 
 
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
