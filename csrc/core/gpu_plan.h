@@ -73,6 +73,10 @@ struct GpuPlan {
   double seconds = 0, ideal = 0;  // modelled; and of the passes that nobody can avoid
 };
 
+// Packs of each map that a thread of a sweep has under way: of one map that is summed; where there are more; and of
+// those that `spread` reads, where a thread has one channel.
+constexpr int kPacksAlone = 8, kPacksOfEach = 2, kPacksPlanar = 4;
+
 // Threads of a block of the sweeps, and how many such blocks a multiprocessor holds; and of those of a flow.
 constexpr int kSweepThreads = 256, kSweepResident = 3, kFlowResident = 2;
 
@@ -81,7 +85,7 @@ DIA_HOST_DEVICE constexpr int64_t rounded_up(int64_t value, int64_t unit) { retu
 // Of the sweep that sums: a sum of each value of each thread's packs, twice for moments.
 constexpr int64_t reduce_shared_bytes(const GpuTile& tile, bool interleaved, int element_bytes) {
   if (!interleaved) return 8 * (kSweepThreads / 32);
-  return 8 * (static_cast<int64_t>(kSweepThreads) * (16 / element_bytes) + tile.channels);
+  return 8 * (static_cast<int64_t>(kSweepThreads) * (16 / element_bytes + 1) + tile.channels);
 }
 
 // --- the plan -----------------------------------------------------------------------------------------------
@@ -130,21 +134,26 @@ inline int lanes_of(const GpuProblem& p, const GpuLimits& gpu, int64_t packs) {
   const int64_t pack = 16 / p.element_bytes,
                 row = parts(p.positions, pack) + (p.aligned && p.positions % pack == 0 ? 0 : 1);
   const int64_t threads = static_cast<int64_t>(gpu.multiprocessors) * kSweepThreads * kSweepResident;
-  int lanes = 1;
+  int lanes = row > 4 ? 2 : 1;  // a row each would be too many places at once for a warp's load
   while (lanes < kSweepThreads && lanes * packs < row && (lanes < 32 || p.samples * p.channels * lanes < threads))
     lanes *= 2;
   return lanes;
 }
 
-// Channels of an interleaved map: many, as what lies together is read together, fewer where multiprocessors would idle.
-inline GpuTile reduce_tile_of(const GpuProblem& p, const GpuLimits& gpu) {
+// Channels of an interleaved map: many, as what lies together is read together; fewer where multiprocessors would idle.
+// Of one map (`alone`), of which few blocks keep enough under way, all tasks should be under way at once.
+inline GpuTile reduce_tile_of(const GpuProblem& p, const GpuLimits& gpu, bool alone) {
   GpuTile tile;
-  tile.lanes = lanes_of(p, gpu, 4);
+  tile.lanes = lanes_of(p, gpu, alone ? kPacksAlone : 2 * kPacksOfEach);
   tile.channels = kSweepThreads / tile.lanes;
   if (!p.interleaved) return tile;
   const int64_t wanted = kSweepResident * static_cast<int64_t>(gpu.multiprocessors);
   int64_t channels = std::clamp<int64_t>(p.channels, 1, kSweepThreads);
-  while (channels > 32 && p.samples * parts(p.channels, channels) < wanted) channels = rounded_up(channels / 2, 8);
+  while (channels > 32) {
+    const int64_t fewer = rounded_up(channels / 2, 8);
+    if (p.samples * parts(p.channels, alone ? fewer : channels) >= wanted) break;
+    channels = fewer;
+  }
   tile.channels = static_cast<int>(channels);
   return tile;
 }
@@ -157,7 +166,7 @@ inline int64_t rows_of(const GpuProblem& p, int64_t channels) {
 // Sixteen positions for each row of threads, fewer where multiprocessors would idle.
 inline GpuTile spread_tile_of(const GpuProblem& p, const GpuLimits& gpu) {
   GpuTile tile;
-  tile.lanes = lanes_of(p, gpu, 2);
+  tile.lanes = lanes_of(p, gpu, kPacksPlanar);
   tile.channels = kSweepThreads / tile.lanes;
   if (!p.interleaved) return tile;
   const int64_t channels = std::clamp(p.channels, int64_t{1}, static_cast<int64_t>(kSweepThreads));

@@ -77,17 +77,14 @@ DIA_DEVICE int64_t tasks_of(const MapSize& size, const GpuTile& tile) {
 
 // --- reduce --------------------------------------------------------------------------------------------------
 
-// Packs of each map that a thread has under way: of one map, and where there are more.
-constexpr int kPacksAlone = 4, kPacksOfEach = 2;
-
 // A thread's sums, one of each value of its packs.
 template <class W>
 struct Sums {
   float shift[W::kValues] = {}, first[W::kValues] = {}, second[W::kValues] = {};
 };
 
-// Sums of all packs of a walk; writes g where it is wanted.
-template <bool kWithG, class M, class T, class W>
+// Sums of all packs of a walk; writes g where it is wanted. kSecond: whether the products are wanted too.
+template <bool kWithG, bool kSecond, class M, class T, class W>
 DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
   constexpr int kBatch = kWithG ? kPacksOfEach : kPacksAlone;
   const bool with_x = args.x.data != nullptr, masked = args.y.data != nullptr;
@@ -96,10 +93,10 @@ DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       if (first + b >= walk.count) continue;
-      if (with_x) x[b] = walk.load(m, args.x, first + b, args.once);
+      if (with_x) x[b] = walk.load(m, args.x, first + b, args.once, true);
       if (!kWithG) continue;
-      g[b] = walk.load(m, args.dy, first + b, args.once);
-      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, first + b, args.once));
+      g[b] = walk.load(m, args.dy, first + b, args.once, true);
+      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, first + b, args.once, true));
     }
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
@@ -112,7 +109,7 @@ DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums
         const float value = M::widen(x[b][k]) - sums.shift[k];
         const float factor = kWithG ? M::widen(g[b][k]) : value;
         sums.first[k] += factor;
-        sums.second[k] += factor * value;
+        if (kSecond) sums.second[k] += factor * value;
       }
     }
   }
@@ -120,9 +117,11 @@ DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums
 template <class M, class T, class W>
 DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
   if (args.dy.data != nullptr)
-    sum_up<true>(m, args, walk, sums);
+    sum_up<true, true>(m, args, walk, sums);
+  else if (args.product != nullptr)
+    sum_up<false, true>(m, args, walk, sums);
   else
-    sum_up<false>(m, args, walk, sums);
+    sum_up<false, false>(m, args, walk, sums);
 }
 
 // Where the sums of a channel are put.
@@ -211,6 +210,17 @@ DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
   });
 }
 
+// Where the sums of a block's rows of threads meet. A thread's values lie together, and its neighbour's a place further
+// than they need to, so that the lanes of a warp meet all banks.
+template <class W, class V>
+struct MeetingPlace {
+  static constexpr int kStep = W::kValues > 1 ? W::kValues + 1 : 1;
+  static constexpr int kCount = kSweepThreads * kStep;
+
+  int across;
+  DIA_DEVICE int at(int row, int column, int k) const { return (row * across + column) * kStep + k; }
+};
+
 // Sums of each channel of a task over the block's rows of threads: `value(k)` of this thread's channels, a sum for
 // thread j modulo the block's threads goes to done(j, sum). Two barriers.
 template <class W, class V, class M, class Array, class Value, class Done>
@@ -219,17 +229,19 @@ DIA_DEVICE void sum_of_rows(M& m, const Rows<W>& rows, int owned, const Array& s
   const bool within = rows.across <= 16 && (rows.across & (rows.across - 1)) == 0;
   const int count = within ? m.warps() : rows.count, row = within ? m.warp() : rows.row;
   const bool writes = within ? m.lane() < rows.across : rows.there();
+  const MeetingPlace<W, V> place{rows.across};
   m.sync_block();  // the sums before may still be read
   DIA_UNROLL
   for (int k = 0; k < W::kValues; ++k) {
     V sum = value(k);
     if (within) sum = m.warp_sum(sum, rows.across);
-    if (writes && rows.column * W::kValues + k < owned) scratch[row * owned + rows.column * W::kValues + k] = sum;
+    if (writes && rows.column * W::kValues + k < owned) scratch[place.at(row, rows.column, k)] = sum;
   }
   m.sync_block();
   for (int j = m.thread(); j < owned; j += m.threads()) {
     V sum = 0;
-    for (int r = 0; r < count; ++r) sum += scratch[r * owned + j];
+    DIA_UNROLL_BY(4)
+    for (int r = 0; r < count; ++r) sum += scratch[place.at(r, j / W::kValues, j % W::kValues)];
     done(j, sum);
   }
 }
@@ -239,8 +251,10 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
   using W = Walk<T, kWide, true>;
   const MapSize& size = args.size;
   const int most = args.tile.channels < size.channels ? args.tile.channels : size.channels;
-  const auto scratch = m.template shared<double>(m.threads() * W::kValues);
-  const auto totals = m.template shared<double>(args.first != nullptr ? most : 0);
+  const bool moments = args.first != nullptr;
+  const auto scratch = m.template shared<double>(moments ? MeetingPlace<W, double>::kCount : 0);
+  const auto totals = m.template shared<double>(moments ? most : 0);
+  const auto floats = m.template shared<float>(moments ? 0 : MeetingPlace<W, float>::kCount);
   const int pieces = args.pieces(), across = args.across();
   const int64_t tasks = static_cast<int64_t>(size.samples) * across * pieces;
   for (int64_t task = m.block(); task < tasks; task += m.blocks()) {
@@ -264,7 +278,7 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
       }
     }
     sum_up(m, args, walk, sums);
-    if (args.first != nullptr) {
+    if (moments) {
       sum_of_rows<W, double>(
           m, rows, channels.size(), scratch, [&](int k) { return sums.first[k]; },
           [&](int j, double sum) { totals[j] = sum; });
@@ -280,7 +294,7 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
     const auto put = [&](float* wanted, const float* of) {
       if (wanted == nullptr) return;
       sum_of_rows<W, float>(
-          m, rows, channels.size(), scratch, [&](int k) { return of[k]; },
+          m, rows, channels.size(), floats, [&](int k) { return of[k]; },
           [&](int j, float sum) { m.store(wanted + table + j, sum); });
     };
     put(args.sum, sums.first);
@@ -344,23 +358,26 @@ struct Factors {
 // All packs of a walk.
 template <bool kInterleaved, class M, class T, class W>
 DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
+  constexpr int kBatch = kInterleaved ? kPacksOfEach : kPacksPlanar;
   if (walk.count == 0) return;
   const bool has_g = args.dy.data != nullptr, masked = has_g && args.y.data != nullptr;
   const bool has_x = args.x.data != nullptr, added = args.shortcut.data != nullptr;
+  // In place, what belongs to other rows is theirs to write meanwhile.
+  const bool x_apart = args.x.data != args.out.data, shortcut_apart = args.shortcut.data != args.out.data;
   const Factors<W, kInterleaved> of(m, args, walk);
-  for (int first = 0; first < walk.count; first += kPacksOfEach) {
-    Pack<T> g[kPacksOfEach]{}, x[kPacksOfEach]{}, shortcut[kPacksOfEach]{};
+  for (int first = 0; first < walk.count; first += kBatch) {
+    Pack<T> g[kBatch]{}, x[kBatch]{}, shortcut[kBatch]{};
     DIA_UNROLL
-    for (int b = 0; b < kPacksOfEach; ++b) {
+    for (int b = 0; b < kBatch; ++b) {
       const int number = first + b;
       if (number >= walk.count) continue;
-      if (has_g) g[b] = walk.load(m, args.dy, number, args.once);
-      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, number, args.once));
-      if (has_x) x[b] = walk.load(m, args.x, number, args.once);
-      if (added) shortcut[b] = walk.load(m, args.shortcut, number, args.once);
+      if (has_g) g[b] = walk.load(m, args.dy, number, args.once, args.dy.data != args.out.data);
+      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, number, args.once, args.y.data != args.out.data));
+      if (has_x) x[b] = walk.load(m, args.x, number, args.once, x_apart);
+      if (added) shortcut[b] = walk.load(m, args.shortcut, number, args.once, shortcut_apart);
     }
     DIA_UNROLL
-    for (int b = 0; b < kPacksOfEach; ++b) {
+    for (int b = 0; b < kBatch; ++b) {
       const int number = first + b;
       if (number >= walk.count) continue;
       Pack<T> out{};

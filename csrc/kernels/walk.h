@@ -52,6 +52,7 @@ struct Walk {
 
   int64_t sample, offset, step;
   int channel, count, from, length;
+  bool inner;  // whether other rows of the sample lie on both sides of a planar map's row, each at least a pack long
 
   // Whether value k of pack `number` belongs to the row.
   DIA_DEVICE bool holds(int number, int k) const {
@@ -67,16 +68,17 @@ struct Walk {
   DIA_DEVICE E* at(const Samples<E>& map, int number) const {
     return map.data + sample * map.stride + offset + number * step;
   }
-  // Pack `number` of a map; what does not belong to the row is zero. `once`: nobody wants it again soon.
+  // Pack `number` of a map. `once`: nobody wants it again soon. `straddles`: what does not belong to the row may be
+  // anything, and nobody writes it meanwhile: a row's ends, element by element, are waited for one by one.
   template <class M>
-  DIA_DEVICE Pack<T> load(M& m, const Samples<const T>& map, int number, bool once) const {
+  DIA_DEVICE Pack<T> load(M& m, const Samples<const T>& map, int number, bool once, bool straddles) const {
     const T* from = at(map, number);
     if constexpr (!kWide) {
       Pack<T> pack{};
       pack.set(0, m.load(from));
       return pack;
     } else {
-      if (whole(number)) return once ? m.load_pack_once(from) : m.load_pack(from);
+      if ((inner && straddles) || whole(number)) return once ? m.load_pack_once(from) : m.load_pack(from);
       Pack<T> pack{};
       DIA_UNROLL
       for (int k = 0; k < kValues; ++k)
@@ -147,6 +149,7 @@ DIA_DEVICE W planar_walk(M& m, const MapSize& size, int lanes, int64_t row, cons
   const int lane = m.thread() % lanes, packs = (phase + size.positions + W::kValues - 1) / W::kValues;
   walk.from = lane * W::kValues - phase, walk.step = static_cast<int64_t>(lanes) * W::kValues;
   walk.offset = begin + walk.from;
+  walk.inner = walk.channel > 0 && walk.channel + 1 < size.channels && size.positions >= W::kValues;
   walk.count = packs > lane ? (packs - lane + lanes - 1) / lanes : 0;
   return walk;
 }

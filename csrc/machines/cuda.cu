@@ -1,6 +1,8 @@
 // A GPU by CUDA's runtime: the kernels of csrc/kernels for every element type, and their launch.
 #include <cuda_runtime.h>
 
+#include <array>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <sstream>
@@ -26,6 +28,12 @@ constexpr int kResidentOf = kernels::kIsFlow<Args>               ? kFlowResident
 template <class Args>
 __global__ void __launch_bounds__(kernels::kThreadsOf<Args>, kResidentOf<Args>)
     kernel(__grid_constant__ const Args args) {
+  // The next kernel may take the room that blocks of this one leave, and has then been launched when it may begin: it
+  // waits here until all before it is done and seen.
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   Machine machine(shared_memory);
   kernels::run(machine, args);
 }
@@ -66,6 +74,30 @@ GpuLimits limits_of(int device) {
   return limits;
 }
 
+// What has to be done for a kernel once on each device; and whether its code waits for the kernel before it, so that it
+// may be launched while that one still runs.
+enum class Ready : signed char { no, yes, early };
+
+Ready make_ready(const void* function, int device) {
+  // More than 48 KB of shared memory a block have to be asked for.
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
+        "shared memory of a kernel");
+  cudaFuncAttributes of{};
+  check(cudaFuncGetAttributes(&of, function), "the attributes of a kernel");
+  return of.ptxVersion >= 90 ? Ready::early : Ready::yes;
+}
+
+template <class Args>
+Ready ready(const void* function, int device) {
+  constexpr int kDevices = 64;
+  static std::array<std::atomic<Ready>, kDevices> known{};
+  if (device >= kDevices) return make_ready(function, device);
+  Ready found = known[device].load(std::memory_order_relaxed);
+  if (found == Ready::no) known[device].store(found = make_ready(function, device), std::memory_order_relaxed);
+  return found;
+}
+
 class CudaGpu final : public Gpu {
  public:
   explicit CudaGpu(cudaStream_t stream) : stream_(stream) { check(cudaGetDevice(&device_), "the current device"); }
@@ -82,15 +114,15 @@ class CudaGpu final : public Gpu {
     std::visit(
         [&]<class Args>(const Args& args) {
           const void* function = reinterpret_cast<const void*>(&kernel<Args>);
-          // More than 48 KB a block have to be asked for.
-          if (shared_bytes > (48 << 10))
-            check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(shared_bytes)),
-                  "shared memory of a kernel");
+          cudaLaunchAttribute early{};
+          early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+          early.val.programmaticStreamSerializationAllowed = 1;
+          cudaLaunchConfig_t config{};
+          config.gridDim = dim3(blocks), config.blockDim = dim3(kernels::kThreadsOf<Args>);
+          config.dynamicSmemBytes = static_cast<size_t>(shared_bytes), config.stream = stream_;
+          config.attrs = &early, config.numAttrs = ready<Args>(function, device_) == Ready::early ? 1 : 0;
           void* arguments[] = {const_cast<Args*>(&args)};
-          check(cudaLaunchKernel(function, dim3(blocks), dim3(kernels::kThreadsOf<Args>), arguments,
-                                 static_cast<size_t>(shared_bytes), stream_),
-                "a launch");
+          check(cudaLaunchKernelExC(&config, function, arguments), "a launch");
         },
         any);
   }

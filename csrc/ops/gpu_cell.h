@@ -157,8 +157,8 @@ class GpuCall {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(args.spread.x.data)>>;
     const GpuProblem problem = swept(args.reduce.size, sizeof(T));
     // Of the first sweep only one or two maps count: the fewer its pieces, the less is to be joined.
-    args.reduce.tile = detail::flow_tile_of(problem, limits_, kernels::kPacksAlone, std::min(args.reduce.maps(), 2));
-    args.spread.tile = detail::flow_tile_of(problem, limits_, kernels::kPacksOfEach, args.spread.maps());
+    args.reduce.tile = detail::flow_tile_of(problem, limits_, kPacksAlone, std::min(args.reduce.maps(), 2));
+    args.spread.tile = detail::flow_tile_of(problem, limits_, kPacksOfEach, args.spread.maps());
     if (const int pieces = args.reduce.pieces(); pieces > 1)
       for (float** table : {&args.reduce.first, &args.reduce.rest, &args.reduce.sum, &args.reduce.product})
         if (*table != nullptr) *table = scratch(pieces * shape_.samples * shape_.channels);
@@ -183,8 +183,9 @@ class GpuCall {
   // A sweep over args.size.samples samples.
   template <class T>
   void launch_sweep(kernels::Reduce<T> args) {
-    args.tile = detail::reduce_tile_of(swept(args.size, sizeof(T)), limits_);
-    launch_blocks(args, kernels::tasks_of(args.size, args.tile), kSweepResident,
+    args.tile = detail::reduce_tile_of(swept(args.size, sizeof(T)), limits_, args.dy.data == nullptr);
+    // Tasks of an interleaved map are large, and the device hands them out best.
+    launch_blocks(args, kernels::tasks_of(args.size, args.tile), kSweepResident * (args.size.interleaved ? 16 : 1),
                   reduce_shared_bytes(args.tile, args.size.interleaved, sizeof(T)));
   }
   template <class T>
