@@ -40,7 +40,7 @@ enum FlowPhase { kReducePhase, kStatisticsPhase, kBottleneckPhase, kCellPhase, k
 
 // Tiles of the cell: of few samples where a chunk has few.
 template <GpuNorm kNorm>
-using FlowTiles = CellTiles<kNorm == GpuNorm::batch ? 32 : 8>;
+using FlowTiles = CellTiles<32>;
 
 // What a block keeps in shared memory: what its first thread says to the others (its ticket, and how many counted
 // before it), then groups and members of each phase, of a whole chunk and of the last one.

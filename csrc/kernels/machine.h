@@ -12,6 +12,12 @@
 //   load_pack_once(p) store_pack_once             the same of what nobody wants again soon: caches need not keep it
 //   widen(element) narrow<T>(float)               conversions
 //   exp(x) tanh(x) sqrt(x)
+//   left(array, at, pitch) right(array, at, pitch)
+//                                                 what a lane needs of eight terms (rows of `pitch` floats in shared
+//                                                 memory from `at` on) of sixteen elements, and of eight
+//   multiply(large, small, left, right)           adds the product, sixteen by eight, to four sums of each lane, of
+//                                                 piece_row(m, k) and piece_column(m, k). Both arrays of sums together
+//                                                 are the result; the whole warp comes here together
 //   take(counter) release(counter)                the counter, before one is added to it: `take` only that; with
 //                                                 `release` what the block did before its last barrier is seen by who
 //                                                 counts there later, and, behind a barrier, by the whole of its block
@@ -59,6 +65,49 @@ struct Part {
 DIA_DEVICE Part part_of(int count, int number, int parts) {
   return {static_cast<int>(static_cast<int64_t>(count) * number / parts),
           static_cast<int>(static_cast<int64_t>(count) * (number + 1) / parts)};
+}
+
+// Where sum k of a lane lies in a product of sixteen by eight.
+template <class M>
+DIA_DEVICE int piece_row(const M& m, int k) {
+  return m.lane() / 4 + k / 2 * 8;
+}
+template <class M>
+DIA_DEVICE int piece_column(const M& m, int k) {
+  return m.lane() % 4 * 2 + k % 2;
+}
+
+// The sides of such a product in plain arithmetic, for a Machine without tensor cores: a lane's two rows, or two
+// columns, of all eight terms.
+struct PlainSide {
+  float values[2][8];
+};
+template <class M, class Array>
+DIA_DEVICE PlainSide plain_left(const M& m, const Array& memory, int at, int pitch) {
+  PlainSide side;
+  DIA_UNROLL
+  for (int term = 0; term < 8; ++term) {
+    DIA_UNROLL
+    for (int k = 0; k < 2; ++k) side.values[k][term] = memory[at + term * pitch + piece_row(m, 2 * k)];
+  }
+  return side;
+}
+template <class M, class Array>
+DIA_DEVICE PlainSide plain_right(const M& m, const Array& memory, int at, int pitch) {
+  PlainSide side;
+  DIA_UNROLL
+  for (int term = 0; term < 8; ++term) {
+    DIA_UNROLL
+    for (int k = 0; k < 2; ++k) side.values[k][term] = memory[at + term * pitch + piece_column(m, k)];
+  }
+  return side;
+}
+DIA_DEVICE void plain_multiply(float (&sums)[4], const PlainSide& left, const PlainSide& right) {
+  DIA_UNROLL
+  for (int term = 0; term < 8; ++term) {
+    DIA_UNROLL
+    for (int k = 0; k < 4; ++k) sums[k] += left.values[k / 2][term] * right.values[k % 2][term];
+  }
 }
 
 // Where row `row` of a table begins: 64 bits, as tables may be larger than 32 bits can count.

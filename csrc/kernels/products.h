@@ -1,15 +1,19 @@
 // Products of tables, in tiles: out(r, c) = sum over k of left(r, k) right(k, c).
 //
-// A block of kTableThreads makes a tile of kRows x kColumns, a thread sixteen elements for its share of the terms: the
-// smaller the tile, the more groups of threads there are, which take the terms in turns and add up at the end, in
-// order. A stage of terms of both sides lies in shared memory while the next one is on its way in registers, so there
-// is one barrier a stage.
+// A block of kTableThreads makes a tile of kRows x kColumns, a warp a part of it in pieces of 16 x 8 (multiply(), see
+// machine.h: on the tensor cores, as exact as in float32). Tiles so small that four warps are enough for all pieces
+// have two groups of warps, which take the terms in turns and add up at the end, in order. A stage of terms of both
+// sides lies in shared memory while the next one is on its way in registers, so there is one barrier a stage. Each
+// stage has sums of its own, which are added to those of all: tensor cores round their sums towards zero.
 //
 // What the sides are, and what becomes of the results, the caller says: the cell's products need no launch of their own
 // for what lies between them. A side is asked twice: for what it loads, and, when the stage before is done, for what it
 // makes of that. In one go every load would be waited for before the next. Loads know no conditions: what lies outside
 // of a table is loaded from its edge and made zero of. (With a branch around each of them, products were two to three
 // times as slow on an H100.)
+//
+// Before, each thread had 4 x 4 results and multiplied in float32: 10 to 17 TFLOP/s of an H100's 67, as two reads of
+// shared memory went with sixteen multiply-adds.
 #pragma once
 
 #include "machine.h"
@@ -39,7 +43,7 @@ Plain(int, int, Load) -> Plain<Load>;
 // which also keeps their banks apart; else elements.
 template <int kSize, int kTerms, bool kAlong, class Raw>
 struct Side {
-  static constexpr int kCount = kSize * kTerms / kTableThreads, kPitch = kSize + 4;
+  static constexpr int kCount = kSize * kTerms / kTableThreads, kPitch = kSize + 8;
   Raw raws[kCount]{};
 
   DIA_DEVICE static int element_of(int item) { return kAlong ? item / 8 % kSize : item % kSize; }
@@ -69,17 +73,29 @@ struct Side {
 template <int kRows, int kColumns>
 class TileProduct {
  public:
-  static constexpr int kThread = 4;  // rows and columns of a thread
-  static constexpr int kGroups = kThread * kThread * kTableThreads / (kRows * kColumns);
-  static constexpr int kTerms = kGroups == 4 ? 64 : 32;
-  static constexpr int kStage = kTerms * (kRows + kColumns + 8);  // floats
-  static constexpr int kFloats = 2 * kStage;                      // of shared memory
+  static constexpr int kThread = 4;  // neighbouring columns that a thread finishes together
+
+ private:
+  static constexpr int kPieceRows = 16, kPieceColumns = 8, kPieceTerms = 8;
+  static constexpr int kWarps = kTableThreads / 32;
+  // Pieces of a warp, and warps along the tile.
+  static constexpr int kDown = kRows > 32 ? 2 : 1, kAcross = 2;
+  static constexpr int kWarpRows = kRows / (kDown * kPieceRows), kWarpColumns = kColumns / (kAcross * kPieceColumns);
+  static constexpr int kGroups = kWarps / (kWarpRows * kWarpColumns);
+  static_assert(kGroups * kWarpRows * kWarpColumns == kWarps);
+  static constexpr int kLeftPitch = kRows + 8, kRightPitch = kColumns + 8, kResultPitch = kColumns + 8;
+
+ public:
+  static constexpr int kTerms = kGroups > 1 ? 64 : 32;
+  static constexpr int kStage = kTerms * (kLeftPitch + kRightPitch);  // floats
+  static constexpr int kFloats = 2 * kStage;                          // of shared memory
+  static_assert(kGroups * kRows * kResultPitch <= kFloats);
 
   template <class M>
   DIA_DEVICE explicit TileProduct(M& m) {
-    const int own = m.thread() % (kTableThreads / kGroups);
-    group_ = m.thread() / (kTableThreads / kGroups);
-    row_ = own / (kColumns / kThread) * kThread, column_ = own % (kColumns / kThread) * kThread;
+    const int own = m.warp() % (kWarpRows * kWarpColumns);
+    group_ = m.warp() / (kWarpRows * kWarpColumns);
+    row_ = own / kWarpColumns * (kDown * kPieceRows), column_ = own % kWarpColumns * (kAcross * kPieceColumns);
     m.sync_block();  // the tile before may still be read
   }
 
@@ -89,7 +105,8 @@ class TileProduct {
   DIA_DEVICE void add(M& m, const Array& memory, Part inner, const Left& left, const Right& right) {
     using LeftSide = Side<kRows, kTerms, kLeftAlong, typename Left::Raw>;
     using RightSide = Side<kColumns, kTerms, kRightAlong, typename Right::Raw>;
-    constexpr int kRight = kTerms * LeftSide::kPitch;
+    static_assert(LeftSide::kPitch == kLeftPitch && RightSide::kPitch == kRightPitch);
+    constexpr int kRight = kTerms * kLeftPitch;
     LeftSide left_side;
     RightSide right_side;
     if (inner.begin < inner.end)
@@ -100,58 +117,78 @@ class TileProduct {
       m.sync_block();
       if (first + kTerms < inner.end)
         left_side.fetch(m, first + kTerms, inner.end, left), right_side.fetch(m, first + kTerms, inner.end, right);
-      const int terms = inner.end - first < kTerms ? inner.end - first : kTerms;
-      const int steps = (terms + kGroups - 1) / kGroups;
-      DIA_UNROLL_BY(8)
-      for (int step = 0; step < steps; ++step) {
-        const int term = step * kGroups + group_;
-        const Pack<float> a = memory.pack(stage_ + term * LeftSide::kPitch + row_);
-        const Pack<float> b = memory.pack(stage_ + kRight + term * RightSide::kPitch + column_);
-        DIA_UNROLL
-        for (int i = 0; i < kThread; ++i) {
-          DIA_UNROLL
-          for (int j = 0; j < kThread; ++j) sums_[i][j] += a[i] * b[j];
-        }
-      }
+      add_stage(m, memory, inner.end - first);
     }
   }
 
-  // done(row, column, four neighbours) for the elements of the tile.
+  // done(row, column, four neighbours) for the elements of the tile: a thread's column is always the same.
   template <class M, class Array, class Done>
   DIA_DEVICE void finish(M& m, const Array& memory, Done done) {
-    if constexpr (kGroups == 1) {
+    constexpr int kQuads = kColumns / kThread;
+    m.sync_block();
+    DIA_UNROLL
+    for (int i = 0; i < kDown; ++i) {
       DIA_UNROLL
-      for (int i = 0; i < kThread; ++i) done(row_ + i, column_, sums_[i]);
-    } else {
-      constexpr int kPitch = kColumns + 4, kAcross = kColumns / kThread;
-      m.sync_block();
-      DIA_UNROLL
-      for (int i = 0; i < kThread; ++i) {
-        Pack<float> pack{};
+      for (int j = 0; j < kAcross; ++j) {
         DIA_UNROLL
-        for (int j = 0; j < kThread; ++j) pack.set(j, sums_[i][j]);
-        memory.set_pack((group_ * kRows + row_ + i) * kPitch + column_, pack);
-      }
-      m.sync_block();
-      DIA_UNROLL
-      for (int t = 0; t < (kRows * kAcross + kTableThreads - 1) / kTableThreads; ++t) {
-        const int item = m.thread() + t * kTableThreads, row = item / kAcross, column = item % kAcross * kThread;
-        if (row >= kRows) break;
-        float sums[kThread] = {};
-        DIA_UNROLL
-        for (int group = 0; group < kGroups; ++group) {
-          const Pack<float> pack = memory.pack((group * kRows + row) * kPitch + column);
-          DIA_UNROLL
-          for (int j = 0; j < kThread; ++j) sums[j] += pack[j];
+        for (int k = 0; k < 4; ++k) {
+          const int row = row_ + i * kPieceRows + piece_row(m, k),
+                    column = column_ + j * kPieceColumns + piece_column(m, k);
+          memory[(group_ * kRows + row) * kResultPitch + column] = sums_[i][j][k];
         }
-        done(row, column, sums);
       }
+    }
+    m.sync_block();
+    DIA_UNROLL
+    for (int t = 0; t < kRows * kQuads / kTableThreads; ++t) {
+      const int item = m.thread() + t * kTableThreads, row = item / kQuads, column = item % kQuads * kThread;
+      float sums[kThread] = {};
+      DIA_UNROLL
+      for (int group = 0; group < kGroups; ++group) {
+        const Pack<float> pack = memory.pack((group * kRows + row) * kResultPitch + column);
+        DIA_UNROLL
+        for (int j = 0; j < kThread; ++j) sums[j] += pack[j];
+      }
+      done(row, column, sums);
     }
   }
 
  private:
+  // A stage, of which the first `terms` are not zero.
+  template <class M, class Array>
+  DIA_DEVICE void add_stage(M& m, const Array& memory, int terms) {
+    constexpr int kRight = kTerms * kLeftPitch;
+    float large[kDown][kAcross][4] = {}, small[kDown][kAcross][4] = {};
+    DIA_UNROLL_BY(2)
+    for (int step = 0; step < kTerms / (kPieceTerms * kGroups); ++step) {
+      const int term = (step * kGroups + group_) * kPieceTerms;
+      if (term >= terms) break;
+      typename M::Left a[kDown];
+      typename M::Right b[kAcross];
+      DIA_UNROLL
+      for (int i = 0; i < kDown; ++i)
+        a[i] = m.left(memory, stage_ + term * kLeftPitch + row_ + i * kPieceRows, kLeftPitch);
+      DIA_UNROLL
+      for (int j = 0; j < kAcross; ++j)
+        b[j] = m.right(memory, stage_ + kRight + term * kRightPitch + column_ + j * kPieceColumns, kRightPitch);
+      DIA_UNROLL
+      for (int i = 0; i < kDown; ++i) {
+        DIA_UNROLL
+        for (int j = 0; j < kAcross; ++j) m.multiply(large[i][j], small[i][j], a[i], b[j]);
+      }
+    }
+    DIA_UNROLL
+    for (int i = 0; i < kDown; ++i) {
+      DIA_UNROLL
+      for (int j = 0; j < kAcross; ++j) {
+        DIA_UNROLL
+        for (int k = 0; k < 4; ++k) sums_[i][j][k] += large[i][j][k] + small[i][j][k];
+      }
+    }
+  }
+
   int group_, row_, column_, stage_ = 0;
-  float sums_[kThread][kThread] = {};
+  float sums_[kDown][kAcross][4] = {};
 };
 
 DIA_DEVICE int tiles_along(int size, int tile) { return (size + tile - 1) / tile; }

@@ -147,11 +147,71 @@ class Machine {
     else
       return {__half_as_ushort(__float2half_rn(value))};
   }
+  // Products on the tensor cores in tf32, whose eleven digits a value is split into twice: of the four products of the
+  // parts the smallest is left out, 2^-22 of the whole. The large parts and the rest are added up apart, so that they
+  // need not wait for each other. What is not finite may become NaN.
+#if __CUDA_ARCH__ >= 800
+  template <int kCount>
+  struct Split {
+    uint32_t high[kCount], low[kCount];
+
+    __device__ __forceinline__ void set(int k, float value) {
+      const uint32_t bits = __float_as_uint(value) & 0xffffe000u;
+      high[k] = bits, low[k] = __float_as_uint(value - __uint_as_float(bits));
+    }
+  };
+  using Left = Split<4>;
+  using Right = Split<2>;
+  template <class Array>
+  __device__ __forceinline__ Left left(const Array& memory, int at, int pitch) const {
+    Left left;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) left.set(k, memory[at + (lane() % 4 + k / 2 * 4) * pitch + lane() / 4 + k % 2 * 8]);
+    return left;
+  }
+  template <class Array>
+  __device__ __forceinline__ Right right(const Array& memory, int at, int pitch) const {
+    Right right;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) right.set(k, memory[at + (lane() % 4 + k * 4) * pitch + lane() / 4]);
+    return right;
+  }
+  __device__ __forceinline__ static void multiply(float (&large)[4], float (&small)[4], const Left& left,
+                                                  const Right& right) {
+    multiply(small, left.low, right.high);
+    multiply(small, left.high, right.low);
+    multiply(large, left.high, right.high);
+  }
+#else
+  using Left = kernels::PlainSide;
+  using Right = kernels::PlainSide;
+  template <class Array>
+  __device__ __forceinline__ Left left(const Array& memory, int at, int pitch) const {
+    return kernels::plain_left(*this, memory, at, pitch);
+  }
+  template <class Array>
+  __device__ __forceinline__ Right right(const Array& memory, int at, int pitch) const {
+    return kernels::plain_right(*this, memory, at, pitch);
+  }
+  __device__ __forceinline__ static void multiply(float (&large)[4], float (&)[4], const Left& left,
+                                                  const Right& right) {
+    kernels::plain_multiply(large, left, right);
+  }
+#endif
   __device__ __forceinline__ static float exp(float value) { return expf(value); }
   __device__ __forceinline__ static float tanh(float value) { return tanhf(value); }
   __device__ __forceinline__ static float sqrt(float value) { return sqrtf(value); }
 
  private:
+#if __CUDA_ARCH__ >= 800
+  __device__ __forceinline__ static void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#endif
+
   unsigned shared_;  // where the next array begins: shared addresses have 32 bits
 };
 

@@ -30,6 +30,7 @@
 #include <vector>
 
 #include "../core/elements.h"
+#include "../kernels/machine.h"
 #include "fiber.h"
 
 namespace dia::simt {
@@ -280,6 +281,21 @@ class Thread {
     dia::narrow(value, &result);
     return result;
   }
+  // Products of pieces: see kernels/machine.h.
+  using Left = kernels::PlainSide;
+  using Right = kernels::PlainSide;
+  template <class Array>
+  Left left(const Array& memory, int at, int pitch) const {
+    return kernels::plain_left(*this, memory, at, pitch);
+  }
+  template <class Array>
+  Right right(const Array& memory, int at, int pitch) const {
+    return kernels::plain_right(*this, memory, at, pitch);
+  }
+  static void multiply(float (&large)[4], float (&)[4], const Left& left, const Right& right) {
+    kernels::plain_multiply(large, left, right);
+  }
+
   static float exp(float value) { return std::exp(value); }
   static float tanh(float value) { return std::tanh(value); }
   static float sqrt(float value) { return std::sqrt(value); }
