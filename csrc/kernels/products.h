@@ -134,9 +134,8 @@ class TileProduct {
       }
       m.sync_block();
       DIA_UNROLL
-      for (int t = 0; t < (kRows * kAcross + kTableThreads - 1) / kTableThreads; ++t) {
+      for (int t = 0; t < kRows * kAcross / kTableThreads; ++t) {
         const int item = m.thread() + t * kTableThreads, row = item / kAcross, column = item % kAcross * kThread;
-        if (row >= kRows) break;
         float sums[kThread] = {};
         DIA_UNROLL
         for (int group = 0; group < kGroups; ++group) {

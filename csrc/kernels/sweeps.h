@@ -33,7 +33,6 @@ struct Reduce {
   // (pieces, N, C), of each piece of the positions: sums of g and of g (x - shift), without dy of x - shift. Null: not
   // wanted.
   float *sum, *product;
-  bool once;  // whether nobody wants dy, y and x again soon
 
   // Pieces of a sample's positions that are summed apart, and channels of a sample that are a task's.
   DIA_DEVICE int pieces() const {
@@ -58,7 +57,6 @@ struct Spread {
   const float *scale, *offset;  // (N, C); null: 0, where nothing is to be scaled by it
   const float *shift, *slope;   // (C), null: 0. With slope out += (x - shift) slope, else (x - shift) scale.
   bool relu;
-  bool once;  // whether nobody wants any of the maps again soon
 
   DIA_DEVICE int maps() const {
     return (x.data != nullptr ? 1 : 0) + (dy.data != nullptr ? 1 : 0) + (y.data != nullptr ? 1 : 0) +
@@ -96,16 +94,16 @@ DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       if (first + b >= walk.count) continue;
-      if (with_x) x[b] = walk.load(m, args.x, first + b, args.once);
+      if (with_x) x[b] = walk.load(m, args.x, first + b);
       if (!kWithG) continue;
-      g[b] = walk.load(m, args.dy, first + b, args.once);
-      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, first + b, args.once));
+      g[b] = walk.load(m, args.dy, first + b);
+      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, first + b));
     }
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       const int number = first + b;
       if (number >= walk.count) continue;
-      if (kWithG && args.g.data != nullptr) walk.store(m, args.g, number, g[b], false);
+      if (kWithG && args.g.data != nullptr) walk.store(m, args.g, number, g[b]);
       DIA_UNROLL
       for (int k = 0; k < W::kValues; ++k) {
         if (!walk.holds(number, k)) continue;
@@ -354,10 +352,10 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
     for (int b = 0; b < kPacksOfEach; ++b) {
       const int number = first + b;
       if (number >= walk.count) continue;
-      if (has_g) g[b] = walk.load(m, args.dy, number, args.once);
-      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, number, args.once));
-      if (has_x) x[b] = walk.load(m, args.x, number, args.once);
-      if (added) shortcut[b] = walk.load(m, args.shortcut, number, args.once);
+      if (has_g) g[b] = walk.load(m, args.dy, number);
+      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, number));
+      if (has_x) x[b] = walk.load(m, args.x, number);
+      if (added) shortcut[b] = walk.load(m, args.shortcut, number);
     }
     DIA_UNROLL
     for (int b = 0; b < kPacksOfEach; ++b) {
@@ -373,7 +371,7 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
         if (added) sum += M::widen(shortcut[b][k]);
         out.set(k, M::template narrow<T>(args.relu && sum <= 0.0f ? 0.0f : sum));  // not a maximum: NaN passes
       }
-      walk.store(m, args.out, number, out, args.once);
+      walk.store(m, args.out, number, out);
     }
   }
 }
