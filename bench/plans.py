@@ -34,7 +34,7 @@ SHAPES = (
 
 def layout(p: Plan) -> str:
     """How the map is swept, and who makes the cell."""
-    return f"one kernel, chunks of {p.chunk}" if p.flow else f"sweeps of {p.chunk}, {p.cell}"
+    return f"sweeps of {p.chunk}, {p.cell}"
 
 
 def row(shape: Sequence[int], device: str, dtype: str, channels_last: bool, norm: str) -> list[str]:

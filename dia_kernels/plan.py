@@ -22,22 +22,19 @@ ELEMENT_BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2
 NORMS = ("none", "given", "batch")
 
 #: Which layouts a plan may have: what the operators take, or one kind for comparison (GpuLayouts in the C++ source).
-LAYOUTS = ("any", "flow", "sweeps", "products")
+LAYOUTS = ("any", "sweeps", "products")
 
 
 @dataclass(frozen=True)
 class Plan:
     """A plan of one direction of the step.
 
-    Sweeps over the map, ``chunk`` samples at a time, and the cell between them; with ``flow`` they are one kernel,
-    whose blocks take the tasks of all chunks as they come.
+    Sweeps over the map, ``chunk`` samples at a time, and the cell between them.
 
     ``cell`` is what makes the cell: kernels of ``tiles``, or ``products``, a BLAS. ``passes`` over the map move
-    ``bytes``, where what the second-level cache holds is not counted for a flow; ``ideal_seconds`` is the time of those
-    passes that nobody can avoid.
+    ``bytes``; ``ideal_seconds`` is the time of those passes that nobody can avoid.
     """
 
-    flow: bool
     cell: str
     chunk: int
     launches: int
@@ -130,11 +127,8 @@ def plan(
 def as_text(name: str, p: Plan) -> str:
     """A plan for a reader."""
     cell = {"tiles": "kernels of tiles", "products": "a BLAS"}[p.cell]
-    layout = f"one kernel, {p.chunk} samples at a time"
-    if not p.flow:
-        layout = f"sweeps, {p.chunk} samples at a time; the cell between them: {cell}"
     return (
-        f"{name}\n    {layout}\n"
+        f"{name}\n    sweeps, {p.chunk} samples at a time; the cell between them: {cell}\n"
         f"    {p.launches} launches, {p.passes:g} passes, {p.bytes / 1e6:.1f} MB; modelled {p.seconds * 1e6:.0f} us, "
         f"of which {p.ideal_seconds * 1e6:.0f} us are the least bytes"
     )

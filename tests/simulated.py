@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "simulated"
 TORCH = Path(torch.__file__).parent
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-SHARED_BYTES = 227 << 10
+SHARED_BYTES = 48 << 10
 #: Of a block of kernels that make tables, which are compiled for so many.
 TABLE_THREADS = 256
 
@@ -75,9 +75,9 @@ def machine() -> ModuleType:
 class Case:
     """A problem for the step's kernels, and how they are launched on it.
 
-    ``blocks`` take ``chunk`` samples at a time: a task has ``rows`` channels, and of an interleaved map ``piece``
-    positions; in a planar one ``lanes`` threads share a row. The bottlenecks' sums come in ``parts``. ``phase`` is how
-    many elements past a 32-byte boundary each map begins, in the order of the maps of a kernel;
+    Each kernel has ``blocks``. A sweep's task has ``rows`` channels, and in the second one of an interleaved map
+    ``piece`` positions; in a planar one ``lanes`` threads share a row. The bottlenecks' sums come in ``parts``.
+    ``phase`` is how many elements past a 32-byte boundary each map begins, in the order of the maps of a direction;
     ``gap`` how many elements lie between its samples.
     """
 
@@ -96,7 +96,6 @@ class Case:
     need_state: bool = True
     affine: bool = False
     blocks: int = 2
-    chunk: int = 2
     rows: int = 8
     piece: int = 20
     lanes: int = 4
@@ -106,7 +105,7 @@ class Case:
     seed: int = 0
 
     def numbers(self) -> dict[str, int]:
-        names = ("samples", "channels", "positions", "bottleneck", "interleaved", "relu", "blocks", "chunk", "parts",
+        names = ("samples", "channels", "positions", "bottleneck", "interleaved", "relu", "blocks", "parts",
                  "seed")  # fmt: skip
         return {name: int(getattr(self, name)) for name in names} | {
             "tile_channels": self.rows,
@@ -117,11 +116,6 @@ class Case:
             "affine": int(self.affine),
             "shared_bytes": SHARED_BYTES,
         }
-
-    @property
-    def pieces(self) -> int:
-        """Of a sample's positions, that are summed apart."""
-        return -(-self.positions // self.piece) if self.interleaved else 1
 
     @property
     def map_bytes(self) -> int:
@@ -233,20 +227,14 @@ class Problem:
         """Runs ``kernel``; ``shrink`` lies about the extent of tensors, ``without`` leaves a barrier out."""
         shrink = shrink or {}
         arrays = {name: array(t, name in given, shrink.get(name, (0, 0))) for name, t in (given | results).items()}
-        numbers = self.case.numbers()
-        if "counters" in results:
-            numbers["resident"] = self.case.blocks
-        report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, numbers, without)
+        report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, self.case.numbers(), without)
         return Result({k: v for k, v in results.items() if k in self.truth}, self.truth, self.scales, report)
 
     def weights(self) -> Tensors:
         return dict(self.parameters._asdict())
 
-    def workspace_of_a_flow(self, *sums: str) -> Tensors:
-        case = self.case
-        tables = {f"{name} of pieces": torch.zeros(case.pieces, case.samples, case.channels) for name in sums}
-        parts = torch.zeros(case.parts, case.samples, 2 * case.bottleneck)
-        return tables | {"parts": parts, "counters": torch.zeros(1 << 14, dtype=torch.int32)}
+    def parts(self) -> Tensor:
+        return torch.zeros(self.case.parts, self.case.samples, 2 * self.case.bottleneck)
 
     def forward(self, **options) -> Result:
         case = self.case
@@ -254,9 +242,8 @@ class Problem:
         given = {"x": self.map("x", 0)} | self.state | self.weights() | self.affine
         if case.shortcut:
             given["shortcut"] = self.map("shortcut", 1)
-        sizes = {"p": c, "zx": m, "zh": m, "gates": 4 * c, "new_h": c, "new_c": c}
-        results = {name: torch.zeros(n, size) for name, size in sizes.items()}
-        results |= self.workspace_of_a_flow("sum")
+        sizes = {"sum": c, "p": c, "zx": m, "zh": m, "gates": 4 * c, "new_h": c, "new_c": c}
+        results = {name: torch.zeros(n, size) for name, size in sizes.items()} | {"parts": self.parts()}
         results["y"] = placed(torch.zeros_like(self.maps["x"]), case.phase[2 % len(case.phase)], case.gap)
         if case.affine:
             results |= {name: torch.zeros(n, c) for name in ("off", "factor", "added")}
@@ -274,23 +261,21 @@ class Problem:
         given["dy"] = self.map("dy", 1)
         if case.relu:
             given["y"] = self.map("y", 2)
-        sizes = {"du": 4 * c, "dzx": m, "dzh": m}
+        sizes = {"product": c, "du": 4 * c, "dzx": m, "dzh": m}
+        if case.affine:
+            sizes |= {"sum": c, "dp": c}
         if case.need_state:
             sizes |= {"old_dh": c, "old_dc": c}
-        results = {name: torch.zeros(n, size) for name, size in sizes.items()}
-        results |= self.workspace_of_a_flow("product", *(["sum"] if case.affine else []))
-        results["factor"] = torch.zeros(n, c)
+        if case.need_x:
+            sizes |= {"factor": c, "offset": c}
+        results = {name: torch.zeros(n, size) for name, size in sizes.items()} | {"parts": self.parts()}
         blank = torch.zeros_like(self.maps["x"])
         if case.need_x:
-            results["offset"] = torch.zeros(n, c)
             results["dx"] = placed(blank, case.phase[3 % len(case.phase)], case.gap)
         if case.shortcut and case.relu:
             results["dshortcut"] = placed(blank, case.phase[4 % len(case.phase)], case.gap)
-        names = ["du", "dzx", "dzh"]
-        if case.affine:
-            names += ["sum", "product", "dp"]
-            results |= {name: torch.zeros(n, c) for name in names[3:]}
         result = self.launch("step_backward", given, results, **options)
+        names = ("du", "dzx", "dzh", *(("sum", "product", "dp") if case.affine else ()))
         self.workspace = {k: results[k] for k in names}
         return result
 

@@ -17,7 +17,7 @@ import torch
 from dia_kernels import backends
 
 #: Which plans are taken: GpuLayouts of csrc/core/gpu_plan.h.
-LAYOUTS = ("any", "flow", "sweeps", "products")
+LAYOUTS = ("any", "sweeps", "products")
 LIBRARY = simulated.BUILD / "libdia_simulated_operators.so"
 
 
@@ -31,7 +31,7 @@ def library() -> ctypes.CDLL:
     for function in (loaded.dia_simulated_launches, loaded.dia_simulated_seen):
         function.restype = ctypes.c_char_p
     int64, text = ctypes.c_int64, ctypes.c_char_p
-    loaded.dia_simulated_limits.argtypes = [ctypes.c_int, int64, ctypes.c_double, ctypes.c_int, ctypes.c_int]
+    loaded.dia_simulated_limits.argtypes = [ctypes.c_int, int64, ctypes.c_double, ctypes.c_int]
     loaded.dia_simulated_lie.argtypes = [text, text, int64, int64, text, ctypes.c_uint32, ctypes.c_uint32]
     return loaded
 
@@ -43,19 +43,15 @@ def device(
     l2: int = 64 << 10,
     flops: float = 2e12,
     threads: int = 64,
-    resident: int = 1 << 20,
 ) -> Iterator[None]:
-    """A simulated GPU with these limits, which takes these plans.
-
-    It runs at most ``threads`` of a block, and at most ``resident`` blocks of a flow beside each other.
-    """
-    library().dia_simulated_limits(multiprocessors, l2, flops, threads, resident)
+    """A simulated GPU with these limits, which takes these plans and runs at most ``threads`` of a block."""
+    library().dia_simulated_limits(multiprocessors, l2, flops, threads)
     library().dia_kernels_gpu_layouts(LAYOUTS.index(layouts))
     launches()
     try:
         yield
     finally:
-        library().dia_simulated_limits(4, 64 << 10, 2e12, 64, 1 << 20)
+        library().dia_simulated_limits(4, 64 << 10, 2e12, 64)
         library().dia_kernels_gpu_layouts(0)
 
 

@@ -20,7 +20,7 @@ pytestmark = [
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(4, 64, 32, 32), (3, 102, 7, 7), (2, 25, 9, 5), (5, 12, 1, 1), (33, 256, 8, 8), (8, 512, 14, 14)]
-LAYOUTS = ("any", "flow", "sweeps", "products")
+LAYOUTS = ("any", "sweeps", "products")
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -105,7 +105,7 @@ def test_a_captured_graph(norm, layouts):
 
 
 def test_two_models_on_two_streams(layouts):
-    """Flows on two streams at once: neither waits for the other's blocks nor meets its counters."""
+    """Steps on two streams at once: neither meets the other's tables."""
     attentions = [SharedAttention(256, 4, backend="cuda").cuda() for _ in range(2)]
     pairs = [maps((16, 256, 28, 28), torch.bfloat16, False) for _ in range(2)]
     expected = [results(a, None, *pair) for a, pair in zip(attentions, pairs, strict=True)]
@@ -124,25 +124,20 @@ def test_two_models_on_two_streams(layouts):
 
 @pytest.mark.parametrize("norm", ["none", "batch", "running"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_maps_of_several_times_the_second_level_cache(channels_last, norm):
-    """A flow of many chunks, blocks enough for several at once: as accurate as eager, and the same bits every time."""
+def test_maps_of_several_times_the_second_level_cache(channels_last, norm, layouts):
+    """As accurate as eager, and the same bits every time."""
     channels, side = 96, 40
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     shape = (3 * cache // (channels * side * side * 2) + 5, channels, side, side)
     attention = SharedAttention(channels, 4, backend="cuda").cuda()
     module = None if norm == "none" else nn.BatchNorm2d(channels).cuda().train(norm == "batch")
-    library = ctypes.CDLL(str(operators.LIBRARY_PATH))
-    library.dia_kernels_gpu_layouts(LAYOUTS.index("flow"))
-    try:
-        tensors = maps(shape, torch.bfloat16, channels_last)
-        of, _ = errors(attention, module, *tensors)
-        assert_as_accurate([of], torch.bfloat16)
-        first = results(attention, copy.deepcopy(module), *tensors)
-        for _ in range(9):
-            for name, value in results(attention, copy.deepcopy(module), *tensors).items():
-                assert torch.equal(value, first[name]), name
-    finally:
-        library.dia_kernels_gpu_layouts(0)
+    tensors = maps(shape, torch.bfloat16, channels_last)
+    of, _ = errors(attention, module, *tensors)
+    assert_as_accurate([of], torch.bfloat16)
+    first = results(attention, copy.deepcopy(module), *tensors)
+    for _ in range(9):
+        for name, value in results(attention, copy.deepcopy(module), *tensors).items():
+            assert torch.equal(value, first[name]), name
 
 
 def test_over_two_to_the_31_elements():

@@ -16,23 +16,21 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "gpu"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 TYPES = ("float32", "bfloat16", "float16")
-#: A multiprocessor holds three blocks of sweeps, two of tiles of products and of flows, four of others.
+#: A multiprocessor holds three blocks of sweeps, two of tiles of products, four of others.
 MOST_REGISTERS = 64
 MOST_REGISTERS_OF_SWEEPS, MOST_REGISTERS_OF_TILES = 80, 128
 #: Bytes that a kernel may spill: a few registers of the largest tile, one or two of others. Sweeps put away what is the
-#: same for a task; a flow, which is all of them in one kernel, its place in the order and what is the same for a phase.
-MOST_SPILLED, MOST_SPILLED_BY_SWEEPS, MOST_SPILLED_BY_FLOWS = 16, 96, 448
+#: same for a task.
+MOST_SPILLED, MOST_SPILLED_BY_SWEEPS = 16, 96
 #: Types of the kernels' arguments, by which their mangled names tell them apart.
 NAMES = (
-    *("StepForward", "StepBackward", "Reduce", "Spread", "WeightGradients"),
+    *("Reduce", "Spread", "WeightGradients"),
     *("BottleneckSums", "JoinParts", "CellStates", "BottleneckGradientSums", "CellGradients"),
     *("BatchStatistics", "GivenStatistics", "MeanGradients", "NormAgain", "NormGradients", "Rectify", "SplitMeans"),
     *("SplitGateGradients", "SplitGates"),
 )
-STEPS = ("StepForward", "StepBackward")
 SWEEPS = ("Reduce", "Spread")
-MAPS = (*STEPS, *SWEEPS)
-TILES = (*STEPS, "BottleneckSums", "CellStates", "BottleneckGradientSums", "CellGradients", "WeightGradients")
+TILES = ("BottleneckSums", "CellStates", "BottleneckGradientSums", "CellGradients", "WeightGradients")
 #: The most bytes of shared memory that a kernel takes by itself: all of it is asked for at the launch.
 MOST_STATIC_SHARED = 0
 
@@ -97,9 +95,8 @@ def accesses_of(code: str) -> dict[str, dict[str, int]]:
     """What moves data in each kernel.
 
     Loads and stores of sixteen bytes in global and shared memory; how many such loads of global memory come one after
-    the other with no store between (``batch``), and how many of any width with no multiply-add between (``ahead``);
-    how often the multiprocessor's own cache is emptied; how many loads may miss what was written since the kernel
-    began; and how many accesses to spilled registers there are in innermost loops that load sixteen bytes at a time.
+    the other with no store between (``batch``), and how many of any width with no multiply-add between (``ahead``); and
+    how many accesses to spilled registers there are in innermost loops that load sixteen bytes at a time.
     """
     found = {}
     for section in re.split(r"\n\s*\.section\s+\.text\.", code)[1:]:
@@ -108,8 +105,6 @@ def accesses_of(code: str) -> dict[str, dict[str, int]]:
             counts = {kind: len(re.findall(rf"\b{kind}\S*\.128", section)) for kind in ("LDG", "STG", "LDS", "STS")}
             counts["batch"] = longest_run(section, r"\bLDG\S*\.128", r"\bST[GS]\b")
             counts["ahead"] = longest_run(section, r"\bLDG\b", r"\bFFMA\b")
-            counts["emptied"] = len(re.findall(r"\bCCTL\.IVALL\b", section))
-            counts["incoherent"] = len(re.findall(r"\bLDG\S*\.CONSTANT\b", section))
             loops = [loop for loop in innermost_loops(section) if re.search(r"\bLDG\S*\.128", loop)]
             counts["spills in loops"] = sum(len(re.findall(r"\b(?:LDL|STL)\b", loop)) for loop in loops)
             found[name.group()] = counts
@@ -146,7 +141,7 @@ def plain(mangled: str) -> str:
 @pytest.mark.slow
 def test_budgets(compiled):
     kernels = compiled["kernels"]
-    assert len(kernels) == len(TYPES) * (2 * 3 + 2) + 21
+    assert len(kernels) == len(TYPES) * len(SWEEPS) + 21
     for name, figures in kernels.items():
         most = MOST_REGISTERS
         if plain(name) in SWEEPS:
@@ -154,9 +149,7 @@ def test_budgets(compiled):
         if plain(name) in TILES:
             most = MOST_REGISTERS_OF_TILES
         assert figures["registers"] <= most, name
-        spilled = MOST_SPILLED
-        if plain(name) in MAPS:
-            spilled = MOST_SPILLED_BY_FLOWS if plain(name) in STEPS else MOST_SPILLED_BY_SWEEPS
+        spilled = MOST_SPILLED_BY_SWEEPS if plain(name) in SWEEPS else MOST_SPILLED
         assert figures["spilled"] <= spilled, (name, figures)
         assert figures["shared"] <= MOST_STATIC_SHARED, (name, figures)
 
@@ -173,38 +166,27 @@ def accesses(compiled) -> dict[str, dict[str, int]]:
 def test_maps_are_moved_in_sixteen_bytes(accesses):
     for name, counts in accesses.items():
         kind = plain(name)
-        if kind not in MAPS:
+        if kind not in SWEEPS:
             continue
         assert counts["LDG"] > 0, name
         if kind != "Reduce":
             assert counts["STG"] > 0, name
-        if kind in STEPS:
-            assert counts["LDS"] > 0, f"{name}: packs come from shared memory in pieces"
 
 
 @pytest.mark.slow
 def test_nothing_is_spilled_while_a_map_is_streamed(accesses):
     for name, counts in accesses.items():
-        if plain(name) in MAPS:
+        if plain(name) in SWEEPS:
             assert counts["spills in loops"] == 0, name
 
 
 @pytest.mark.slow
 def test_loads_are_on_their_way_before_the_first_is_used(accesses):
     for name, counts in accesses.items():
-        if plain(name) in MAPS:
+        if plain(name) in SWEEPS:
             assert counts["batch"] >= 4, name
         if plain(name) in TILES:
             assert counts["ahead"] >= 4, f"{name}: a weight is used before the next is asked for"
-
-
-@pytest.mark.slow
-def test_a_flow_reads_what_others_wrote_past_its_own_cache(accesses):
-    """Where it waits for a count, and where it counts last."""
-    for name, counts in accesses.items():
-        if plain(name) in STEPS:
-            assert counts["emptied"] >= 2, f"{name}: what it has seen counted, it may read from before"
-            assert counts["incoherent"] == 0, name
 
 
 def test_the_report_is_read_right():
@@ -214,10 +196,7 @@ def test_the_report_is_read_right():
         "ptxas info    : Used 62 registers, used 1 barriers, 16 bytes smem\n"
     )
     assert kernels_of(log) == {"_Z13spread_kernelIfEv": {"spilled": 4, "registers": 62, "shared": 16}}
-    code = (
-        "\n\t.section\t.text._Z1k,\n LDG.E.128.CONSTANT R4\n LDG.E.128 R8\n STS.128 [R2], R4\n LDG.E R3\n CCTL.IVALL\n"
-        " FFMA R3\n"
-    )
+    code = "\n\t.section\t.text._Z1k,\n LDG.E.128.CONSTANT R4\n LDG.E.128 R8\n STS.128 [R2], R4\n LDG.E R3\n FFMA R3\n"
     counts = {
         "LDG": 2,
         "STG": 0,
@@ -225,8 +204,6 @@ def test_the_report_is_read_right():
         "STS": 1,
         "batch": 2,
         "ahead": 3,
-        "emptied": 1,
-        "incoherent": 1,
         "spills in loops": 0,
     }
     assert accesses_of(code) == {"_Z1k": counts}

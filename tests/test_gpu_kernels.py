@@ -11,11 +11,11 @@ from simulated import ROOT, Case, Problem, assert_right, machine
 # float16 takes the same path as bfloat16 but for two conversions.
 DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 SHAPES = [(3, 12, 49, 3), (2, 25, 9, 6), (5, 16, 64, 4), (1, 102, 4, 25), (2, 3, 130, 1), (4, 1, 1, 1)]
-#: Blocks, samples and tiles: one block and chunk; tasks for several; more blocks than some phases have tasks.
-FLOWS = [
-    {"blocks": 1, "chunk": 8, "rows": 64, "piece": 1000, "parts": 1},
+#: Blocks and tiles: one block; tasks for several; more blocks than some kernels have tasks.
+GRIDS = [
+    {"blocks": 1, "rows": 64, "piece": 1000, "parts": 1},
     {},
-    {"blocks": 5, "chunk": 1, "rows": 5, "piece": 7, "lanes": 64, "parts": 3},
+    {"blocks": 5, "rows": 5, "piece": 7, "lanes": 64, "parts": 3},
 ]
 OPTIONS = [
     {},
@@ -23,8 +23,8 @@ OPTIONS = [
     {"shortcut": False, "phase": (1, 3, 0, 2, 5), "gap": 3},
     {"relu": False, "tanh": True, "phase": (5, 5, 5)},
 ]
-# Half of the pairs: each flow and each option twice or more.
-PAIRS = [(f, o) for i, f in enumerate(FLOWS) for j, o in enumerate(OPTIONS) if (i + j) % 2 == 0]
+# Half of the pairs: each grid and each option twice or more.
+PAIRS = [(g, o) for i, g in enumerate(GRIDS) for j, o in enumerate(OPTIONS) if (i + j) % 2 == 0]
 
 
 def case_of(shape, **options) -> Case:
@@ -41,15 +41,15 @@ def over_shapes_and_types(test):
 
 @over_shapes_and_types
 def test_forward(shape, dtype, interleaved):
-    for flow, options in PAIRS:
-        case = case_of(shape, dtype=dtype, interleaved=interleaved, **flow, **options)
+    for grid, options in PAIRS:
+        case = case_of(shape, dtype=dtype, interleaved=interleaved, **grid, **options)
         assert_right(case, Problem(case).forward())
 
 
 @over_shapes_and_types
 def test_backward(shape, dtype, interleaved):
-    for flow, options in PAIRS:
-        case = case_of(shape, dtype=dtype, interleaved=interleaved, **flow, **options)
+    for grid, options in PAIRS:
+        case = case_of(shape, dtype=dtype, interleaved=interleaved, **grid, **options)
         problem = Problem(case)
         assert_right(case, problem.backward())
         for tile in (32, 64):
@@ -58,8 +58,8 @@ def test_backward(shape, dtype, interleaved):
 
 @over_shapes_and_types
 def test_a_norm_with_given_statistics_in_front(shape, dtype, interleaved):
-    for flow, options in zip(FLOWS, OPTIONS, strict=False):
-        case = case_of(shape, dtype=dtype, interleaved=interleaved, affine=True, **flow, **options)
+    for grid, options in zip(GRIDS, OPTIONS, strict=False):
+        case = case_of(shape, dtype=dtype, interleaved=interleaved, affine=True, **grid, **options)
         problem = Problem(case)
         for result in (problem.forward(), problem.backward(), problem.weight_gradients(), problem.norm_gradients()):
             assert_right(case, result)
@@ -102,12 +102,12 @@ def test_orders_of_threads_give_the_same_bits(interleaved):
 @pytest.mark.parametrize("shortcut", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("blocks", "chunk"), [(1, 4), (3, 1)])
-def test_each_map_is_moved_once_or_twice(blocks, chunk, interleaved, dtype, shortcut):
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_each_map_is_moved_once_or_twice(blocks, interleaved, dtype, shortcut):
     """Twice what the second sweep meets again in the second-level cache; where rows begin at packs no sector more."""
     case = Case(
         samples=4, channels=32, positions=64, bottleneck=8, dtype=dtype, interleaved=interleaved, blocks=blocks,
-        chunk=chunk, rows=32, piece=24, shortcut=shortcut, relu=shortcut,
+        rows=32, piece=24, shortcut=shortcut, relu=shortcut,
     )  # fmt: skip
     problem = Problem(case)
     forward, backward = problem.forward().report, problem.backward().report
@@ -128,18 +128,18 @@ def check_traffic(case: Case, report: dict, reads: dict[str, int], writes: dict[
         assert sectors_written * 32 <= written + 31 * (written > 0), name
 
 
-@pytest.mark.parametrize("chunk", [4, 8, 16])
-def test_a_weight_is_read_once_for_eight_samples_of_a_chunk(chunk):
-    case = Case(samples=16, channels=64, bottleneck=64, positions=4, chunk=chunk, rows=64, parts=2)
+@pytest.mark.parametrize("samples", [16, 32, 64])
+def test_a_weight_is_read_once_for_32_samples(samples):
+    case = Case(samples=samples, channels=128, bottleneck=64, positions=4, rows=64, parts=2)
     problem = Problem(case)
     forward, backward = problem.forward().report["tensors"], problem.backward().report["tensors"]
     for name, weight in problem.weights().items():
         if name.endswith("weight"):
             for tensors in (forward, backward):
-                assert tensors[name][0] == 16 // min(chunk, 8) * weight.numel() * 4, name
+                assert tensors[name][0] == max(samples // 32, 1) * weight.numel() * 4, name
     # Parts of both bottlenecks are written and read once.
     for tensors in (forward, backward):
-        assert tensors["parts"][:2] == (16 * 2 * 2 * 64 * 4,) * 2
+        assert tensors["parts"][:2] == (samples * 2 * 2 * 64 * 4,) * 2
 
 
 # --- tests of the tests ------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ HARD = [
     Case(samples=4, bottleneck=5),
     Case(samples=4, blocks=4, interleaved=True, channels=40, bottleneck=40, positions=9, piece=4, rows=40),
     Case(samples=3, blocks=3, channels=6, positions=200, bottleneck=2, lanes=128),
-    Case(samples=4, chunk=1, channels=70, parts=1),
+    Case(samples=4, channels=70, parts=1),
     Case(samples=4, blocks=3, bottleneck=5, affine=True),
     Case(samples=4, blocks=3, interleaved=True, affine=True),
 ]
@@ -161,10 +161,10 @@ KERNELS = {
 
 
 def test_each_barrier_is_needed():
-    """Leaving out any barrier, or the wait for a count, is seen by the machine, in one kernel and case at least."""
+    """Leaving out any barrier is seen by the machine, in one kernel and case at least."""
     places = {
         place for run in KERNELS.values() for case in HARD for place in run(Problem(case)).report["barriers"]
-        if "sync" in line_of(place) or "await" in line_of(place)
+        if "sync" in line_of(place)
     }  # fmt: skip
     assert len(places) > 8
     for place in sorted(places):
@@ -195,7 +195,7 @@ def source_of(path: str) -> list[str]:
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_each_tensor_is_used_to_both_ends(kernel, interleaved):
     """A tensor said to be shorter by an element at either end is touched where it is not: every bound is reached."""
-    case = Case(samples=4, interleaved=interleaved, phase=(1, 2, 3, 4, 5))  # whole chunks: all counters count
+    case = Case(samples=4, interleaved=interleaved, phase=(1, 2, 3, 4, 5))
     run = KERNELS[kernel]
     for name in run(Problem(case)).report["tensors"]:
         if (kernel, name) == ("backward", "p"):
@@ -209,7 +209,7 @@ def test_each_tensor_is_used_to_both_ends(kernel, interleaved):
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_132_blocks(interleaved):
     case = Case(
-        samples=12, channels=264, positions=16, bottleneck=8, blocks=132, chunk=3, rows=8, piece=4,
+        samples=12, channels=264, positions=16, bottleneck=8, blocks=132, rows=8, piece=4,
         dtype=torch.bfloat16, interleaved=interleaved,
     )  # fmt: skip
     problem = Problem(case)

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 #: the split ones leave the weights to the products.
 WEIGHTS = {f"{path}_{part}_weight" for path in ("input", "hidden") for part in ("reduce", "expand")}
 NOT_USED = {
-    **{f"StepBackward<float, (dia::GpuNorm){norm}>": {"p"} for norm in range(3)},
     "SplitGates<false>": WEIGHTS | {"p", "zx", "zh", "h", "input_reduce_bias", "hidden_reduce_bias"},
     "SplitGates<true>": WEIGHTS | {"p", "zx", "zh", "h", "shift", "input_reduce_bias", "hidden_reduce_bias"},
     "SplitGateGradients<false>": WEIGHTS | {"p", "zx", "zh", "dzx", "dzh", "old_dh"},
@@ -48,8 +47,7 @@ def run(norm: str) -> None:
 DEVICES = ({"multiprocessors": 8, "flops": 1e10, "l2": 64 << 20}, {"multiprocessors": 2, "l2": 64 << 10})
 
 
-#: The many tables of a flow take longest.
-@pytest.fixture(params=[pytest.param("flow", marks=pytest.mark.slow), "sweeps", "products"])
+@pytest.fixture(params=["sweeps", "products"])
 def places(request: pytest.FixtureRequest):
     """Every (norm, kernel, table) and (norm, kernel, barrier), each kernel at the first norm that has it."""
     library()
@@ -97,7 +95,7 @@ def test_each_barrier_is_needed(places):
     for norm, kernel, place in barriers:
         line = (simulated.ROOT / place[0]).read_text().splitlines()[place[1] - 1]
         # Else it is the sum of a warp, which cannot be left out.
-        if ("sync" in line or "await" in line) and not needed.get(place):
+        if "sync" in line and not needed.get(place):
             needed[place] = noticed(layouts, norm, "", kernel=kernel, barrier=place)
     assert needed
     assert [place for place, missed in needed.items() if not missed] == []

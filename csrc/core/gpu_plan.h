@@ -1,8 +1,7 @@
-// How the GPU step is laid out for a problem: as sweeps over the map with the cell between them, or as one kernel whose
-// blocks take the same tasks as they come (kernels/flow.h). A pure function of the problem and of a GPU's limits. Plain
-// C++, no torch, no CUDA headers.
+// How the GPU step is laid out for a problem: how many samples the sweeps over the map take at a time, and who makes
+// the cell between them. A pure function of the problem and of a GPU's limits. Plain C++, no torch, no CUDA headers.
 //
-// Layouts are priced by a model of their time. The model is coarse (bytes over bandwidth, floating-point operations
+// Plans are priced by a model of their time. The model is coarse (bytes over bandwidth, floating-point operations
 // over rate, launches); docs/kernels.md says what it has been held to.
 #pragma once
 
@@ -52,9 +51,8 @@ struct GpuProblem {
 // Who makes the cell: kernels of tiles, or a BLAS.
 enum class GpuCell { tiles, products };
 
-// Which plans may be taken: any; or for tests and measurements of one kind alone, and where none of it fits sweeps with
-// tiles. `any` takes no flow yet: it has not been measured on a GPU.
-enum class GpuLayouts { any, flow, sweeps, products };
+// Which plans may be taken: any; or for tests and measurements of one kind alone, sweeps with tiles or with products.
+enum class GpuLayouts { any, sweeps, products };
 
 // What a block of a sweep takes at a time, a task (kernels/sweeps.h). Planar: `channels` rows, each one channel of a
 // sample, by `lanes` threads each. Interleaved: channels and positions of a sample.
@@ -63,12 +61,10 @@ struct GpuTile {
 };
 
 struct GpuPlan {
-  // Whether all is one kernel; else sweeps with the cell between. Both take `chunk` samples at a time.
-  bool flow = false;
   GpuCell cell = GpuCell::tiles;
-  int64_t chunk = 0;
+  int64_t chunk = 0;  // samples that the sweeps take at a time
   int64_t launches = 0;
-  double passes = 0;  // over the map that come from memory, at the most, and their bytes in all
+  double passes = 0;  // over the map, and their bytes in all
   double bytes = 0;
   double seconds = 0, ideal = 0;  // modelled; and of the passes that nobody can avoid
 };
@@ -77,8 +73,8 @@ struct GpuPlan {
 // those that `spread` reads, where a thread has one channel.
 constexpr int kPacksAlone = 8, kPacksOfEach = 2, kPacksPlanar = 4;
 
-// Threads of a block of the sweeps, and how many such blocks a multiprocessor holds; and of those of a flow.
-constexpr int kSweepThreads = 256, kSweepResident = 3, kFlowResident = 2;
+// Threads of a block of the sweeps, and how many such blocks a multiprocessor holds.
+constexpr int kSweepThreads = 256, kSweepResident = 3;
 
 DIA_HOST_DEVICE constexpr int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -94,15 +90,8 @@ namespace detail {
 
 inline int64_t parts(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
-// Products reach this part of the peak: in tiles, and in the narrow ones of a flow, by a BLAS. Measured on an H100
-// (docs/kernels.md), but for the narrow ones.
-constexpr double kTileRate = 0.2, kNarrowRate = 0.1, kBlasRate = 0.3;
-// Of a flow, none measured. Bytes of a task's maps, at most: it takes a block longer to move them than to come to the
-// next task. How much of the second-level cache all tasks under way may take, and those with all that waits to be read
-// again. The time from the end of a phase to the beginning of the next.
-constexpr int64_t kFlowTaskBytes = 64 << 10;
-constexpr double kFlowUnderWay = 0.35, kFlowRoom = 0.8;
-constexpr double kFlowHop = 3e-6;
+// Products reach this part of the peak: in tiles, and by a BLAS. Measured on an H100 (docs/kernels.md).
+constexpr double kTileRate = 0.2, kBlasRate = 0.3;
 
 // Times of what does not depend on the layout.
 struct Work {
@@ -179,33 +168,6 @@ inline GpuTile spread_tile_of(const GpuProblem& p, const GpuLimits& gpu) {
   return tile;
 }
 
-// Bytes that a task of a flow moves, and blocks that are under way.
-inline int64_t flow_blocks(const GpuLimits& gpu) { return static_cast<int64_t>(gpu.multiprocessors) * kFlowResident; }
-inline int64_t flow_task_bytes(const GpuLimits& gpu) {
-  return std::min(kFlowTaskBytes, static_cast<int64_t>(kFlowUnderWay * static_cast<double>(gpu.l2_bytes)) /
-                                      std::max<int64_t>(flow_blocks(gpu), 1));
-}
-
-// Of a sweep of a flow that moves `maps`: as many bytes as a task may have, fewer where blocks would idle; but so many
-// that each thread has `packs` of each map under way. Rows are shared within a warp, where sums need no barrier.
-inline GpuTile flow_tile_of(const GpuProblem& p, const GpuLimits& gpu, int64_t packs, int64_t maps) {
-  GpuTile tile;
-  tile.lanes = std::min(lanes_of(p, gpu, 2 * packs), 32);
-  const int64_t all = p.samples * p.channels * p.positions * p.element_bytes * maps;
-  const int64_t bytes = std::min(flow_task_bytes(gpu), all / std::max<int64_t>(flow_blocks(gpu), 1));
-  const auto units = [&](int64_t unit_bytes, int64_t step) {
-    return std::max(bytes / std::max<int64_t>(unit_bytes * maps, 1) / step * step, step);
-  };
-  if (!p.interleaved) {
-    tile.channels = static_cast<int>(units(p.positions * p.element_bytes, kSweepThreads / tile.lanes));
-    return tile;
-  }
-  const int64_t channels = std::clamp(p.channels, int64_t{1}, static_cast<int64_t>(kSweepThreads));
-  tile.channels = static_cast<int>(channels);
-  tile.positions = static_cast<int>(units(channels * p.element_bytes, packs * rows_of(p, channels)));
-  return tile;
-}
-
 // Of the norm's tables: statistics forward; what they were and their gradients backward.
 inline int norm_launches(const GpuProblem& p) { return p.norm == GpuNorm::none ? 0 : p.backward ? 2 : 1; }
 
@@ -238,51 +200,9 @@ inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu,
   if (!batch && small >= 1 && small < p.samples) with_chunk(small);
 }
 
-// Where a flow can be: it counts in 32 bits.
-inline bool can_flow(const GpuProblem& p) {
-  return p.samples > 0 && p.positions > 0 && p.channels <= INT32_MAX / 8 && p.bottleneck <= INT32_MAX / 8 &&
-         p.samples * p.channels <= INT32_MAX / 8 && p.samples * p.channels * parts(p.positions, 256) <= INT32_MAX / 8;
-}
-
-// One kernel of tasks, whose second sweep finds in the second-level cache what the first has read or written: three
-// chunks of one map are there at a time, beside what passes by.
-inline GpuPlan flow_of(const GpuProblem& p, const GpuLimits& gpu, const Work& work) {
-  GpuPlan plan;
-  plan.flow = true;
-  const double room =
-      kFlowRoom * static_cast<double>(gpu.l2_bytes) - static_cast<double>(flow_blocks(gpu) * flow_task_bytes(gpu));
-  const double window = 3 * work.sample_bytes;
-  // Less than all where a sample is too large, and behind a batch's statistics, which need all samples first.
-  const bool batch = p.norm == GpuNorm::batch;
-  const double again = batch && p.backward ? 2 : 1;
-  const double kept = batch ? 0.0 : std::min(1.0, room / window);
-  plan.passes = work.passes + again * (1 - kept);
-  plan.bytes = plan.passes * static_cast<double>(p.samples) * work.sample_bytes;
-  int64_t chunk = std::clamp(static_cast<int64_t>(room / window), int64_t{1}, p.samples);
-  // Chunks alike, and of whole tiles of the cell.
-  if (chunk >= 8 && chunk < p.samples) chunk = chunk / 8 * 8;
-  chunk = parts(p.samples, parts(p.samples, chunk));
-  if (chunk >= 8 && chunk < p.samples) chunk = rounded_up(chunk, 8);
-  if (batch) chunk = p.samples;
-  plan.chunk = chunk;
-  // With that which clears the counters, and of a norm what the kernel does not do.
-  plan.launches = 2 + (p.backward ? 1 : 0) + (batch ? (p.backward ? 1 : 0) : norm_launches(p));
-  const double samples = static_cast<double>(p.samples), narrow = std::min(1.0, static_cast<double>(chunk) / 8);
-  const double cell = samples * work.sample_flops / ((batch ? kTileRate : kNarrowRate * narrow) * gpu.flops);
-  // Both readings go on at once: what the memory needs for its part, or the second-level cache for all.
-  const double map = std::max(plan.bytes / gpu.memory, (work.passes + again) * samples * work.sample_bytes / gpu.l2);
-  const double weights =
-      static_cast<double>(parts(p.samples, std::min<int64_t>(chunk, 8))) * work.weight_bytes / gpu.l2;
-  // The cell hides behind the sweeps but for the first and the last chunk.
-  const double chunks = static_cast<double>(parts(p.samples, chunk));
-  plan.seconds = std::max(map, std::max(cell, weights)) + std::min(map, cell) / chunks + 4 * kFlowHop +
-                 static_cast<double>(plan.launches) * gpu.launch + work.rest;
-  return plan;
-}
-
 }  // namespace detail
 
-// The plan for a problem on a GPU. One with no elements has sweeps: its kernels know what to do.
+// The plan for a problem on a GPU.
 inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts layouts = GpuLayouts::any) {
   const detail::Work work = detail::work_of(p, gpu);
   const double rate = p.tf32 ? gpu.tf32 : gpu.flops;
@@ -301,7 +221,6 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts l
   GpuPlan best = sweeps(layouts == GpuLayouts::products ? GpuCell::products : GpuCell::tiles);
   if (layouts == GpuLayouts::any)
     if (const GpuPlan blas = sweeps(GpuCell::products); blas.seconds < best.seconds) best = blas;
-  if (layouts == GpuLayouts::flow && detail::can_flow(p)) best = detail::flow_of(p, gpu, work);
   best.ideal = work.passes * static_cast<double>(p.samples) * work.sample_bytes / gpu.memory;
   return best;
 }

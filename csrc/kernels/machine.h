@@ -2,14 +2,11 @@
 //
 //   thread() threads() lane() warp() warps()      of this block; 32 lanes a warp
 //   block() blocks()                              of the grid
-//   as_block(number, count)                       this Machine in the place of another block, for a task; its arrays
-//                                                 in shared memory lie behind those asked for before
 //   sync_warp() sync_block()                      barriers; what was written before is seen by all who were there
 //   warp_sum(value, stride = 1, width = 32)       sum over the lanes that lie a multiple of `stride` apart, of a group
 //                                                 of `width` neighbours (powers of two)
 //   shared<T>(count)                              the next array in shared memory: [i], pack(i), set_pack(i, pack)
 //   load(p) store(p, v) load_pack(p) store_pack   global memory; a pack is sixteen aligned bytes
-//   load_pack_once(p) store_pack_once             the same of what nobody wants again soon: caches need not keep it
 //   widen(element) narrow<T>(float)               conversions
 //   exp(x) tanh(x) sqrt(x)
 //   left(array, at, pitch) right(array, at, pitch)
@@ -18,11 +15,6 @@
 //   multiply(large, small, left, right)           adds the product, sixteen by eight, to four sums of each lane, of
 //                                                 piece_row(m, k) and piece_column(m, k). Both arrays of sums together
 //                                                 are the result; the whole warp comes here together
-//   take(counter) release(counter)                the counter, before one is added to it: `take` only that; with
-//                                                 `release` what the block did before its last barrier is seen by who
-//                                                 counts there later, and, behind a barrier, by the whole of its block
-//   await(counter, count)                         until the counter is at least `count`; then what was released there
-//                                                 is seen behind the next barrier
 //
 // All threads of a block ask for the same arrays in the same order, and all that a barrier or sum covers come to it.
 #pragma once

@@ -86,11 +86,10 @@ constexpr int64_t norm_shared_bytes(int threads) { return threads / 32 * kNormCh
 struct BatchStatistics {
   int samples, channels, positions;
   float eps;
-  float *first, *rest, *squares;                        // (N, C), f_n, what rounding took off the sum, and m2_n
+  const float *first, *rest, *squares;                  // (N, C), f_n, what rounding took off the sum, and m2_n
   float* sum;                                           // (N, C), about f_n; left here about the shift
   const float *gamma, *beta;                            // (C), or null for 1 and 0
   float *shift, *d, *scale, *bias, *rstd, *mean, *var;  // (C)
-  float *p, *off;                                       // (N, C), see normed_mean; null: not wanted
 };
 
 // Tasks of kernels whose blocks have some channels each.
@@ -121,24 +120,13 @@ DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
       m.store(args.sum + at, static_cast<float>(about + positions * (origin - static_cast<double>(shift))));
     }
     const float var = static_cast<float>(sum_of_channel(m, scratch, squares) / count);
-    if (!there) return;
-    const float rstd = 1.0f / M::sqrt(var + args.eps), rest = static_cast<float>(d);
-    const float scale = args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd;
-    const float bias = args.beta != nullptr ? m.load(args.beta + channel) : 0.0f;
-    if (args.p != nullptr) {
-      for (int n = samples.begin; n < samples.end; ++n) {
-        const int64_t at = row_at(n, args.channels) + channel;
-        const float from_mean = m.load(args.sum + at) / static_cast<float>(args.positions) - rest;
-        m.store(args.off + at, from_mean);
-        m.store(args.p + at, from_mean * scale + bias);
-      }
-    }
-    if (!writes_channel(m)) return;
+    if (!writes_channel(m) || !there) return;
+    const float rstd = 1.0f / M::sqrt(var + args.eps);
     m.store(args.shift + channel, shift);
-    m.store(args.d + channel, rest);
+    m.store(args.d + channel, static_cast<float>(d));
     m.store(args.rstd + channel, rstd);
-    m.store(args.scale + channel, scale);
-    m.store(args.bias + channel, bias);
+    m.store(args.scale + channel, args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd);
+    m.store(args.bias + channel, args.beta != nullptr ? m.load(args.beta + channel) : 0.0f);
     m.store(args.mean + channel, shift);
     m.store(args.var + channel, var);
   });

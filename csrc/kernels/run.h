@@ -1,26 +1,19 @@
 // Every kernel, by its arguments' type.
 #pragma once
 
-#include "flow.h"
+#include "sweeps.h"
+#include "tile_cell.h"
 #include "weight_gradients.h"
 
 namespace dia::kernels {
 
-template <class M, class T, GpuNorm kNorm>
-DIA_DEVICE void run(M& m, const StepForward<T, kNorm>& args) {
-  run_flow(m, args);
-}
-template <class M, class T, GpuNorm kNorm>
-DIA_DEVICE void run(M& m, const StepBackward<T, kNorm>& args) {
-  run_flow(m, args);
-}
 template <class M, bool kAffine>
 DIA_DEVICE void run(M& m, const BottleneckSums<kAffine>& args) {
   bottleneck_sums(m, args);
 }
 template <class M, bool kAffine>
 DIA_DEVICE void run(M& m, const CellStates<kAffine>& args) {
-  cell_states<AllSamples>(m, args);
+  cell_states(m, args);
 }
 template <class M>
 DIA_DEVICE void run(M& m, const JoinParts& args) {
@@ -28,11 +21,11 @@ DIA_DEVICE void run(M& m, const JoinParts& args) {
 }
 template <class M>
 DIA_DEVICE void run(M& m, const BottleneckGradientSums& args) {
-  bottleneck_gradient_sums<AllSamples>(m, args);
+  bottleneck_gradient_sums(m, args);
 }
 template <class M>
 DIA_DEVICE void run(M& m, const CellGradients& args) {
-  cell_gradients<AllSamples>(m, args);
+  cell_gradients(m, args);
 }
 template <class M, class T>
 DIA_DEVICE void run(M& m, const Reduce<T>& args) {
@@ -83,13 +76,9 @@ DIA_DEVICE void run(M& m, const SplitGateGradients<kAffine>& args) {
   split_gate_gradients(m, args);
 }
 
-// Whether a kernel is a whole step, whose blocks take tasks as they come.
+// Whether a kernel's blocks make tiles of products, by just kTableThreads threads.
 template <class Args>
-constexpr bool kIsFlow = requires(Args args) { args.order; };
-
-// Whether its blocks make tiles of products, by just kTableThreads threads.
-template <class Args>
-constexpr bool kHasTiles = kIsFlow<Args>;
+constexpr bool kHasTiles = false;
 template <bool kAffine>
 constexpr bool kHasTiles<BottleneckSums<kAffine>> = true;
 template <bool kAffine>

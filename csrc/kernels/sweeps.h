@@ -30,21 +30,9 @@ struct Reduce {
   // (N, C), for the moments of a batch: a sample's first value of each channel is its shift, and is written here; and
   // what rounding takes off the sum. Then `product` has the squares about each sample's own mean.
   float *first, *rest;
-  // (pieces, N, C), of each piece of the positions: sums of g and of g (x - shift), without dy of x - shift. Null: not
-  // wanted.
+  // (N, C): sums of g and of g (x - shift), without dy of x - shift. Null: not wanted.
   float *sum, *product;
-  bool once;  // whether nobody wants dy, y and x again soon
 
-  // Pieces of a sample's positions that are summed apart, and channels of a sample that are a task's.
-  DIA_DEVICE int pieces() const {
-    return size.interleaved && size.positions > tile.positions ? (size.positions + tile.positions - 1) / tile.positions
-                                                               : 1;
-  }
-  // Maps that it moves.
-  DIA_DEVICE int maps() const {
-    return (x.data != nullptr ? 1 : 0) + (dy.data != nullptr ? 1 : 0) + (y.data != nullptr ? 1 : 0) +
-           (g.data != nullptr ? 1 : 0);
-  }
   DIA_DEVICE int across() const { return (size.channels + tile.channels - 1) / tile.channels; }
 };
 
@@ -58,12 +46,6 @@ struct Spread {
   const float *scale, *offset;  // (N, C); null: 0, where nothing is to be scaled by it
   const float *shift, *slope;   // (C), null: 0. With slope out += (x - shift) slope, else (x - shift) scale.
   bool relu;
-  bool once;  // whether nobody wants any of the maps again soon
-
-  DIA_DEVICE int maps() const {
-    return (x.data != nullptr ? 1 : 0) + (dy.data != nullptr ? 1 : 0) + (y.data != nullptr ? 1 : 0) +
-           (shortcut.data != nullptr ? 1 : 0) + (out.data != nullptr ? 1 : 0);
-  }
 };
 
 // Tasks of a sweep over these samples. Planar: some rows, each one channel of a sample. Interleaved: of a sample some
@@ -93,16 +75,16 @@ DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       if (first + b >= walk.count) continue;
-      if (with_x) x[b] = walk.load(m, args.x, first + b, args.once, true);
+      if (with_x) x[b] = walk.load(m, args.x, first + b, true);
       if (!kWithG) continue;
-      g[b] = walk.load(m, args.dy, first + b, args.once, true);
-      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, first + b, args.once, true));
+      g[b] = walk.load(m, args.dy, first + b, true);
+      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, first + b, true));
     }
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       const int number = first + b;
       if (number >= walk.count) continue;
-      if (kWithG && args.g.data != nullptr) walk.store(m, args.g, number, g[b], false);
+      if (kWithG && args.g.data != nullptr) walk.store(m, args.g, number, g[b]);
       DIA_UNROLL
       for (int k = 0; k < W::kValues; ++k) {
         if (!walk.holds(number, k)) continue;
@@ -255,18 +237,15 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
   const auto scratch = m.template shared<double>(moments ? MeetingPlace<W, double>::kCount : 0);
   const auto totals = m.template shared<double>(moments ? most : 0);
   const auto floats = m.template shared<float>(moments ? 0 : MeetingPlace<W, float>::kCount);
-  const int pieces = args.pieces(), across = args.across();
-  const int64_t tasks = static_cast<int64_t>(size.samples) * across * pieces;
+  const int across = args.across();
+  const int64_t tasks = static_cast<int64_t>(size.samples) * across;
   for (int64_t task = m.block(); task < tasks; task += m.blocks()) {
-    const int64_t whole = task / pieces;
-    const int sample = static_cast<int>(whole / across), piece = static_cast<int>(task - whole * pieces);
-    const int begin = static_cast<int>(whole - static_cast<int64_t>(sample) * across) * args.tile.channels;
+    const int sample = static_cast<int>(task / across);
+    const int begin = static_cast<int>(task - static_cast<int64_t>(sample) * across) * args.tile.channels;
     const Part channels{begin, begin + args.tile.channels < size.channels ? begin + args.tile.channels : size.channels};
-    const int position = piece * args.tile.positions;
-    const Part positions{position, piece + 1 < pieces ? position + args.tile.positions : size.positions};
     const Rows<W> rows(m, channels.size());
-    const W walk = interleaved_walk<W>(m, size, sample, channels, positions);
-    const int64_t table = row_at(static_cast<int64_t>(piece) * size.samples + sample, size.channels) + channels.begin;
+    const W walk = interleaved_walk<W>(m, size, sample, channels, {0, size.positions});
+    const int64_t table = row_at(sample, size.channels) + channels.begin;
     Sums<W> sums;
     if (rows.there()) {
       DIA_UNROLL
@@ -286,7 +265,7 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
           m, rows, channels.size(), scratch, [&](int k) { return sums.second[k]; },
           [&](int j, double squares) {
             const T* at = args.x.data + sample * args.x.stride + channels.begin + j;
-            put_moments(m, args, table + j, positions.size(), size.positions > 0 ? M::widen(m.load(at)) : 0.0f,
+            put_moments(m, args, table + j, size.positions, size.positions > 0 ? M::widen(m.load(at)) : 0.0f,
                         static_cast<double>(totals[j]), squares);
           });
       continue;
@@ -371,10 +350,10 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
     for (int b = 0; b < kBatch; ++b) {
       const int number = first + b;
       if (number >= walk.count) continue;
-      if (has_g) g[b] = walk.load(m, args.dy, number, args.once, args.dy.data != args.out.data);
-      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, number, args.once, args.y.data != args.out.data));
-      if (has_x) x[b] = walk.load(m, args.x, number, args.once, x_apart);
-      if (added) shortcut[b] = walk.load(m, args.shortcut, number, args.once, shortcut_apart);
+      if (has_g) g[b] = walk.load(m, args.dy, number, args.dy.data != args.out.data);
+      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, number, args.y.data != args.out.data));
+      if (has_x) x[b] = walk.load(m, args.x, number, x_apart);
+      if (added) shortcut[b] = walk.load(m, args.shortcut, number, shortcut_apart);
     }
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
@@ -390,7 +369,7 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
         if (added) sum += M::widen(shortcut[b][k]);
         out.set(k, M::template narrow<T>(args.relu && sum <= 0.0f ? 0.0f : sum));  // not a maximum: NaN passes
       }
-      walk.store(m, args.out, number, out, args.once);
+      walk.store(m, args.out, number, out);
     }
   }
 }

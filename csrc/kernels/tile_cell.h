@@ -24,19 +24,16 @@
 
 namespace dia::kernels {
 
-// Tiles of kRows samples: results of the bottlenecks' products, of the states' (channels, all gates of each) and of the
+// Samples of a tile, and results of the bottlenecks' products, of the states' (channels, all gates of each) and of the
 // gradients'.
-template <int kRows>
 struct CellTiles {
-  static constexpr int kSamples = kRows, kBottleneck = kRows < 32 ? 64 : 32, kChannels = 16, kGradients = 64;
+  static constexpr int kSamples = 32, kBottleneck = 32, kChannels = 16, kGradients = 64;
   using Bottleneck = TileProduct<kSamples, kBottleneck>;
   using State = TileProduct<kSamples, 4 * kChannels>;
   using Gradient = TileProduct<kSamples, kGradients>;
   // Shared memory of a block, for the largest of them.
   static constexpr int64_t kBytes = 4 * std::max({Bottleneck::kFloats, State::kFloats, Gradient::kFloats});
 };
-// Of launches of their own.
-using AllSamples = CellTiles<32>;
 
 // Parts of a sum, at most.
 constexpr int kMostParts = 8;
@@ -47,9 +44,8 @@ struct BottleneckParts {
   int count;
 
   // Tiles of both sides, or of the input's alone.
-  template <class Tiles>
   DIA_DEVICE int tiles(int samples, int bottleneck, bool both) const {
-    return (both ? 2 : 1) * tiles_along(samples, Tiles::kSamples) * tiles_along(bottleneck, Tiles::kBottleneck);
+    return (both ? 2 : 1) * tiles_along(samples, CellTiles::kSamples) * tiles_along(bottleneck, CellTiles::kBottleneck);
   }
 };
 
@@ -82,23 +78,6 @@ DIA_DEVICE JoinParts join_of(const CellBackward& cell, const BottleneckParts& pa
           {nullptr, cell.tables.zh, cell.dzh, true}};
 }
 
-// Joins the parts of one element.
-template <class M>
-DIA_DEVICE void join(M& m, const JoinParts& args, bool hidden, int64_t row, int column) {
-  const JoinedSide side = hidden ? args.hidden : args.input;
-  const int width = 2 * args.bottleneck;
-  const int64_t at = row_at(row, args.bottleneck) + column;
-  float sum = 0;
-  if (side.summed) {
-    const float* from = args.parts.data + row_at(row, width) + (hidden ? args.bottleneck : 0) + column;
-    DIA_UNROLL
-    for (int part = 0; part < kMostParts; ++part)
-      if (part < args.parts.count) sum += m.load(from + row_at(part, args.samples) * width);
-  }
-  if (side.bias != nullptr) sum += m.load(side.bias + column);
-  m.store(side.out + at, rectified(sum, side.z != nullptr ? m.load(side.z + at) : sum));
-}
-
 template <class M>
 DIA_DEVICE void join_parts(M& m, const JoinParts& args) {
   const int width = 2 * args.bottleneck;
@@ -106,7 +85,17 @@ DIA_DEVICE void join_parts(M& m, const JoinParts& args) {
     const int64_t row = k / width;
     const int column = static_cast<int>(k - row * width);
     const bool hidden = column >= args.bottleneck;
-    join(m, args, hidden, row, hidden ? column - args.bottleneck : column);
+    const JoinedSide side = hidden ? args.hidden : args.input;
+    const int j = hidden ? column - args.bottleneck : column;
+    const int64_t at = row_at(row, args.bottleneck) + j;
+    float sum = 0;
+    if (side.summed) {
+      DIA_UNROLL
+      for (int part = 0; part < kMostParts; ++part)
+        if (part < args.parts.count) sum += m.load(args.parts.data + row_at(part, args.samples) * width + k);
+    }
+    if (side.bias != nullptr) sum += m.load(side.bias + j);
+    m.store(side.out + at, rectified(sum, side.z != nullptr ? m.load(side.z + at) : sum));
   });
 }
 
@@ -115,20 +104,20 @@ struct PartTask {
   bool hidden;
   int sample, column, part;
 
-  template <class Tiles>
-  DIA_DEVICE static PartTask of(Tiles, int task, int samples, int bottleneck, int parts) {
-    const int across = tiles_along(bottleneck, Tiles::kBottleneck), down = tiles_along(samples, Tiles::kSamples);
+  DIA_DEVICE static PartTask of(int task, int samples, int bottleneck, int parts) {
+    const int across = tiles_along(bottleneck, CellTiles::kBottleneck),
+              down = tiles_along(samples, CellTiles::kSamples);
     const int tile = task / parts;
-    return {tile / across / down > 0, tile / across % down * Tiles::kSamples, tile % across * Tiles::kBottleneck,
-            task % parts};
+    return {tile / across / down > 0, tile / across % down * CellTiles::kSamples,
+            tile % across * CellTiles::kBottleneck, task % parts};
   }
 };
 
 // A tile of both bottlenecks' parts: the sum over `inner` of left(sample, k) weight(j, k).
-template <class Tiles, bool kAlong, class M, class Array, class Left, class Right>
+template <bool kAlong, class M, class Array, class Left, class Right>
 DIA_DEVICE void part_product(M& m, const Array& memory, const PartTask& task, const BottleneckParts& parts, int samples,
                              int bottleneck, Part inner, const Left& left, Right right) {
-  using Tile = typename Tiles::Bottleneck;
+  using Tile = CellTiles::Bottleneck;
   Tile tile(m);
   tile.template add<true, kAlong>(m, memory, inner, left, Plain{task.column, bottleneck, right});
   tile.finish(m, memory, [&](int row, int column, const auto& values) {
@@ -194,17 +183,17 @@ struct MeanSide {
 template <class M, bool kAffine>
 DIA_DEVICE void bottleneck_sums(M& m, const BottleneckSums<kAffine>& args) {
   const CellForward& cell = args.cell;
-  const auto memory = m.template shared<float>(AllSamples::Bottleneck::kFloats);
+  const auto memory = m.template shared<float>(CellTiles::Bottleneck::kFloats);
   const int channels = cell.channels, parts = args.parts.count;
-  const int tiles = args.parts.template tiles<AllSamples>(cell.samples, cell.bottleneck, cell.h != nullptr);
+  const int tiles = args.parts.tiles(cell.samples, cell.bottleneck, cell.h != nullptr);
   for_tasks(m, tiles * parts, [&](int number) {
-    const PartTask task = PartTask::of(AllSamples(), number, cell.samples, cell.bottleneck, parts);
+    const PartTask task = PartTask::of(number, cell.samples, cell.bottleneck, parts);
     const float* weight = task.hidden ? cell.weights.hidden_reduce : cell.weights.input_reduce;
-    part_product<AllSamples, true>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
-                                   part_of(channels, task.part, args.parts.count),
-                                   MeanSide<M, kAffine>{m, args, task.hidden ? cell.h : args.sum, task.sample,
-                                                        task.hidden, !task.hidden && task.column == 0},
-                                   [&](int j, int channel) { return m.load(weight + row_at(j, channels) + channel); });
+    part_product<true>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
+                       part_of(channels, task.part, args.parts.count),
+                       MeanSide<M, kAffine>{m, args, task.hidden ? cell.h : args.sum, task.sample, task.hidden,
+                                            !task.hidden && task.column == 0},
+                       [&](int j, int channel) { return m.load(weight + row_at(j, channels) + channel); });
   });
 }
 
@@ -215,16 +204,17 @@ struct CellStates {
   float *factor, *added;  // y = act((x - shift) factor + added + shortcut)
 };
 
-template <class Tiles, class M, bool kAffine>
+template <class M, bool kAffine>
 DIA_DEVICE void cell_states(M& m, const CellStates<kAffine>& args) {
-  using Tile = typename Tiles::State;
+  using Tile = CellTiles::State;
   const CellForward& cell = args.cell;
   const auto memory = m.template shared<float>(Tile::kFloats);
-  const int channels = cell.channels, bottleneck = cell.bottleneck, across = tiles_along(channels, Tiles::kChannels);
-  for_tasks(m, across * tiles_along(cell.samples, Tiles::kSamples), [&](int task) {
-    const int first = task / across * Tiles::kSamples, channel = task % across * Tiles::kChannels;
+  const int channels = cell.channels, bottleneck = cell.bottleneck,
+            across = tiles_along(channels, CellTiles::kChannels);
+  for_tasks(m, across * tiles_along(cell.samples, CellTiles::kSamples), [&](int task) {
+    const int first = task / across * CellTiles::kSamples, channel = task % across * CellTiles::kChannels;
     // This thread's channel of the results, and what they need beside the products: loaded ahead of them.
-    const int own = channel + m.thread() % Tiles::kChannels, of = own < channels ? own : channels - 1;
+    const int own = channel + m.thread() % CellTiles::kChannels, of = own < channels ? own : channels - 1;
     float biases[4];
     DIA_UNROLL
     for (int gate = 0; gate < 4; ++gate) biases[gate] = expand_bias(m, cell, gate, of);
@@ -263,19 +253,19 @@ struct BottleneckGradientSums {
   BottleneckParts parts;
 };
 
-template <class Tiles, class M>
+template <class M>
 DIA_DEVICE void bottleneck_gradient_sums(M& m, const BottleneckGradientSums& args) {
   const CellBackward& cell = args.cell;
-  const auto memory = m.template shared<float>(Tiles::Bottleneck::kFloats);
+  const auto memory = m.template shared<float>(CellTiles::Bottleneck::kFloats);
   const int rows = 4 * cell.channels, parts = args.parts.count;
-  for_tasks(m, args.parts.template tiles<Tiles>(cell.samples, cell.bottleneck, true) * parts, [&](int number) {
-    const PartTask task = PartTask::of(Tiles(), number, cell.samples, cell.bottleneck, parts);
+  for_tasks(m, args.parts.tiles(cell.samples, cell.bottleneck, true) * parts, [&](int number) {
+    const PartTask task = PartTask::of(number, cell.samples, cell.bottleneck, parts);
     const float* weight = task.hidden ? cell.weights.hidden_expand : cell.weights.input_expand;
-    part_product<Tiles, false>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
-                               part_of(rows, task.part, args.parts.count),
-                               Plain{task.sample, cell.samples,
-                                     [&](int sample, int row) { return m.load(cell.du + row_at(sample, rows) + row); }},
-                               [&](int j, int row) { return m.load(weight + row_at(row, cell.bottleneck) + j); });
+    part_product<false>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
+                        part_of(rows, task.part, args.parts.count),
+                        Plain{task.sample, cell.samples,
+                              [&](int sample, int row) { return m.load(cell.du + row_at(sample, rows) + row); }},
+                        [&](int j, int row) { return m.load(weight + row_at(row, cell.bottleneck) + j); });
   });
 }
 
@@ -286,31 +276,25 @@ struct CellGradients {
   int positions;
 
   // Tiles of one side, and how many there are of the input's.
-  template <class Tiles>
   DIA_DEVICE int tiles() const {
-    return tiles_along(cell.samples, Tiles::kSamples) * tiles_along(cell.channels, Tiles::kGradients);
+    return tiles_along(cell.samples, CellTiles::kSamples) * tiles_along(cell.channels, CellTiles::kGradients);
   }
-  template <class Tiles>
-  DIA_DEVICE int inputs() const {
-    return dp != nullptr || offset != nullptr ? tiles<Tiles>() : 0;
-  }
-  template <class Tiles>
-  DIA_DEVICE int tasks() const {
-    return inputs<Tiles>() + (cell.old_dh != nullptr ? tiles<Tiles>() : 0);
-  }
+  DIA_DEVICE int inputs() const { return dp != nullptr || offset != nullptr ? tiles() : 0; }
+  DIA_DEVICE int tasks() const { return inputs() + (cell.old_dh != nullptr ? tiles() : 0); }
 };
 
-template <class Tiles, class M>
+template <class M>
 DIA_DEVICE void cell_gradients(M& m, const CellGradients& args) {
-  using Tile = typename Tiles::Gradient;
+  using Tile = CellTiles::Gradient;
   const CellBackward& cell = args.cell;
   const auto memory = m.template shared<float>(Tile::kFloats);
-  const int channels = cell.channels, bottleneck = cell.bottleneck, across = tiles_along(channels, Tiles::kGradients);
-  const int inputs = args.template inputs<Tiles>();
-  for_tasks(m, args.template tasks<Tiles>(), [&](int task) {
+  const int channels = cell.channels, bottleneck = cell.bottleneck,
+            across = tiles_along(channels, CellTiles::kGradients);
+  const int inputs = args.inputs();
+  for_tasks(m, args.tasks(), [&](int task) {
     const bool hidden = task >= inputs;
     const int of_side = hidden ? task - inputs : task;
-    const int first = of_side / across * Tiles::kSamples, channel = of_side % across * Tiles::kGradients;
+    const int first = of_side / across * CellTiles::kSamples, channel = of_side % across * CellTiles::kGradients;
     const float* weight = hidden ? cell.weights.hidden_reduce : cell.weights.input_reduce;
     const float* dz = hidden ? cell.dzh : cell.dzx;
     Tile tile(m);

@@ -68,17 +68,17 @@ struct Walk {
   DIA_DEVICE E* at(const Samples<E>& map, int number) const {
     return map.data + sample * map.stride + offset + number * step;
   }
-  // Pack `number` of a map. `once`: nobody wants it again soon. `straddles`: what does not belong to the row may be
+  // Pack `number` of a map. `straddles`: what does not belong to the row may be
   // anything, and nobody writes it meanwhile: a row's ends, element by element, are waited for one by one.
   template <class M>
-  DIA_DEVICE Pack<T> load(M& m, const Samples<const T>& map, int number, bool once, bool straddles) const {
+  DIA_DEVICE Pack<T> load(M& m, const Samples<const T>& map, int number, bool straddles) const {
     const T* from = at(map, number);
     if constexpr (!kWide) {
       Pack<T> pack{};
       pack.set(0, m.load(from));
       return pack;
     } else {
-      if ((inner && straddles) || whole(number)) return once ? m.load_pack_once(from) : m.load_pack(from);
+      if ((inner && straddles) || whole(number)) return m.load_pack(from);
       Pack<T> pack{};
       DIA_UNROLL
       for (int k = 0; k < kValues; ++k)
@@ -87,16 +87,13 @@ struct Walk {
     }
   }
   template <class M>
-  DIA_DEVICE void store(M& m, const Samples<T>& map, int number, const Pack<T>& pack, bool once) const {
+  DIA_DEVICE void store(M& m, const Samples<T>& map, int number, const Pack<T>& pack) const {
     T* to = at(map, number);
     if constexpr (!kWide) {
       m.store(to, pack[0]);
     } else {
       if (whole(number)) {
-        if (once)
-          m.store_pack_once(to, pack);
-        else
-          m.store_pack(to, pack);
+        m.store_pack(to, pack);
         return;
       }
       DIA_UNROLL

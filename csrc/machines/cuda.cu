@@ -18,10 +18,9 @@ namespace {
 extern __shared__ __align__(16) char shared_memory[];
 
 // Of 256 threads three blocks of sweeps a multiprocessor, which keep packs of several maps and sums in registers, two
-// of tiles of products and of flows, four of others.
+// of tiles of products, four of others.
 template <class Args>
-constexpr int kResidentOf = kernels::kIsFlow<Args>               ? kFlowResident
-                            : kernels::kHasTiles<Args>           ? 2
+constexpr int kResidentOf = kernels::kHasTiles<Args>             ? 2
                             : requires(Args args) { args.tile; } ? kSweepResident
                                                                  : 4;
 

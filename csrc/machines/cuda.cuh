@@ -1,8 +1,4 @@
 // A GPU as a Machine for the kernels of csrc/kernels: each of its functions is an instruction or a few.
-//
-// Fences: the barrier of a block orders what its threads do, and counting behind it releases and acquires for all of
-// them at the scope of the device (PTX, memory consistency model: causality order). Acquiring empties the
-// multiprocessor's own cache, so that plain loads see what other blocks have written.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -46,8 +42,6 @@ class Shared {
   unsigned begin_;
 };
 
-class Task;
-
 class Machine {
  public:
   // Nothing is kept that a special register or a kernel's argument tells: registers are what is scarce.
@@ -61,26 +55,9 @@ class Machine {
   __device__ __forceinline__ int warps() const { return blockDim.x / 32; }
   __device__ __forceinline__ int block() const { return blockIdx.x; }
   __device__ __forceinline__ int blocks() const { return gridDim.x; }
-  __device__ __forceinline__ Task as_block(int number, int count) const;
 
   __device__ __forceinline__ void sync_warp() { __syncwarp(); }
   __device__ __forceinline__ void sync_block() { __syncthreads(); }
-
-  __device__ __forceinline__ static unsigned take(unsigned* counter) { return atomicAdd(counter, 1u); }
-  __device__ __forceinline__ static unsigned release(unsigned* counter) {
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-    const unsigned before = atomicAdd(counter, 1u);
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-    return before;
-  }
-  __device__ __forceinline__ static void await(const unsigned* counter, unsigned count) {
-    unsigned seen;
-    while (true) {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-      if (seen >= count) return;
-      __nanosleep(40);
-    }
-  }
 
   template <class V>
   __device__ __forceinline__ static V warp_sum(V value, int stride = 1, int width = 32) {
@@ -114,21 +91,6 @@ class Machine {
   template <class T>
   __device__ __forceinline__ static void store_pack(T* to, const Pack<T>& pack) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(pack.words[0]), "r"(pack.words[1]),
-                 "r"(pack.words[2]), "r"(pack.words[3])
-                 : "memory");
-  }
-
-  template <class T>
-  __device__ __forceinline__ static Pack<std::remove_const_t<T>> load_pack_once(T* from) {
-    Pack<std::remove_const_t<T>> pack;
-    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(pack.words[0]), "=r"(pack.words[1]), "=r"(pack.words[2]), "=r"(pack.words[3])
-                 : "l"(from));
-    return pack;
-  }
-  template <class T>
-  __device__ __forceinline__ static void store_pack_once(T* to, const Pack<T>& pack) {
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(pack.words[0]), "r"(pack.words[1]),
                  "r"(pack.words[2]), "r"(pack.words[3])
                  : "memory");
   }
@@ -214,19 +176,5 @@ class Machine {
 
   unsigned shared_;  // where the next array begins: shared addresses have 32 bits
 };
-
-// A machine in the place of another block.
-class Task : public Machine {
- public:
-  __device__ __forceinline__ Task(const Machine& machine, int number, int count)
-      : Machine(machine), number_(number), count_(count) {}
-  __device__ __forceinline__ int block() const { return number_; }
-  __device__ __forceinline__ int blocks() const { return count_; }
-
- private:
-  int number_, count_;
-};
-
-__device__ __forceinline__ Task Machine::as_block(int number, int count) const { return {*this, number, count}; }
 
 }  // namespace dia::cuda

@@ -89,8 +89,7 @@ constexpr size_t kStackBytes = 256 << 10;
 #else
 constexpr size_t kStackBytes = 64 << 10;
 #endif
-// At the end of each stack. Guard pages would do better, but tens of thousands of them are more mappings than Linux
-// gives.
+// At the end of each stack: looked at whenever its fiber pauses.
 constexpr uint64_t kCanary = 0x5ca1ab1e0ddba11;
 
 thread_local Fiber* current = nullptr;

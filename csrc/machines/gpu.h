@@ -13,10 +13,7 @@ namespace dia {
 
 // Every kernel, as its arguments: those of a type of maps, and those of tables.
 template <class T>
-using KernelsOfMaps = std::tuple<kernels::StepForward<T, GpuNorm::none>, kernels::StepForward<T, GpuNorm::given>,
-                                 kernels::StepForward<T, GpuNorm::batch>, kernels::StepBackward<T, GpuNorm::none>,
-                                 kernels::StepBackward<T, GpuNorm::given>, kernels::StepBackward<T, GpuNorm::batch>,
-                                 kernels::Reduce<T>, kernels::Spread<T>>;
+using KernelsOfMaps = std::tuple<kernels::Reduce<T>, kernels::Spread<T>>;
 using KernelsOfTables =
     std::tuple<kernels::BottleneckSums<false>, kernels::BottleneckSums<true>, kernels::CellStates<false>,
                kernels::CellStates<true>, kernels::JoinParts, kernels::BottleneckGradientSums, kernels::CellGradients,

@@ -4,11 +4,10 @@
 //   * bytes and 32-byte sectors read and written, of each tensor; barriers passed
 //   * races: two accesses to a place, one of them a write, with no barrier between them that covers both threads
 //   * accesses out of bounds, misaligned vectors, reads of memory that nothing wrote
-//   * threads that wait at different barriers, barriers that not all threads come to, counts that nobody reaches
+//   * threads that wait at different barriers, and barriers that not all threads come to
 //
-// Blocks order each other by counters alone (`release`, `await`): what a block did before the barrier before it counted
-// is before what another does behind the barrier after it saw the count. Threads run in an order shuffled by a seed,
-// each until it waits. What it cannot see (docs/simulated-gpu.md): memory fences, stale caches, contraction of
+// Blocks run one after the other, and nothing orders them. Blocks and threads run in an order shuffled by a seed, each
+// thread until it waits. What it cannot see (docs/simulated-gpu.md): memory fences, stale caches, contraction of
 // multiply-adds, time.
 #pragma once
 
@@ -19,13 +18,13 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <source_location>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -65,48 +64,38 @@ inline std::string text_of(const Site& site) {
 struct Grid {
   int blocks = 1, threads = kWarp;
   size_t shared_bytes = 0;
-  int resident = 1;   // so many blocks run beside each other; the next begins when one has ended
-  uint64_t seed = 0;  // of the order in which threads run
-  // A barrier, or a wait for a count, to leave out: nobody waits there. Tests show with it that it is needed.
+  uint64_t seed = 0;  // of the order in which blocks and threads run
+  // A barrier to leave out: nobody waits there. Tests show with it that it is needed.
   const Site* without = nullptr;
 };
 
 // --- memory and what is known about each place of it ------------------------------------------------
 
-// Of each other block, how many of its barriers had been passed when it counted what this block has seen.
-using Seen = std::vector<uint32_t>;
-inline void merge(Seen& into, const Seen& other) {
-  if (into.size() < other.size()) into.resize(other.size());
-  for (size_t k = 0; k < other.size(); ++k) into[k] = std::max(into[k], other[k]);
-}
-
 // Who did something, and how many barriers of each scope that thread had passed.
 struct Moment {
-  int32_t thread = -1, warp = -1, block = -1;  // -1: several of the block; no block: nobody
+  static constexpr int32_t kNobody = -1, kSeveral = -2;
+  int32_t thread = kNobody, warp = kNobody, block = kNobody;
   std::array<uint32_t, kScopes> epochs{};
 
-  // Whether all of this came before `now`: same thread, a barrier in between that covers both, or a count.
-  bool before(const Moment& now, const Seen& seen) const {
-    if (block < 0 || (thread >= 0 && thread == now.thread)) return true;
-    if (block != now.block) return static_cast<size_t>(block) < seen.size() && seen[block] > epochs[kBlockScope];
-    return (warp >= 0 && warp == now.warp && now.epochs[kWarpScope] > epochs[kWarpScope]) ||
-           now.epochs[kBlockScope] > epochs[kBlockScope];
+  // Whether all of this came before `now`: same thread, or a barrier in between that covers both.
+  bool before(const Moment& now) const {
+    return block == kNobody || thread == now.thread ||
+           (warp == now.warp && now.epochs[kWarpScope] > epochs[kWarpScope]) ||
+           (block == now.block && now.epochs[kBlockScope] > epochs[kBlockScope]);
   }
 
-  // This and another of the same block, neither before the other: what is after both is after the result.
+  // This and another, neither before the other: what is after both is after the result.
   void join(const Moment& other) {
-    if (thread != other.thread) thread = -1;
-    if (warp != other.warp) warp = -1;
+    if (thread != other.thread) thread = kSeveral;
+    if (warp != other.warp) warp = kSeveral;
+    if (block != other.block) block = kSeveral;
     for (int k = 0; k < kScopes; ++k) epochs[k] = std::max(epochs[k], other.epochs[k]);
   }
 };
 
 struct Cell {
   Moment writer, readers;
-  std::vector<Moment> others;  // readers of other blocks
   bool defined = false, allowed = true;
-
-  void forget() { writer = readers = Moment(), others.clear(); }
 };
 
 struct Counts {
@@ -154,7 +143,7 @@ class Device {
   // Forgets who touched what: between two launches everything is ordered.
   void settle() {
     for (TensorMemory& memory : tensors_)
-      for (Cell& cell : memory.cells) cell.forget();
+      for (Cell& cell : memory.cells) cell.writer = cell.readers = Moment();
   }
 
   template <class Kernel>
@@ -186,7 +175,6 @@ struct Block {
   std::vector<Cell> cells;   // one for two bytes
   std::vector<Meeting> warps;
   Meeting meeting;
-  Seen seen, coming;  // of other blocks; and what its next barrier adds
 
   char* base() { return shared.data() + (16 - reinterpret_cast<uintptr_t>(shared.data()) % 16) % 16; }
 };
@@ -205,28 +193,11 @@ class Thread {
   int lane() const { return thread_ % kWarp; }
   int warp() const { return thread_ / kWarp; }
   int warps() const { return threads_ / kWarp; }
-  int block() const { return number_; }
-  int blocks() const { return numbers_; }
-
-  // This thread as one of block `number` of `count`, whose arrays in shared memory lie behind those taken before.
-  Thread& as_block(int number, int count) {
-    number_ = number, numbers_ = count;
-    if (shared_before_ < 0) shared_before_ = static_cast<int64_t>(shared_taken_);
-    shared_taken_ = static_cast<size_t>(shared_before_);
-    return *this;
-  }
+  int block() const { return block_->index; }
+  int blocks() const { return blocks_; }
 
   void sync_warp(std::source_location where = std::source_location::current()) { wait(kWarpScope, where); }
   void sync_block(std::source_location where = std::source_location::current()) { wait(kBlockScope, where); }
-
-  // Counters in global memory: see kernels/machine.h.
-  unsigned take(unsigned* counter, std::source_location where = std::source_location::current()) {
-    return count(counter, where, false);
-  }
-  unsigned release(unsigned* counter, std::source_location where = std::source_location::current()) {
-    return count(counter, where, true);
-  }
-  void await(unsigned* counter, unsigned count, std::source_location where = std::source_location::current());
 
   // The sum over the lanes of a group of `width` neighbours that lie a multiple of `stride` apart (powers of two), in
   // each of them: lane l adds that of lane l ^ width / 2, then l ^ width / 4, ... The whole warp comes here together.
@@ -260,15 +231,6 @@ class Thread {
   void store_pack(T* to, const Pack<T>& pack, std::source_location where = std::source_location::current()) {
     touch_global(to, Pack<T>::size, sizeof(T), true, where);
     std::memcpy(to, &pack, sizeof(pack));
-  }
-
-  template <class T>
-  Pack<std::remove_const_t<T>> load_pack_once(T* from, std::source_location where = std::source_location::current()) {
-    return load_pack(from, where);
-  }
-  template <class T>
-  void store_pack_once(T* to, const Pack<T>& pack, std::source_location where = std::source_location::current()) {
-    store_pack(to, pack, where);
   }
 
   template <class T>
@@ -318,22 +280,17 @@ class Thread {
     return moment;
   }
   void wait(Scope scope, const std::source_location& where);
-  unsigned count(unsigned* counter, const std::source_location& where, bool releases);
   void touch_global(const void* at, int count, size_t element_bytes, bool write, const std::source_location& where);
-  TensorMemory& memory_of(const void* at, const Site& site);
   // `first` and `count` in cells; `what` makes the name for a message.
   template <class Name>
   void touch(Cell* cells, int64_t first, int64_t count, bool write, const Moment& moment, Name what);
 
   Run* run_ = nullptr;
   Block* block_ = nullptr;
-  int thread_ = 0, threads_ = 0, number_ = 0, numbers_ = 0, global_ = 0;
+  int thread_ = 0, threads_ = 0, blocks_ = 0, global_ = 0;
   std::array<uint32_t, kScopes> epochs_{};
   std::array<int64_t, kScopes> passed_{};
-  size_t shared_taken_ = 0, shared_most_ = 0;
-  int64_t shared_before_ = -1;
-  const unsigned* counter_ = nullptr;  // that it waits for, until it says so many
-  unsigned awaited_ = 0;
+  size_t shared_taken_ = 0;
   bool waiting_ = false;
   int waits_for_ = 0;
   Site waits_at_{};
@@ -407,16 +364,12 @@ class Run {
   Run(Device& device, const Grid& grid, void (*body)(void*, Thread&), void* kernel)
       : device(device), grid(grid), body_(body), kernel_(kernel), random_(grid.seed) {}
 
-  ~Run() {
-    if (fibers().size() > kKeptFibers) fibers().resize(kKeptFibers);
-  }
-
   void all() {
     if (grid.threads % kWarp != 0) throw LaunchError("threads: expected a multiple of 32");
-    numbers_.resize(grid.blocks);
-    for (int k = 0; k < grid.blocks; ++k) numbers_[k] = k;
-    std::shuffle(numbers_.begin(), numbers_.end(), random_);
-    run();
+    std::vector<int> order(grid.blocks);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), random_);
+    for (int block : order) run(block);
     for (auto& [key, accesses] : accesses_) {
       Counts& counts = std::get<0>(key)->counts;
       for (const auto& sectors : accesses.sectors)
@@ -446,93 +399,68 @@ class Run {
       for (int k = 0; k <= scope; ++k) ++other->epochs_[k];
       ++other->passed_[scope];
     }
-    if (scope == kBlockScope) merge(thread.block_->seen, thread.block_->coming);
     meeting(thread, scope) = Meeting();
   }
-  // What was counted at a counter: by whom, and what they had seen.
-  Seen& counted(const unsigned* counter) { return counted_[counter]; }
-  Thread& lane_of(const Thread& thread, int lane) { return threads_[&thread - threads_.data() - thread.lane() + lane]; }
+  Thread& lane_of(const Thread& thread, int lane) { return threads_[thread.thread() - thread.lane() + lane]; }
 
   Device& device;
   const Grid& grid;
   Report report;
 
  private:
-  // Runs all blocks to their ends, each in one of as many places as are resident.
-  void run() {
-    const int places = std::min(grid.resident, grid.blocks);
-    blocks_.resize(places);
-    threads_.resize(static_cast<size_t>(places) * grid.threads);
+  // Runs a block to its end.
+  void run(int number) {
+    block_ = Block();
+    block_.index = number;
+    block_.shared.resize(grid.shared_bytes + 16);
+    block_.cells.resize((grid.shared_bytes + 1) / 2);
+    block_.warps.resize(grid.threads / kWarp);
+    threads_.assign(grid.threads, Thread());
     while (fibers().size() < threads_.size()) fibers().push_back(std::make_unique<Fiber>());
-    for (int place = 0; place < places; ++place) begin(place);
+    for (int t = 0; t < grid.threads; ++t) {
+      Thread& thread = threads_[t];
+      thread.run_ = this;
+      thread.block_ = &block_;
+      thread.thread_ = t, thread.threads_ = grid.threads, thread.blocks_ = grid.blocks;
+      thread.global_ = number * grid.threads + t;
+      thread.fiber_ = fibers()[t].get();
+      thread.fiber_->reset(&Run::start, &thread);
+    }
     std::vector<Thread*> ready;
     while (true) {
-      for (int place = 0; place < places; ++place)
-        if (ended(place) && begun_ < grid.blocks) begin(place);
       ready.clear();
       for (Thread& thread : threads_)
-        if (!thread.waiting_ && !thread.fiber_->finished() &&
-            (thread.counter_ == nullptr || *thread.counter_ >= thread.awaited_))
-          ready.push_back(&thread);
+        if (!thread.waiting_ && !thread.fiber_->finished()) ready.push_back(&thread);
       if (ready.empty()) break;
       std::shuffle(ready.begin(), ready.end(), random_);
       for (Thread* thread : ready) {
         thread->fiber_->resume();
         if (!error_.empty()) throw LaunchError(error_);
-        if (!thread->fiber_->finished()) continue;
-        for (int k = 0; k < kScopes; ++k) report.passed[k] = std::max(report.passed[k], thread->passed_[k]);
-        report.shared_bytes = std::max(report.shared_bytes, thread->shared_most_);
       }
     }
-    for (int place = 0; place < places; ++place)
-      if (!ended(place)) throw LaunchError(stuck());
+    for (const Thread& thread : threads_) {
+      if (!thread.fiber_->finished()) throw LaunchError(stuck());
+      for (int k = 0; k < kScopes; ++k) report.passed[k] = std::max(report.passed[k], thread.passed_[k]);
+      report.shared_bytes = std::max(report.shared_bytes, thread.shared_taken_);
+    }
   }
 
-  // Fibers serve one launch after another: to make and unmake their stacks takes longer than most launches.
-  static constexpr size_t kKeptFibers = 8192;
+  // Fibers serve one block and one launch after another: to make and unmake their stacks takes longer than most
+  // launches.
   static std::vector<std::unique_ptr<Fiber>>& fibers() {
     static thread_local std::vector<std::unique_ptr<Fiber>> made;
     return made;
   }
 
-  Thread* of(int place) { return threads_.data() + static_cast<size_t>(place) * grid.threads; }
-  bool ended(int place) {
-    return std::all_of(of(place), of(place) + grid.threads, [](const Thread& t) { return t.fiber_->finished(); });
-  }
-  // Lets the next block begin in a place.
-  void begin(int place) {
-    Block& block = blocks_[place] = Block();
-    block.index = numbers_[begun_++];
-    block.shared.resize(grid.shared_bytes + 16);
-    block.cells.resize((grid.shared_bytes + 1) / 2);
-    block.warps.resize(grid.threads / kWarp);
-    for (int t = 0; t < grid.threads; ++t) {
-      Thread& thread = of(place)[t] = Thread();
-      thread.run_ = this;
-      thread.block_ = &block;
-      thread.thread_ = t, thread.threads_ = grid.threads;
-      thread.number_ = block.index, thread.numbers_ = grid.blocks;
-      thread.global_ = block.index * grid.threads + t;
-      thread.fiber_ = fibers()[static_cast<size_t>(place) * grid.threads + t].get();
-      thread.fiber_->reset(&Run::start, &thread);
-    }
-  }
-
   std::string stuck() const {
-    std::map<std::pair<std::string, Site>, int> waiting;
+    std::map<std::pair<int, Site>, int> waiting;
     int finished = 0;
-    for (const Thread& thread : threads_) {
-      if (thread.fiber_->finished())
-        ++finished;
-      else if (thread.counter_ != nullptr)
-        ++waiting[{"for the count", thread.waits_at_}];
-      else
-        ++waiting[{"at the " + std::string(scope_name(thread.waits_for_)) + " barrier", thread.waits_at_}];
-    }
+    for (const Thread& thread : threads_)
+      thread.fiber_->finished() ? ++finished : ++waiting[{thread.waits_for_, thread.waits_at_}];
     std::ostringstream text;
     text << "deadlock: " << finished << " threads have finished";
     for (const auto& [key, count] : waiting)
-      text << ", " << count << " wait " << key.first << " " << text_of(key.second);
+      text << ", " << count << " wait at the " << scope_name(key.first) << " barrier " << text_of(key.second);
     return text.str();
   }
 
@@ -549,11 +477,8 @@ class Run {
   void (*body_)(void*, Thread&);
   void* kernel_;
   std::mt19937_64 random_;
-  std::vector<int> numbers_;  // of the blocks, in the order in which they begin; and how many have begun
-  int begun_ = 0;
-  std::vector<Block> blocks_;
+  Block block_;  // under way, and its threads
   std::vector<Thread> threads_;
-  std::unordered_map<const unsigned*, Seen> counted_;
   std::map<std::tuple<TensorMemory*, int, Site, bool>, WarpAccesses> accesses_;
   std::string error_;
 };
@@ -578,32 +503,6 @@ inline void Thread::wait(Scope scope, const std::source_location& where) {
   Fiber::pause();
 }
 
-inline unsigned Thread::count(unsigned* counter, const std::source_location& where, bool releases) {
-  memory_of(counter, site_of(where));
-  if (releases) {
-    Seen& counted = run_->counted(counter);
-    merge(counted, block_->seen);
-    Seen own(block_->index + 1);
-    own.back() = epochs_[kBlockScope];
-    merge(counted, own);
-    merge(block_->coming, counted);
-  }
-  return (*counter)++;
-}
-
-inline void Thread::await(unsigned* counter, unsigned count, std::source_location where) {
-  const Site site = site_of(where);
-  memory_of(counter, site);
-  ++run_->report.barriers[site];
-  if (run_->grid.without != nullptr && *run_->grid.without == site) return;
-  if (*counter < count) {
-    counter_ = counter, awaited_ = count, waits_at_ = site;
-    Fiber::pause();
-    counter_ = nullptr;
-  }
-  merge(block_->coming, run_->counted(counter));
-}
-
 template <class V>
 V Thread::warp_sum(V value, int stride, int width, std::source_location where) {
   value_ = value;
@@ -622,7 +521,6 @@ template <class T>
 Shared<T> Thread::shared(int64_t count) {
   const size_t offset = (shared_taken_ + 15) / 16 * 16;
   shared_taken_ = offset + static_cast<size_t>(count) * sizeof(T);
-  shared_most_ = std::max(shared_most_, shared_taken_);
   if (shared_taken_ > run_->grid.shared_bytes)
     fail("shared memory: " + std::to_string(shared_taken_) + " bytes asked for, " +
          std::to_string(run_->grid.shared_bytes) + " there");
@@ -635,43 +533,27 @@ void Thread::touch(Cell* cells, int64_t first, int64_t count, bool write, const 
     Cell& cell = cells[k];
     if (!cell.allowed) fail(what(k) + ": no element of the tensor");
     if (!write && !cell.defined) fail(what(k) + ": read, but nothing was written there");
-    const Seen& seen = block_->seen;
-    if (!cell.writer.before(moment, seen))
+    if (!cell.writer.before(moment))
       fail(what(k) + ": race, " + (write ? "written" : "read") + " with no barrier since another thread's write");
     if (write) {
-      bool read = cell.readers.before(moment, seen);
-      for (const Moment& other : cell.others) read = read && other.before(moment, seen);
-      if (!read) fail(what(k) + ": race, written with no barrier since another thread's read");
-      cell.forget();
-      cell.writer = moment;
+      if (!cell.readers.before(moment)) fail(what(k) + ": race, written with no barrier since another thread's read");
+      cell.writer = moment, cell.readers = Moment();
       cell.defined = true;
-    } else if (cell.readers.before(moment, seen)) {
+    } else if (cell.readers.before(moment)) {
       cell.readers = moment;
-    } else if (cell.readers.block == moment.block) {
-      cell.readers.join(moment);
     } else {
-      const auto of_block = [&](const Moment& other) { return other.block == moment.block; };
-      const auto known = std::find_if(cell.others.begin(), cell.others.end(), of_block);
-      if (known != cell.others.end())
-        known->join(moment);
-      else
-        cell.others.push_back(moment);
+      cell.readers.join(moment);
     }
   }
-}
-
-inline TensorMemory& Thread::memory_of(const void* at, const Site& site) {
-  const char* address = static_cast<const char*>(at);
-  if (recent_ == nullptr || address < recent_->begin || address >= recent_->end()) recent_ = run_->device.find(at);
-  if (recent_ == nullptr) fail("global memory at " + text_of(site) + ": out of bounds of every tensor");
-  return *recent_;
 }
 
 inline void Thread::touch_global(const void* at, int count, size_t element_bytes, bool write,
                                  const std::source_location& where) {
   const char* address = static_cast<const char*>(at);
   const Site site = site_of(where);
-  TensorMemory& memory = memory_of(at, site);
+  if (recent_ == nullptr || address < recent_->begin || address >= recent_->end()) recent_ = run_->device.find(at);
+  if (recent_ == nullptr) fail("global memory at " + text_of(site) + ": out of bounds of every tensor");
+  TensorMemory& memory = *recent_;
   const int64_t first = (address - memory.begin) / memory.element_bytes;
   const auto name = [&](int64_t k) {
     return memory.name + " at element " + std::to_string(k) + " (" + text_of(site) + ")";

@@ -7,8 +7,7 @@
 
 #include <optional>
 
-#include "../kernels/flow.h"
-#include "../kernels/weight_gradients.h"
+#include "../kernels/run.h"
 #include "simt.h"
 
 namespace py = pybind11;
@@ -67,18 +66,7 @@ class Arguments {
     return {static_cast<int>(number("tile_channels")), static_cast<int>(number("tile_positions")),
             static_cast<int>(number("tile_lanes"))};
   }
-  // Of a flow: its parts and counters, as large as they must be, and its order.
-  template <class Flow>
-  void order(Flow& args) {
-    args.join = kernels::join_of(args.cell, {pointer<float>("parts"), static_cast<int>(number("parts"))});
-    args.order.samples = args.cell.samples, args.order.chunk = static_cast<int>(number("chunk"));
-    kernels::FlowCounters& counters = args.order.counters;
-    const Array& array = arrays_.at("counters");
-    const int64_t count = kernels::lay_out_counters(args);
-    if (count > array.length) throw std::invalid_argument("counters: too few");
-    counters.data = reinterpret_cast<unsigned*>(array.address);
-    device.tensor("counters", counters.data + array.before, count - array.before - array.after, true);
-  }
+  kernels::BottleneckParts parts() { return {pointer<float>("parts"), static_cast<int>(number("parts"))}; }
   kernels::ChannelAffine affine() {
     return {pointer<const float>("shift"), pointer<const float>("d"), pointer<const float>("scale"),
             pointer<const float>("bias")};
@@ -114,7 +102,6 @@ class Arguments {
   Grid grid() const {
     Grid grid;
     grid.blocks = static_cast<int>(number("blocks"));
-    if (numbers_.count("resident") > 0) grid.resident = static_cast<int>(number("resident"));
     grid.threads = static_cast<int>(number("threads"));
     grid.shared_bytes = static_cast<size_t>(number("shared_bytes"));
     grid.seed = static_cast<uint64_t>(number("seed"));
@@ -128,50 +115,86 @@ class Arguments {
   const Numbers& numbers_;
 };
 
-template <class T, bool kAffine>
-auto forward_kernel(Arguments& of) {
-  kernels::StepForward<T, kAffine ? GpuNorm::given : GpuNorm::none> args{};
-  args.cell = of.cell_forward();
-  args.reduce.size = args.spread.size = of.size(), args.reduce.tile = args.spread.tile = of.tile();
-  args.reduce.x = args.spread.x = of.map<const T>("x");
-  args.reduce.sum = of.pointer<float>("sum of pieces");
-  args.spread.shortcut = of.map<const T>("shortcut"), args.spread.out = of.map<T>("y");
-  args.spread.relu = of.number("relu") != 0, args.spread.once = true, args.spread.scale = args.cell.new_h;
-  if (kAffine) {
-    args.norm = {of.affine(), of.pointer<float>("off")};
-    args.reduce.shift = args.spread.shift = args.norm.affine.shift;
-    args.spread.scale = args.factor = of.pointer<float>("factor");
-    args.spread.offset = args.added = of.pointer<float>("added");
+// Launches one after another, counted together.
+class Launches {
+ public:
+  Launches(Device& device, const Grid& grid) : device_(device), grid_(grid) {}
+
+  template <class Args>
+  void add(const Args& args) {
+    const Report one = device_.launch(grid_, [args](Thread& m) { kernels::run(m, args); });
+    for (const auto& [name, counts] : one.tensors) {
+      Counts& all = report.tensors[name];
+      all.bytes_read += counts.bytes_read, all.bytes_written += counts.bytes_written;
+      all.sectors_read += counts.sectors_read, all.sectors_written += counts.sectors_written;
+    }
+    for (const auto& [site, count] : one.barriers) report.barriers[site] += count;
+    for (int k = 0; k < kScopes; ++k) report.passed[k] = std::max(report.passed[k], one.passed[k]);
+    report.shared_bytes = std::max(report.shared_bytes, one.shared_bytes);
   }
-  of.order(args);
-  return [args](Thread& m) { kernels::run_flow(m, args); };
+
+  Report report;
+
+ private:
+  Device& device_;
+  Grid grid_;
+};
+
+// A step of all samples: what csrc/ops launches where the cell is made by tiles.
+template <class T, bool kAffine>
+void forward_step(Arguments& of, Launches& launches) {
+  const kernels::CellForward cell = of.cell_forward();
+  const kernels::BottleneckParts parts = of.parts();
+  kernels::Reduce<T> reduce{};
+  kernels::Spread<T> spread{};
+  reduce.size = spread.size = of.size(), spread.tile = of.tile();
+  reduce.tile = {spread.tile.channels, INT32_MAX, spread.tile.lanes};
+  reduce.x = spread.x = of.map<const T>("x"), reduce.sum = of.pointer<float>("sum");
+  spread.shortcut = of.map<const T>("shortcut"), spread.out = of.map<T>("y");
+  spread.relu = of.number("relu") != 0, spread.scale = cell.new_h;
+  kernels::BottleneckSums<kAffine> sums{cell, reduce.size.positions, reduce.sum, {}, parts};
+  kernels::CellStates<kAffine> states{};
+  states.cell = cell;
+  if (kAffine) {
+    sums.norm = {of.affine(), of.pointer<float>("off")};
+    reduce.shift = spread.shift = sums.norm.affine.shift, states.affine = sums.norm.affine;
+    spread.scale = states.factor = of.pointer<float>("factor");
+    spread.offset = states.added = of.pointer<float>("added");
+  }
+  launches.add(reduce), launches.add(sums), launches.add(kernels::join_of(cell, parts)), launches.add(states);
+  launches.add(spread);
 }
 
 template <class T, bool kAffine>
-auto backward_kernel(Arguments& of) {
-  kernels::StepBackward<T, kAffine ? GpuNorm::given : GpuNorm::none> args{};
-  args.cell = of.cell_backward();
-  args.reduce.size = args.spread.size = of.size(), args.reduce.tile = args.spread.tile = of.tile();
-  args.reduce.dy = of.map<const T>("dy"), args.reduce.y = of.map<const T>("y"), args.reduce.x = of.map<const T>("x");
-  args.reduce.g = of.map<T>("dshortcut"), args.reduce.once = args.reduce.g.data != nullptr;
-  args.reduce.product = of.pointer<float>("product of pieces");
-  args.spread.out = of.map<T>("dx"), args.spread.once = true;
-  args.spread.dy = args.reduce.dy, args.spread.y = args.reduce.y;
-  if (args.reduce.g.data != nullptr) args.spread.dy = {args.reduce.g.data, args.reduce.g.stride}, args.spread.y = {};
-  args.spread.scale = args.factor = of.pointer<float>("factor");
-  args.spread.offset = args.offset = of.pointer<float>("offset");
+void backward_step(Arguments& of, Launches& launches) {
+  const kernels::CellBackward cell = of.cell_backward();
+  const kernels::BottleneckParts parts = of.parts();
+  kernels::Reduce<T> reduce{};
+  kernels::Spread<T> spread{};
+  reduce.size = spread.size = of.size(), spread.tile = of.tile();
+  reduce.tile = {spread.tile.channels, INT32_MAX, spread.tile.lanes};
+  reduce.dy = spread.dy = of.map<const T>("dy"), reduce.y = spread.y = of.map<const T>("y");
+  reduce.x = of.map<const T>("x"), reduce.g = of.map<T>("dshortcut"), spread.out = of.map<T>("dx");
+  if (reduce.g.data != nullptr) spread.dy = {reduce.g.data, reduce.g.stride}, spread.y = {};
+  kernels::SplitGateGradients<kAffine> gates{};
+  gates.cell = cell;
+  gates.product = reduce.product = of.pointer<float>("product");
+  kernels::CellGradients gradients{};
+  gradients.cell = cell;
+  gradients.positions = reduce.size.positions;
+  spread.scale = gates.factor = of.pointer<float>("factor");
+  spread.offset = gradients.offset = of.pointer<float>("offset");
   if (kAffine) {
-    args.affine = of.affine();
-    args.reduce.shift = args.affine.shift, args.reduce.sum = of.pointer<float>("sum of pieces");
-    args.sum = of.pointer<float>("sum"), args.product = of.pointer<float>("product");
-    args.dp = of.pointer<float>("dp");
+    gates.affine = of.affine(), reduce.shift = gates.affine.shift, gradients.scale = gates.affine.scale;
+    gates.sum = reduce.sum = of.pointer<float>("sum"), gradients.dp = of.pointer<float>("dp");
   }
-  of.order(args);
-  return [args](Thread& m) { kernels::run_flow(m, args); };
+  launches.add(reduce), launches.add(gates), launches.add(kernels::BottleneckGradientSums{cell, parts});
+  launches.add(kernels::join_of(cell, parts)), launches.add(gradients);
+  if (spread.out.data != nullptr) launches.add(spread);
 }
 
 template <class T>
-auto reduce_kernel(Arguments& of) {
+void reduce(Arguments& of, Launches& launches) {
   kernels::Reduce<T> args{};
   args.size = of.size(), args.tile = of.tile();
   args.x = of.map<const T>("x"), args.dy = of.map<const T>("dy"), args.y = of.map<const T>("y"),
@@ -179,22 +202,22 @@ auto reduce_kernel(Arguments& of) {
   args.shift = of.pointer<const float>("shift"), args.first = of.pointer<float>("first"),
   args.rest = of.pointer<float>("rest");
   args.sum = of.pointer<float>("sum"), args.product = of.pointer<float>("product");
-  return [args](Thread& m) { kernels::reduce(m, args); };
+  launches.add(args);
 }
 
 template <class T>
-auto spread_kernel(Arguments& of) {
+void spread(Arguments& of, Launches& launches) {
   kernels::Spread<T> args{};
   args.size = of.size(), args.tile = of.tile(), args.relu = of.number("relu") != 0;
   args.dy = of.map<const T>("dy"), args.y = of.map<const T>("y");
   args.x = of.map<const T>("x"), args.shortcut = of.map<const T>("shortcut"), args.out = of.map<T>("out");
   args.scale = of.pointer<const float>("scale"), args.offset = of.pointer<const float>("offset");
   args.shift = of.pointer<const float>("shift"), args.slope = of.pointer<const float>("slope");
-  return [args](Thread& m) { kernels::spread(m, args); };
+  launches.add(args);
 }
 
 template <int kTile>
-auto weights_kernel(Arguments& of) {
+void weight_gradients(Arguments& of, Launches& launches) {
   kernels::WeightGradients<kTile> args{};
   args.samples = static_cast<int>(of.number("samples"));
   const int channels = static_cast<int>(of.number("channels")), bottleneck = static_cast<int>(of.number("bottleneck"));
@@ -212,10 +235,10 @@ auto weights_kernel(Arguments& of) {
   add(dzh, bottleneck, nullptr, 0, "d_hidden_reduce_bias");
   add(du, 4 * channels, of.pointer<const float>("zh"), bottleneck, "d_hidden_expand_weight");
   add(du, 4 * channels, nullptr, 0, "d_hidden_expand_bias");
-  return [args](Thread& m) { kernels::weight_gradients(m, args); };
+  launches.add(args);
 }
 
-auto batch_statistics_kernel(Arguments& of) {
+void batch_statistics(Arguments& of, Launches& launches) {
   const kernels::MapSize size = of.size();
   const kernels::BatchStatistics args{size.samples,
                                       size.channels,
@@ -233,13 +256,11 @@ auto batch_statistics_kernel(Arguments& of) {
                                       of.pointer<float>("bias"),
                                       of.pointer<float>("rstd"),
                                       of.pointer<float>("mean"),
-                                      of.pointer<float>("var"),
-                                      of.pointer<float>("p"),
-                                      of.pointer<float>("off")};
-  return [args](Thread& m) { kernels::batch_statistics(m, args); };
+                                      of.pointer<float>("var")};
+  launches.add(args);
 }
 
-auto norm_gradients_kernel(Arguments& of) {
+void norm_gradients(Arguments& of, Launches& launches) {
   const kernels::MapSize size = of.size();
   const kernels::NormGradients args{size.samples,
                                     size.channels,
@@ -256,7 +277,7 @@ auto norm_gradients_kernel(Arguments& of) {
                                     of.pointer<float>("d_bias"),
                                     of.pointer<float>("offset"),
                                     of.pointer<float>("slope")};
-  return [args](Thread& m) { kernels::norm_gradients(m, args); };
+  launches.add(args);
 }
 
 // A barrier by its place in the source, as in a report.
@@ -271,31 +292,37 @@ py::dict launch(const std::string& kernel, const std::string& dtype, const Array
     left_out = {std::get<0>(*without), std::get<1>(*without), std::get<2>(*without)};
     grid.without = &left_out;
   }
-  const auto run = [&](auto body) { return arguments.device.launch(grid, body); };
+  Launches launches(arguments.device, grid);
   const auto of_type = [&]<class T>(T) {
     const bool affine = numbers.count("affine") > 0 && numbers.at("affine") != 0;
-    const auto either = [&](auto with, auto without) {
-      return affine ? run(with(arguments)) : run(without(arguments));
-    };
-    if (kernel == "step_forward") return either(forward_kernel<T, true>, forward_kernel<T, false>);
-    if (kernel == "step_backward") return either(backward_kernel<T, true>, backward_kernel<T, false>);
-    if (kernel == "batch_statistics") return run(batch_statistics_kernel(arguments));
-    if (kernel == "norm_gradients") return run(norm_gradients_kernel(arguments));
-    if (kernel == "reduce") return run(reduce_kernel<T>(arguments));
-    if (kernel == "spread") return run(spread_kernel<T>(arguments));
-    if (kernel == "weight_gradients 32") return run(weights_kernel<32>(arguments));
-    if (kernel == "weight_gradients 64") return run(weights_kernel<64>(arguments));
-    throw std::invalid_argument("kernel: no " + kernel);
+    if (kernel == "step_forward")
+      affine ? forward_step<T, true>(arguments, launches) : forward_step<T, false>(arguments, launches);
+    else if (kernel == "step_backward")
+      affine ? backward_step<T, true>(arguments, launches) : backward_step<T, false>(arguments, launches);
+    else if (kernel == "batch_statistics")
+      batch_statistics(arguments, launches);
+    else if (kernel == "norm_gradients")
+      norm_gradients(arguments, launches);
+    else if (kernel == "reduce")
+      reduce<T>(arguments, launches);
+    else if (kernel == "spread")
+      spread<T>(arguments, launches);
+    else if (kernel == "weight_gradients 32")
+      weight_gradients<32>(arguments, launches);
+    else if (kernel == "weight_gradients 64")
+      weight_gradients<64>(arguments, launches);
+    else
+      throw std::invalid_argument("kernel: no " + kernel);
   };
-  Report report;
   if (dtype == "float32")
-    report = of_type(float());
+    of_type(float());
   else if (dtype == "bfloat16")
-    report = of_type(BFloat16());
+    of_type(BFloat16());
   else if (dtype == "float16")
-    report = of_type(Float16());
+    of_type(Float16());
   else
     throw std::invalid_argument("dtype: no kernels for " + dtype);
+  const Report& report = launches.report;
   py::dict tensors, barriers;
   for (const auto& [name, counts] : report.tensors)
     tensors[py::str(name)] =

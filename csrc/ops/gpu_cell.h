@@ -98,6 +98,27 @@ inline std::atomic<GpuLayouts>& layouts() {
   return chosen;
 }
 
+// The arguments of a sweep over samples [first, first + count).
+template <class T>
+kernels::Reduce<T> of_samples(kernels::Reduce<T> reduce, int64_t first, int count) {
+  const int64_t width = reduce.size.channels;
+  reduce.size.samples = count;
+  reduce.x = from_sample(reduce.x, first), reduce.dy = from_sample(reduce.dy, first);
+  reduce.y = from_sample(reduce.y, first), reduce.g = from_sample(reduce.g, first);
+  reduce.sum = rows_from(reduce.sum, first, width), reduce.product = rows_from(reduce.product, first, width);
+  return reduce;
+}
+template <class T>
+kernels::Spread<T> of_samples(kernels::Spread<T> spread, int64_t first, int count) {
+  const int64_t width = spread.size.channels;
+  spread.size.samples = count;
+  spread.dy = from_sample(spread.dy, first), spread.y = from_sample(spread.y, first);
+  spread.x = from_sample(spread.x, first), spread.shortcut = from_sample(spread.shortcut, first);
+  spread.out = from_sample(spread.out, first);
+  spread.scale = rows_from(spread.scale, first, width), spread.offset = rows_from(spread.offset, first, width);
+  return spread;
+}
+
 // One call of an operator: its device, the sizes, and what it allocates on the way.
 class GpuCall {
  public:
@@ -150,36 +171,6 @@ class GpuCall {
 
   void clear(float* table, int64_t count) { device_.gpu().clear(table, count * static_cast<int64_t>(sizeof(float))); }
 
-  // A step or tail as one kernel. Left to fill in are the order, the tiles, and tables of sums where pieces need more
-  // than one row of them a sample.
-  template <class Flow>
-  void launch_flow(Flow args, const GpuPlan& plan) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(args.spread.x.data)>>;
-    const GpuProblem problem = swept(args.reduce.size, sizeof(T));
-    // Of the first sweep only one or two maps count: the fewer its pieces, the less is to be joined.
-    args.reduce.tile = detail::flow_tile_of(problem, limits_, kPacksAlone, std::min(args.reduce.maps(), 2));
-    args.spread.tile = detail::flow_tile_of(problem, limits_, kPacksOfEach, args.spread.maps());
-    if (const int pieces = args.reduce.pieces(); pieces > 1)
-      for (float** table : {&args.reduce.first, &args.reduce.rest, &args.reduce.sum, &args.reduce.product})
-        if (*table != nullptr) *table = scratch(pieces * shape_.samples * shape_.channels);
-    // What all maps together cannot leave in the second-level cache, others may have the room of.
-    const bool large =
-        args.spread.maps() * shape_.samples * shape_.channels * shape_.positions * static_cast<int64_t>(sizeof(T)) >
-        limits_.l2_bytes;
-    args.spread.once = large, args.reduce.once = large && args.reduce.g.data != nullptr && !Flow::kBatch;
-    const int count = static_cast<int>(plan.chunk);
-    args.join = join_of(args.cell, parts_of<typename Flow::Tiles>(count, args.terms(), shape_.samples));
-    args.order.samples = static_cast<int>(shape_.samples), args.order.chunk = count;
-    const int64_t words = kernels::lay_out_counters(args);
-    args.order.counters.data = reinterpret_cast<unsigned*>(scratch(words));
-    device_.gpu().clear(args.order.counters.data, words * static_cast<int64_t>(sizeof(unsigned)));
-    int64_t tasks = 0;
-    for (int phase = 0; phase < kernels::kFlowPhases; ++phase) tasks += args.tasks(phase, count).all();
-    launch_blocks(args, args.order.chunks() * tasks, kFlowResident,
-                  kernels::flow_shared_bytes<Flow::kBehind>(
-                      reduce_shared_bytes(args.reduce.tile, args.reduce.size.interleaved, sizeof(T))));
-  }
-
   // A sweep over args.size.samples samples.
   template <class T>
   void launch_sweep(kernels::Reduce<T> args) {
@@ -205,13 +196,13 @@ class GpuCall {
   }
   // A kernel of `tiles` of the cell's products.
   void launch_tiles(const AnyKernel& kernel, int64_t tiles) {
-    launch_blocks(kernel, tiles, 4, kernels::AllSamples::kBytes);
+    launch_blocks(kernel, tiles, 4, kernels::CellTiles::kBytes);
   }
-  // Memory for parts of both bottlenecks' sums of `inner` terms each, of `samples`: as many as multiprocessors wait for
-  // when `at_once` of them are at hand, of at least 64 terms.
-  template <class Tiles>
-  kernels::BottleneckParts parts_of(int64_t at_once, int64_t inner, int64_t samples) {
-    const int64_t tiles = 2 * detail::parts(at_once, Tiles::kSamples) * detail::parts(bottleneck_, Tiles::kBottleneck);
+  // Memory for parts of both bottlenecks' sums of `inner` terms each, of `samples`: as many as multiprocessors wait
+  // for, of at least 64 terms.
+  kernels::BottleneckParts parts_of(int64_t samples, int64_t inner) {
+    using Tiles = kernels::CellTiles;
+    const int64_t tiles = 2 * detail::parts(samples, Tiles::kSamples) * detail::parts(bottleneck_, Tiles::kBottleneck);
     const int64_t count = std::clamp(4 * limits_.multiprocessors / std::max<int64_t>(tiles, 1), int64_t{1},
                                      std::clamp<int64_t>(inner / 64, 1, kernels::kMostParts));
     return {scratch(count * samples * 2 * bottleneck_), static_cast<int>(count)};
@@ -325,14 +316,13 @@ void run_cell(GpuCall& call, const GpuPlan& plan, const kernels::CellForward& ce
               const kernels::NormedMeans& norm, float* factor, float* added) {
   const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
   if (plan.cell == GpuCell::tiles) {
-    const kernels::BottleneckParts parts = call.parts_of<kernels::AllSamples>(n, c, n);
+    const kernels::BottleneckParts parts = call.parts_of(n, c);
     const kernels::BottleneckSums<kAffine> sums{cell, static_cast<int>(call.positions()), sum, norm, parts};
     const bool both = cell.h != nullptr;
-    call.launch_tiles(sums, parts.count * parts.tiles<kernels::AllSamples>(cell.samples, cell.bottleneck, both));
+    call.launch_tiles(sums, parts.count * parts.tiles(cell.samples, cell.bottleneck, both));
     call.launch_elements(join_of(cell, parts), 2 * n * m);
-    call.launch_tiles(
-        kernels::CellStates<kAffine>{cell, norm.affine, factor, added},
-        detail::parts(n, kernels::AllSamples::kSamples) * detail::parts(c, kernels::AllSamples::kChannels));
+    call.launch_tiles(kernels::CellStates<kAffine>{cell, norm.affine, factor, added},
+                      detail::parts(n, kernels::CellTiles::kSamples) * detail::parts(c, kernels::CellTiles::kChannels));
     return;
   }
   call.launch_elements(kernels::SplitMeans<kAffine>{cell.samples, cell.channels, static_cast<int>(call.positions()),
@@ -364,13 +354,13 @@ void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBa
   const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
   call.launch_elements(kernels::SplitGateGradients<kAffine>{cell, sum, product, affine, factor}, n * c);
   if (plan.cell == GpuCell::tiles) {
-    const kernels::BottleneckParts parts = call.parts_of<kernels::AllSamples>(n, 4 * c, n);
+    const kernels::BottleneckParts parts = call.parts_of(n, 4 * c);
     call.launch_tiles(kernels::BottleneckGradientSums{cell, parts},
-                      parts.count * parts.tiles<kernels::AllSamples>(cell.samples, cell.bottleneck, true));
+                      parts.count * parts.tiles(cell.samples, cell.bottleneck, true));
     call.launch_elements(join_of(cell, parts), 2 * n * m);
     const float* scale = kAffine && means.offset != nullptr ? affine.scale : nullptr;
     const kernels::CellGradients gradients{cell, means.dp, means.offset, scale, static_cast<int>(call.positions())};
-    call.launch_tiles(gradients, gradients.tasks<kernels::AllSamples>());
+    call.launch_tiles(gradients, gradients.tasks());
     return;
   }
   const auto down = [&](float* dz, const float* expand, const float* z) {

@@ -1,7 +1,7 @@
 // The operators on a GPU: checks, plans, workspaces, launches. Included where they are registered: for CUDA
 // (cuda_operators.cpp), and in tests for a simulated GPU, so that all of this runs in every test.
 //
-//     step    by chunks of samples: reduce | cell | spread; or the same tasks in one kernel
+//     step    by chunks of samples: reduce | cell | spread
 //     tail    reduce: moments | statistics of the batch | cell | spread; of given statistics as the step
 //     and their gradients, with the weights' once over all samples at the end
 //
@@ -78,11 +78,6 @@ void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, co
   reduce.size = call.size(n), reduce.x = maps.x, reduce.sum = call.scratch(n * width);
   if (kAffine) reduce.shift = norm.affine.shift;
   const kernels::Spread<T> spread = spread_of(call, maps, relu, factor, added, reduce.shift);
-  if (plan.flow) {
-    constexpr GpuNorm kNorm = kAffine ? GpuNorm::given : GpuNorm::none;
-    return call.launch_flow(kernels::StepForward<T, kNorm>{{}, reduce, {}, cell.args, norm, factor, added, {}, spread},
-                            plan);
-  }
   for (int64_t first = 0; first < n; first += plan.chunk) {
     const int count = static_cast<int>(std::min(plan.chunk, n - first));
     const auto rows = [&](float* table) { return rows_from(table, first, width); };
@@ -244,15 +239,6 @@ void run_backward(GpuCall& call, const GpuPlan& plan, const BackwardCell& cell, 
   float *factor = has_dx ? call.scratch(n * width) : nullptr, *offset = has_dx ? call.scratch(n * width) : nullptr;
   const kernels::Reduce<T> reduce = reduce_of(call, maps, norm.affine.shift, norm.sum, product);
   const kernels::Spread<T> spread = spread_of<T>(call, maps, factor, offset, nullptr, nullptr);
-  // Without a gradient of the map there is nothing to sweep first, and little to gain.
-  if (plan.flow && has_g) {
-    constexpr GpuNorm kNorm = kAffine ? GpuNorm::given : GpuNorm::none;
-    kernels::StepBackward<T, kNorm> args{};
-    args.reduce = reduce, args.cell = cell.args, args.spread = spread;
-    args.affine = norm.affine, args.sum = norm.sum, args.product = norm.product;
-    args.dp = norm.dp, args.offset = offset, args.factor = factor;
-    return call.launch_flow(args, plan);
-  }
   for (int64_t first = 0; first < n; first += plan.chunk) {
     const int count = static_cast<int>(std::min(plan.chunk, n - first));
     const auto rows = [&](float* table) { return rows_from(table, first, width); };
@@ -399,18 +385,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     statistics.shift = norm.shift, statistics.d = norm.d, statistics.scale = norm.scale, statistics.bias = norm.bias;
     statistics.rstd = norm.rstd, statistics.mean = data_of<float>(batch_mean),
     statistics.var = data_of<float>(batch_var);
-    const kernels::NormedMeans means{norm.affine(), tables.off};
-    if (plan.flow) {
-      statistics.p = cell.args.tables.p, statistics.off = tables.off;
-      call.launch_flow(
-          kernels::StepForward<T, GpuNorm::batch>{{}, reduce, statistics, cell.args, means, factor, added, {}, spread},
-          plan);
-    } else {
-      call.launch_sweep(reduce);
-      call.launch_channels(statistics);
-      run_cell<true>(call, plan, cell.args, sum, means, factor, added);
-      call.launch_sweep(spread);
-    }
+    call.launch_sweep(reduce);
+    call.launch_channels(statistics);
+    run_cell<true>(call, plan, cell.args, sum, {norm.affine(), tables.off}, factor, added);
+    call.launch_sweep(spread);
     return std::make_tuple(y.tensor, cell.result.h, cell.result.c, cell.result.tables, batch_mean, batch_var);
   });
 }
@@ -452,21 +430,13 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
     const bool has_g = maps.maps.dy.data != nullptr;
     const kernels::Reduce<T> reduce = reduce_of(call, maps.maps, tables.shift, norm.sum, norm.product);
     const kernels::Spread<T> spread = spread_of<T>(call, maps.maps, factor, offset, tables.shift, slope);
-    if (plan.flow && has_g) {
-      kernels::StepBackward<T, GpuNorm::batch> args{};
-      args.reduce = reduce, args.cell = cell.args, args.spread = spread, args.gradients = gradients;
-      args.affine = norm.affine, args.sum = norm.sum, args.product = norm.product;
-      args.dp = norm.dp, args.factor = factor, args.new_h = new_h;
-      call.launch_flow(args, plan);
-    } else {
-      if (has_g)
-        call.launch_sweep(reduce);
-      else
-        for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
-      run_cell_gradient<true>(call, plan, cell.args, norm.sum, norm.product, norm.affine, {norm.dp, nullptr}, factor);
-      call.launch_channels(gradients);
-      if (wanted.x) call.launch_sweep(spread);
-    }
+    if (has_g)
+      call.launch_sweep(reduce);
+    else
+      for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
+    run_cell_gradient<true>(call, plan, cell.args, norm.sum, norm.product, norm.affine, {norm.dp, nullptr}, factor);
+    call.launch_channels(gradients);
+    if (wanted.x) call.launch_sweep(spread);
   } else {
     run_backward<T, true>(call, backward_plan<T>(call, info, maps.maps, GpuNorm::given), cell, maps.maps, norm);
     if (wanted.affine) call.launch_channels(gradients);

@@ -28,10 +28,10 @@ extern "C" __attribute__((visibility("default"))) const char* dia_kernels_plan(
                        gpu, static_cast<dia::GpuLayouts>(layouts));
     std::ostringstream json;
     json.precision(17);
-    json << "{\"flow\": " << (plan.flow ? "true" : "false") << ", \"cell\": \""
-         << (plan.cell == dia::GpuCell::tiles ? "tiles" : "products") << "\", \"chunk\": " << plan.chunk
-         << ", \"launches\": " << plan.launches << ", \"passes\": " << plan.passes << ", \"bytes\": " << plan.bytes
-         << ", \"seconds\": " << plan.seconds << ", \"ideal_seconds\": " << plan.ideal << "}";
+    json << "{\"cell\": \"" << (plan.cell == dia::GpuCell::tiles ? "tiles" : "products")
+         << "\", \"chunk\": " << plan.chunk << ", \"launches\": " << plan.launches << ", \"passes\": " << plan.passes
+         << ", \"bytes\": " << plan.bytes << ", \"seconds\": " << plan.seconds << ", \"ideal_seconds\": " << plan.ideal
+         << "}";
     static thread_local std::string text;
     text = json.str();
     return text.c_str();

@@ -18,9 +18,8 @@ namespace {
 GpuLimits limits{"simulated", 90, 4, 128 << 10, 64 << 10, 90e9, 170e9, 2e12, 9e12, 1e-10};
 // Of a block, where the kernel lets the launch choose: fewer than on a card, as a fiber is slow.
 int most_threads = 64;
-int resident_blocks = 1 << 20;  // of a flow, at most
-uint64_t schedule = 0;          // of the next launch: each has its own
-std::string launches;           // a line each
+uint64_t schedule = 0;  // of the next launch: each has its own
+std::string launches;   // a line each
 
 // What a test lies about: a kernel's table is shorter by so many elements at its begin and end; or a barrier is left
 // out.
@@ -86,34 +85,13 @@ class Memory {
     table("old_dh", of.old_dh, n * c), table("old_dc", of.old_dc, n * c);
   }
 
-  void flow(const kernels::FlowOrder& order) {
-    table("counters", order.counters.data,
-          kernels::FlowCounters::count(order.chunks(), order.counters.reduce_groups, order.counters.bottleneck_groups));
-  }
-
   // What each kernel takes.
-  template <class T, GpuNorm kNorm>
-  void of(const kernels::StepForward<T, kNorm>& a) {
-    flow(a.order), of(a.reduce), of(a.spread), cell(a.cell);
-    if (a.kBatch) of(a.statistics);
-    affine(a.norm.affine, a.cell.channels), table("off", a.norm.off, area(a.cell));
-    table("factor", a.factor, area(a.cell)), table("added", a.added, area(a.cell));
-    parts(a.join.parts, a.cell.samples, a.cell.bottleneck);
-  }
-  template <class T, GpuNorm kNorm>
-  void of(const kernels::StepBackward<T, kNorm>& a) {
-    flow(a.order), of(a.reduce), of(a.spread), cell(a.cell), affine(a.affine, a.cell.channels);
-    if (a.kBatch) of(a.gradients), table("new_h", a.new_h, area(a.cell));
-    if (a.kAffine) table("sum of all", a.sum, area(a.cell)), table("product of all", a.product, area(a.cell));
-    table("dp", a.dp, area(a.cell)), table("offset", a.offset, area(a.cell)), table("factor", a.factor, area(a.cell));
-    parts(a.join.parts, a.cell.samples, a.cell.bottleneck);
-  }
   template <class T>
   void of(const kernels::Reduce<T>& a) {
-    const int64_t nc = static_cast<int64_t>(a.size.samples) * a.size.channels, all = a.pieces() * nc;
+    const int64_t nc = static_cast<int64_t>(a.size.samples) * a.size.channels;
     map("x", a.x, a.size), map("dy", a.dy, a.size), map("y", a.y, a.size), map("g", a.g, a.size);
-    table("shift", a.shift, a.size.channels), table("first", a.first, all), table("rest", a.rest, all);
-    table("sum", a.sum, all), table("product", a.product, all);
+    table("shift", a.shift, a.size.channels), table("first", a.first, nc), table("rest", a.rest, nc);
+    table("sum", a.sum, nc), table("product", a.product, nc);
   }
   template <class T>
   void of(const kernels::Spread<T>& a) {
@@ -198,7 +176,7 @@ class Memory {
     table("first", a.first, nc), table("rest", a.rest, nc), table("squares", a.squares, nc), table("sum", a.sum, nc);
     table("gamma", a.gamma, c), table("beta", a.beta, c), table("shift", a.shift, c), table("d", a.d, c);
     table("scale", a.scale, c), table("bias", a.bias, c), table("rstd", a.rstd, c);
-    table("mean", a.mean, c), table("var", a.var, c), table("p", a.p, nc), table("off", a.off, nc);
+    table("mean", a.mean, c), table("var", a.var, c);
   }
   void of(const kernels::GivenStatistics& a) {
     const int64_t c = a.channels;
@@ -246,8 +224,7 @@ class SimulatedGpu final : public Gpu {
           simt::Device device;
           Memory(device, name_of<Args>()).of(args);
           simt::Grid grid;
-          grid.blocks = blocks, grid.resident = kernels::kIsFlow<Args> ? resident_blocks : 1;
-          grid.threads = kernels::kThreadsOf<Args>, grid.seed = schedule++;
+          grid.blocks = blocks, grid.threads = kernels::kThreadsOf<Args>, grid.seed = schedule++;
           if (!kernels::kHasTiles<Args>) grid.threads = std::min(grid.threads, most_threads);
           // A sweep's tile was chosen for all threads: those that share a row, or take its channels, must be there.
           if constexpr (requires { args.tile; })
@@ -270,13 +247,12 @@ class SimulatedGpu final : public Gpu {
 }  // namespace
 }  // namespace dia::simulated
 
-// The device's limits from now on, the most threads of a block, and how many blocks of a flow are resident at most.
+// The device's limits from now on, and the most threads of a block.
 extern "C" __attribute__((visibility("default"))) void dia_simulated_limits(int multiprocessors, int64_t l2_bytes,
-                                                                            double flops, int threads, int resident) {
+                                                                            double flops, int threads) {
   using dia::simulated::limits;
   limits.multiprocessors = multiprocessors, limits.l2_bytes = l2_bytes, limits.flops = flops;
-  dia::simulated::most_threads = threads, dia::simulated::resident_blocks = resident;
-  dia::simulated::schedule = 0;
+  dia::simulated::most_threads = threads, dia::simulated::schedule = 0;
 }
 
 // What has been launched since the last call, a line each: kernel, blocks, bytes of shared memory.

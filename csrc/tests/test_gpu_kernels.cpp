@@ -6,7 +6,8 @@
 #include <random>
 
 #include "check.h"
-#include "kernels/flow.h"
+#include "kernels/sweeps.h"
+#include "kernels/tile_cell.h"
 #include "kernels/weight_gradients.h"
 #include "machines/simt.h"
 
@@ -105,84 +106,54 @@ void check_near(const float* found, const Values& expected, const char* what) {
   }
 }
 
-// Counters of a flow.
-struct Counters {
-  std::vector<unsigned> values;
-
-  template <class Flow>
-  Counters(Memory& memory, Flow& flow, int chunk) {
-    flow.order.samples = kSamples, flow.order.chunk = chunk;
-    values.resize(kernels::lay_out_counters(flow));
-    kernels::FlowCounters& counters = flow.order.counters;
-    counters.data = memory.device.tensor("counters", values.data(), static_cast<int64_t>(values.size()), true);
-  }
-};
-
-// As one kernel, `chunk` samples at a time, or by sweeps with the cell between.
-void step_and_its_gradients(int parts_of_sums, int blocks_of, int chunk, bool sweeps) {
+void step_and_its_gradients(int parts_of_sums, int blocks_of) {
   const std::vector<Values> in = draw(parts_of_sums);
   const Results true_results = step(in);
-  const simt::Grid grid{.blocks = blocks_of,
-                        .threads = kernels::kTableThreads,
-                        .shared_bytes = static_cast<size_t>(kernels::flow_shared_bytes<GpuNorm::none>(16 << 10)),
-                        .resident = blocks_of};
+  const simt::Grid blocks{.blocks = 2, .threads = 64, .shared_bytes = 16 << 10};
+  const simt::Grid tiles{.blocks = blocks_of,
+                         .threads = kernels::kTableThreads,
+                         .shared_bytes = static_cast<size_t>(kernels::CellTiles::kBytes)};
   const kernels::MapSize size{kSamples, kChannels, kPositions, false};
   const int64_t stride = kChannels * kPositions;
 
   Memory memory;
   std::vector<float*> at(kInputs);
   for (int k = 0; k < kInputs; ++k) at[k] = memory.add("input " + std::to_string(k), in[k]);
-  kernels::StepForward<float, GpuNorm::none> forward{};
-  kernels::CellForward& cell = forward.cell;
+  kernels::CellForward cell{};
   cell.samples = kSamples, cell.channels = kChannels, cell.bottleneck = kBottleneck;
   cell.h = at[kH], cell.c = at[kC];
   cell.weights = {at[kW1], at[kB1], at[kW2], at[kB2], at[kV1], at[kA1], at[kV2], at[kA2]};
   cell.tables = {memory.result("p", kTable), memory.result("zx", kSamples * kBottleneck),
                  memory.result("zh", kSamples * kBottleneck), memory.result("gates", 4 * kTable)};
   cell.new_h = memory.result("new_h", kTable), cell.new_c = memory.result("new_c", kTable);
-  kernels::Reduce<float>& reduce = forward.reduce;
+  kernels::Reduce<float> reduce{};
   reduce.size = size, reduce.tile = {2, kPositions, 4}, reduce.x = {at[kX], stride};
   reduce.sum = memory.result("sum of x", kTable);
-  kernels::Spread<float>& spread = forward.spread;
+  kernels::Spread<float> spread{};
   spread.size = size, spread.tile = {2, kPositions, 4}, spread.relu = true;
   spread.x = reduce.x, spread.shortcut = {at[kShortcut], stride}, spread.out = {memory.result("y", kMap), stride};
   spread.scale = cell.new_h;
   const kernels::BottleneckParts parts{memory.result("forward parts", 2 * parts_of_sums * kSamples * kBottleneck),
                                        parts_of_sums};
-  forward.join = kernels::join_of(cell, parts);
-  const simt::Grid blocks{.blocks = 2, .threads = 64, .shared_bytes = 16 << 10};
-  const simt::Grid tiles{.blocks = blocks_of,
-                         .threads = kernels::kTableThreads,
-                         .shared_bytes = static_cast<size_t>(kernels::AllSamples::kBytes)};
-  if (sweeps) {
-    memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, reduce); });
-    const kernels::BottleneckSums<false> sums{cell, kPositions, reduce.sum, {}, parts};
-    memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_sums(m, sums); });
-    memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, forward.join); });
-    const kernels::CellStates<false> states{cell, {}, nullptr, nullptr};
-    memory.device.launch(tiles, [&](Thread& m) { kernels::cell_states<kernels::AllSamples>(m, states); });
-    memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, spread); });
-  } else {
-    const Counters counters(memory, forward, chunk);
-    memory.device.launch(grid, [&](Thread& m) { kernels::run_flow(m, forward); });
-  }
+  memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, reduce); });
+  const kernels::BottleneckSums<false> bottlenecks{cell, kPositions, reduce.sum, {}, parts};
+  memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_sums(m, bottlenecks); });
+  const kernels::JoinParts join = kernels::join_of(cell, parts);
+  memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, join); });
+  const kernels::CellStates<false> states{cell, {}, nullptr, nullptr};
+  memory.device.launch(tiles, [&](Thread& m) { kernels::cell_states(m, states); });
+  memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, spread); });
   check_near(spread.out.data, true_results.y, "y");
   check_near(cell.new_h, true_results.h, "h");
   check_near(cell.new_c, true_results.c, "c");
 
   const std::vector<Values> other = draw(100);
   const Values &dy = other[kX], &dh = other[kH], &dc = other[kC];
-  kernels::StepBackward<float, GpuNorm::none> backward{};
-  kernels::Reduce<float>& sums = backward.reduce;
+  kernels::Reduce<float> sums{};
   sums.size = size, sums.tile = {1, 4, 4};
   sums.dy = {memory.add("dy", dy), stride}, sums.y = {spread.out.data, stride}, sums.x = reduce.x;
   sums.g = {memory.result("dshortcut", kMap), stride}, sums.product = memory.result("product", kTable);
-  kernels::Spread<float>& last = backward.spread;
-  last.size = size, last.tile = {1, 4, 4}, last.dy = {sums.g.data, stride};
-  last.out = {memory.result("dx", kMap), stride};
-  last.scale = backward.factor = memory.result("factor", kTable);
-  last.offset = backward.offset = memory.result("offset", kTable);
-  kernels::CellBackward& back = backward.cell;
+  kernels::CellBackward back{};
   back.samples = kSamples, back.channels = kChannels, back.bottleneck = kBottleneck;
   back.dh = memory.add("dh", dh), back.dc = memory.add("dc", dc);
   back.c = at[kC], back.new_c = cell.new_c;
@@ -191,24 +162,22 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of, int chunk, bool sw
   back.dzx = memory.result("dzx", kSamples * kBottleneck);
   back.dzh = memory.result("dzh", kSamples * kBottleneck);
   back.old_dh = memory.result("old_dh", kTable), back.old_dc = memory.result("old_dc", kTable);
-  backward.join =
-      kernels::join_of(back, {memory.result("parts", 2 * parts_of_sums * kSamples * kBottleneck), parts_of_sums});
-  if (sweeps) {
-    memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, sums); });
-    kernels::SplitGateGradients<false> gates{};
-    gates.cell = back, gates.product = sums.product, gates.factor = backward.factor;
-    memory.device.launch(blocks, [&](Thread& m) { kernels::split_gate_gradients(m, gates); });
-    const kernels::BottleneckGradientSums products{back, backward.join.parts};
-    memory.device.launch(tiles,
-                         [&](Thread& m) { kernels::bottleneck_gradient_sums<kernels::AllSamples>(m, products); });
-    memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, backward.join); });
-    const kernels::CellGradients gradients{back, nullptr, backward.offset, nullptr, kPositions};
-    memory.device.launch(tiles, [&](Thread& m) { kernels::cell_gradients<kernels::AllSamples>(m, gradients); });
-    memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, last); });
-  } else {
-    const Counters counters(memory, backward, chunk);
-    memory.device.launch(grid, [&](Thread& m) { kernels::run_flow(m, backward); });
-  }
+  kernels::SplitGateGradients<false> gates{};
+  gates.cell = back, gates.product = sums.product, gates.factor = memory.result("factor", kTable);
+  const kernels::BottleneckGradientSums products{
+      back, {memory.result("parts", 2 * parts_of_sums * kSamples * kBottleneck), parts_of_sums}};
+  const kernels::JoinParts joined = kernels::join_of(back, products.parts);
+  const kernels::CellGradients of_cell{back, nullptr, memory.result("offset", kTable), nullptr, kPositions};
+  kernels::Spread<float> last{};
+  last.size = size, last.tile = {1, 4, 4}, last.dy = {sums.g.data, stride};
+  last.out = {memory.result("dx", kMap), stride};
+  last.scale = gates.factor, last.offset = of_cell.offset;
+  memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, sums); });
+  memory.device.launch(blocks, [&](Thread& m) { kernels::split_gate_gradients(m, gates); });
+  memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_gradient_sums(m, products); });
+  memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, joined); });
+  memory.device.launch(tiles, [&](Thread& m) { kernels::cell_gradients(m, of_cell); });
+  memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, last); });
 
   kernels::WeightGradients<32> weights{};
   weights.samples = kSamples;
@@ -339,11 +308,9 @@ void tables_of_a_norm() {
 }  // namespace
 
 int main() {
-  for (const bool sweeps : {false, true}) {
-    step_and_its_gradients(1, 1, 1, sweeps);
-    step_and_its_gradients(2, 1, 2, sweeps);
-    step_and_its_gradients(3, 2, 1, sweeps);
-  }
+  step_and_its_gradients(1, 1);
+  step_and_its_gradients(2, 1);
+  step_and_its_gradients(3, 2);
   sweeps_of_a_tiled_map();
   tables_of_a_norm();
   return dia::test::failures == 0 ? 0 : 1;

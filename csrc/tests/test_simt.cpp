@@ -122,7 +122,7 @@ std::string exchange(Grid grid, int distance, Sync sync) {
 }
 
 void a_barrier_must_cover_both_threads() {
-  const Grid warp{.threads = 32}, block{.threads = 64}, blocks{.blocks = 2, .threads = 64, .resident = 2};
+  const Grid warp{.threads = 32}, block{.threads = 64}, blocks{.blocks = 2, .threads = 64};
   const auto none = [](Thread&) {};
   const auto by_warp = [](Thread& m) { m.sync_warp(); };
   const auto by_block = [](Thread& m) { m.sync_block(); };
@@ -153,6 +153,24 @@ void a_place_is_not_written_while_others_may_still_read_it() {
   };
   CHECK(has(run(false), "race, written"));
   CHECK_EQUAL(run(true), "");
+}
+
+// Each block reads a place, and one of them writes it behind a barrier of its own.
+void blocks_do_not_order_each_other() {
+  const auto run = [](int blocks, uint64_t seed) {
+    Device device;
+    Buffer<float> x(1);
+    device.tensor("x", x.data, 1, true);
+    return complaint(device, {.blocks = blocks, .threads = 64, .seed = seed}, [&](Thread& m) {
+      m.load(x.data);
+      m.sync_block();
+      if (m.block() == 0 && m.thread() == 40) m.store(x.data, 0.0f);
+    });
+  };
+  for (uint64_t seed = 0; seed < 5; ++seed) {
+    CHECK_EQUAL(run(1, seed), "");
+    for (const int blocks : {2, 3}) CHECK(has(run(blocks, seed), "race"));
+  }
 }
 
 void two_writes_are_a_race_too() {
@@ -215,7 +233,7 @@ void sums_of_a_warp() {
   for (int k = 0; k < 64; ++k) CHECK_EQUAL(y.data[k], k < 32 ? 496.0f + 32 : 496.0f + 1024 + 32);
 }
 
-void the_order_of_threads_depends_on_the_seed_only() {
+void the_order_of_blocks_and_threads_depends_on_the_seed_only() {
   const auto order = [](uint64_t seed) {
     Device device;
     std::vector<int> seen;
@@ -225,136 +243,6 @@ void the_order_of_threads_depends_on_the_seed_only() {
   };
   CHECK(order(1) == order(1));
   CHECK(order(1) != order(2));
-}
-
-// What a message between blocks may lack.
-enum Lack { kNothing, kBarrierBefore, kBarrierAfter, kWait };
-
-// One block writes a value with each thread and counts; the others wait for the count, and read what its threads wrote.
-std::string message(int blocks, uint64_t seed, Lack lack) {
-  Device device;
-  Buffer<float> x(64), y(64 * blocks);
-  unsigned counter = 0;
-  device.tensor("x", x.data, 64, true);
-  device.tensor("y", y.data, y.count, false);
-  device.tensor("counter", &counter, 1, true);
-  return complaint(device, {.blocks = blocks, .threads = 64, .resident = blocks, .seed = seed}, [&](Thread& m) {
-    if (m.block() == 0) {
-      m.store(x.data + m.thread(), 1.0f);
-      if (lack != kBarrierBefore) m.sync_block();
-      if (m.thread() == 0) m.release(&counter);
-      return;
-    }
-    if (m.thread() == 0 && lack != kWait) m.await(&counter, 1);
-    if (lack != kBarrierAfter) m.sync_block();
-    m.store(y.data + 64 * m.block() + m.thread(), m.load(x.data + 63 - m.thread()));
-  });
-}
-
-void counts_order_blocks() {
-  for (uint64_t seed = 0; seed < 5; ++seed) {
-    CHECK_EQUAL(message(4, seed, kNothing), "");
-    for (const Lack lack : {kBarrierBefore, kBarrierAfter, kWait}) CHECK(has(message(4, seed, lack), "race"));
-  }
-}
-
-// Each block counts what it wrote; who counts last reads what all wrote, and writes where all have read.
-void the_last_to_count_knows_all() {
-  for (uint64_t seed = 0; seed < 5; ++seed) {
-    for (const bool all : {true, false}) {
-      Device device;
-      Buffer<float> x(5), y(1);
-      unsigned counter = 0;
-      device.tensor("x", x.data, 5, false);
-      device.tensor("y", y.data, 1, true);
-      device.tensor("counter", &counter, 1, true);
-      const Grid grid{.blocks = 5, .threads = 64, .shared_bytes = 16, .resident = 3, .seed = seed};
-      const std::string text = complaint(device, grid, [&](Thread& m) {
-        const auto place = m.shared<unsigned>(1);
-        m.load(y.data);
-        if (m.thread() == 0) m.store(x.data + m.block(), static_cast<float>(m.block()));
-        m.sync_block();
-        if (m.thread() == 0) place[0] = m.release(&counter);
-        m.sync_block();
-        if (static_cast<unsigned>(place[0]) + (all ? 1 : 2) < 5 || m.thread() != 40) return;
-        float sum = 0;
-        for (int k = 0; k < 5; ++k) sum += m.load(x.data + k);
-        m.store(y.data, sum);
-      });
-      if (all) CHECK_EQUAL(text, "");
-      if (all) CHECK_EQUAL(y.data[0], 10.0f);
-      if (!all) CHECK(text != "");
-    }
-  }
-}
-
-void a_count_that_nobody_reaches() {
-  Device device;
-  unsigned counter = 0;
-  device.tensor("counter", &counter, 1, true);
-  const auto kernel = [&](Thread& m) {
-    if (m.thread() == 0 && m.block() == 0) m.release(&counter);
-    if (m.thread() == 0) m.await(&counter, 2);
-    m.sync_block();
-  };
-  const std::string text = complaint(device, {.blocks = 2, .threads = 64, .resident = 2}, kernel);
-  CHECK(has(text, "deadlock: 0 threads have finished"));
-  CHECK(has(text, "2 wait for the count test_simt.cpp"));
-  CHECK(has(text, "126 wait at the block barrier"));
-  unsigned unknown = 0;
-  CHECK(has(complaint(device, {}, [&](Thread& m) { m.take(&unknown); }), "out of bounds"));
-}
-
-// Who waits for a block that has not begun, as those before it do not end, waits for ever; in order nobody does.
-void blocks_wait_for_those_before_them() {
-  for (const bool in_order : {true, false}) {
-    Device device;
-    unsigned counters[2] = {0, 0};
-    device.tensor("counters", counters, 2, true);
-    const std::string text = complaint(device, {.blocks = 6, .resident = 2}, [&](Thread& m) {
-      if (m.thread() > 0) return;
-      const unsigned number = m.take(counters);
-      m.await(counters + 1, in_order ? number : 5 - number);
-      m.release(counters + 1);
-    });
-    CHECK_EQUAL(text.empty(), in_order);
-  }
-}
-
-// A block that acts as others in turn takes the same shared memory each time.
-void blocks_in_turn() {
-  Device device;
-  Buffer<float> y(8);
-  device.tensor("y", y.data, 8, false);
-  const Report report = device.launch({.threads = 32, .shared_bytes = 32}, [&](Thread& m) {
-    const auto kept = m.shared<float>(1);
-    if (m.thread() == 0) kept[0] = 3.0f;
-    for (int number = 0; number < 8; ++number) {
-      Thread& task = m.as_block(number, 8);
-      const auto own = task.shared<float>(1);
-      task.sync_block();
-      if (task.thread() == number) own[0] = static_cast<float>(task.block() * task.blocks());
-      task.sync_block();
-      if (task.thread() == 31) task.store(y.data + number, static_cast<float>(own[0]) + static_cast<float>(kept[0]));
-    }
-  });
-  CHECK_EQUAL(report.shared_bytes, 20u);
-  for (int number = 0; number < 8; ++number) CHECK_EQUAL(y.data[number], static_cast<float>(number * 8 + 3));
-}
-
-void many_blocks_at_once() {
-  Device device;
-  Buffer<float> y(132);
-  unsigned counter = 0;
-  device.tensor("y", y.data, 132, false);
-  device.tensor("counter", &counter, 1, true);
-  const Report report = device.launch({.blocks = 132, .threads = 256, .resident = 132}, [&](Thread& m) {
-    if (m.thread() == 0) m.release(&counter), m.await(&counter, 132);
-    m.sync_block();
-    if (m.thread() == 0) m.store(y.data + m.block(), 1.0f);
-  });
-  CHECK_EQUAL(report.tensors.at("y").bytes_written, 528);
-  CHECK_EQUAL(report.passed[kBlockScope], 1);
 }
 
 }  // namespace
@@ -368,16 +256,11 @@ int main() {
   reads_of_what_nothing_wrote();
   a_barrier_must_cover_both_threads();
   a_place_is_not_written_while_others_may_still_read_it();
+  blocks_do_not_order_each_other();
   two_writes_are_a_race_too();
   a_barrier_left_out_is_a_race();
   threads_must_come_to_the_same_barrier();
   sums_of_a_warp();
-  the_order_of_threads_depends_on_the_seed_only();
-  counts_order_blocks();
-  the_last_to_count_knows_all();
-  a_count_that_nobody_reaches();
-  blocks_wait_for_those_before_them();
-  blocks_in_turn();
-  many_blocks_at_once();
+  the_order_of_blocks_and_threads_depends_on_the_seed_only();
   return dia::test::failures == 0 ? 0 : 1;
 }
