@@ -263,12 +263,14 @@ class Problem:
             given["y"] = self.map("y", 2)
         sizes = {"product": c, "du": 4 * c, "dzx": m, "dzh": m}
         if case.affine:
-            sizes |= {"sum": c, "dp": c}
+            sizes |= {"sum": c, "dp": c, "h again": c}
         if case.need_state:
             sizes |= {"old_dh": c, "old_dc": c}
         if case.need_x:
             sizes |= {"factor": c, "offset": c}
         results = {name: torch.zeros(n, size) for name, size in sizes.items()} | {"parts": self.parts()}
+        if case.affine:
+            results["scale again"] = torch.zeros(c)
         blank = torch.zeros_like(self.maps["x"])
         if case.need_x:
             results["dx"] = placed(blank, case.phase[3 % len(case.phase)], case.gap)

@@ -25,7 +25,6 @@ NOT_USED = {
     "SplitGateGradients<false>": WEIGHTS | {"p", "zx", "zh", "dzx", "dzh", "old_dh"},
     "SplitGateGradients<true>": WEIGHTS | {"p", "zx", "zh", "dzx", "dzh", "old_dh", "shift"},
     "SplitMeans<true>": {"shift"},
-    "NormAgain": {"gates"},
 }
 
 

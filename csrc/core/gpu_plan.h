@@ -76,6 +76,9 @@ constexpr int kPacksAlone = 8, kPacksOfEach = 2, kPacksPlanar = 4;
 // Threads of a block of the sweeps, and how many such blocks a multiprocessor holds.
 constexpr int kSweepThreads = 256, kSweepResident = 3;
 
+// Sums of so many terms are made in one go, longer ones in parts by several blocks, which are then to be joined.
+constexpr int64_t kTermsInOnePart = 256;
+
 DIA_HOST_DEVICE constexpr int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Of the sweep that sums: a sum of each value of each thread's packs, twice for moments.
@@ -168,8 +171,11 @@ inline GpuTile spread_tile_of(const GpuProblem& p, const GpuLimits& gpu) {
   return tile;
 }
 
+// Terms of the sums of the cell's first products.
+inline int64_t first_terms(const GpuProblem& p) { return (p.backward ? 4 : 1) * p.channels; }
+
 // Of the norm's tables: statistics forward; what they were and their gradients backward.
-inline int norm_launches(const GpuProblem& p) { return p.norm == GpuNorm::none ? 0 : p.backward ? 2 : 1; }
+inline int norm_launches(const GpuProblem& p) { return p.norm == GpuNorm::none ? 0 : 1; }
 
 // Sweeps with the cell between them, `cell_seconds` for all samples together.
 inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu, const Work& work, double cell_seconds,
@@ -215,7 +221,8 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts l
     detail::add_sweeps(
         plan, p, gpu, work,
         std::max(cell_flops / ((blas ? detail::kBlasRate : detail::kTileRate) * rate), work.weight_bytes / gpu.l2),
-        blas ? (p.backward ? 11 : 12) : (p.backward ? 4 : 3));  // with those of sums split among blocks
+        // Of a BLAS with those of sums split among blocks.
+        blas ? (p.backward ? 11 : 12) : (p.backward ? 3 : 2) + (detail::first_terms(p) > kTermsInOnePart ? 1 : 0));
     return plan;
   };
   GpuPlan best = sweeps(layouts == GpuLayouts::products ? GpuCell::products : GpuCell::tiles);

@@ -43,10 +43,9 @@ DIA_DEVICE float added_of(M& m, const ChannelAffine& affine, int channel, float 
 
 // What the map sends to h' through a norm, from its sums over the positions, of g and of g (z - shift). Of the latter
 // the product about the mean, which norm_gradients takes, is left in its place.
-template <class M>
-DIA_DEVICE float map_gradient(M& m, const ChannelAffine& affine, float sum, float& product, int channel) {
-  product -= m.load(affine.d + channel) * sum;
-  return m.load(affine.scale + channel) * product + m.load(affine.bias + channel) * sum;
+DIA_DEVICE float map_gradient(float d, float scale, float bias, float sum, float& product) {
+  product -= d * sum;
+  return scale * product + bias * sum;
 }
 
 // Channels of a block: a sector of a table's row.

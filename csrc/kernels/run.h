@@ -52,10 +52,6 @@ DIA_DEVICE void run(M& m, const MeanGradients& args) {
   mean_gradients(m, args);
 }
 template <class M>
-DIA_DEVICE void run(M& m, const NormAgain& args) {
-  norm_again(m, args);
-}
-template <class M>
 DIA_DEVICE void run(M& m, const NormGradients& args) {
   norm_gradients(m, args);
 }

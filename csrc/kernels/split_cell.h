@@ -79,13 +79,19 @@ DIA_DEVICE void split_gates(M& m, const SplitGates<kAffine>& args) {
   });
 }
 
+// What a gradient through a norm needs again of the forward pass: scale = gamma rstd, and h'.
+struct NormAgain {
+  const float *d, *rstd, *gamma, *beta;  // (C); gamma, beta null: 1 and 0
+  float *scale, *new_h;                  // (C), (N, C)
+};
+
 template <bool kAffine>
 struct SplitGateGradients {
   CellBackward cell;
-  const float* sum;  // see map_gradient; null: no gradient of the map
-  float* product;
-  ChannelAffine affine;
-  float* factor;  // null: not wanted
+  const float* sum;  // see map_gradient
+  float* product;    // null: no gradient of the map
+  NormAgain norm;    // with kAffine
+  float* factor;     // null: not wanted
 };
 
 template <class M, bool kAffine>
@@ -94,14 +100,20 @@ DIA_DEVICE void split_gate_gradients(M& m, const SplitGateGradients<kAffine>& ar
   for_elements(m, row_at(args.cell.samples, channels), [&](int64_t k) {
     const int64_t row = k / channels;
     const int channel = static_cast<int>(k - row * channels);
-    float dh = args.product != nullptr ? m.load(args.product + k) : 0.0f;
+    float dh = args.product != nullptr ? m.load(args.product + k) : 0.0f, scale = 1;
     if constexpr (kAffine) {
+      const NormAgain& norm = args.norm;
+      scale = m.load(norm.rstd + channel);
+      if (norm.gamma != nullptr) scale *= m.load(norm.gamma + channel);
+      if (row == 0) m.store(norm.scale + channel, scale);
+      const float bias = norm.beta != nullptr ? m.load(norm.beta + channel) : 0.0f;
       float product = dh;
-      dh = map_gradient(m, args.affine, m.load(args.sum + k), product, channel);
+      dh = map_gradient(m.load(norm.d + channel), scale, bias, m.load(args.sum + k), product);
       m.store(args.product + k, product);
     }
     const float h = gate_gradient(m, args.cell, row, channel, dh);
-    if (args.factor != nullptr) m.store(args.factor + k, kAffine ? h * m.load(args.affine.scale + channel) : h);
+    if constexpr (kAffine) m.store(args.norm.new_h + k, h);
+    if (args.factor != nullptr) m.store(args.factor + k, h * scale);
   });
 }
 
@@ -118,31 +130,6 @@ DIA_DEVICE void mean_gradients(M& m, const MeanGradients& args) {
   for_elements(m, args.count, [&](int64_t k) {
     const float scale = m.load(args.scale + k % args.channels);
     m.store(args.offset + k, scale * m.load(args.dp + k) / static_cast<float>(args.positions));
-  });
-}
-
-// What a gradient through a norm needs again of the forward pass: h' from the gates, and scale and bias.
-struct NormAgain {
-  int samples, channels;
-  bool tanh_output;
-  const float *rstd, *gamma, *beta;  // (C); gamma, beta null: 1 and 0
-  const float *gates, *new_c;        // (N, 4 C), (N, C)
-  float *scale, *bias, *new_h;       // (C), (C), (N, C)
-};
-
-template <class M>
-DIA_DEVICE void norm_again(M& m, const NormAgain& args) {
-  const int64_t count = row_at(args.samples, args.channels);
-  for_elements(m, count > args.channels ? count : args.channels, [&](int64_t k) {
-    if (k < args.channels) {
-      const float rstd = m.load(args.rstd + k);
-      m.store(args.scale + k, args.gamma != nullptr ? m.load(args.gamma + k) * rstd : rstd);
-      m.store(args.bias + k, args.beta != nullptr ? m.load(args.beta + k) : 0.0f);
-    }
-    if (k >= count) return;
-    const int64_t row = k / args.channels, channel = k - row * args.channels;
-    const float o = m.load(args.gates + (row * 4 + 3) * args.channels + channel);
-    m.store(args.new_h + k, o * squashed<M>(m.load(args.new_c + k), args.tanh_output));
   });
 }
 

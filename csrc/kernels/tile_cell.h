@@ -1,18 +1,18 @@
 // The cell between two sweeps, by products of ours: what lies between them happens as their sides are fetched and their
 // results put away.
 //
-//     forward    bottleneck_sums: means, both products W1 p and V1 h, in parts of their terms
-//                join_parts: the parts through bias and ReLU, an element to a thread
+//     forward    bottleneck_sums: means, both products W1 p and V1 h, through bias and ReLU; or parts of them
+//                join_parts, if there are parts: through bias and ReLU, an element to a thread
 //                cell_states: W2 zx + V2 zh, gates, state, what the sweep applies
 //     backward   split_gate_gradients (split_cell.h), an element to a thread
-//                bottleneck_gradient_sums: both products du W2 and du V2, in parts
-//                join_parts: through the ReLU
+//                bottleneck_gradient_sums: both products du W2 and du V2 through the ReLU; or parts of them
+//                join_parts, if there are parts: through the ReLU
 //                cell_gradients: dp = dzx W1 and dh = dzh V1
 //
-// Three launches and four, where a BLAS takes ten and nine. Parts are there because the first products have few results
-// and many terms: blocks would be too few otherwise. Tables move through the second-level cache: each side once for
-// every tile of the other. (Parts joined as the next product fetched them saved a launch, but every tile did it again:
-// twice the instructions of the product itself.)
+// Two or three launches and three or four, where a BLAS takes ten and nine. Parts are there where the first products
+// have few results and many terms: blocks would be too few otherwise. Tables move through the second-level cache: each
+// side once for every tile of the other. (Parts joined as the next product fetched them saved a launch, but every tile
+// did it again: twice the instructions of the product itself.)
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,8 @@ struct CellTiles {
 // Parts of a sum, at most.
 constexpr int kMostParts = 8;
 
-// Where parts of both bottlenecks' sums are: (parts, N, 2 m), the input's first.
+// Where parts of both bottlenecks' sums are: (parts, N, 2 m), the input's first. A sum in one part goes where it
+// belongs at once, and needs none.
 struct BottleneckParts {
   float* data;
   int count;
@@ -78,6 +79,13 @@ DIA_DEVICE JoinParts join_of(const CellBackward& cell, const BottleneckParts& pa
           {nullptr, cell.tables.zh, cell.dzh, true}};
 }
 
+// An element of a side from its sum.
+template <class M>
+DIA_DEVICE void put_joined(M& m, const JoinedSide& side, int64_t at, int column, float sum) {
+  if (side.bias != nullptr) sum += m.load(side.bias + column);
+  m.store(side.out + at, rectified(sum, side.z != nullptr ? m.load(side.z + at) : sum));
+}
+
 template <class M>
 DIA_DEVICE void join_parts(M& m, const JoinParts& args) {
   const int width = 2 * args.bottleneck;
@@ -87,15 +95,13 @@ DIA_DEVICE void join_parts(M& m, const JoinParts& args) {
     const bool hidden = column >= args.bottleneck;
     const JoinedSide side = hidden ? args.hidden : args.input;
     const int j = hidden ? column - args.bottleneck : column;
-    const int64_t at = row_at(row, args.bottleneck) + j;
     float sum = 0;
     if (side.summed) {
       DIA_UNROLL
       for (int part = 0; part < kMostParts; ++part)
         if (part < args.parts.count) sum += m.load(args.parts.data + row_at(part, args.samples) * width + k);
     }
-    if (side.bias != nullptr) sum += m.load(side.bias + j);
-    m.store(side.out + at, rectified(sum, side.z != nullptr ? m.load(side.z + at) : sum));
+    put_joined(m, side, row_at(row, args.bottleneck) + j, j, sum);
   });
 }
 
@@ -113,22 +119,30 @@ struct PartTask {
   }
 };
 
-// A tile of both bottlenecks' parts: the sum over `inner` of left(sample, k) weight(j, k).
+// A tile of a part of both bottlenecks' sums over `terms` terms: of left(sample, k) weight(j, k).
 template <bool kAlong, class M, class Array, class Left, class Right>
-DIA_DEVICE void part_product(M& m, const Array& memory, const PartTask& task, const BottleneckParts& parts, int samples,
-                             int bottleneck, Part inner, const Left& left, Right right) {
+DIA_DEVICE void part_product(M& m, const Array& memory, const PartTask& task, const JoinParts& join, int terms,
+                             const Left& left, Right right) {
   using Tile = CellTiles::Bottleneck;
+  const int bottleneck = join.bottleneck, parts = join.parts.count;
   Tile tile(m);
-  tile.template add<true, kAlong>(m, memory, inner, left, Plain{task.column, bottleneck, right});
+  tile.template add<true, kAlong>(m, memory, part_of(terms, task.part, parts), left,
+                                  Plain{task.column, bottleneck, right});
   tile.finish(m, memory, [&](int row, int column, const auto& values) {
     const int sample = task.sample + row;
+    if (sample >= join.samples) return;
     DIA_UNROLL
     for (int j = 0; j < Tile::kThread; ++j) {
       const int at = task.column + column + j;
-      if (sample < samples && at < bottleneck)
-        m.store(
-            parts.data + (row_at(task.part, samples) + sample) * 2 * bottleneck + (task.hidden ? bottleneck : 0) + at,
-            values[j]);
+      if (at >= bottleneck) continue;
+      const int64_t joined = row_at(sample, bottleneck) + at;
+      if (parts > 1) {
+        float* to = join.parts.data + (row_at(task.part, join.samples) + sample) * 2 * bottleneck;
+        m.store(to + (task.hidden ? bottleneck : 0) + at, values[j]);
+      } else {
+        put_joined(m, task.hidden ? join.hidden : join.input, joined, at, values[j]);
+        if (!join.hidden.summed) put_joined(m, join.hidden, joined, at, 0.0f);
+      }
     }
   });
 }
@@ -141,7 +155,7 @@ struct BottleneckSums {
   int positions;
   const float* sum;  // (N, C), over the positions, of x or with kAffine of x - shift
   NormedMeans norm;  // with kAffine
-  BottleneckParts parts;
+  JoinParts join;
 };
 
 // The side of the means, of samples from `first` on; or of the state's own values. Keeps the means if `keeps`.
@@ -184,13 +198,12 @@ template <class M, bool kAffine>
 DIA_DEVICE void bottleneck_sums(M& m, const BottleneckSums<kAffine>& args) {
   const CellForward& cell = args.cell;
   const auto memory = m.template shared<float>(CellTiles::Bottleneck::kFloats);
-  const int channels = cell.channels, parts = args.parts.count;
-  const int tiles = args.parts.tiles(cell.samples, cell.bottleneck, cell.h != nullptr);
+  const int channels = cell.channels, parts = args.join.parts.count;
+  const int tiles = args.join.parts.tiles(cell.samples, cell.bottleneck, cell.h != nullptr);
   for_tasks(m, tiles * parts, [&](int number) {
     const PartTask task = PartTask::of(number, cell.samples, cell.bottleneck, parts);
     const float* weight = task.hidden ? cell.weights.hidden_reduce : cell.weights.input_reduce;
-    part_product<true>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
-                       part_of(channels, task.part, args.parts.count),
+    part_product<true>(m, memory, task, args.join, channels,
                        MeanSide<M, kAffine>{m, args, task.hidden ? cell.h : args.sum, task.sample, task.hidden,
                                             !task.hidden && task.column == 0},
                        [&](int j, int channel) { return m.load(weight + row_at(j, channels) + channel); });
@@ -250,19 +263,18 @@ DIA_DEVICE void cell_states(M& m, const CellStates<kAffine>& args) {
 
 struct BottleneckGradientSums {
   CellBackward cell;
-  BottleneckParts parts;
+  JoinParts join;
 };
 
 template <class M>
 DIA_DEVICE void bottleneck_gradient_sums(M& m, const BottleneckGradientSums& args) {
   const CellBackward& cell = args.cell;
   const auto memory = m.template shared<float>(CellTiles::Bottleneck::kFloats);
-  const int rows = 4 * cell.channels, parts = args.parts.count;
-  for_tasks(m, args.parts.tiles(cell.samples, cell.bottleneck, true) * parts, [&](int number) {
+  const int rows = 4 * cell.channels, parts = args.join.parts.count;
+  for_tasks(m, args.join.parts.tiles(cell.samples, cell.bottleneck, true) * parts, [&](int number) {
     const PartTask task = PartTask::of(number, cell.samples, cell.bottleneck, parts);
     const float* weight = task.hidden ? cell.weights.hidden_expand : cell.weights.input_expand;
-    part_product<false>(m, memory, task, args.parts, cell.samples, cell.bottleneck,
-                        part_of(rows, task.part, args.parts.count),
+    part_product<false>(m, memory, task, args.join, rows,
                         Plain{task.sample, cell.samples,
                               [&](int sample, int row) { return m.load(cell.du + row_at(sample, rows) + row); }},
                         [&](int j, int row) { return m.load(weight + row_at(row, cell.bottleneck) + j); });

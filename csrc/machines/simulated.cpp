@@ -152,7 +152,8 @@ void forward_step(Arguments& of, Launches& launches) {
   reduce.x = spread.x = of.map<const T>("x"), reduce.sum = of.pointer<float>("sum");
   spread.shortcut = of.map<const T>("shortcut"), spread.out = of.map<T>("y");
   spread.relu = of.number("relu") != 0, spread.scale = cell.new_h;
-  kernels::BottleneckSums<kAffine> sums{cell, reduce.size.positions, reduce.sum, {}, parts};
+  const kernels::JoinParts join = kernels::join_of(cell, parts);
+  kernels::BottleneckSums<kAffine> sums{cell, reduce.size.positions, reduce.sum, {}, join};
   kernels::CellStates<kAffine> states{};
   states.cell = cell;
   if (kAffine) {
@@ -161,8 +162,9 @@ void forward_step(Arguments& of, Launches& launches) {
     spread.scale = states.factor = of.pointer<float>("factor");
     spread.offset = states.added = of.pointer<float>("added");
   }
-  launches.add(reduce), launches.add(sums), launches.add(kernels::join_of(cell, parts)), launches.add(states);
-  launches.add(spread);
+  launches.add(reduce), launches.add(sums);
+  if (parts.count > 1) launches.add(join);
+  launches.add(states), launches.add(spread);
 }
 
 template <class T, bool kAffine>
@@ -185,11 +187,17 @@ void backward_step(Arguments& of, Launches& launches) {
   spread.scale = gates.factor = of.pointer<float>("factor");
   spread.offset = gradients.offset = of.pointer<float>("offset");
   if (kAffine) {
-    gates.affine = of.affine(), reduce.shift = gates.affine.shift, gradients.scale = gates.affine.scale;
+    // Of a norm whose rstd is the scale, without gamma.
+    const kernels::ChannelAffine affine = of.affine();
+    reduce.shift = affine.shift, gradients.scale = of.pointer<float>("scale again");
+    gates.norm = {
+        affine.d, affine.scale, nullptr, affine.bias, of.pointer<float>("scale again"), of.pointer<float>("h again")};
     gates.sum = reduce.sum = of.pointer<float>("sum"), gradients.dp = of.pointer<float>("dp");
   }
-  launches.add(reduce), launches.add(gates), launches.add(kernels::BottleneckGradientSums{cell, parts});
-  launches.add(kernels::join_of(cell, parts)), launches.add(gradients);
+  const kernels::JoinParts join = kernels::join_of(cell, parts);
+  launches.add(reduce), launches.add(gates), launches.add(kernels::BottleneckGradientSums{cell, join});
+  if (parts.count > 1) launches.add(join);
+  launches.add(gradients);
   if (spread.out.data != nullptr) launches.add(spread);
 }
 

@@ -198,14 +198,14 @@ class GpuCall {
   void launch_tiles(const AnyKernel& kernel, int64_t tiles) {
     launch_blocks(kernel, tiles, 4, kernels::CellTiles::kBytes);
   }
-  // Memory for parts of both bottlenecks' sums of `inner` terms each, of `samples`: as many as multiprocessors wait
-  // for, of at least 64 terms.
+  // Parts of both bottlenecks' sums of `inner` terms each, of `samples`, and memory for them: as many as
+  // multiprocessors wait for, of at least 64 terms.
   kernels::BottleneckParts parts_of(int64_t samples, int64_t inner) {
     using Tiles = kernels::CellTiles;
     const int64_t tiles = 2 * detail::parts(samples, Tiles::kSamples) * detail::parts(bottleneck_, Tiles::kBottleneck);
     const int64_t count = std::clamp(4 * limits_.multiprocessors / std::max<int64_t>(tiles, 1), int64_t{1},
-                                     std::clamp<int64_t>(inner / 64, 1, kernels::kMostParts));
-    return {scratch(count * samples * 2 * bottleneck_), static_cast<int>(count)};
+                                     inner <= kTermsInOnePart ? 1 : std::min<int64_t>(inner / 64, kernels::kMostParts));
+    return {count > 1 ? scratch(count * samples * 2 * bottleneck_) : nullptr, static_cast<int>(count)};
   }
   void launch_weights(const std::vector<kernels::WeightGradient>& products) {
     if (!launch_weights<64>(products, limits_.multiprocessors)) launch_weights<32>(products, 0);
@@ -317,10 +317,11 @@ void run_cell(GpuCall& call, const GpuPlan& plan, const kernels::CellForward& ce
   const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
   if (plan.cell == GpuCell::tiles) {
     const kernels::BottleneckParts parts = call.parts_of(n, c);
-    const kernels::BottleneckSums<kAffine> sums{cell, static_cast<int>(call.positions()), sum, norm, parts};
+    const kernels::JoinParts join = join_of(cell, parts);
+    const kernels::BottleneckSums<kAffine> sums{cell, static_cast<int>(call.positions()), sum, norm, join};
     const bool both = cell.h != nullptr;
     call.launch_tiles(sums, parts.count * parts.tiles(cell.samples, cell.bottleneck, both));
-    call.launch_elements(join_of(cell, parts), 2 * n * m);
+    if (parts.count > 1) call.launch_elements(join, 2 * n * m);
     call.launch_tiles(kernels::CellStates<kAffine>{cell, norm.affine, factor, added},
                       detail::parts(n, kernels::CellTiles::kSamples) * detail::parts(c, kernels::CellTiles::kChannels));
     return;
@@ -350,15 +351,16 @@ struct MeanGradient {
 // From the sums of the map's gradient: that of the pre-activations and bottlenecks, of the old state, and of the means.
 template <bool kAffine>
 void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBackward& cell, const float* sum,
-                       float* product, const kernels::ChannelAffine& affine, MeanGradient means, float* factor) {
+                       float* product, const kernels::NormAgain& norm, MeanGradient means, float* factor) {
   const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
-  call.launch_elements(kernels::SplitGateGradients<kAffine>{cell, sum, product, affine, factor}, n * c);
+  call.launch_elements(kernels::SplitGateGradients<kAffine>{cell, sum, product, norm, factor}, n * c);
   if (plan.cell == GpuCell::tiles) {
     const kernels::BottleneckParts parts = call.parts_of(n, 4 * c);
-    call.launch_tiles(kernels::BottleneckGradientSums{cell, parts},
+    const kernels::JoinParts join = join_of(cell, parts);
+    call.launch_tiles(kernels::BottleneckGradientSums{cell, join},
                       parts.count * parts.tiles(cell.samples, cell.bottleneck, true));
-    call.launch_elements(join_of(cell, parts), 2 * n * m);
-    const float* scale = kAffine && means.offset != nullptr ? affine.scale : nullptr;
+    if (parts.count > 1) call.launch_elements(join, 2 * n * m);
+    const float* scale = kAffine && means.offset != nullptr ? norm.scale : nullptr;
     const kernels::CellGradients gradients{cell, means.dp, means.offset, scale, static_cast<int>(call.positions())};
     call.launch_tiles(gradients, gradients.tasks());
     return;
@@ -378,7 +380,7 @@ void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBa
   if (!kAffine) return gradient(means.offset, share);
   if (means.offset != nullptr)
     call.launch_elements(kernels::MeanGradients{n * c, cell.channels, static_cast<int>(call.positions()), means.dp,
-                                                affine.scale, means.offset},
+                                                norm.scale, means.offset},
                          n * c);
 }
 

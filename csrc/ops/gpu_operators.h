@@ -195,7 +195,8 @@ struct BackwardCell {
 
 // The norm's part of a gradient: its affine, and tables of (N, C).
 struct NormOfGradient {
-  kernels::ChannelAffine affine{};
+  const float* shift = nullptr;
+  kernels::NormAgain again{};
   float *sum = nullptr, *product = nullptr, *dp = nullptr;
 };
 
@@ -237,14 +238,16 @@ void run_backward(GpuCall& call, const GpuPlan& plan, const BackwardCell& cell, 
   if (kAffine && !has_g)
     for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
   float *factor = has_dx ? call.scratch(n * width) : nullptr, *offset = has_dx ? call.scratch(n * width) : nullptr;
-  const kernels::Reduce<T> reduce = reduce_of(call, maps, norm.affine.shift, norm.sum, product);
+  const kernels::Reduce<T> reduce = reduce_of(call, maps, norm.shift, norm.sum, product);
   const kernels::Spread<T> spread = spread_of<T>(call, maps, factor, offset, nullptr, nullptr);
   for (int64_t first = 0; first < n; first += plan.chunk) {
     const int count = static_cast<int>(std::min(plan.chunk, n - first));
     const auto rows = [&](float* table) { return rows_from(table, first, width); };
+    kernels::NormAgain again = norm.again;
+    again.new_h = rows(again.new_h);
     if (has_g) call.launch_sweep(of_samples(reduce, first, count));
-    run_cell_gradient<kAffine>(call, plan, of_samples(cell.args, first, count), rows(norm.sum), rows(product),
-                               norm.affine, {rows(norm.dp), rows(offset)}, rows(factor));
+    run_cell_gradient<kAffine>(call, plan, of_samples(cell.args, first, count), rows(norm.sum), rows(product), again,
+                               {rows(norm.dp), rows(offset)}, rows(factor));
     if (has_dx) call.launch_sweep(of_samples(spread, first, count));
   }
 }
@@ -407,26 +410,24 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
   const BackwardCell cell(call, given, w, tanh_output, wanted.state);
   const NormTables<float> tables(data_of<float>(cell.tables) + Tables<float>::count(n, width, m), n, width);
   const OptionalTensor gammas = dense(gamma), betas = dense(beta);
-  // scale = gamma rstd again, and what else the norm's gradient needs.
-  float *scale = call.scratch(width), *bias = call.scratch(width), *new_h = call.scratch(n * width);
-  call.launch_elements(
-      kernels::NormAgain{static_cast<int>(n), static_cast<int>(width), tanh_output, tables.rstd, data_of<float>(gammas),
-                         data_of<float>(betas), cell.args.tables.gates, cell.args.new_c, scale, bias, new_h},
-      std::max(n, int64_t{1}) * width);
-  const NormOfGradient norm{
-      {tables.shift, tables.d, scale, bias}, call.scratch(n * width), call.scratch(n * width), call.scratch(n * width)};
+  const NormOfGradient norm{tables.shift,
+                            {tables.d, tables.rstd, data_of<float>(gammas), data_of<float>(betas), call.scratch(width),
+                             call.scratch(n * width)},
+                            call.scratch(n * width),
+                            call.scratch(n * width),
+                            call.scratch(n * width)};
   const Tensor dgamma = call.table({width}), dbeta = call.table({width});
   kernels::NormGradients gradients{};
   gradients.samples = static_cast<int>(n), gradients.channels = static_cast<int>(width);
   gradients.positions = static_cast<int>(call.positions());
   gradients.sum = norm.sum, gradients.product = norm.product, gradients.dp = norm.dp, gradients.off = tables.off;
-  gradients.new_h = new_h, gradients.rstd = tables.rstd;
+  gradients.new_h = norm.again.new_h, gradients.rstd = tables.rstd;
   gradients.dgamma = data_of<float>(dgamma), gradients.dbeta = data_of<float>(dbeta);
   if (batch) {
     const GpuPlan plan = backward_plan<T>(call, info, maps.maps, GpuNorm::batch);
     float *factor = nullptr, *offset = nullptr, *slope = nullptr;
     if (wanted.x) factor = call.scratch(n * width), offset = call.scratch(n * width), slope = call.scratch(width);
-    gradients.d = tables.d, gradients.scale = scale, gradients.offset = offset, gradients.slope = slope;
+    gradients.d = tables.d, gradients.scale = norm.again.scale, gradients.offset = offset, gradients.slope = slope;
     const bool has_g = maps.maps.dy.data != nullptr;
     const kernels::Reduce<T> reduce = reduce_of(call, maps.maps, tables.shift, norm.sum, norm.product);
     const kernels::Spread<T> spread = spread_of<T>(call, maps.maps, factor, offset, tables.shift, slope);
@@ -434,7 +435,7 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
       call.launch_sweep(reduce);
     else
       for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
-    run_cell_gradient<true>(call, plan, cell.args, norm.sum, norm.product, norm.affine, {norm.dp, nullptr}, factor);
+    run_cell_gradient<true>(call, plan, cell.args, norm.sum, norm.product, norm.again, {norm.dp, nullptr}, factor);
     call.launch_channels(gradients);
     if (wanted.x) call.launch_sweep(spread);
   } else {

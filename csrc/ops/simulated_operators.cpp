@@ -112,7 +112,7 @@ class Memory {
   template <bool kAffine>
   void of(const kernels::BottleneckSums<kAffine>& a) {
     const int64_t n = a.cell.samples, c = a.cell.channels, m = a.cell.bottleneck;
-    parts(a.parts, n, m), reduce_weights(a.cell.weights, c, m), table("sum", a.sum, n * c);
+    of(a.join), reduce_weights(a.cell.weights, c, m), table("sum", a.sum, n * c);
     table("h", a.cell.h, n * c), table("p", a.cell.tables.p, n * c), table("off", a.norm.off, n * c);
     table("d", a.norm.affine.d, c), table("scale", a.norm.affine.scale, c), table("bias", a.norm.affine.bias, c);
   }
@@ -135,7 +135,7 @@ class Memory {
   }
   void of(const kernels::BottleneckGradientSums& a) {
     const int64_t n = a.cell.samples, c = a.cell.channels, m = a.cell.bottleneck;
-    parts(a.parts, n, m), expand_weights(a.cell.weights, c, m), table("du", a.cell.du, n * 4 * c);
+    of(a.join), expand_weights(a.cell.weights, c, m), table("du", a.cell.du, n * 4 * c);
   }
   void of(const kernels::CellGradients& a) {
     const int64_t n = a.cell.samples, c = a.cell.channels, m = a.cell.bottleneck;
@@ -158,8 +158,11 @@ class Memory {
   }
   template <bool kAffine>
   void of(const kernels::SplitGateGradients<kAffine>& a) {
-    cell(a.cell), affine(a.affine, a.cell.channels);
+    const int64_t c = a.cell.channels;
+    cell(a.cell);
     table("sum", a.sum, area(a.cell)), table("product", a.product, area(a.cell));
+    table("d", a.norm.d, c), table("rstd", a.norm.rstd, c), table("gamma", a.norm.gamma, c);
+    table("beta", a.norm.beta, c), table("scale", a.norm.scale, c), table("new_h", a.norm.new_h, area(a.cell));
     table("factor", a.factor, area(a.cell));
   }
   template <int kTile>
@@ -187,12 +190,6 @@ class Memory {
   }
   void of(const kernels::MeanGradients& a) {
     table("dp", a.dp, a.count), table("scale", a.scale, a.channels), table("offset", a.offset, a.count);
-  }
-  void of(const kernels::NormAgain& a) {
-    const int64_t c = a.channels, nc = a.samples * c;
-    table("rstd", a.rstd, c), table("gamma", a.gamma, c), table("beta", a.beta, c);
-    table("gates", a.gates, 4 * nc), table("new_c", a.new_c, nc), table("new_h", a.new_h, nc);
-    table("scale", a.scale, c), table("bias", a.bias, c);
   }
   void of(const kernels::NormGradients& a) {
     const int64_t c = a.channels, nc = a.samples * c;

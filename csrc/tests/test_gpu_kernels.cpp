@@ -136,10 +136,10 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of) {
   const kernels::BottleneckParts parts{memory.result("forward parts", 2 * parts_of_sums * kSamples * kBottleneck),
                                        parts_of_sums};
   memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, reduce); });
-  const kernels::BottleneckSums<false> bottlenecks{cell, kPositions, reduce.sum, {}, parts};
-  memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_sums(m, bottlenecks); });
   const kernels::JoinParts join = kernels::join_of(cell, parts);
-  memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, join); });
+  const kernels::BottleneckSums<false> bottlenecks{cell, kPositions, reduce.sum, {}, join};
+  memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_sums(m, bottlenecks); });
+  if (parts.count > 1) memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, join); });
   const kernels::CellStates<false> states{cell, {}, nullptr, nullptr};
   memory.device.launch(tiles, [&](Thread& m) { kernels::cell_states(m, states); });
   memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, spread); });
@@ -164,9 +164,9 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of) {
   back.old_dh = memory.result("old_dh", kTable), back.old_dc = memory.result("old_dc", kTable);
   kernels::SplitGateGradients<false> gates{};
   gates.cell = back, gates.product = sums.product, gates.factor = memory.result("factor", kTable);
-  const kernels::BottleneckGradientSums products{
-      back, {memory.result("parts", 2 * parts_of_sums * kSamples * kBottleneck), parts_of_sums}};
-  const kernels::JoinParts joined = kernels::join_of(back, products.parts);
+  const kernels::JoinParts joined =
+      kernels::join_of(back, {memory.result("parts", 2 * parts_of_sums * kSamples * kBottleneck), parts_of_sums});
+  const kernels::BottleneckGradientSums products{back, joined};
   const kernels::CellGradients of_cell{back, nullptr, memory.result("offset", kTable), nullptr, kPositions};
   kernels::Spread<float> last{};
   last.size = size, last.tile = {1, 4, 4}, last.dy = {sums.g.data, stride};
@@ -175,7 +175,7 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of) {
   memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, sums); });
   memory.device.launch(blocks, [&](Thread& m) { kernels::split_gate_gradients(m, gates); });
   memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_gradient_sums(m, products); });
-  memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, joined); });
+  if (parts.count > 1) memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, joined); });
   memory.device.launch(tiles, [&](Thread& m) { kernels::cell_gradients(m, of_cell); });
   memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, last); });
 

@@ -20,7 +20,8 @@ void check_plan(const GpuProblem& p, const GpuLimits& gpu) {
   CHECK(plan.chunk >= std::min<int64_t>(p.samples, 1) && plan.chunk <= std::max<int64_t>(p.samples, 1));
   CHECK(p.norm != GpuNorm::batch || plan.chunk == p.samples);
   const int64_t pack = 16 / p.element_bytes;
-  for (const GpuTile& tile : {detail::reduce_tile_of(p, gpu, true), detail::reduce_tile_of(p, gpu, false), detail::spread_tile_of(p, gpu)}) {
+  for (const GpuTile& tile :
+       {detail::reduce_tile_of(p, gpu, true), detail::reduce_tile_of(p, gpu, false), detail::spread_tile_of(p, gpu)}) {
     if (p.interleaved) {
       CHECK(tile.channels >= 1 && tile.channels <= std::min<int64_t>(std::max<int64_t>(p.channels, 1), kSweepThreads));
       CHECK(tile.channels % pack == 0 || tile.channels >= p.channels);
