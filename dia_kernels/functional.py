@@ -176,7 +176,7 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
         y, h, c, mean, var = autograd_tail.tail(ops, *first, mean, var, *last, output == "tanh")
     if folded.module is not None:
         mean, var = (t.detach() if t.requires_grad else t for t in (mean, var))
-        norms.update_buffers(folded.module, mean, var, count)
+        norms.update_buffers(folded.module, mean, var, count, ops)
     return y, (h, c)
 
 

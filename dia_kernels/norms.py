@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .autograd import transforms_active
+from .operators import Operators
 
 #: A norm: a module or function of the map, or a scale and a bias for each channel.
 Norm = nn.Module | Callable[[Tensor], Tensor] | tuple[Tensor, Tensor]
@@ -123,14 +124,24 @@ def _own(norm: nn.Module, name: str) -> Tensor | None:
     return getattr(norm, name) if found is None else found
 
 
-def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
+def update_buffers(
+    norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor, ops: Operators | None = None
+) -> None:
     """What the norm does to its buffers, from a batch's mean and biased variance over ``count`` values.
 
-    No gradient flows through ``mean`` and ``var``.
+    No gradient flows through ``mean`` and ``var``. In eager ``ops`` does it at once, where it can: the four operations
+    of PyTorch that it takes otherwise cost a small step more than its norm does.
     """
     if not norm.track_running_stats:
         return
-    batches, running_mean, running_var = (norm._buffers[name] for name in _BUFFERS)
+    buffers = batches, running_mean, running_var = tuple(norm._buffers[name] for name in _BUFFERS)
+    if ops is not None and norm.momentum is not None and isinstance(count, int) and _are_plain(buffers, mean):
+        with torch._C._AutoDispatchBelowAutograd():
+            ops.track_statistics_(
+                running_mean, running_var, batches, mean, var, norm.momentum, count / max(count - 1, 1)
+            )
+        torch.autograd.graph.increment_version(buffers)  # type: ignore[arg-type]
+        return
     move = _move
     if transforms_active():
         _check_mapped(mean, running_mean)
@@ -146,6 +157,19 @@ def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Ten
         rest = count - 1
         unbiased = var * (count / (rest.clamp(min=1) if isinstance(rest, Tensor) else max(rest, 1)))
         move(running_var, unbiased, factor)
+
+
+def _are_plain(buffers: tuple[Tensor | None, ...], mean: Tensor) -> bool:
+    """Whether these are the buffers that a norm begins with, and no graph or transform is made of the call."""
+    if torch.compiler.is_compiling() or transforms_active() or type(mean) is not Tensor:
+        return False
+    device = mean.device
+    for buffer, dtype in zip(buffers, (torch.int64, torch.float32, torch.float32), strict=True):
+        if type(buffer) is not Tensor or buffer.dtype is not dtype or buffer.device != device:
+            return False
+        if not buffer.is_contiguous():
+            return False
+    return mean.dtype is torch.float32
 
 
 def _check_mapped(mean: Tensor, running_mean: Tensor | None) -> None:

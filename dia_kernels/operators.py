@@ -27,6 +27,9 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 ``tail_spread``         the second half: dz, from dy, y and z (or from the shortcut's gradient and
                         z), ``dp`` and ``shares``: sums over all processes, divided by the
                         number of values of a channel
+``track_statistics_``   moves a batch norm's buffers, float32 (C,), by ``factor`` towards ``mean`` and ``correction
+                        * var``, and adds one to ``batches``, its count in int64. Neither autograd nor tensor
+                        versions know of it: for ``norms``.
 ``pool``                mean over positions, (N, C), in the compute dtype
 ``rescale``             ``act(x * scale + shortcut)``
 ``rescale_backward``    gradients of x, scale and shortcut
@@ -231,6 +234,12 @@ def _reference_tail_spread(dy, y, z, new_h, dp, tables, gamma, shares, channel_d
     return _in_format(dz.to(z.dtype), z, channel_dim)
 
 
+def _reference_track_statistics_(running_mean, running_var, batches, mean, var, factor, correction):
+    moved = running_mean.lerp(mean, factor), running_var.lerp(var * correction, factor), batches + 1
+    for buffer, value in zip((running_mean, running_var, batches), moved, strict=True):
+        buffer.copy_(value)
+
+
 def _reference_pool(x, channel_dim):
     return reference.pool(x, channel_dim)
 
@@ -323,6 +332,10 @@ def _fake_tail_spread(dy, y, z, new_h, dp, tables, gamma, shares, channel_dim):
     return empty_map(z, channel_dim)
 
 
+def _fake_track_statistics_(running_mean, running_var, batches, mean, var, factor, correction):
+    return None
+
+
 def _fake_pool(x, channel_dim):
     return x.new_empty((x.shape[0], channels(x, channel_dim)), dtype=compute_dtype(x.dtype))
 
@@ -366,6 +379,7 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "statistics": (_reference_statistics, _fake_statistics),
     "tail_reduce": (_reference_tail_reduce, _fake_tail_reduce),
     "tail_spread": (_reference_tail_spread, _fake_tail_spread),
+    "track_statistics_": (_reference_track_statistics_, _fake_track_statistics_),
     "pool": (_reference_pool, _fake_pool),
     "rescale": (_reference_rescale, _fake_rescale),
     "rescale_backward": (_reference_rescale_backward, _fake_rescale_backward),
@@ -386,6 +400,7 @@ class Operators:
     statistics: Operator
     tail_reduce: Operator
     tail_spread: Operator
+    track_statistics_: Operator
     pool: Operator
     rescale: Operator
     rescale_backward: Operator

@@ -38,6 +38,8 @@ SCHEMAS = {
     f" bool need_parameters) -> ({_GRADIENTS}, Tensor)",
     "tail_spread": "(Tensor? dy, Tensor? y, Tensor z, Tensor new_h, Tensor dp, Tensor tables, Tensor? gamma,"
     " Tensor shares, int channel_dim) -> Tensor",
+    "track_statistics_": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) batches, Tensor mean,"
+    " Tensor var, float factor, float correction) -> ()",
     "pool": "(Tensor x, int channel_dim) -> Tensor",
     "rescale": "(Tensor x, Tensor scale, Tensor? shortcut, int channel_dim, bool relu) -> Tensor",
     "rescale_backward": "(Tensor dy, Tensor x, Tensor scale, Tensor? y, int channel_dim, bool need_x,"

@@ -143,6 +143,11 @@ class Maker:
         """All arguments of a valid call, by name, in any order."""
         if operator in ("pool", "statistics"):
             return {names_of(operator)[0]: self.map(), "channel_dim": self.channel_dim}
+        if operator == "track_statistics_":
+            values = lambda: self.draw(self.c, dtype=torch.float32)  # noqa: E731
+            buffers = {name: values().contiguous() for name in ("running_mean", "running_var")}
+            buffers["batches"] = torch.tensor(3)
+            return buffers | {"mean": values(), "var": values(), "factor": 0.1, "correction": 1.5}
         if operator == "rescale":
             return {"x": self.map(), "scale": self.table(), "shortcut": self.maybe(self.map)} | self.flags
         if operator == "rescale_backward":
@@ -270,6 +275,8 @@ def corrupt(rng: random.Random, call: Call) -> str:
         fault = rng.choice(FAULTS)
         if fault is enormous and call.operator in ("pool", "statistics"):
             return f"{name} as it was"  # nothing else is there that it would not fit: years of work, and right
+        if fault is odd_bits and call.operator == "track_statistics_":
+            return f"{name} as it was"  # what PyTorch does for these it does for one tensor that is written, no more
         try:
             call.arguments[name] = fault(rng, value)
         except (RuntimeError, NotImplementedError, TypeError):  # of a tensor that was already made wrong
@@ -316,7 +323,13 @@ def is_comparable(call: Call, faults: list[str]) -> bool:
     return isinstance(eps, float) and 1e-6 < eps < 1e6
 
 
+#: What an operator writes over.
+WRITTEN = {"step_": ("x",), "track_statistics_": ("running_mean", "running_var", "batches")}
+
+
 def tensors_of(result: object) -> list[Tensor]:
+    if result is None:
+        return []
     return [result] if isinstance(result, Tensor) else list(result)
 
 
@@ -337,7 +350,7 @@ def assert_agree(call: Call, found: list[Tensor], expected: list[Tensor], on_gpu
         assert torch.equal(a.isnan(), b.isnan()), f"result {index}: NaN elsewhere than in the reference"
         finite = a.isfinite() & b.isfinite()
         scale = b[finite].abs().max().clamp(min=1.0) if finite.any() else 1.0
-        share = max(1e-3, 4 * torch.finfo(ours.dtype).eps)
+        share = max(1e-3, 4 * torch.finfo(ours.dtype).eps) if ours.dtype.is_floating_point else 0
         assert ((a - b)[finite].abs() <= share * scale).all(), f"result {index}: not that of the reference"
 
 
@@ -352,7 +365,7 @@ def run(call: Call, faults: list[str], operators_: operators.Operators) -> str:
         result = tensors_of(operator(*call.arguments.values()))
     except Exception as error:  # of whatever kind: tensors without a kernel of ours are the reference's
         refused = error
-    written = {"x"} if call.operator == "step_" and refused is None else set()
+    written = WRITTEN.get(call.operator, ()) if refused is None else ()
     shared = {t.untyped_storage().data_ptr() for name, t in call.tensors().items() if name in written and has_memory(t)}
     for name, memory in before.items():
         t = call.arguments[name]
@@ -372,8 +385,9 @@ def run(call: Call, faults: list[str], operators_: operators.Operators) -> str:
             expected = tensors_of(reference(*fresh))
         except Exception as error:
             raise AssertionError("taken, though the reference refuses it") from error
-        if call.operator == "step_" and not overlaps_itself(call.arguments["x"]):
-            result, expected = [*result, call.arguments["x"]], [*expected, fresh[0]]
+        for name, theirs in zip(call.arguments, fresh, strict=True):
+            if name in written and not overlaps_itself(call.arguments[name]):
+                result, expected = [*result, call.arguments[name]], [*expected, theirs]
         assert_agree(call, result, expected, on_gpu=operators_ is not operators.native)
     return "computed"
 

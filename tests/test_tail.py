@@ -11,6 +11,7 @@ from problems import lstm_parameters
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -267,6 +268,35 @@ def test_buffers_are_those_of_the_norm_itself(number):
         assert ours.state_dict().keys() == theirs.state_dict().keys()
         for key, value in ours.state_dict().items():
             torch.testing.assert_close(value, theirs.state_dict()[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_what_moves_the_buffers_moves_them_as_pytorch_does(factor):
+    mean, var, *given = torch.randn(4, 37)
+    found = []
+    for ops in (operators.native, operators.plain):
+        buffers = [t.clone() for t in given] + [torch.tensor(3)]
+        ops.track_statistics_(*buffers, mean, var, factor, 1.25)
+        found.append(buffers)
+    assert found[0][2] == found[1][2] == 4
+    torch.testing.assert_close(*(buffers[:2] for buffers in found), rtol=0, atol=8 * torch.finfo(torch.float32).eps)
+
+
+def test_the_buffers_are_moved_by_one_operator():
+    norm = nn.BatchNorm2d(6)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        SharedAttention(6, 2)(torch.randn(3, 6, 4, 5), norm=norm)
+    names = {event.name for event in profiler.events()}
+    assert "dia_kernels::track_statistics_" in names
+    assert not {"aten::lerp_", "aten::add_"} & names
+
+
+def test_autograd_sees_that_buffers_change():
+    norm = nn.BatchNorm2d(6)
+    kept = (norm.running_mean * torch.ones(6, requires_grad=True)).sum()
+    SharedAttention(6, 2)(torch.randn(3, 6, 4, 5), norm=norm)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
 
 
 def test_frozen_norms_and_affines():

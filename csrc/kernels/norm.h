@@ -13,6 +13,7 @@
 // same bits every time. Tables of (N, C) are read twice.
 #pragma once
 
+#include "../core/tracked.h"
 #include "machine.h"
 
 namespace dia::kernels {
@@ -160,6 +161,25 @@ DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
 
 // Gradients of gamma and beta; and with the statistics of a batch, through which all samples are tied together, what
 // the second sweep of the gradient applies: dz = g factor + (z - shift) slope + offset.
+// What a norm keeps of a batch: its buffers, moved by `factor` towards the mean and the unbiased variance.
+struct TrackStatistics {
+  int channels;
+  float factor, correction;
+  const float *mean, *var;            // (C)
+  float *running_mean, *running_var;  // (C)
+  int64_t* batches;                   // one more
+};
+
+template <class M>
+DIA_DEVICE void track_statistics(M& m, const TrackStatistics& args) {
+  for (int64_t k = m.block() * m.threads() + m.thread(); k < args.channels; k += m.blocks() * m.threads()) {
+    m.store(args.running_mean + k, moved(m.load(args.running_mean + k), m.load(args.mean + k), args.factor));
+    m.store(args.running_var + k,
+            moved(m.load(args.running_var + k), m.load(args.var + k) * args.correction, args.factor));
+    if (k == 0) m.store(args.batches, m.load(args.batches) + 1);
+  }
+}
+
 struct NormGradients {
   int samples, channels, positions;
   const float *sum, *product, *dp, *off, *new_h;  // (N, C): sums of g and g ((z - shift) - d), dp, means, h'

@@ -1,6 +1,7 @@
 // The operators' arguments on any device: their checks, and the parts of the tables that forward hands to backward.
 #pragma once
 
+#include <cmath>
 #include <initializer_list>
 
 #include "../core/elements.h"
@@ -170,6 +171,27 @@ inline void check_norm(const Tensor& z, const MapInfo& info, const OptionalTenso
   };
   check_statistics("running_mean", mean), check_statistics("running_var", var);
   check(mean.has_value() == var.has_value(), "norm: expected both of a mean and a variance, or neither");
+}
+
+// The buffers of a norm, and what they are moved towards.
+inline void check_tracked(const Tensor& running_mean, const Tensor& running_var, const Tensor& batches,
+                          const Tensor& mean, const Tensor& var, double factor, double correction) {
+  for (const double value : {factor, correction})
+    check(std::isinf(value) || !std::isinf(static_cast<float>(value)), "factor, correction: expected floats, got ",
+          value);
+  check(mean.dim() == 1, "mean: expected 1 dimension, got ", sizes_text(mean));
+  const auto check_values = [&](const char* name, const Tensor& t) {
+    check_table(name, t, {mean.size(0)}, ScalarType::Float, mean);
+  };
+  check_values("mean", mean), check_values("var", var);
+  check_values("running_mean", running_mean), check_values("running_var", running_var);
+  check_table("batches", batches, {}, ScalarType::Long, mean);
+  check(running_mean.is_contiguous(), "running_mean: expected a contiguous tensor");
+  check(running_var.is_contiguous(), "running_var: expected a contiguous tensor");
+  const Tensor* const all[] = {&running_mean, &running_var, &batches, &mean, &var};
+  for (int written = 0; written < 3; ++written)
+    for (int other = written + 1; other < 5; ++other)
+      check(!overlap(*all[written], *all[other]), "running_mean, running_var, batches: share memory");
 }
 
 }  // namespace dia::ops

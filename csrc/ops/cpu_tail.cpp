@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../core/tracked.h"
 #include "cpu_cell.h"
 
 namespace dia::ops {
@@ -485,6 +486,19 @@ std::tuple<Tensor, Tensor> run_statistics(const Tensor& z, const MapInfo& info) 
   return {mean, var};
 }
 
+void track_statistics(Tensor running_mean, Tensor running_var, Tensor batches, Tensor mean, Tensor var, double factor,
+                      double correction) {
+  check_tracked(running_mean, running_var, batches, mean, var, factor, correction);
+  const Tensor means = dense(mean), vars = dense(var);
+  const auto move = [&](const Tensor& buffer, const Tensor& to, float scale) {
+    float* at = data_of<float>(buffer);
+    const float* values = static_cast<const float*>(to.const_data_ptr());
+    for (int64_t k = 0; k < buffer.numel(); ++k) at[k] = moved(at[k], values[k] * scale, static_cast<float>(factor));
+  };
+  move(running_mean, means, 1.0f), move(running_var, vars, static_cast<float>(correction));
+  ++*data_of<int64_t>(batches);
+}
+
 std::tuple<Tensor, Tensor> statistics(Tensor z, int64_t channel_dim) {
   const MapInfo info = map_info(z, channel_dim);
   return with_map_type(z, [&]<class T>() { return run_statistics<T>(z, info); });
@@ -548,6 +562,7 @@ STABLE_TORCH_LIBRARY_IMPL(dia_kernels, CPU, m) {
   m.impl("statistics", TORCH_BOX(&statistics));
   m.impl("tail_reduce", TORCH_BOX(&tail_reduce));
   m.impl("tail_spread", TORCH_BOX(&tail_spread));
+  m.impl("track_statistics_", TORCH_BOX(&track_statistics));
 }
 
 }  // namespace dia::ops

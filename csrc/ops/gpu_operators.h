@@ -483,6 +483,24 @@ TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
   });
 }
 
+// What the norm keeps of a batch.
+inline void track_statistics(Tensor running_mean, Tensor running_var, Tensor batches, Tensor mean, Tensor var,
+                             double factor, double correction) {
+  check_tracked(running_mean, running_var, batches, mean, var, factor, correction);
+  const Tensor means = dense(mean), vars = dense(var);
+  const kernels::TrackStatistics args{static_cast<int>(mean.numel()),
+                                      static_cast<float>(factor),
+                                      static_cast<float>(correction),
+                                      static_cast<const float*>(means.const_data_ptr()),
+                                      static_cast<const float*>(vars.const_data_ptr()),
+                                      data_of<float>(running_mean),
+                                      data_of<float>(running_var),
+                                      data_of<int64_t>(batches)};
+  if (args.channels == 0) return;
+  GpuDevice device(mean);
+  device.gpu().launch(args, static_cast<int>(detail::parts(args.channels, kernels::kTableThreads)), 0);
+}
+
 // --- the parts: pool and rescale -----------------------------------------------------------------------------
 
 Tensor pool(Tensor x, int64_t channel_dim) {
@@ -562,12 +580,13 @@ extern "C" __attribute__((visibility("default"), used)) inline void dia_kernels_
 }
 
 // Registers them, by their names and a suffix.
-#define DIA_REGISTER_GPU_OPERATORS(m, suffix)                          \
-  m.impl("step" suffix, TORCH_BOX(&dia::ops::step));                   \
-  m.impl("step_" suffix, TORCH_BOX(&dia::ops::step_in_place));         \
-  m.impl("step_backward" suffix, TORCH_BOX(&dia::ops::step_backward)); \
-  m.impl("tail" suffix, TORCH_BOX(&dia::ops::tail));                   \
-  m.impl("tail_backward" suffix, TORCH_BOX(&dia::ops::tail_backward)); \
-  m.impl("pool" suffix, TORCH_BOX(&dia::ops::pool));                   \
-  m.impl("rescale" suffix, TORCH_BOX(&dia::ops::rescale));             \
+#define DIA_REGISTER_GPU_OPERATORS(m, suffix)                                 \
+  m.impl("step" suffix, TORCH_BOX(&dia::ops::step));                          \
+  m.impl("step_" suffix, TORCH_BOX(&dia::ops::step_in_place));                \
+  m.impl("step_backward" suffix, TORCH_BOX(&dia::ops::step_backward));        \
+  m.impl("tail" suffix, TORCH_BOX(&dia::ops::tail));                          \
+  m.impl("tail_backward" suffix, TORCH_BOX(&dia::ops::tail_backward));        \
+  m.impl("track_statistics_" suffix, TORCH_BOX(&dia::ops::track_statistics)); \
+  m.impl("pool" suffix, TORCH_BOX(&dia::ops::pool));                          \
+  m.impl("rescale" suffix, TORCH_BOX(&dia::ops::rescale));                    \
   m.impl("rescale_backward" suffix, TORCH_BOX(&dia::ops::rescale_backward))

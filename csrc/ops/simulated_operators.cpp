@@ -188,6 +188,10 @@ class Memory {
     table("shift", a.shift, c), table("d", a.d, c), table("scale", a.scale, c), table("bias", a.bias, c);
     table("rstd", a.rstd, c);
   }
+  void of(const kernels::TrackStatistics& a) {
+    table("mean", a.mean, a.channels), table("var", a.var, a.channels), table("batches", a.batches, 1);
+    table("running_mean", a.running_mean, a.channels), table("running_var", a.running_var, a.channels);
+  }
   void of(const kernels::MeanGradients& a) {
     table("dp", a.dp, a.count), table("scale", a.scale, a.channels), table("offset", a.offset, a.count);
   }
