@@ -64,10 +64,10 @@ def test_sizes_alone_compile_nothing_anew():
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in kinds for cache in kernel.device_caches.values())
 
-    for side in (32, 48, 64):
+    for side in (48, 64, 80):  # too large for a program a sample
         for samples in (2, 3, 5):
             attention(torch.randn(samples, 64, side, side, device="cuda").contiguous(memory_format=torch.channels_last))
-            if (side, samples) == (32, 2):
+            if (side, samples) == (48, 2):
                 first = compiled()
     assert compiled() == first
 

@@ -93,8 +93,11 @@ namespace detail {
 
 inline int64_t parts(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
-// Products reach this part of the peak: in tiles, and by a BLAS. Measured on an H100 (docs/kernels.md).
-constexpr double kTileRate = 0.2, kBlasRate = 0.3;
+// Products reach this part of the float32 peak: in tiles, and by a BLAS, whose kernels, and those between them, take so
+// long besides. Measured on an H100 (docs/kernels.md), but for tiles without tensor cores.
+constexpr double kTileRate = 0.2, kPlainTileRate = 0.08, kBlasRate = 0.28;
+constexpr double kBlasLaunch = 3e-6;
+inline double tile_rate(const GpuLimits& gpu) { return gpu.architecture < 80 ? kPlainTileRate : kTileRate; }
 
 // Times of what does not depend on the layout.
 struct Work {
@@ -115,7 +118,7 @@ inline Work work_of(const GpuProblem& p, const GpuLimits& gpu) {
   work.sample_flops = 20 * c * m;
   if (p.backward) {
     const double flops = n * work.sample_flops, rate = p.tf32 ? gpu.tf32 : gpu.flops;
-    work.rest = std::max(flops / (kTileRate * rate), (n * (5 * c + 4 * m) * 8 + work.weight_bytes) / gpu.l2);
+    work.rest = std::max(flops / (tile_rate(gpu) * rate), (n * (5 * c + 4 * m) * 8 + work.weight_bytes) / gpu.l2);
   }
   return work;
 }
@@ -179,7 +182,7 @@ inline int norm_launches(const GpuProblem& p) { return p.norm == GpuNorm::none ?
 
 // Sweeps with the cell between them, `cell_seconds` for all samples together.
 inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu, const Work& work, double cell_seconds,
-                       int cell_launches) {
+                       int cell_launches, double cell_launch) {
   const double map = static_cast<double>(p.samples) * work.sample_bytes;
   // Read again: forward x. Backward g, and with the batch's statistics z too.
   const bool batch = p.norm == GpuNorm::batch;
@@ -194,11 +197,12 @@ inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu,
   const auto with_chunk = [&](int64_t chunk) {
     const double kept = std::min(1.0, room / (sample_kept * static_cast<double>(std::max<int64_t>(chunk, 1))));
     const int64_t chunks = chunk > 0 ? parts(p.samples, chunk) : 0;
-    const int64_t launches = chunks * (2 + cell_launches) + norm_launches(p) + (p.backward ? 1 : 0);
+    const int64_t others = chunks * 2 + norm_launches(p) + (p.backward ? 1 : 0);
     const double seconds = map * ((work.passes + again * (1 - kept)) / gpu.memory + again * kept / gpu.l2) +
-                           cell_seconds + static_cast<double>(launches) * gpu.launch + work.rest;
+                           cell_seconds + static_cast<double>(others) * gpu.launch +
+                           static_cast<double>(chunks * cell_launches) * cell_launch + work.rest;
     if (plan.chunk > 0 && seconds >= plan.seconds) return;
-    plan.chunk = chunk, plan.launches = launches, plan.seconds = seconds;
+    plan.chunk = chunk, plan.launches = others + chunks * cell_launches, plan.seconds = seconds;
   };
   plan.chunk = 0;
   with_chunk(p.samples);
@@ -217,12 +221,13 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts l
     GpuPlan plan;
     plan.cell = cell;
     const bool blas = cell == GpuCell::products;
+    // Of a BLAS with those of sums split among blocks.
+    const int launches =
+        blas ? (p.backward ? 11 : 12) : (p.backward ? 3 : 2) + (detail::first_terms(p) > kTermsInOnePart ? 1 : 0);
     // Each product reads its weights once.
-    detail::add_sweeps(
-        plan, p, gpu, work,
-        std::max(cell_flops / ((blas ? detail::kBlasRate : detail::kTileRate) * rate), work.weight_bytes / gpu.l2),
-        // Of a BLAS with those of sums split among blocks.
-        blas ? (p.backward ? 11 : 12) : (p.backward ? 3 : 2) + (detail::first_terms(p) > kTermsInOnePart ? 1 : 0));
+    const double products =
+        std::max(cell_flops / ((blas ? detail::kBlasRate : detail::tile_rate(gpu)) * rate), work.weight_bytes / gpu.l2);
+    detail::add_sweeps(plan, p, gpu, work, products, launches, blas ? detail::kBlasLaunch : gpu.launch);
     return plan;
   };
   GpuPlan best = sweeps(layouts == GpuLayouts::products ? GpuCell::products : GpuCell::tiles);

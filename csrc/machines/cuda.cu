@@ -17,20 +17,22 @@ namespace {
 
 extern __shared__ __align__(16) char shared_memory[];
 
+template <class Args>
+constexpr bool kIsSweep = requires(Args args) { args.tile; };
 // Of 256 threads three blocks of sweeps a multiprocessor, which keep packs of several maps and sums in registers, two
 // of tiles of products, four of others.
 template <class Args>
-constexpr int kResidentOf = kernels::kHasTiles<Args>             ? 2
-                            : requires(Args args) { args.tile; } ? kSweepResident
-                                                                 : 4;
+constexpr int kResidentOf = kernels::kHasTiles<Args> ? 2
+                            : kIsSweep<Args>         ? kSweepResident
+                                                     : 4;
 
 template <class Args>
 __global__ void __launch_bounds__(kernels::kThreadsOf<Args>, kResidentOf<Args>)
     kernel(__grid_constant__ const Args args) {
-  // The next kernel may take the room that blocks of this one leave, and has then been launched when it may begin: it
-  // waits here until all before it is done and seen.
+  // Behind a kernel of tables, which leaves room, the next is launched at once: it waits here until all before it is
+  // done and seen. Behind a sweep it would take room of blocks that have not finished.
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
+  if constexpr (!kIsSweep<Args>) asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   Machine machine(shared_memory);
