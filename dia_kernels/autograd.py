@@ -83,7 +83,7 @@ def route(
         return function.apply(*first, *args)
     if recorded:
         at = getattr(function, "parameters_at", None)
-        return apply(function, *first, *args) if at is None else _apply_gathered(function, *first, args, at)
+        return apply(function, *first, *args) if at is None else _apply_gathered(function, first, args, at)
     with _below_autograd():
         return operator(*args)
 
@@ -143,23 +143,23 @@ def _token(parameters: tuple, h: Tensor | None) -> Tensor | None:
     for p in parameters:
         if not p.requires_grad or p.grad_fn is not None:
             return None
-    token, of = getattr(None if h is None else h.grad_fn, "token", (None, ()))
+    token, of = getattr(None if h is None else h.grad_fn, "dia_kernels_token", (None, ()))
     if token is not None and all(map(is_, of, parameters)):
         return token
-    return super(Function, Gathered).apply(*parameters)  # type: ignore[misc]
+    return super(Function, Gathered).apply(*parameters)
 
 
 @cache
 def _with_token(function: type[Function]) -> type[Function]:
     """``function`` in the form that takes a token, and the parameters as something to which no gradient flows."""
-    at = function.parameters_at  # type: ignore[attr-defined]
+    at: int = function.parameters_at  # type: ignore[attr-defined]
 
     def forward(ctx, token, parameters, ops, *others):
         args = (ops, *others[:at], *parameters, *others[at:])
         with _below_autograd():
             output = function.forward(*args)
         function.setup_context(ctx, args, output)
-        ctx.token = token, parameters
+        ctx.dia_kernels_token = token, parameters
         return output
 
     def backward(ctx, *grads):
@@ -171,14 +171,14 @@ def _with_token(function: type[Function]) -> type[Function]:
     return type(function.__name__, (Function,), methods)
 
 
-def _apply_gathered(function: type[Function], ops: Operators, args: tuple, at: int) -> Any:
-    """``apply``, with a token for the parameters if they have one."""
+def _apply_gathered(function: type[Function], first: tuple, args: tuple, at: int) -> Any:
+    """``apply`` to ``first`` and ``args``, with a token for the parameters if they have one."""
     parameters = args[at : at + 8]
     token = _token(parameters, args[2])
     if token is None:
-        return apply(function, ops, *args)
+        return apply(function, *first, *args)
     others = args[:at] + args[at + 8 :]
-    return super(Function, _with_token(function)).apply(token, parameters, ops, *others)  # type: ignore[misc]
+    return super(Function, _with_token(function)).apply(token, parameters, *first, *others)  # type: ignore[misc]
 
 
 def for_each_parameter(gradients: Callable, need: tuple, at: int, like: Tensor) -> tuple:
