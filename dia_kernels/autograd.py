@@ -12,6 +12,9 @@ The rule (``route``), first match wins:
 Each Function's first argument is the set of operators that it calls (``operators.Operators``), of the native library or
 of another implementer; the rule and the formulas are the same for all.
 
+The eight parameters of a cell have one flat gradient (``cells.join_parameters``). Where all eight are leaves, blocks
+that share them hand it on as one to ``Gathered``, so that the engine adds up one tensor a block instead of eight.
+
 Double backward, vmap and forward mode are right through the reference: the backward is itself a
 Function, differentiated by ``torch.func.vjp`` of the reference, and each Function has a vmap rule
 that maps the reference.
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -29,7 +33,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from . import operators, reference
-from .cells import LSTMParameters
+from .cells import LSTMParameters, join_parameters, parameter_count, split_parameters
 from .operators import Operators
 
 _STALE_STATE = (
@@ -78,7 +82,8 @@ def route(
     if transformed:
         return function.apply(*first, *args)
     if recorded:
-        return apply(function, *first, *args)
+        at = getattr(function, "parameters_at", None)
+        return apply(function, *first, *args) if at is None else _apply_gathered(function, first, args, at)
     with _below_autograd():
         return operator(*args)
 
@@ -105,6 +110,92 @@ def _lean(function: type[Function]) -> type[Function]:
 def apply(function: type[Function], *args) -> Any:
     """``function.apply`` outside of transforms, by the shortest way: this is a third of a small step's time."""
     return super(Function, _lean(function)).apply(*args)  # type: ignore[misc]
+
+
+# --- one gradient for eight parameters --------------------------------------------------------------
+# A Function of a cell has ``parameters_at``, the place of the first of the eight parameters among its arguments, where
+# h is the third, and ``gradients(ctx, grads, need)``: of the arguments before them and, in one, of the eight.
+
+
+class Gathered(Function):
+    """A token, without memory, that stands for eight parameters in the graph: its gradient is their flat one.
+
+    It saves no tensor, so that several backward passes may run through it.
+    """
+
+    @staticmethod
+    def forward(ctx, *parameters):
+        ctx.sizes = parameters[0].shape
+        return parameters[0].new_empty_strided((parameter_count(*ctx.sizes),), (0,))
+
+    @staticmethod
+    def backward(ctx, flat):
+        return tuple(split_parameters(flat, *ctx.sizes))
+
+
+def _token(parameters: tuple, h: Tensor | None) -> Tensor | None:
+    """The token of ``parameters``, or None where they are not all leaves that require grad.
+
+    The blocks of a forward pass share one: it is found at the step that made ``h``. One from an earlier pass would do
+    for the sums too, but the engine runs what was recorded first last, so that these gradients would come at the
+    very end of the backward pass, too late for whoever reduces them over processes.
+    """
+    for p in parameters:
+        if not p.requires_grad or p.grad_fn is not None:
+            return None
+    token, of = getattr(None if h is None else h.grad_fn, "dia_kernels_token", (None, ()))
+    if token is not None and all(map(is_, of, parameters)):
+        return token
+    return super(Function, Gathered).apply(*parameters)
+
+
+@cache
+def _with_token(function: type[Function]) -> type[Function]:
+    """``function`` in the form that takes a token, and the parameters as something to which no gradient flows."""
+    at: int = function.parameters_at  # type: ignore[attr-defined]
+
+    def forward(ctx, token, parameters, ops, *others):
+        args = (ops, *others[:at], *parameters, *others[at:])
+        with _below_autograd():
+            output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        ctx.dia_kernels_token = token, parameters
+        return output
+
+    def backward(ctx, *grads):
+        need_token, _, _, *need = ctx.needs_input_grad
+        *others, flat = function.gradients(ctx, grads, (*need[:at], need_token))  # type: ignore[attr-defined]
+        return flat, None, None, *others, *(None,) * (len(need) - at)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(function.__name__, (Function,), methods)
+
+
+def _apply_gathered(function: type[Function], first: tuple, args: tuple, at: int) -> Any:
+    """``apply`` to ``first`` and ``args``, with a token for the parameters if they have one."""
+    parameters = args[at : at + 8]
+    token = _token(parameters, args[2])
+    if token is None:
+        return apply(function, *first, *args)
+    others = args[:at] + args[at + 8 :]
+    return super(Function, _with_token(function)).apply(token, parameters, *first, *others)  # type: ignore[misc]
+
+
+def for_each_parameter(gradients: Callable, need: tuple, at: int, like: Tensor) -> tuple:
+    """A gradient for each input, of which ``need`` tells whether it is needed.
+
+    ``gradients(need)`` are those of a Function with ``parameters_at`` = ``at``; ``like``: the first parameter.
+    """
+    wanted = need[at : at + 8]
+    *others, flat = gradients((*need[:at], any(wanted)))
+    parts = (None,) * 8 if flat is None else split_parameters(flat, *like.shape)
+    chosen = (part if w else None for part, w in zip(parts, wanted, strict=True))
+    return *others, *chosen, *(None,) * (len(need) - at - 8)
+
+
+def join_if_any(gradients: list[Tensor]) -> Tensor | None:
+    """The flat gradient, or None where ``derivative`` found none."""
+    return None if gradients[0] is None else join_parameters(LSTMParameters(*gradients))
 
 
 def differentiable(function: type[Function], operator: Callable) -> Callable:
@@ -162,7 +253,7 @@ def _reference_step(x, shortcut, h, c, *rest):
 
 
 def _reference_step_backward(dy, dh, dc, x, y, h, c, parameters, channel_dim, tanh_output):
-    """Gradients of x, shortcut, h, c and the parameters, differentiable in every argument.
+    """Gradients of x, shortcut, h, c and, in one, of the parameters, differentiable in every argument.
 
     The ReLU's mask is a constant of the second derivative, so y stands for the shortcut here. With
     no ReLU (y is None) the shortcut's gradient is None: it is dy, and an output may not be an input.
@@ -173,7 +264,7 @@ def _reference_step_backward(dy, dh, dc, x, y, h, c, parameters, channel_dim, ta
 
     g = dy if dy is None or y is None else reference.unrelu(dy, y)
     dx, dh, dc, *dparameters = derivative(before_relu, (x, h, c, *parameters), (g, dh, dc))
-    return dx, None if y is None else g, dh, dc, *dparameters
+    return dx, None if y is None else g, dh, dc, join_if_any(dparameters)
 
 
 def _step_context(ctx, inputs, output) -> None:
@@ -184,29 +275,36 @@ def _step_context(ctx, inputs, output) -> None:
     ctx.flags = (channel_dim, relu, tanh_output)
 
 
-def _step_gradients(ctx, grads, backward: Callable, saved: tuple) -> tuple:
-    """Gradients of the inputs of ``step``; ``backward`` is what computes those asked for."""
+def _step_gradients(ctx, grads, need: tuple, backward: Callable, saved: tuple) -> tuple:
+    """Gradients of x, shortcut, h, c and the parameters; ``backward`` is what computes those asked for."""
     dy, dh, dc, _ = grads
     x, y, h, c, new_c, tables, *parameters = saved
     _, relu, _ = ctx.flags
-    need = ctx.needs_input_grad[-16:]
-    need_shortcut, need_state, need_parameters = need[1], need[2] or need[3], any(need[4:12])
+    _, need_shortcut, need_h, need_c, need_parameters = need
+    need_state = need_h or need_c
     asked = (need[0], need_shortcut and relu and dy is not None, need_state, need_parameters)
     if any(asked):
-        dx, dshortcut, dh, dc, *dparameters = backward(
+        dx, dshortcut, dh, dc, flat = backward(
             ctx.ops, dy, dh, dc, x, y, h, c, new_c, tables, *parameters, *ctx.flags, *asked
         )
     else:
-        dx = dshortcut = None
-        dparameters = [None] * len(parameters)
+        dx = dshortcut = flat = None
     return (
         dx if need[0] else None,
         (dshortcut if relu else dy) if need_shortcut and dy is not None else None,
-        dh if need[2] else None,
-        dc if need[3] else None,
-        *(gradient if wanted else None for gradient, wanted in zip(dparameters, need[4:12], strict=True)),
-        *(None,) * 4,
+        dh if need_h else None,
+        dc if need_c else None,
+        flat if need_parameters else None,
     )
+
+
+def _step_formula(ctx, grads, backward: Callable, saved: tuple) -> tuple:
+    """Gradients of the inputs of ``step``."""
+
+    def gradients(need):
+        return _step_gradients(ctx, grads, need, backward, saved)
+
+    return for_each_parameter(gradients, ctx.needs_input_grad[-16:], 4, saved[-8])
 
 
 def _raw_step_backward(ops, dy, dh, dc, x, y, h, c, new_c, tables, *rest):
@@ -244,7 +342,7 @@ class StepBackward(Function):
     def asked_only(grads: tuple, asked: tuple) -> tuple:
         """Drops the gradients of outputs that were not asked for: those outputs are empty."""
         x, shortcut, state, parameters = asked
-        kept = (x, shortcut, state, state, *(parameters,) * 8)
+        kept = (x, shortcut, state, state, parameters)
         return tuple(grad if keep else None for grad, keep in zip(grads, kept, strict=True))
 
     @staticmethod
@@ -255,11 +353,13 @@ class StepBackward(Function):
             outputs = _reference_step_backward(dy, dh, dc, x, y, h, c, parameters, flags[0], flags[2])
             return tuple(new_c.new_zeros(()) if out is None else out for out in outputs)
 
-        return torch.func.vmap(function, in_dims[1:18])(*args[:17]), (0,) * 12
+        return torch.func.vmap(function, in_dims[1:18])(*args[:17]), (0,) * 5
 
 
 class Step(Function):
     """``operators.step``, differentiable any number of times."""
+
+    parameters_at = 4
 
     @staticmethod
     def forward(ops, *args):
@@ -274,7 +374,12 @@ class Step(Function):
     @staticmethod
     def backward(ctx, *grads):
         backward = differentiable(StepBackward, _raw_step_backward)
-        return None, *_step_gradients(ctx, grads, backward, saved_tensors(ctx))
+        return None, *_step_formula(ctx, grads, backward, saved_tensors(ctx))
+
+    @staticmethod
+    def gradients(ctx, grads, need):
+        backward = differentiable(StepBackward, _raw_step_backward)
+        return _step_gradients(ctx, grads, need, backward, saved_tensors(ctx))
 
     @staticmethod
     def vmap(info, in_dims, _ops, *args):
@@ -425,7 +530,7 @@ def register(ops: Operators) -> None:
             lib=operators.library,
         )
 
-    formula("step", _step_context, lambda ctx, *g: _step_gradients(ctx, g, _raw_step_backward, ctx.saved_tensors))
+    formula("step", _step_context, lambda ctx, *g: _step_formula(ctx, g, _raw_step_backward, ctx.saved_tensors))
     formula("pool", _pool_context, _pool_gradients)
     formula(
         "rescale",

@@ -14,7 +14,7 @@ from torch.autograd.function import Function
 
 from . import reference
 from .autograd import saved_tensors
-from .cells import LSTMParameters
+from .cells import LSTMParameters, split_parameters
 from .layout import broadcast, channels, compute_dtype, spatial_dims
 from .operators import Operators
 
@@ -61,7 +61,7 @@ class SyncTail(Function):
             return _differentiable_gradients(ctx, (dy, dh, dc), y, (z, h, c, gamma, beta, *parameters))
         need, (channel_dim, relu, _) = ctx.needs_input_grad[1:], ctx.flags
         need_shortcut, need_state, need_parameters = need[1] and dy is not None, need[2] or need[3], any(need[7:15])
-        sums, g, dp, dh, dc, *dparameters = ctx.ops.tail_reduce(
+        sums, g, dp, dh, dc, flat = ctx.ops.tail_reduce(
             dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *parameters[::2], *ctx.flags,
             need_shortcut and relu, need_state, need_parameters,
         )  # fmt: skip
@@ -73,6 +73,7 @@ class SyncTail(Function):
             source, mask = (g, None) if need_shortcut and relu else (dy, y)
             dz = ctx.ops.tail_spread(source, mask, z, new_h, dp, tables, gamma, shares, channel_dim)
         dshortcut = g if relu else dy
+        dparameters = split_parameters(flat, *parameters[0].shape) if need_parameters else (None,) * 8
         return None, *_asked(need, dz, dshortcut if need_shortcut else None, dh, dc, sums[1], sums[0], *dparameters)
 
 

@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from . import operators, reference
-from .autograd import derivative, differentiable, route, saved_tensors, wants_gradient
+from .autograd import (
+    derivative,
+    differentiable,
+    for_each_parameter,
+    join_if_any,
+    route,
+    saved_tensors,
+    wants_gradient,
+)
 from .cells import LSTMParameters
 from .operators import Operators
 
@@ -28,7 +36,7 @@ def _reference_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
 
 
 def _reference_tail_backward(dy, dh, dc, z, y, h, c, gamma, beta, mean, var, parameters, eps, flags):
-    """Gradients of z, shortcut, h, c, gamma, beta and the parameters, differentiable in every argument."""
+    """Gradients of z, shortcut, h, c, gamma, beta and, in one, of the parameters, differentiable in every argument."""
     channel_dim, _relu, tanh_output, _batch = flags
 
     def before_relu(z, h, c, gamma, beta, *parameters):
@@ -39,7 +47,7 @@ def _reference_tail_backward(dy, dh, dc, z, y, h, c, gamma, beta, mean, var, par
     g = dy if dy is None or y is None else reference.unrelu(dy, y)
     inputs = (z, h, c, gamma, beta, *parameters)
     dz, dh, dc, dgamma, dbeta, *dparameters = derivative(before_relu, inputs, (g, dh, dc))
-    return dz, None if y is None else g, dh, dc, dgamma, dbeta, *dparameters
+    return dz, None if y is None else g, dh, dc, dgamma, dbeta, join_if_any(dparameters)
 
 
 def _context(ctx, inputs, output) -> None:
@@ -51,18 +59,16 @@ def _context(ctx, inputs, output) -> None:
     ctx.eps = eps
 
 
-def _gradients(ctx, grads, backward, saved: tuple) -> tuple:
-    """Gradients of the twenty inputs of the operator; ``backward`` is what computes those asked for."""
+def _gradients(ctx, grads, need: tuple, backward, saved: tuple) -> tuple:
+    """Gradients of the inputs before the parameters, and theirs in one; ``backward`` computes those asked for."""
     dy, dh, dc, *_ = grads
     z, y, h, c, new_c, tables, gamma, beta, mean, var, *parameters = saved
     _, relu, *_ = ctx.flags
-    need = ctx.needs_input_grad[-20:]
-    need_state, need_affine, need_parameters = need[2] or need[3], need[4] or need[5], any(need[9:17])
+    need_state, need_affine, need_parameters = need[2] or need[3], need[4] or need[5], need[9]
     asked = (need[0], need[1] and relu and dy is not None, need_state, need_parameters, need_affine)
-    dz = dshortcut = dgamma = dbeta = None
-    dparameters: list[Tensor | None] = [None] * len(parameters)
+    dz = dshortcut = dgamma = dbeta = flat = None
     if any(asked):
-        dz, dshortcut, dh, dc, dgamma, dbeta, *dparameters = backward(
+        dz, dshortcut, dh, dc, dgamma, dbeta, flat = backward(
             ctx.ops,
             dy,
             dh,
@@ -92,9 +98,17 @@ def _gradients(ctx, grads, backward, saved: tuple) -> tuple:
         None,
         None,
         None,
-        *(gradient if wanted else None for gradient, wanted in zip(dparameters, need[9:17], strict=True)),
-        *(None,) * 3,
+        flat if need_parameters else None,
     )
+
+
+def _formula(ctx, grads, backward, saved: tuple) -> tuple:
+    """Gradients of the twenty inputs of the operator."""
+
+    def gradients(need):
+        return _gradients(ctx, grads, need, backward, saved)
+
+    return for_each_parameter(gradients, ctx.needs_input_grad[-20:], 9, saved[-8])
 
 
 def _raw_backward(ops, dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, mean, var, *rest):
@@ -126,7 +140,7 @@ class TailBackward(Function):
             )
 
         need_z, need_shortcut, need_state, need_parameters, need_affine = ctx.asked
-        kept = (need_z, need_shortcut, need_state, need_state, need_affine, need_affine, *(need_parameters,) * 8)
+        kept = (need_z, need_shortcut, need_state, need_state, need_affine, need_affine, need_parameters)
         grads = tuple(grad if keep else None for grad, keep in zip(grads, kept, strict=True))
         inputs = (dy, dh, dc, z, h, c, gamma, beta, *parameters)
         ddy, ddh, ddc, dz, dhp, dcp, dgamma, dbeta, *dparameters = derivative(function, inputs, grads)
@@ -144,11 +158,13 @@ class TailBackward(Function):
             outputs = _reference_tail_backward(dy, dh, dc, z, y, h, c, gamma, beta, mean, var, parameters, eps, flags)
             return tuple(new_c.new_zeros(()) if out is None else out for out in outputs)
 
-        return torch.func.vmap(function, in_dims[1:22])(*args[:21]), (0,) * 14
+        return torch.func.vmap(function, in_dims[1:22])(*args[:21]), (0,) * 7
 
 
 class Tail(Function):
     """``operators.tail``, differentiable any number of times."""
+
+    parameters_at = 9
 
     @staticmethod
     def forward(ops, *args):
@@ -162,7 +178,11 @@ class Tail(Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return None, *_gradients(ctx, grads, differentiable(TailBackward, _raw_backward), saved_tensors(ctx))
+        return None, *_formula(ctx, grads, differentiable(TailBackward, _raw_backward), saved_tensors(ctx))
+
+    @staticmethod
+    def gradients(ctx, grads, need):
+        return _gradients(ctx, grads, need, differentiable(TailBackward, _raw_backward), saved_tensors(ctx))
 
     @staticmethod
     def vmap(info, in_dims, _ops, *args):
@@ -178,7 +198,7 @@ def register(ops: Operators) -> None:
     """Gives the raw operator its gradient, for ``torch.compile``."""
     torch.library.register_autograd(
         f"{operators.NAMESPACE}::tail{ops.suffix}",
-        lambda ctx, *grads: _gradients(ctx, grads, _raw_backward, ctx.saved_tensors),
+        lambda ctx, *grads: _formula(ctx, grads, _raw_backward, ctx.saved_tensors),
         setup_context=lambda ctx, inputs, output: _context(ctx, (ops, *inputs), output),
         lib=operators.library,
     )

@@ -43,6 +43,30 @@ class LSTMParameters(NamedTuple):
     hidden_expand_bias: Tensor
 
 
+def parameter_count(bottleneck: int, channels: int) -> int:
+    """How many values the eight ``LSTMParameters`` have together."""
+    return 10 * bottleneck * channels + 8 * channels + 2 * bottleneck
+
+
+def join_parameters(parameters: LSTMParameters) -> Tensor:
+    """The eight in one flat tensor: the weights, the biases of the expansions, those of the reductions.
+
+    In this order whatever has a multiple of four channels begins at sixteen bytes. The native kernels write the same
+    (``FlatParameters`` in ``csrc/ops/arguments.h``).
+    """
+    w1, b1, w2, b2, v1, a1, v2, a2 = parameters
+    return torch.cat([t.reshape(-1) for t in (w1, w2, v1, v2, b2, a2, b1, a1)])
+
+
+def split_parameters(flat: Tensor, bottleneck: int, channels: int) -> LSTMParameters:
+    """The eight out of what ``join_parameters`` made, as views."""
+    c, m = channels, bottleneck
+    parts = flat.split([m * c, 4 * c * m, m * c, 4 * c * m, 4 * c, 4 * c, m, m])
+    w1, w2, v1, v2 = (part.reshape(-1, width) for part, width in zip(parts[:4], (c, m, c, m), strict=True))
+    b2, a2, b1, a1 = parts[4:]
+    return LSTMParameters(w1, b1, w2, b2, v1, a1, v2, a2)
+
+
 class StackedLayer(NamedTuple):
     """Parameters of a stacked layer above the first: plain linears ``(4 C, C)`` and ``(4 C,)``."""
 

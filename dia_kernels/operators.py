@@ -11,18 +11,19 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
                         needs beside x, y and the states (see ``table_sizes``); it is empty
                         unless ``keep_tables``.
 ``step_``               ``(h', c')``: the same, y written over ``x``. Inference only.
-``step_backward``       gradients of x, shortcut, h, c and the eight parameters; those that the
-                        four ``need_*`` flags do not ask for come back empty.
+``step_backward``       gradients of x, shortcut, h, c and, in one flat tensor
+                        (``cells.join_parameters``), of the eight parameters; those that the four
+                        ``need_*`` flags do not ask for come back empty.
 ``tail``                ``(y, h', c', tables, mean, var)``: the step on the batch norm of z.
                         ``mean`` and ``var`` (C,) are the statistics to use, in the compute
                         dtype or float64; None for those of this batch, which come back (else
                         empty tensors do).
 ``tail_backward``       gradients of z, shortcut, h, c, the norm's weight and bias and the eight
-                        parameters, by the five ``need_*`` flags
+                        parameters (in one), by the five ``need_*`` flags
 ``statistics``          ``(mean, var)`` of each channel of z over samples and positions, (C,),
                         the variance biased, in float64
 ``tail_reduce``         the first half of ``tail_backward`` on batch statistics: ``(sums,
-                        dshortcut, dp)`` and the gradients of h, c and the parameters. ``sums``
+                        dshortcut, dp)`` and the gradients of h, c and the parameters (in one). ``sums``
                         (2, C): the gradients of the norm's bias and weight.
 ``tail_spread``         the second half: dz, from dy, y and z (or from the shortcut's gradient and
                         z), ``dp`` and ``shares``: sums over all processes, divided by the
@@ -52,7 +53,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .cells import LSTMParameters, LSTMTrace, squash
+from .cells import LSTMParameters, LSTMTrace, join_parameters, parameter_count, squash
 from .layout import broadcast, channels, compute_dtype, empty_map, output_format, shares_memory, spatial_size
 from .schemas import NAMESPACE, SCHEMAS
 
@@ -125,7 +126,7 @@ def _reference_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
         _in_format(dx, x, channel_dim) if need_x else x.new_empty(0),
         _in_format(dshortcut, x, channel_dim) if need_shortcut else x.new_empty(0),
         *((dh, dc) if need_state else (p.new_empty(0), p.new_empty(0))),
-        *(dparameters if need_parameters else (p.new_empty(0) for _ in dparameters)),
+        join_parameters(dparameters) if need_parameters else p.new_empty(0),
     )
 
 
@@ -200,7 +201,7 @@ def _reference_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta,
         _in_format(dshortcut.to(z.dtype), z, channel_dim) if need_shortcut else z.new_empty(0),
         *((dh, dc) if need_state else (nothing(0), nothing(0))),
         *((sums[1].clone(), sums[0].clone()) if need_affine else (nothing(0), nothing(0))),
-        *(dparameters if need_parameters else (nothing(0) for _ in dparameters)),
+        join_parameters(dparameters) if need_parameters else nothing(0),
     )
 
 
@@ -219,7 +220,7 @@ def _reference_tail_reduce(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *
         _in_format(dshortcut.to(z.dtype), z, cell[-3]) if need_shortcut else z.new_empty(0),
         dp,
         *((dh, dc) if need_state else (nothing(0), nothing(0))),
-        *(dparameters if need_parameters else (nothing(0) for _ in dparameters)),
+        join_parameters(dparameters) if need_parameters else nothing(0),
     )
 
 
@@ -277,13 +278,12 @@ def _fake_step_(x, shortcut, h, c, *rest):
 def _fake_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
     *weights, channel_dim, _relu, _tanh_output, need_x, need_shortcut, need_state, need_parameters = rest
     nothing = new_c.new_empty
-    shapes = [shape for w in weights for shape in (w.shape, w.shape[:1])]
     return (
         empty_map(x, channel_dim) if need_x else x.new_empty(0),
         empty_map(x, channel_dim) if need_shortcut else x.new_empty(0),
         nothing(new_c.shape if need_state else 0),
         nothing(new_c.shape if need_state else 0),
-        *(nothing(shape if need_parameters else 0) for shape in shapes),
+        nothing(parameter_count(*weights[0].shape) if need_parameters else 0),
     )
 
 
@@ -300,13 +300,12 @@ def _fake_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
 def _fake_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
     *weights, channel_dim, _relu, _tanh, _batch, need_z, need_shortcut, need_state, need_parameters, need_affine = rest
     nothing, width = new_c.new_empty, channels(z, channel_dim)
-    shapes = [shape for w in weights for shape in (w.shape, w.shape[:1])]
     return (
         empty_map(z, channel_dim) if need_z else z.new_empty(0),
         empty_map(z, channel_dim) if need_shortcut else z.new_empty(0),
         *(nothing(new_c.shape if need_state else 0) for _ in range(2)),
         *(nothing(width if need_affine else 0) for _ in range(2)),
-        *(nothing(shape if need_parameters else 0) for shape in shapes),
+        nothing(parameter_count(*weights[0].shape) if need_parameters else 0),
     )
 
 
@@ -318,13 +317,12 @@ def _fake_statistics(z, channel_dim):
 def _fake_tail_reduce(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
     *weights, channel_dim, _relu, _tanh_output, need_shortcut, need_state, need_parameters = rest
     nothing = new_c.new_empty
-    shapes = [shape for w in weights for shape in (w.shape, w.shape[:1])]
     return (
         nothing((2, channels(z, channel_dim))),
         empty_map(z, channel_dim) if need_shortcut else z.new_empty(0),
         nothing(new_c.shape),
         *(nothing(new_c.shape if need_state else 0) for _ in range(2)),
-        *(nothing(shape if need_parameters else 0) for shape in shapes),
+        nothing(parameter_count(*weights[0].shape) if need_parameters else 0),
     )
 
 

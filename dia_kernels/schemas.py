@@ -17,7 +17,8 @@ PARAMETERS = tuple(
 _PARAMETERS = ", ".join(f"Tensor {name}" for name in PARAMETERS)
 _WEIGHTS = ", ".join(f"Tensor {name}" for name in PARAMETERS if name.endswith("weight"))
 _FLAGS = "int channel_dim, bool relu, bool tanh_output"
-_GRADIENTS = ", ".join(["Tensor"] * (4 + len(PARAMETERS)))
+#: Of the map, the shortcut, h, c, and all parameters in one.
+_GRADIENTS = ", ".join(["Tensor"] * 5)
 
 #: By the operator's name.
 SCHEMAS = {

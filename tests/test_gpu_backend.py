@@ -230,19 +230,20 @@ def test_only_what_is_asked_for(layouts):
     [
         (None, ["Reduce", "BottleneckSums", "JoinParts", "CellStates", "Spread"],
          ["Reduce", "SplitGateGradients", "BottleneckGradientSums", "JoinParts", "CellGradients", "Spread",
-          "WeightGradients"]),
+          "clear", "WeightGradients"]),
         ("batch",
          ["Reduce", "BatchStatistics", "BottleneckSums", "JoinParts", "CellStates", "Spread", "TrackStatistics"],
          ["Reduce", "SplitGateGradients", "BottleneckGradientSums", "JoinParts", "CellGradients", "NormGradients",
-          "Spread", "WeightGradients"]),
+          "Spread", "clear", "WeightGradients"]),
         ("running",
          ["GivenStatistics", "Reduce", "BottleneckSums", "JoinParts", "CellStates", "Spread"],
          ["Reduce", "SplitGateGradients", "BottleneckGradientSums", "JoinParts", "CellGradients", "Spread",
-          "NormGradients", "WeightGradients"]),
+          "NormGradients", "clear", "WeightGradients"]),
     ],
 )  # fmt: skip
 def test_launches(norm, forward, backward, channels):
-    """Sums of up to 256 terms, C forward and 4 C backward, have no parts to join."""
+    """Sums of up to 256 terms, C forward and 4 C backward, have no parts to join; without a state, what h multiplies
+    has a gradient of zeros."""
     x, s = maps((4, channels, 4, 4))
     module = None if norm is None else nn.BatchNorm2d(channels).train(norm == "batch")
     with device("sweeps", l2=1 << 20, multiprocessors=8):

@@ -122,6 +122,25 @@ struct Weights {
   Tensor input_reduce, input_expand, hidden_reduce, hidden_expand;
 };
 
+// Where the gradients of the eight parameters lie in one flat tensor: the weights, the biases of the expansions, those
+// of the reductions, without gaps. So whatever has a multiple of four channels begins at sixteen bytes. See cells.py,
+// join_parameters.
+struct FlatParameters {
+  int64_t input_reduce_weight = 0, input_expand_weight, hidden_reduce_weight, hidden_expand_weight;
+  int64_t input_expand_bias, hidden_expand_bias, input_reduce_bias, hidden_reduce_bias;
+  int64_t count;
+
+  FlatParameters(int64_t c, int64_t m)
+      : input_expand_weight(m * c),
+        hidden_reduce_weight(input_expand_weight + 4 * c * m),
+        hidden_expand_weight(hidden_reduce_weight + m * c),
+        input_expand_bias(hidden_expand_weight + 4 * c * m),
+        hidden_expand_bias(input_expand_bias + 4 * c),
+        input_reduce_bias(hidden_expand_bias + 4 * c),
+        hidden_reduce_bias(input_reduce_bias + m),
+        count(hidden_reduce_bias + m) {}
+};
+
 // What goes into the gradient of a step, with or without its norm, whose `tables` follow the cell's in `more` values.
 inline void check_step_gradient(const OptionalTensor& dy, const OptionalTensor& dh, const OptionalTensor& dc,
                                 const Tensor& x, const MapInfo& info, const OptionalTensor& y, const OptionalTensor& h,

@@ -79,8 +79,7 @@ std::tuple<Tensor, Tensor> step_in_place(Tensor x, OptionalTensor shortcut, Opti
 
 // --- gradient of the step ----------------------------------------------------------------------------
 
-using StepGradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using StepGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct Wanted {
   bool x, shortcut, state, parameters;
@@ -123,8 +122,7 @@ StepGradients run_step_backward(const OptionalTensor& dy, const OptionalTensor& 
     if (wanted.x) run_spread_gradient(spread, chunk);
   });
   if (wanted.shortcut && !dy) torch::stable::fill_(dshortcut, 0.0);
-  const ParameterGradients<A> d = cell.parameters(x);
-  return {dx, dshortcut, cell.old_dh, cell.old_dc, d.w1, d.b1, d.w2, d.b2, d.v1, d.a1, d.v2, d.a2};
+  return {dx, dshortcut, cell.old_dh, cell.old_dc, cell.parameters(x)};
 }
 
 StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor x, OptionalTensor y,

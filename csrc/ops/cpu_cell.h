@@ -125,46 +125,37 @@ int64_t weight_bytes(int64_t width, int64_t bottleneck) {
   return 10 * width * bottleneck * static_cast<int64_t>(sizeof(A));
 }
 
-// Gradients of the eight parameters, once over all samples.
+// Gradients of the eight parameters in one flat tensor, once over all samples.
 template <class A>
-struct ParameterGradients {
-  Tensor w1, b1, w2, b2, v1, a1, v2, a2;
-
-  ParameterGradients(const Tensor& x, int64_t c, int64_t m, bool wanted) {
-    const auto table = [&](std::initializer_list<int64_t> sizes) {
-      return empty_table<A>(x, wanted ? std::vector<int64_t>(sizes) : std::vector<int64_t>{0});
-    };
-    w1 = table({m, c}), b1 = table({m}), w2 = table({4 * c, m}), b2 = table({4 * c});
-    v1 = table({m, c}), a1 = table({m}), v2 = table({4 * c, m}), a2 = table({4 * c});
+void fill_parameter_gradients(const Tensor& flat, const Tables<A>& tables, const A* h, const A* du, const A* dzx,
+                              const A* dzh, const Weights& w, int64_t n, int64_t c, int64_t m) {
+  const FlatParameters at(c, m);
+  A* const to = data_of<A>(flat);
+  A *const v1 = to + at.hidden_reduce_weight, *const v2 = to + at.hidden_expand_weight;
+  A *const b2 = to + at.input_expand_bias, *const a1 = to + at.hidden_reduce_bias;
+  const auto matrix = [n](const A* data, int64_t columns) { return Matrix<A>::dense(data, n, columns); };
+  product<A>(to + at.input_reduce_weight, matrix(dzx, m).transposed(), matrix(tables.p, c));
+  product<A>(to + at.input_expand_weight, matrix(du, 4 * c).transposed(), matrix(tables.zx, m));
+  column_sums(dzx, n, m, to + at.input_reduce_bias);
+  column_sums(du, n, 4 * c, b2);
+  std::copy(b2, b2 + 4 * c, to + at.hidden_expand_bias);
+  if (h != nullptr) {
+    product<A>(v1, matrix(dzh, m).transposed(), matrix(h, c));
+    product<A>(v2, matrix(du, 4 * c).transposed(), matrix(tables.zh, m));
+    column_sums(dzh, n, m, a1);
+    return;
   }
-
-  void fill(const Tables<A>& tables, const A* h, const A* du, const A* dzx, const A* dzh, const Weights& w, int64_t n,
-            int64_t c, int64_t m) {
-    const auto matrix = [n](const A* data, int64_t columns) { return Matrix<A>::dense(data, n, columns); };
-    product<A>(data_of<A>(w1), matrix(dzx, m).transposed(), matrix(tables.p, c));
-    product<A>(data_of<A>(w2), matrix(du, 4 * c).transposed(), matrix(tables.zx, m));
-    column_sums(dzx, n, m, data_of<A>(b1));
-    column_sums(du, n, 4 * c, data_of<A>(b2));
-    std::copy(data_of<A>(b2), data_of<A>(b2) + 4 * c, data_of<A>(a2));
-    if (h != nullptr) {
-      product<A>(data_of<A>(v1), matrix(dzh, m).transposed(), matrix(h, c));
-      product<A>(data_of<A>(v2), matrix(du, 4 * c).transposed(), matrix(tables.zh, m));
-      column_sums(dzh, n, m, data_of<A>(a1));
-      return;
-    }
-    // With no state every sample has the same zh and a zero h: sums over samples come before products.
-    const Tensor zero_row = empty_table<A>(w1, {m});
-    std::fill(data_of<A>(zero_row), data_of<A>(zero_row) + m, A(0));
-    const A* zh = n > 0 ? tables.zh : data_of<A>(zero_row);
-    product<A>(data_of<A>(v2), Matrix<A>::dense(data_of<A>(b2), 4 * c, 1), Matrix<A>::dense(zh, 1, m));
-    // Weights first: as a row times a matrix the BLAS sums a single column with twice the error.
-    product<A>(data_of<A>(a1), Matrix<A>::of(w.hidden_expand).transposed(), Matrix<A>::dense(data_of<A>(b2), 4 * c, 1));
-    cell_kernels<A>().mask(data_of<A>(a1), zh, 0, m);
-    // Times the zero of h: zero, or NaN where the gradient is not finite, as in a product with zeros.
-    for (int64_t row = 0; row < m; ++row)
-      std::fill(data_of<A>(v1) + row * c, data_of<A>(v1) + (row + 1) * c, data_of<A>(a1)[row] * A(0));
-  }
-};
+  // With no state every sample has the same zh and a zero h: sums over samples come before products.
+  const Tensor zero_row = empty_table<A>(flat, {m});
+  std::fill(data_of<A>(zero_row), data_of<A>(zero_row) + m, A(0));
+  const A* zh = n > 0 ? tables.zh : data_of<A>(zero_row);
+  product<A>(v2, Matrix<A>::dense(b2, 4 * c, 1), Matrix<A>::dense(zh, 1, m));
+  // Weights first: as a row times a matrix the BLAS sums a single column with twice the error.
+  product<A>(a1, Matrix<A>::of(w.hidden_expand).transposed(), Matrix<A>::dense(b2, 4 * c, 1));
+  cell_kernels<A>().mask(a1, zh, 0, m);
+  // Times the zero of h: zero, or NaN where the gradient is not finite, as in a product with zeros.
+  for (int64_t row = 0; row < m; ++row) std::fill(v1 + row * c, v1 + (row + 1) * c, a1[row] * A(0));
+}
 
 // The gradient of the cell over a chunk, from dscale (the gradient of h' from the map) to those of the state and of p.
 template <class A>
@@ -235,13 +226,14 @@ struct CellGradientPass {
     }
   }
 
-  // The gradients of the parameters, once over all samples.
-  ParameterGradients<A> parameters(const Tensor& like) const {
-    ParameterGradients<A> gradients(like, given.width, bottleneck, need_parameters);
+  // The flat gradient of the parameters, once over all samples; empty if it is not wanted.
+  Tensor parameters(const Tensor& like) const {
+    const Tensor flat =
+        empty_table<A>(like, {need_parameters ? FlatParameters(given.width, bottleneck).count : int64_t{0}});
     if (need_parameters)
-      gradients.fill(given.tables, data_of<A>(given.h), du, dzx, dzh, given.weights, given.samples, given.width,
-                     bottleneck);
-    return gradients;
+      fill_parameter_gradients<A>(flat, given.tables, data_of<A>(given.h), du, dzx, dzh, given.weights, given.samples,
+                                  given.width, bottleneck);
+    return flat;
   }
 
   Given given;

@@ -374,8 +374,7 @@ struct Wanted {
   bool z, shortcut, state, parameters, affine;
 };
 
-using TailGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                 Tensor, Tensor, Tensor>;
+using TailGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
 TailGradients run_tail_backward(const GivenGradient& given, bool batch, Wanted wanted) {
@@ -416,21 +415,13 @@ TailGradients run_tail_backward(const GivenGradient& given, bool batch, Wanted w
     std::copy(sum, sum + width, data_of<A>(dbeta));
     std::copy(sum + width, sum + 2 * width, data_of<A>(dgamma));
   }
-  const ParameterGradients<A> d = cell.parameters(z);
   return {wanted.z ? spreading->dz : map_if(false, z, info),
           reduction.dshortcut,
           cell.old_dh,
           cell.old_dc,
           dgamma,
           dbeta,
-          d.w1,
-          d.b1,
-          d.w2,
-          d.b2,
-          d.v1,
-          d.a1,
-          d.v2,
-          d.a2};
+          cell.parameters(z)};
 }
 
 // The arguments of the gradient, checked.
@@ -504,8 +495,7 @@ std::tuple<Tensor, Tensor> statistics(Tensor z, int64_t channel_dim) {
   return with_map_type(z, [&]<class T>() { return run_statistics<T>(z, info); });
 }
 
-using ReducedGradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ReducedGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ReducedGradients tail_reduce(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor z, OptionalTensor y,
                              OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, OptionalTensor gamma,
@@ -522,8 +512,7 @@ ReducedGradients tail_reduce(OptionalTensor dy, OptionalTensor dh, OptionalTenso
     const Tensor sums = empty_table<A>(z, {2, width}), dp = empty_table<A>(z, {n, width});
     reduction.channel_sums(data_of<A>(sums), data_of<A>(sums) + width);
     std::copy_n(cell.dp, n * width, data_of<A>(dp));
-    const ParameterGradients<A> d = cell.parameters(z);
-    return {sums, reduction.dshortcut, dp, cell.old_dh, cell.old_dc, d.w1, d.b1, d.w2, d.b2, d.v1, d.a1, d.v2, d.a2};
+    return {sums, reduction.dshortcut, dp, cell.old_dh, cell.old_dc, cell.parameters(z)};
   });
 }
 

@@ -386,38 +386,32 @@ void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBa
 
 // --- gradients of the parameters ---------------------------------------------------------------------------
 
-struct GpuParameterGradients {
-  std::array<Tensor, 8> tensors;
-
-  GpuParameterGradients(GpuCall& call, bool wanted) {
-    const int64_t c = call.channels(), m = call.bottleneck();
-    const std::vector<int64_t> sizes[] = {{m, c}, {m}, {4 * c, m}, {4 * c}, {m, c}, {m}, {4 * c, m}, {4 * c}};
-    for (int k = 0; k < 8; ++k) tensors[k] = call.table(wanted ? sizes[k] : std::vector<int64_t>{0});
-  }
-
-  void fill(GpuCall& call, const kernels::CellBackward& cell, const float* h) {
-    const int c = cell.channels, m = cell.bottleneck;
-    std::vector<kernels::WeightGradient> products;
-    const auto add = [&](const float* left, int rows, const float* right, int columns) {
-      products.push_back({left, right, data_of<float>(tensors[products.size()]), rows, columns});
-    };
-    add(cell.dzx, m, cell.tables.p, c);
-    add(cell.dzx, m, nullptr, 0);
-    add(cell.du, 4 * c, cell.tables.zx, m);
-    add(cell.du, 4 * c, nullptr, 0);
-    add(cell.dzh, m, h, c);
-    add(cell.dzh, m, nullptr, 0);
-    add(cell.du, 4 * c, cell.tables.zh, m);
-    add(cell.du, 4 * c, nullptr, 0);
-    // With no state the old h is 0, and so is the gradient of what multiplies it.
-    if (h == nullptr) {
-      torch::stable::fill_(tensors[4], 0.0);
-      products[4] = products.back();
-      products.pop_back();
-    }
-    call.launch_weights(products);
-  }
-};
+// The flat gradient of the parameters; empty if it is not wanted.
+inline Tensor gpu_parameter_gradients(GpuCall& call, const kernels::CellBackward& cell, const OptionalTensor& old_h,
+                                      bool wanted) {
+  const FlatParameters at(call.channels(), call.bottleneck());
+  const Tensor flat = call.table({wanted ? at.count : int64_t{0}});
+  if (!wanted) return flat;
+  const OptionalTensor h = dense(old_h);
+  float* const to = data_of<float>(flat);
+  const int c = cell.channels, m = cell.bottleneck;
+  std::vector<kernels::WeightGradient> products{
+      {cell.dzx, cell.tables.p, to + at.input_reduce_weight, m, c},
+      {cell.dzx, nullptr, to + at.input_reduce_bias, m, 0},
+      {cell.du, cell.tables.zx, to + at.input_expand_weight, 4 * c, m},
+      {cell.du, nullptr, to + at.input_expand_bias, 4 * c, 0},
+      {cell.dzh, nullptr, to + at.hidden_reduce_bias, m, 0},
+      {cell.du, cell.tables.zh, to + at.hidden_expand_weight, 4 * c, m},
+      {cell.du, nullptr, to + at.hidden_expand_bias, 4 * c, 0},
+  };
+  // With no state the old h is 0, and so is the gradient of what multiplies it.
+  if (h)
+    products.push_back({cell.dzh, data_of<float>(h), to + at.hidden_reduce_weight, m, c});
+  else
+    call.clear(to + at.hidden_reduce_weight, call.bottleneck() * call.channels());
+  call.launch_weights(products);
+  return flat;
+}
 
 }  // namespace
 }  // namespace dia::ops

@@ -281,8 +281,7 @@ struct GradientMaps {
   }
 };
 
-using StepGradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using StepGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor x, OptionalTensor y,
                             OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, Tensor w1, Tensor w2,
@@ -297,16 +296,8 @@ StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
     const GradientMaps<T> maps(given, info, {need_x, need_shortcut, need_state, need_parameters, false});
     const BackwardCell cell(call, given, w, tanh_output, need_state);
     run_backward<T, false>(call, backward_plan<T>(call, info, maps.maps, GpuNorm::none), cell, maps.maps, {});
-    GpuParameterGradients d(call, need_parameters);
-    const OptionalTensor old_h = dense(h);
-    if (need_parameters) d.fill(call, cell.args, data_of<float>(old_h));
-    const auto& t = d.tensors;
-    return {maps.dx.tensor, maps.dshortcut.tensor,
-            cell.old_dh,    cell.old_dc,
-            t[0],           t[1],
-            t[2],           t[3],
-            t[4],           t[5],
-            t[6],           t[7]};
+    return {maps.dx.tensor, maps.dshortcut.tensor, cell.old_dh, cell.old_dc,
+            gpu_parameter_gradients(call, cell.args, h, need_parameters)};
   });
 }
 
@@ -396,8 +387,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
   });
 }
 
-using TailGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                 Tensor, Tensor, Tensor>;
+using TailGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
 TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& info, const OptionalTensor& gamma,
@@ -445,10 +435,6 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
   // Sums over no values, whatever the mean and the deviation of none are.
   if (z.numel() == 0)
     for (const Tensor& sums : {dgamma, dbeta}) torch::stable::fill_(sums, 0.0);
-  GpuParameterGradients d(call, wanted.parameters);
-  const OptionalTensor old_h = dense(given.h);
-  if (wanted.parameters) d.fill(call, cell.args, data_of<float>(old_h));
-  const auto& t = d.tensors;
   const Tensor nothing = call.table({0});
   return {maps.dx.tensor,
           maps.dshortcut.tensor,
@@ -456,14 +442,7 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
           cell.old_dc,
           wanted.affine ? dgamma : nothing,
           wanted.affine ? dbeta : call.table({0}),
-          t[0],
-          t[1],
-          t[2],
-          t[3],
-          t[4],
-          t[5],
-          t[6],
-          t[7]};
+          gpu_parameter_gradients(call, cell.args, given.h, wanted.parameters)};
 }
 
 TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor z, OptionalTensor y,

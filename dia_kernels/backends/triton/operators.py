@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cells import parameter_count, split_parameters
 from ...layout import channels, empty_map, output_format, spatial_size
 from ...operators import table_sizes
 from . import kernels, tuning
@@ -314,11 +315,11 @@ def _samplewise_gradients(given: Incoming, tile: SampleTile, dx, g, weights, tan
 
 def _state_and_parameters(given: Incoming, of: CellGradients, need_parameters: bool) -> list[Tensor]:
     nothing = given.new_c.new_empty
-    parameters = [nothing(0) for _ in range(8)]
+    flat = nothing(0)
     if need_parameters:
         p, zx, zh, _ = given.tables
-        parameters = _parameter_gradients(of.du, of.dzx, of.dzh, p, zx, zh, given.h)
-    return [nothing(0) if of.dh is None else of.dh, nothing(0) if of.dc is None else of.dc, *parameters]
+        flat = _parameter_gradients(of.du, of.dzx, of.dzh, p, zx, zh, given.h)
+    return [nothing(0) if of.dh is None else of.dh, nothing(0) if of.dc is None else of.dc, flat]
 
 
 def _through_relu(gradient: Tensor, z: Tensor) -> Tensor:
@@ -326,11 +327,26 @@ def _through_relu(gradient: Tensor, z: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(gradient, z, 0)
 
 
-def _parameter_gradients(du, dzx, dzh, p, zx, zh, h) -> list[Tensor]:
-    """Of the eight parameters, in their order."""
-    bias = du.sum(0)
-    of_h = dzh.t() @ h if h is not None else p.new_zeros(zh.shape[1], p.shape[1])
-    return [dzx.t() @ p, dzx.sum(0), du.t() @ zx, bias, of_h, dzh.sum(0), du.t() @ zh, bias.clone()]
+def _parameter_gradients(du, dzx, dzh, p, zx, zh, h) -> Tensor:
+    """Of the eight parameters, in one flat tensor."""
+    m, c = zx.shape[1], p.shape[1]
+    flat = p.new_empty(parameter_count(m, c))
+    of = split_parameters(flat, m, c)
+    for left, right, weight in (
+        (dzx, p, of.input_reduce_weight),
+        (du, zx, of.input_expand_weight),
+        (dzh, h, of.hidden_reduce_weight),
+        (du, zh, of.hidden_expand_weight),
+    ):
+        if right is None:
+            weight.zero_()
+        else:
+            torch.mm(left.t(), right, out=weight)
+    torch.sum(dzx, 0, out=of.input_reduce_bias)
+    torch.sum(dzh, 0, out=of.hidden_reduce_bias)
+    torch.sum(du, 0, out=of.input_expand_bias)
+    of.hidden_expand_bias.copy_(of.input_expand_bias)
+    return flat
 
 
 # --- the tail ----------------------------------------------------------------------------------------------
@@ -408,9 +424,9 @@ def tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
             _spread_gradient(
                 given, g, dz, for_map.factor, offset, norm.shift if batch else None, slope if batch else None
             )
-        old_dh, old_dc, *parameters = _state_and_parameters(given, of, need_parameters)
+        old_dh, old_dc, flat = _state_and_parameters(given, of, need_parameters)
         affine = (dgamma, dbeta) if need_affine else (dgamma.new_empty(0), dbeta.new_empty(0))
-        return dz, dshortcut, old_dh, old_dc, *affine, *parameters
+        return dz, dshortcut, old_dh, old_dc, *affine, flat
 
 
 # --- the parts: pool and rescale -----------------------------------------------------------------------------
