@@ -93,10 +93,10 @@ namespace detail {
 
 inline int64_t parts(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
-// Products reach this part of the float32 peak: in tiles, and by a BLAS, whose kernels, and those between them, take so
-// long besides. Measured on an H100 (docs/kernels.md), but for tiles without tensor cores.
+// Products reach this part of the float32 peak: in tiles, and by a BLAS, whose kernels, and those between them, take
+// this part of another launch besides. Measured on an H100 (docs/kernels.md), but for tiles without tensor cores.
 constexpr double kTileRate = 0.2, kPlainTileRate = 0.08, kBlasRate = 0.28;
-constexpr double kBlasLaunch = 3e-6;
+constexpr double kBlasLaunch = 0.6;
 inline double tile_rate(const GpuLimits& gpu) { return gpu.architecture < 80 ? kPlainTileRate : kTileRate; }
 
 // Times of what does not depend on the layout.
@@ -227,7 +227,7 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts l
     // Each product reads its weights once.
     const double products =
         std::max(cell_flops / ((blas ? detail::kBlasRate : detail::tile_rate(gpu)) * rate), work.weight_bytes / gpu.l2);
-    detail::add_sweeps(plan, p, gpu, work, products, launches, blas ? detail::kBlasLaunch : gpu.launch);
+    detail::add_sweeps(plan, p, gpu, work, products, launches, (blas ? detail::kBlasLaunch : 1) * gpu.launch);
     return plan;
   };
   GpuPlan best = sweeps(layouts == GpuLayouts::products ? GpuCell::products : GpuCell::tiles);
