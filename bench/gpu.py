@@ -188,8 +188,8 @@ class Problem:
         return None
 
 
-def peers(problem: Problem, backward: bool, device: str, compiled: bool) -> dict[str, Callable[[], object]]:
-    """Every implementation of a case, as a call."""
+def peers(problem: Problem, backward: bool, device: str, modes: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """Every implementation of a case, as a call; with ``modes`` of torch.compile those of them too."""
     ours, eager = (
         problem.call(lambda m=m: problem.forward(m, problem.norm), backward) for m in (problem.attention, problem.eager)
     )
@@ -204,9 +204,9 @@ def peers(problem: Problem, backward: bool, device: str, compiled: bool) -> dict
 
     if backends.missing("triton") is None:
         calls["triton"] = problem.call(lambda: problem.forward(problem.triton, problem.norm), backward)
-    calls |= {f"ours, {kind}": with_layouts(kind) for kind in (SHOWN if compiled else LAYOUTS)}
-    if compiled:
-        for mode in COMPILE_MODES:
+    calls |= {f"ours, {kind}": with_layouts(kind) for kind in (SHOWN if modes else LAYOUTS)}
+    if modes:
+        for mode in modes:
             run = torch.compile(lambda: problem.forward(problem.eager, problem.norm), mode=mode)
             calls[f"compile, {mode}"] = problem.call(run, backward)
         plain = torch.compile(problem.plain)
@@ -252,7 +252,7 @@ def usable(calls: dict[str, Callable[[], object]]) -> tuple[dict[str, Callable[[
     return run, failed
 
 
-def time_case(case: Case, device: str, compiled: bool, rounds: int) -> dict[str, Any]:
+def time_case(case: Case, device: str, modes: Sequence[str], rounds: int) -> dict[str, Any]:
     problem = Problem(case, device)
     result: dict[str, Any] = {"case": asdict(case), "name": case.name, "wrong": problem.breach(), "seconds": {}}
     if result["wrong"]:
@@ -261,7 +261,7 @@ def time_case(case: Case, device: str, compiled: bool, rounds: int) -> dict[str,
     result["copy_bandwidth"] = copy_bandwidth(case.map_bytes, device, rounds)
     predictions = predicted(case, torch.cuda.get_device_name()) if device == "cuda" else {}
     for mode, passes in LEAST_PASSES.items():
-        calls, failed = usable(peers(problem, mode != "forward", device, compiled))
+        calls, failed = usable(peers(problem, mode != "forward", device, modes))
         seconds = medians(calls, clock, rounds)
         ideal = passes * case.map_bytes / result["copy_bandwidth"]
         result["seconds"][mode] = {
@@ -546,6 +546,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="one small case, few rounds, nothing compiled")
     parser.add_argument("--layouts", choices=LAYOUTS, default="any", help="plans that `kernels` takes")
+    parser.add_argument("--modes", nargs="+", choices=COMPILE_MODES, default=COMPILE_MODES, help="of `compile`")
     parser.add_argument("--seconds", type=float, default=450, help="begin no case after so many (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"))
     options = parser.parse_args(arguments)
@@ -567,9 +568,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = cases(shapes, options.dtype)
     if options.part == "compile":
         compiled = [case for case in cases(COMPILED_SHAPES, options.dtype) if case.channels_last]
-        return 0 if part.run(compiled, lambda case: time_case(case, options.device, True, rounds)) else 1
+        return 0 if part.run(compiled, lambda case: time_case(case, options.device, options.modes, rounds)) else 1
     if options.part == "times":
-        return 0 if part.run(chosen, lambda case: time_case(case, options.device, False, rounds)) else 1
+        return 0 if part.run(chosen, lambda case: time_case(case, options.device, (), rounds)) else 1
     choose(options.layouts)
     return 0 if part.run(chosen, lambda case: profile_case(case, options.device)) else 1
 
