@@ -271,7 +271,7 @@ def test_buffers_are_those_of_the_norm_itself(number):
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_what_moves_the_buffers_moves_them_as_pytorch_does(factor):
+def test_what_moves_the_buffers_has_the_bits_of_pytorch(factor):
     mean, var, *given = torch.randn(4, 37)
     found = []
     for ops in (operators.native, operators.plain):
@@ -279,7 +279,7 @@ def test_what_moves_the_buffers_moves_them_as_pytorch_does(factor):
         ops.track_statistics_(*buffers, mean, var, factor, 1.25)
         found.append(buffers)
     assert found[0][2] == found[1][2] == 4
-    torch.testing.assert_close(*(buffers[:2] for buffers in found), rtol=0, atol=8 * torch.finfo(torch.float32).eps)
+    assert all(map(torch.equal, *found))
 
 
 def test_the_buffers_are_moved_by_one_operator():

@@ -175,7 +175,7 @@ DIA_DEVICE void track_statistics(M& m, const TrackStatistics& args) {
   for (int64_t k = m.block() * m.threads() + m.thread(); k < args.channels; k += m.blocks() * m.threads()) {
     m.store(args.running_mean + k, moved(m.load(args.running_mean + k), m.load(args.mean + k), args.factor));
     m.store(args.running_var + k,
-            moved(m.load(args.running_var + k), m.load(args.var + k) * args.correction, args.factor));
+            moved(m.load(args.running_var + k), scaled(m.load(args.var + k), args.correction), args.factor));
     if (k == 0) m.store(args.batches, m.load(args.batches) + 1);
   }
 }

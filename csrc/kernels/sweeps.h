@@ -59,6 +59,14 @@ DIA_DEVICE int64_t tasks_of(const MapSize& size, const GpuTile& tile) {
 
 // --- reduce --------------------------------------------------------------------------------------------------
 
+// Packs that are loaded before the first is used. From sm_100 on the compiler takes more registers for the same, and
+// would put packs away.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kLoadedAlone = 6, kLoadedPlanar = 3;
+#else
+constexpr int kLoadedAlone = kPacksAlone, kLoadedPlanar = kPacksPlanar;
+#endif
+
 // A thread's sums, one of each value of its packs.
 template <class W>
 struct Sums {
@@ -68,7 +76,7 @@ struct Sums {
 // Sums of all packs of a walk; writes g where it is wanted. kSecond: whether the products are wanted too.
 template <bool kWithG, bool kSecond, class M, class T, class W>
 DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
-  constexpr int kBatch = kWithG ? kPacksOfEach : kPacksAlone;
+  constexpr int kBatch = kWithG ? kPacksOfEach : kLoadedAlone;
   const bool with_x = args.x.data != nullptr, masked = args.y.data != nullptr;
   for (int first = 0; first < walk.count; first += kBatch) {
     Pack<T> x[kBatch]{}, g[kBatch]{};  // undefined ones would be carried from pass to pass, in memory
@@ -194,7 +202,7 @@ DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
 
 // Where the sums of a block's rows of threads meet. A thread's values lie together, and its neighbour's a place further
 // than they need to, so that the lanes of a warp meet all banks.
-template <class W, class V>
+template <class W>
 struct MeetingPlace {
   static constexpr int kStep = W::kValues > 1 ? W::kValues + 1 : 1;
   static constexpr int kCount = kSweepThreads * kStep;
@@ -211,7 +219,7 @@ DIA_DEVICE void sum_of_rows(M& m, const Rows<W>& rows, int owned, const Array& s
   const bool within = rows.across <= 16 && (rows.across & (rows.across - 1)) == 0;
   const int count = within ? m.warps() : rows.count, row = within ? m.warp() : rows.row;
   const bool writes = within ? m.lane() < rows.across : rows.there();
-  const MeetingPlace<W, V> place{rows.across};
+  const MeetingPlace<W> place{rows.across};
   m.sync_block();  // the sums before may still be read
   DIA_UNROLL
   for (int k = 0; k < W::kValues; ++k) {
@@ -234,9 +242,9 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
   const MapSize& size = args.size;
   const int most = args.tile.channels < size.channels ? args.tile.channels : size.channels;
   const bool moments = args.first != nullptr;
-  const auto scratch = m.template shared<double>(moments ? MeetingPlace<W, double>::kCount : 0);
+  const auto scratch = m.template shared<double>(moments ? MeetingPlace<W>::kCount : 0);
   const auto totals = m.template shared<double>(moments ? most : 0);
-  const auto floats = m.template shared<float>(moments ? 0 : MeetingPlace<W, float>::kCount);
+  const auto floats = m.template shared<float>(moments ? 0 : MeetingPlace<W>::kCount);
   const int across = args.across();
   const int64_t tasks = static_cast<int64_t>(size.samples) * across;
   for (int64_t task = m.block(); task < tasks; task += m.blocks()) {
@@ -337,7 +345,7 @@ struct Factors {
 // All packs of a walk.
 template <bool kInterleaved, class M, class T, class W>
 DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
-  constexpr int kBatch = kInterleaved ? kPacksOfEach : kPacksPlanar;
+  constexpr int kBatch = kInterleaved ? kPacksOfEach : kLoadedPlanar;
   if (walk.count == 0) return;
   const bool has_g = args.dy.data != nullptr, masked = has_g && args.y.data != nullptr;
   const bool has_x = args.x.data != nullptr, added = args.shortcut.data != nullptr;

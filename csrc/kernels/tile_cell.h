@@ -242,7 +242,7 @@ DIA_DEVICE void cell_states(M& m, const CellStates<kAffine>& args) {
         Plain{4 * channel, 4 * channels, [&](int row, int k) {
                 const float* weight =
                     k < bottleneck ? cell.weights.input_expand + k : cell.weights.hidden_expand + (k - bottleneck);
-                return m.load(weight + (row_at(row % 4, channels) + row / 4) * bottleneck);
+                return m.load(weight + row_at(row % 4 * channels + row / 4, bottleneck));
               }});
     tile.finish(m, memory, [&](int row, int, const auto& products) {
       const int sample = first + row;

@@ -484,7 +484,8 @@ void track_statistics(Tensor running_mean, Tensor running_var, Tensor batches, T
   const auto move = [&](const Tensor& buffer, const Tensor& to, float scale) {
     float* at = data_of<float>(buffer);
     const float* values = static_cast<const float*>(to.const_data_ptr());
-    for (int64_t k = 0; k < buffer.numel(); ++k) at[k] = moved(at[k], values[k] * scale, static_cast<float>(factor));
+    for (int64_t k = 0; k < buffer.numel(); ++k)
+      at[k] = moved(at[k], scaled(values[k], scale), static_cast<float>(factor));
   };
   move(running_mean, means, 1.0f), move(running_var, vars, static_cast<float>(correction));
   ++*data_of<int64_t>(batches);
