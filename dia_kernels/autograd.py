@@ -134,16 +134,20 @@ class Gathered(Function):
 
 
 def _token(parameters: tuple, h: Tensor | None) -> Tensor | None:
-    """The token of ``parameters``, or None where they are not all leaves that require grad.
+    """The token of ``parameters``. None: the first block of a pass, or not all are leaves that require grad.
 
-    The blocks of a forward pass share one: it is found at the step that made ``h``. One from an earlier pass would do
-    for the sums too, but the engine runs what was recorded first last, so that these gradients would come at the
-    very end of the backward pass, too late for whoever reduces them over processes.
+    The blocks of a forward pass share one, from the second on: a token costs more than a few additions, and a cell may
+    have one block alone. It is found at the step that made ``h``. One from an earlier pass would do for the sums too,
+    but the engine runs what was recorded first last, so that these gradients would come at the very end of the backward
+    pass, too late for whoever reduces them over processes.
     """
+    node = None if h is None else h.grad_fn
+    if getattr(node, "ops", None) is None:  # of no step
+        return None
     for p in parameters:
         if not p.requires_grad or p.grad_fn is not None:
             return None
-    token, of = getattr(None if h is None else h.grad_fn, "dia_kernels_token", (None, ()))
+    token, of = getattr(node, "dia_kernels_token", (None, ()))
     if token is not None and all(map(is_, of, parameters)):
         return token
     return super(Function, Gathered).apply(*parameters)
