@@ -68,8 +68,8 @@ struct Walk {
   DIA_DEVICE E* at(const Samples<E>& map, int number) const {
     return map.data + sample * map.stride + offset + number * step;
   }
-  // Pack `number` of a map. `straddles`: what does not belong to the row may be
-  // anything, and nobody writes it meanwhile: a row's ends, element by element, are waited for one by one.
+  // Pack `number` of a map. What does not belong to the row is zero or, with `straddles`, whatever lies there, which
+  // nobody may write meanwhile: element by element a row's ends would be waited for one by one.
   template <class M>
   DIA_DEVICE Pack<T> load(M& m, const Samples<const T>& map, int number, bool straddles) const {
     const T* from = at(map, number);

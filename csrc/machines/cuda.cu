@@ -86,7 +86,10 @@ Ready make_ready(const void* function, int device) {
         "shared memory of a kernel");
   cudaFuncAttributes of{};
   check(cudaFuncGetAttributes(&of, function), "the attributes of a kernel");
-  return of.ptxVersion >= 90 ? Ready::early : Ready::yes;
+  // Drivers before that of CUDA 12.3 cannot capture such a launch.
+  int driver = 0;
+  check(cudaDriverGetVersion(&driver), "the driver's version");
+  return of.ptxVersion >= 90 && driver >= 12030 ? Ready::early : Ready::yes;
 }
 
 template <class Args>
