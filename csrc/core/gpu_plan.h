@@ -161,7 +161,9 @@ inline int64_t rows_of(const GpuProblem& p, int64_t channels) {
 // Sixteen positions for each row of threads, fewer where multiprocessors would idle.
 inline GpuTile spread_tile_of(const GpuProblem& p, const GpuLimits& gpu) {
   GpuTile tile;
-  tile.lanes = lanes_of(p, gpu, kPacksPlanar);
+  // Rows of seven or eight packs (7 x 7, 8 x 8) by four threads: by two, a warp's load would be in twice as many
+  // places, and 7 x 7 took an H100 longer.
+  tile.lanes = lanes_of(p, gpu, parts(p.positions * p.element_bytes, 16) > 8 ? kPacksPlanar : kPacksOfEach);
   tile.channels = kSweepThreads / tile.lanes;
   if (!p.interleaved) return tile;
   const int64_t channels = std::clamp(p.channels, int64_t{1}, static_cast<int64_t>(kSweepThreads));
