@@ -96,7 +96,8 @@ def accesses_of(code: str) -> dict[str, dict[str, int]]:
 
     Loads and stores of sixteen bytes in global and shared memory; how many such loads of global memory come one after
     the other with no store between (``batch``), and how many of any width with no multiply-add between (``ahead``); and
-    how many accesses to spilled registers there are in innermost loops that load sixteen bytes at a time.
+    how many accesses to spilled registers there are in innermost loops that load sixteen bytes at a time. How often a
+    kernel waits for the one before it and lets the next one be launched, and products of the tensor cores.
     """
     found = {}
     for section in re.split(r"\n\s*\.section\s+\.text\.", code)[1:]:
@@ -106,6 +107,8 @@ def accesses_of(code: str) -> dict[str, dict[str, int]]:
             counts["batch"] = longest_run(section, r"\bLDG\S*\.128", r"\bST[GS]\b")
             counts["ahead"] = longest_run(section, r"\bLDG\b", r"\bFFMA\b")
             loops = [loop for loop in innermost_loops(section) if re.search(r"\bLDG\S*\.128", loop)]
+            counts["waits"] = len(re.findall(r"\bACQBULK\b", section))
+            counts["early"] = len(re.findall(r"\bPREEXIT\b", section))
             counts["tensor cores"] = len(re.findall(r"\bHMMA\b", section))
             counts["spills in loops"] = sum(len(re.findall(r"\b(?:LDL|STL)\b", loop)) for loop in loops)
             found[name.group()] = counts
@@ -198,6 +201,15 @@ def test_products_run_on_tensor_cores(compiled, accesses):
             assert (counts["tensor cores"] >= 12) == (compiled["architecture"] >= 80), name
 
 
+@pytest.mark.slow
+def test_every_kernel_waits_for_the_one_before(compiled, accesses):
+    """From sm_90 on one may be launched before the other has ended: by a kernel of tables, not by a sweep."""
+    early = compiled["architecture"] >= 90
+    for name, counts in accesses.items():
+        assert counts["waits"] == early, name
+        assert counts["early"] == (early and plain(name) not in SWEEPS), name
+
+
 def test_the_report_is_read_right():
     log = (
         "ptxas info    : Compiling entry function '_Z13spread_kernelIfEv' for 'sm_90'\n"
@@ -213,6 +225,8 @@ def test_the_report_is_read_right():
         "STS": 1,
         "batch": 2,
         "ahead": 3,
+        "waits": 0,
+        "early": 0,
         "tensor cores": 0,
         "spills in loops": 0,
     }

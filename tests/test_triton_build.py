@@ -46,6 +46,15 @@ def test_sizes_alone_compile_nothing_anew():
         assert of_others == [], name
 
 
+def test_tiles_are_timed_on_request_and_kept_on_disk(monkeypatch, tmp_path):
+    """By Triton's own autotuner, on a GPU that is not there: never unasked, and once for all processes."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert printed("triton_launches.py", "timed") == {"timed": 0}
+    monkeypatch.setenv("DIA_KERNELS_AUTOTUNE", "1")
+    assert printed("triton_launches.py", "timed")["timed"] > 10
+    assert printed("triton_launches.py", "timed") == {"timed": 0}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "architecture"), TARGETS)
 def test_every_kernel_compiles_within_its_budget(backend, architecture):

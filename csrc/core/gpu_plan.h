@@ -81,7 +81,8 @@ constexpr int64_t kTermsInOnePart = 256;
 
 DIA_HOST_DEVICE constexpr int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// Of the sweep that sums: a sum of each value of each thread's packs, twice for moments.
+// Of the sweep that sums: a sum of each value of each thread's packs, and a gap (sweeps.h, MeetingPlace); for moments
+// the totals of a task's channels.
 constexpr int64_t reduce_shared_bytes(const GpuTile& tile, bool interleaved, int element_bytes) {
   if (!interleaved) return 8 * (kSweepThreads / 32);
   return 8 * (static_cast<int64_t>(kSweepThreads) * (16 / element_bytes + 1) + tile.channels);
@@ -179,7 +180,7 @@ inline GpuTile spread_tile_of(const GpuProblem& p, const GpuLimits& gpu) {
 // Terms of the sums of the cell's first products.
 inline int64_t first_terms(const GpuProblem& p) { return (p.backward ? 4 : 1) * p.channels; }
 
-// Of the norm's tables: statistics forward; what they were and their gradients backward.
+// Of the norm's tables: statistics forward, their gradients backward.
 inline int norm_launches(const GpuProblem& p) { return p.norm == GpuNorm::none ? 0 : 1; }
 
 // Sweeps with the cell between them, `cell_seconds` for all samples together.

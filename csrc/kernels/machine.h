@@ -74,23 +74,13 @@ DIA_DEVICE int piece_column(const M& m, int k) {
 struct PlainSide {
   float values[2][8];
 };
-template <class M, class Array>
-DIA_DEVICE PlainSide plain_left(const M& m, const Array& memory, int at, int pitch) {
+template <class Array>
+DIA_DEVICE PlainSide plain_side(const Array& memory, int at, int pitch, int first, int second) {
   PlainSide side;
   DIA_UNROLL
   for (int term = 0; term < 8; ++term) {
-    DIA_UNROLL
-    for (int k = 0; k < 2; ++k) side.values[k][term] = memory[at + term * pitch + piece_row(m, 2 * k)];
-  }
-  return side;
-}
-template <class M, class Array>
-DIA_DEVICE PlainSide plain_right(const M& m, const Array& memory, int at, int pitch) {
-  PlainSide side;
-  DIA_UNROLL
-  for (int term = 0; term < 8; ++term) {
-    DIA_UNROLL
-    for (int k = 0; k < 2; ++k) side.values[k][term] = memory[at + term * pitch + piece_column(m, k)];
+    side.values[0][term] = memory[at + term * pitch + first];
+    side.values[1][term] = memory[at + term * pitch + second];
   }
   return side;
 }

@@ -176,8 +176,8 @@ DIA_DEVICE void track_statistics(M& m, const TrackStatistics& args) {
     m.store(args.running_mean + k, moved(m.load(args.running_mean + k), m.load(args.mean + k), args.factor));
     m.store(args.running_var + k,
             moved(m.load(args.running_var + k), scaled(m.load(args.var + k), args.correction), args.factor));
-    if (k == 0) m.store(args.batches, m.load(args.batches) + 1);
   }
+  if (m.block() == 0 && m.thread() == 0) m.store(args.batches, m.load(args.batches) + 1);
 }
 
 struct NormGradients {

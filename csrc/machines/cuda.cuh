@@ -149,11 +149,11 @@ class Machine {
   using Right = kernels::PlainSide;
   template <class Array>
   __device__ __forceinline__ Left left(const Array& memory, int at, int pitch) const {
-    return kernels::plain_left(*this, memory, at, pitch);
+    return kernels::plain_side(memory, at, pitch, kernels::piece_row(*this, 0), kernels::piece_row(*this, 2));
   }
   template <class Array>
   __device__ __forceinline__ Right right(const Array& memory, int at, int pitch) const {
-    return kernels::plain_right(*this, memory, at, pitch);
+    return kernels::plain_side(memory, at, pitch, kernels::piece_column(*this, 0), kernels::piece_column(*this, 1));
   }
   __device__ __forceinline__ static void multiply(float (&large)[4], float (&)[4], const Left& left,
                                                   const Right& right) {

@@ -248,11 +248,11 @@ class Thread {
   using Right = kernels::PlainSide;
   template <class Array>
   Left left(const Array& memory, int at, int pitch) const {
-    return kernels::plain_left(*this, memory, at, pitch);
+    return kernels::plain_side(memory, at, pitch, kernels::piece_row(*this, 0), kernels::piece_row(*this, 2));
   }
   template <class Array>
   Right right(const Array& memory, int at, int pitch) const {
-    return kernels::plain_right(*this, memory, at, pitch);
+    return kernels::plain_side(memory, at, pitch, kernels::piece_column(*this, 0), kernels::piece_column(*this, 1));
   }
   static void multiply(float (&large)[4], float (&)[4], const Left& left, const Right& right) {
     kernels::plain_multiply(large, left, right);

@@ -147,8 +147,7 @@ void forward_step(Arguments& of, Launches& launches) {
   const kernels::BottleneckParts parts = of.parts();
   kernels::Reduce<T> reduce{};
   kernels::Spread<T> spread{};
-  reduce.size = spread.size = of.size(), spread.tile = of.tile();
-  reduce.tile = {spread.tile.channels, INT32_MAX, spread.tile.lanes};
+  reduce.size = spread.size = of.size(), reduce.tile = spread.tile = of.tile();
   reduce.x = spread.x = of.map<const T>("x"), reduce.sum = of.pointer<float>("sum");
   spread.shortcut = of.map<const T>("shortcut"), spread.out = of.map<T>("y");
   spread.relu = of.number("relu") != 0, spread.scale = cell.new_h;
@@ -173,8 +172,7 @@ void backward_step(Arguments& of, Launches& launches) {
   const kernels::BottleneckParts parts = of.parts();
   kernels::Reduce<T> reduce{};
   kernels::Spread<T> spread{};
-  reduce.size = spread.size = of.size(), spread.tile = of.tile();
-  reduce.tile = {spread.tile.channels, INT32_MAX, spread.tile.lanes};
+  reduce.size = spread.size = of.size(), reduce.tile = spread.tile = of.tile();
   reduce.dy = spread.dy = of.map<const T>("dy"), reduce.y = spread.y = of.map<const T>("y");
   reduce.x = of.map<const T>("x"), reduce.g = of.map<T>("dshortcut"), spread.out = of.map<T>("dx");
   if (reduce.g.data != nullptr) spread.dy = {reduce.g.data, reduce.g.stride}, spread.y = {};

@@ -477,6 +477,7 @@ std::tuple<Tensor, Tensor> run_statistics(const Tensor& z, const MapInfo& info) 
   return {mean, var};
 }
 
+// What a norm keeps of a batch.
 void track_statistics(Tensor running_mean, Tensor running_var, Tensor batches, Tensor mean, Tensor var, double factor,
                       double correction) {
   check_tracked(running_mean, running_var, batches, mean, var, factor, correction);

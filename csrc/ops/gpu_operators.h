@@ -475,9 +475,8 @@ inline void track_statistics(Tensor running_mean, Tensor running_var, Tensor bat
                                       data_of<float>(running_mean),
                                       data_of<float>(running_var),
                                       data_of<int64_t>(batches)};
-  if (args.channels == 0) return;
   GpuDevice device(mean);
-  device.gpu().launch(args, static_cast<int>(detail::parts(args.channels, kernels::kTableThreads)), 0);
+  device.gpu().launch(args, std::max(1, kernels::tiles_along(args.channels, kernels::kTableThreads)), 0);
 }
 
 // --- the parts: pool and rescale -----------------------------------------------------------------------------
