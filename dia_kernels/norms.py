@@ -9,6 +9,7 @@ otherwise, buffers updated in training.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .autograd import transforms_active
 from .operators import Operators
+from .schemas import NAMESPACE
 
 #: A norm: a module or function of the map, or a scale and a bias for each channel.
 Norm = nn.Module | Callable[[Tensor], Tensor] | tuple[Tensor, Tensor]
@@ -129,13 +131,13 @@ def update_buffers(
 ) -> None:
     """What the norm does to its buffers, from a batch's mean and biased variance over ``count`` values.
 
-    No gradient flows through ``mean`` and ``var``. In eager ``ops`` does it at once, where it can: the four operations
-    of PyTorch that it takes otherwise cost a small step more than its norm does.
+    No gradient flows through ``mean`` and ``var``. In eager ``ops`` does it at once, if it has a kernel for that: the
+    four operations of PyTorch that it takes otherwise cost a small step more than its norm does.
     """
     if not norm.track_running_stats:
         return
     buffers = batches, running_mean, running_var = tuple(norm._buffers[name] for name in _BUFFERS)
-    if ops is not None and norm.momentum is not None and isinstance(count, int) and _are_plain(buffers, mean):
+    if ops is not None and norm.momentum is not None and isinstance(count, int) and _are_plain(buffers, mean, ops):
         with torch._C._AutoDispatchBelowAutograd():
             ops.track_statistics_(
                 running_mean, running_var, batches, mean, var, norm.momentum, count / max(count - 1, 1)
@@ -159,8 +161,16 @@ def update_buffers(
         move(running_var, unbiased, factor)
 
 
-def _are_plain(buffers: tuple[Tensor | None, ...], mean: Tensor) -> bool:
-    """Whether these are the buffers that a norm begins with, and no graph or transform is made of the call."""
+@cache
+def _tracks(ops: Operators, device: str) -> bool:
+    """Whether ``ops`` has a kernel of its own for buffers on a device; the reference is slower than PyTorch's four."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    name = f"{NAMESPACE}::track_statistics_{ops.suffix}"
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def _are_plain(buffers: tuple[Tensor | None, ...], mean: Tensor, ops: Operators) -> bool:
+    """Whether ``ops`` moves these: a norm's buffers as they begin, and no graph or transform is made of the call."""
     if torch.compiler.is_compiling() or transforms_active() or type(mean) is not Tensor:
         return False
     device = mean.device
@@ -169,7 +179,7 @@ def _are_plain(buffers: tuple[Tensor | None, ...], mean: Tensor) -> bool:
             return False
         if not buffer.is_contiguous():
             return False
-    return mean.dtype is torch.float32
+    return mean.dtype is torch.float32 and _tracks(ops, device.type)
 
 
 def _check_mapped(mean: Tensor, running_mean: Tensor | None) -> None:

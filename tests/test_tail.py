@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from dia_kernels import SharedAttention, functional, models, operators
+from dia_kernels import norms as norms_
 
 Tensors = dict[str, Tensor]
 EPS = torch.finfo(torch.float64).eps
@@ -289,6 +290,16 @@ def test_the_buffers_are_moved_by_one_operator():
     names = {event.name for event in profiler.events()}
     assert "dia_kernels::track_statistics_" in names
     assert not {"aten::lerp_", "aten::add_"} & names
+
+
+def test_operators_without_a_kernel_for_the_buffers_leave_them_to_pytorch():
+    norm, expected = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+    mean, var = torch.rand(2, 6)
+    norms_.update_buffers(expected, mean, var, 5)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        norms_.update_buffers(norm, mean, var, 5, operators.plain)
+    assert "aten::lerp_" in {event.name for event in profiler.events()}
+    assert all(map(torch.equal, norm.buffers(), expected.buffers()))
 
 
 def test_autograd_sees_that_buffers_change():
