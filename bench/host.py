@@ -50,7 +50,7 @@ def calls(mode: str) -> dict[str, Callable[[], object]]:
     norm, cell = nn.BatchNorm2d(SHAPE[1]).train(training), nn.LSTMCell(SHAPE[1], SHAPE[1])
     x, shortcut = (torch.randn(SHAPE, requires_grad=training) for _ in range(2))
     p, state = torch.randn(SHAPE[:2]), (torch.rand(SHAPE[:2]), torch.randn(SHAPE[:2]))
-    flags = (1, True, False, False)
+    flags = (1, True, False, False, False)
 
     def tail(attention: SharedAttention) -> Tensor:
         return attention(x, state, norm=norm, shortcut=shortcut, activation="relu")[0]

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from . import operators, reference
+from . import masks, operators, reference
 from .cells import LSTMParameters, join_parameters, parameter_count, split_parameters
 from .operators import Operators
 
@@ -243,17 +243,29 @@ def derivative(function: Callable, inputs: tuple, cotangents: tuple) -> tuple:
     return tuple(full)
 
 
+def keeps_mask(ops: Operators, x: Tensor, channel_dim: int) -> bool:
+    """Whether a call on ``x`` that ends in a ReLU leaves its mask for the gradient, in place of its result.
+
+    Not inside transforms, whose rules are the reference's. Nor where a graph is exported: nearly always for inference,
+    and whether a map's rows begin bytes would narrow down the shapes that it takes.
+    """
+    if x.dtype not in ops.masked_dtypes.get(x.device.type, ()) or torch._C._are_functorch_transforms_active():
+        return False
+    return masks.fits(x, channel_dim) and not torch.compiler.is_exporting()
+
+
 # --- step ------------------------------------------------------------------------------------------
-# Arguments: x, shortcut, h, c, the eight parameters, channel_dim, relu, tanh_output, keep_tables.
+# Arguments: x, shortcut, h, c, the eight parameters, channel_dim, relu, tanh_output, keep_tables, keep_mask. Where the
+# mask of the ReLU is kept, it is saved in place of y.
 
 
 def _reference_step(x, shortcut, h, c, *rest):
     """``operators.step`` through plain, differentiable ATen; its tables are left empty."""
-    *parameters, channel_dim, relu, tanh_output, _ = rest
+    *parameters, channel_dim, relu, tanh_output, _, _ = rest
     y, h, c = reference.step(
         x, shortcut, h, c, LSTMParameters(*parameters), channel_dim, relu, "tanh" if tanh_output else "sigmoid"
     )
-    return y, h, c, h.new_empty(0)
+    return y, h, c, h.new_empty(0), h.new_empty(0)
 
 
 def _reference_step_backward(dy, dh, dc, x, y, h, c, parameters, channel_dim, tanh_output):
@@ -264,24 +276,24 @@ def _reference_step_backward(dy, dh, dc, x, y, h, c, parameters, channel_dim, ta
     """
 
     def before_relu(x, h, c, *parameters):
-        return _reference_step(x, None, h, c, *parameters, channel_dim, False, tanh_output, False)[:3]
+        return _reference_step(x, None, h, c, *parameters, channel_dim, False, tanh_output, False, False)[:3]
 
-    g = dy if dy is None or y is None else reference.unrelu(dy, y)
+    g = dy if dy is None or y is None else reference.unrelu(dy, masks.as_result(y, x, channel_dim))
     dx, dh, dc, *dparameters = derivative(before_relu, (x, h, c, *parameters), (g, dh, dc))
     return dx, None if y is None else g, dh, dc, join_if_any(dparameters)
 
 
 def _step_context(ctx, inputs, output) -> None:
     ctx.ops, x, _, h, c, *rest = inputs
-    *parameters, channel_dim, relu, tanh_output, _ = rest
-    y, _, new_c, tables = output
-    ctx.save_for_backward(x, y if relu else None, h, c, new_c, tables, *parameters)
+    *parameters, channel_dim, relu, tanh_output, _, keep_mask = rest
+    y, _, new_c, tables, mask = output
+    ctx.save_for_backward(x, mask if keep_mask else y if relu else None, h, c, new_c, tables, *parameters)
     ctx.flags = (channel_dim, relu, tanh_output)
 
 
 def _step_gradients(ctx, grads, need: tuple, backward: Callable, saved: tuple) -> tuple:
     """Gradients of x, shortcut, h, c and the parameters; ``backward`` is what computes those asked for."""
-    dy, dh, dc, _ = grads
+    dy, dh, dc, *_ = grads
     x, y, h, c, new_c, tables, *parameters = saved
     _, relu, _ = ctx.flags
     _, need_shortcut, need_h, need_c, need_parameters = need
@@ -308,7 +320,7 @@ def _step_formula(ctx, grads, backward: Callable, saved: tuple) -> tuple:
     def gradients(need):
         return _step_gradients(ctx, grads, need, backward, saved)
 
-    return for_each_parameter(gradients, ctx.needs_input_grad[-16:], 4, saved[-8])
+    return for_each_parameter(gradients, ctx.needs_input_grad[-17:], 4, saved[-8])
 
 
 def _raw_step_backward(ops, dy, dh, dc, x, y, h, c, new_c, tables, *rest):
@@ -372,7 +384,7 @@ class Step(Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         _step_context(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[3])
+        ctx.mark_non_differentiable(*output[3:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -388,14 +400,15 @@ class Step(Function):
     @staticmethod
     def vmap(info, in_dims, _ops, *args):
         y, h, c = torch.func.vmap(lambda *a: _reference_step(*a)[:3], in_dims[1:])(*args)
-        return (y, h, c, h.new_empty(0)), (0, 0, 0, None)
+        return (y, h, c, h.new_empty(0), h.new_empty(0)), (0, 0, 0, None, None)
 
 
 def step(ops, x, shortcut, h, c, parameters: LSTMParameters, channel_dim: int, relu: bool, tanh_output: bool):
     """``(y, h', c')`` of one step, by the rule at the top of this file."""
     recorded = wants_gradient(x, shortcut, h, c, *parameters)
     keep_tables = recorded or transforms_active()
-    args = (x, shortcut, h, c, *parameters, channel_dim, relu, tanh_output, keep_tables)
+    keep_mask = recorded and relu and keeps_mask(ops, x, channel_dim)
+    args = (x, shortcut, h, c, *parameters, channel_dim, relu, tanh_output, keep_tables, keep_mask)
     return route(Step, ops.step, _reference_step, args, recorded, ops)[:3]
 
 

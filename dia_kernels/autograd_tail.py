@@ -1,7 +1,7 @@
 """The autograd Functions of the tail with its batch norm folded in, under the rule of ``autograd``.
 
 Arguments: the operators, z, shortcut, h, c, gamma, beta, mean, var, eps, the eight parameters, channel_dim, relu,
-tanh_output.
+tanh_output, keep_mask.
 Statistics that are given are constants; the batch's own are functions of z, and the gradient knows it.
 """
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from . import operators, reference
+from . import masks, operators, reference
 from .autograd import (
     derivative,
     differentiable,
     for_each_parameter,
     join_if_any,
+    keeps_mask,
     route,
     saved_tensors,
     wants_gradient,
@@ -27,12 +28,12 @@ from .operators import Operators
 
 def _reference_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
     """``operators.tail`` through plain, differentiable ATen; its tables are left empty."""
-    *parameters, channel_dim, relu, tanh_output = rest
+    *parameters, channel_dim, relu, tanh_output, _ = rest
     y, h, c, mean, var = reference.tail(
         z, shortcut, h, c, gamma, beta, mean, var, eps, LSTMParameters(*parameters), channel_dim, relu,
         "tanh" if tanh_output else "sigmoid",
     )  # fmt: skip
-    return y, h, c, h.new_empty(0), mean.detach(), var.detach()
+    return y, h, c, h.new_empty(0), mean.detach(), var.detach(), h.new_empty(0)
 
 
 def _reference_tail_backward(dy, dh, dc, z, y, h, c, gamma, beta, mean, var, parameters, eps, flags):
@@ -41,10 +42,10 @@ def _reference_tail_backward(dy, dh, dc, z, y, h, c, gamma, beta, mean, var, par
 
     def before_relu(z, h, c, gamma, beta, *parameters):
         return _reference_tail(
-            z, None, h, c, gamma, beta, mean, var, eps, *parameters, channel_dim, False, tanh_output
+            z, None, h, c, gamma, beta, mean, var, eps, *parameters, channel_dim, False, tanh_output, False
         )[:3]
 
-    g = dy if dy is None or y is None else reference.unrelu(dy, y)
+    g = dy if dy is None or y is None else reference.unrelu(dy, masks.as_result(y, z, channel_dim))
     inputs = (z, h, c, gamma, beta, *parameters)
     dz, dh, dc, dgamma, dbeta, *dparameters = derivative(before_relu, inputs, (g, dh, dc))
     return dz, None if y is None else g, dh, dc, dgamma, dbeta, join_if_any(dparameters)
@@ -52,9 +53,11 @@ def _reference_tail_backward(dy, dh, dc, z, y, h, c, gamma, beta, mean, var, par
 
 def _context(ctx, inputs, output) -> None:
     ctx.ops, z, _, h, c, gamma, beta, mean, var, eps, *rest = inputs
-    *parameters, channel_dim, relu, tanh_output = rest
-    y, _, new_c, tables, *_ = output
-    ctx.save_for_backward(z, y if relu else None, h, c, new_c, tables, gamma, beta, mean, var, *parameters)
+    *parameters, channel_dim, relu, tanh_output, keep_mask = rest
+    y, _, new_c, tables, *_, mask = output
+    ctx.save_for_backward(
+        z, mask if keep_mask else y if relu else None, h, c, new_c, tables, gamma, beta, mean, var, *parameters
+    )
     ctx.flags = (channel_dim, relu, tanh_output, mean is None)
     ctx.eps = eps
 
@@ -103,12 +106,12 @@ def _gradients(ctx, grads, need: tuple, backward, saved: tuple) -> tuple:
 
 
 def _formula(ctx, grads, backward, saved: tuple) -> tuple:
-    """Gradients of the twenty inputs of the operator."""
+    """Gradients of the inputs of the operator."""
 
     def gradients(need):
         return _gradients(ctx, grads, need, backward, saved)
 
-    return for_each_parameter(gradients, ctx.needs_input_grad[-20:], 9, saved[-8])
+    return for_each_parameter(gradients, ctx.needs_input_grad[-21:], 9, saved[-8])
 
 
 def _raw_backward(ops, dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, mean, var, *rest):
@@ -187,11 +190,11 @@ class Tail(Function):
     @staticmethod
     def vmap(info, in_dims, _ops, *args):
         def function(*args):
-            y, h, c, _, mean, var = _reference_tail(*args)
+            y, h, c, _, mean, var, _ = _reference_tail(*args)
             return y, h, c, mean, var
 
         y, h, c, mean, var = torch.func.vmap(function, in_dims[1:])(*args)
-        return (y, h, c, h.new_empty(0), mean, var), (0, 0, 0, None, 0, 0)
+        return (y, h, c, h.new_empty(0), mean, var, h.new_empty(0)), (0, 0, 0, None, 0, 0, None)
 
 
 def register(ops: Operators) -> None:
@@ -225,7 +228,8 @@ def tail(
     tanh_output: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(y, h', c', mean, var)``, the last two empty where statistics were given."""
-    args = (z, shortcut, h, c, gamma, beta, mean, var, eps, *parameters, channel_dim, relu, tanh_output)
     recorded = wants_gradient(z, shortcut, h, c, gamma, beta, *parameters)
-    y, h, c, _, mean, var = route(Tail, ops.tail, _reference_tail, args, recorded, ops)
+    keep_mask = recorded and relu and keeps_mask(ops, z, channel_dim)
+    args = (z, shortcut, h, c, gamma, beta, mean, var, eps, *parameters, channel_dim, relu, tanh_output, keep_mask)
+    y, h, c, _, mean, var, _ = route(Tail, ops.tail, _reference_tail, args, recorded, ops)
     return y, h, c, mean, var

@@ -7,14 +7,15 @@ set of its own (``define``), under the same schemas, fakes and gradients. In all
 whether the cell's output function is tanh (False: the paper's sigmoid).
 
 ======================  ======================================================================
-``step``                ``(y, h', c', tables)``: the whole step. ``tables`` is what its gradient
+``step``                ``(y, h', c', tables, mask)``: the whole step. ``tables`` is what its gradient
                         needs beside x, y and the states (see ``table_sizes``); it is empty
-                        unless ``keep_tables``.
+                        unless ``keep_tables``. ``mask`` is the ReLU's (``masks.py``), empty
+                        unless ``keep_mask`` and ``relu``. Rows that begin no bytes have none.
 ``step_``               ``(h', c')``: the same, y written over ``x``. Inference only.
 ``step_backward``       gradients of x, shortcut, h, c and, in one flat tensor
                         (``cells.join_parameters``), of the eight parameters; those that the four
                         ``need_*`` flags do not ask for come back empty.
-``tail``                ``(y, h', c', tables, mean, var)``: the step on the batch norm of z.
+``tail``                ``(y, h', c', tables, mean, var, mask)``: the step on the batch norm of z.
                         ``mean`` and ``var`` (C,) are the statistics to use, in the compute
                         dtype or float64; None for those of this batch, which come back (else
                         empty tensors do).
@@ -36,6 +37,8 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 ``rescale_backward``    gradients of x, scale and shortcut
 ======================  ======================================================================
 
+Where a gradient takes y, it takes the mask in its place (but for ``rescale_backward``).
+
 An operator may not return its input: with no ReLU the gradient of the shortcut is the incoming
 one, which ``autograd`` hands on by itself.
 """
@@ -52,7 +55,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import reference
+from . import masks, reference
 from .cells import LSTMParameters, LSTMTrace, join_parameters, parameter_count, squash
 from .layout import broadcast, channels, compute_dtype, empty_map, output_format, shares_memory, spatial_size
 from .schemas import NAMESPACE, SCHEMAS
@@ -98,17 +101,22 @@ def _if_in_format(t: Tensor, x: Tensor, channel_dim: int) -> Tensor:
 
 
 def _reference_step(x, shortcut, h, c, *rest):
-    *parameters, channel_dim, relu, tanh_output, keep_tables = rest
+    *parameters, channel_dim, relu, tanh_output, keep_tables, keep_mask = rest
     with torch.autocast(x.device.type, enabled=False):
         y, p, trace = reference.traced_step(
             x, shortcut, h, c, LSTMParameters(*parameters), channel_dim, relu, _output(tanh_output)
         )
     tables = _pack(p, trace) if keep_tables else p.new_empty(0)
-    return _if_in_format(y, x, channel_dim), trace.h, trace.c, tables
+    y = _if_in_format(y, x, channel_dim)
+    return y, trace.h, trace.c, tables, _mask(y, channel_dim, relu and keep_mask)
+
+
+def _mask(y: Tensor, channel_dim: int, wanted: bool) -> Tensor:
+    return masks.make(y, channel_dim) if wanted else y.new_empty(0, dtype=torch.uint8)
 
 
 def _reference_step_(x, shortcut, h, c, *rest):
-    y, new_h, new_c, _ = _reference_step(x, shortcut, h, c, *rest, False)
+    y, new_h, new_c, *_ = _reference_step(x, shortcut, h, c, *rest, False, False)
     x.copy_(y)
     return new_h, new_c
 
@@ -117,6 +125,7 @@ def _reference_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
     *weights, channel_dim, relu, tanh_output, need_x, need_shortcut, need_state, need_parameters = rest
     parameters = _with_weights(weights)
     n, m = x.shape[0], parameters.input_reduce_weight.shape[0]
+    y = masks.as_result(y, x, channel_dim)
     p, trace = _unpack(tables, n, channels(x, channel_dim), m, new_c, tanh_output)
     with torch.autocast(x.device.type, enabled=False):
         dx, dshortcut, _, dh, dc, dparameters = reference.step_backward(
@@ -140,7 +149,7 @@ def _with_weights(weights: list[Tensor]) -> LSTMParameters:
 
 
 def _reference_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
-    *parameters, channel_dim, relu, tanh_output = rest
+    *parameters, channel_dim, relu, tanh_output, keep_mask = rest
     batch = mean is None
     with torch.autocast(z.device.type, enabled=False):
         if batch:
@@ -155,7 +164,8 @@ def _reference_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
         off = reference.pool(z, channel_dim) - mean
         tables = torch.cat([_pack(p, trace), off.reshape(-1), mean, torch.zeros_like(mean), rstd])
     statistics = (mean, var) if batch else (mean.new_empty(0), mean.new_empty(0))
-    return _in_format(y.to(z.dtype), z, channel_dim), trace.h, trace.c, tables, *statistics
+    y = _in_format(y.to(z.dtype), z, channel_dim)
+    return y, trace.h, trace.c, tables, *statistics, _mask(y, channel_dim, relu and keep_mask)
 
 
 def _norm_tables(z, tables, channel_dim):
@@ -171,6 +181,7 @@ def _reference_tail_sums(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *re
     *weights, channel_dim, relu, tanh_output = rest
     parameters = _with_weights(weights)
     n, width, m = z.shape[0], channels(z, channel_dim), parameters.input_reduce_weight.shape[0]
+    y = masks.as_result(y, z, channel_dim)
     cell, mean, rstd = _norm_tables(z, tables, channel_dim)
     p, trace = _unpack(cell, n, width, m, new_c, tanh_output)
     with torch.autocast(z.device.type, enabled=False):
@@ -229,7 +240,7 @@ def _reference_tail_spread(dy, y, z, new_h, dp, tables, gamma, shares, channel_d
     zn, _ = reference.normalise(z, mean, rstd, None, None, channel_dim)
     dx = reference.spread(dp, zn, channel_dim)
     if dy is not None:
-        g = dy if y is None else reference.unrelu(dy, y)
+        g = dy if y is None else reference.unrelu(dy, masks.as_result(y, z, channel_dim))
         dx = dx + g.to(zn.dtype) * broadcast(new_h, z, channel_dim)
     dz = reference.normalise_backward(dx, zn, rstd, gamma, channel_dim, shares)
     return _in_format(dz.to(z.dtype), z, channel_dim)
@@ -262,11 +273,15 @@ def _reference_rescale_backward(dy, x, scale, y, channel_dim, need_x, need_scale
 
 
 def _fake_step(x, shortcut, h, c, *rest):
-    *parameters, channel_dim, _relu, _tanh_output, keep_tables = rest
+    *parameters, channel_dim, relu, _tanh_output, keep_tables, keep_mask = rest
     n, width, m = x.shape[0], channels(x, channel_dim), parameters[0].shape[0]
     table = x.new_empty((n, width), dtype=compute_dtype(x.dtype))
     tables = table.new_empty(sum(table_sizes(n, width, m)) if keep_tables else 0)
-    return empty_map(x, channel_dim), table, torch.empty_like(table), tables
+    return empty_map(x, channel_dim), table, torch.empty_like(table), tables, _fake_mask(x, relu and keep_mask)
+
+
+def _fake_mask(x: Tensor, wanted: bool) -> Tensor:
+    return x.new_empty(masks.size(x) if wanted else 0, dtype=torch.uint8)
 
 
 def _fake_step_(x, shortcut, h, c, *rest):
@@ -288,13 +303,13 @@ def _fake_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
 
 
 def _fake_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
-    *parameters, channel_dim, _relu, _tanh_output = rest
+    *parameters, channel_dim, relu, _tanh_output, keep_mask = rest
     n, width, m = z.shape[0], channels(z, channel_dim), parameters[0].shape[0]
     table = z.new_empty((n, width), dtype=compute_dtype(z.dtype))
     tables = table.new_empty(sum(table_sizes(n, width, m)) + n * width + 3 * width)
     own = 0 if mean is not None else width
-    y = empty_map(z, channel_dim)
-    return y, table, torch.empty_like(table), tables, table.new_empty(own), table.new_empty(own)
+    y, mask = empty_map(z, channel_dim), _fake_mask(z, relu and keep_mask)
+    return y, table, torch.empty_like(table), tables, table.new_empty(own), table.new_empty(own), mask
 
 
 def _fake_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
@@ -406,6 +421,8 @@ class Operators:
     def __init__(self, suffix: str) -> None:
         """Defines the operators; once for each suffix."""
         self.suffix = suffix
+        #: By the type of a device, dtypes of the maps whose ReLU leaves a mask for its gradient.
+        self.masked_dtypes: dict[str, frozenset[torch.dtype]] = {}
         for name, schema in SCHEMAS.items():
             # Any strides are right: without flexible_layout the inductor copies channels_last maps to and fro around
             # each call.
@@ -465,3 +482,10 @@ def _load_library() -> str | None:
 library_error: str | None = _load_library()
 #: Whether the native library is loaded and holds the kernels for CUDA.
 library_has_cuda: bool = library_error is None and hasattr(ctypes.CDLL(str(LIBRARY_PATH)), "dia_kernels_gpu_layouts")
+
+#: A mask has a byte for eight values: a GPU's access of sixteen bytes, if they are of 16 bits.
+GPU_MASKED_DTYPES = frozenset((torch.float16, torch.bfloat16))
+if library_error is None:
+    native.masked_dtypes["cpu"] = frozenset((torch.bfloat16, torch.float32, torch.float64))
+if library_has_cuda:
+    native.masked_dtypes["cuda"] = GPU_MASKED_DTYPES

@@ -50,7 +50,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(operators.LIBRARY_PATH))
     for function in (library.dia_kernels_gpus, library.dia_kernels_plan):
         function.restype = ctypes.c_char_p
-    library.dia_kernels_plan.argtypes = [ctypes.c_char_p, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 8]
+    library.dia_kernels_plan.argtypes = [ctypes.c_char_p, *[ctypes.c_int64] * 4, *[ctypes.c_int] * 9]
     return library
 
 
@@ -106,6 +106,8 @@ def plan(
     size, positions = ELEMENT_BYTES[dtype], math.prod(spatial)
     pack = 16 // size
     aligned = channels % pack == 0 if channels_last else channels * positions % pack == 0
+    # Of the result of a ReLU a gradient reads the mask, where there is one (masks.py).
+    masked = combined and backward and size == 2 and aligned and (channels_last or positions % pack == 0)
     numbers = (samples, channels, positions, channels // reduction)
     text = _library().dia_kernels_plan(
         device.encode(),
@@ -114,6 +116,7 @@ def plan(
         channels_last,
         aligned,
         combined,
+        masked,
         backward,
         tf32,
         NORMS.index(norm),

@@ -22,14 +22,15 @@ _GRADIENTS = ", ".join(["Tensor"] * 5)
 
 #: By the operator's name.
 SCHEMAS = {
-    "step": f"(Tensor x, Tensor? shortcut, Tensor? h, Tensor? c, {_PARAMETERS}, {_FLAGS}, bool keep_tables)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "step": f"(Tensor x, Tensor? shortcut, Tensor? h, Tensor? c, {_PARAMETERS}, {_FLAGS}, bool keep_tables,"
+    " bool keep_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "step_": f"(Tensor(a!) x, Tensor? shortcut, Tensor? h, Tensor? c, {_PARAMETERS}, {_FLAGS}) -> (Tensor, Tensor)",
     "step_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor x, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
     f" Tensor tables, {_WEIGHTS}, {_FLAGS}, bool need_x, bool need_shortcut, bool need_state,"
     f" bool need_parameters) -> ({_GRADIENTS})",
     "tail": "(Tensor z, Tensor? shortcut, Tensor? h, Tensor? c, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var,"
-    f" float eps, {_PARAMETERS}, {_FLAGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" float eps, {_PARAMETERS}, {_FLAGS}, bool keep_mask)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "tail_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor z, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
     f" Tensor tables, Tensor? gamma, Tensor? beta, {_WEIGHTS}, {_FLAGS}, bool batch, bool need_z, bool need_shortcut,"
     f" bool need_state, bool need_parameters, bool need_affine) -> ({_GRADIENTS}, Tensor, Tensor)",

@@ -14,7 +14,7 @@ from functools import cache
 import simulated
 import torch
 
-from dia_kernels import backends
+from dia_kernels import backends, operators
 
 #: Which plans are taken: GpuLayouts of csrc/core/gpu_plan.h.
 LAYOUTS = ("any", "sweeps", "products")
@@ -25,7 +25,7 @@ LIBRARY = simulated.BUILD / "libdia_simulated_operators.so"
 def library() -> ctypes.CDLL:
     """Makes ``"simulated"`` a backend of this process, and returns the library behind it."""
     simulated.machine()  # builds both, or skips
-    backends.add("simulated", "cpu", {}, float64=False)
+    backends.add("simulated", "cpu", {}, float64=False, masked=operators.GPU_MASKED_DTYPES)
     torch.ops.load_library(LIBRARY)
     loaded = ctypes.CDLL(str(LIBRARY))
     for function in (loaded.dia_simulated_launches, loaded.dia_simulated_seen):

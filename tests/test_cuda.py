@@ -168,12 +168,12 @@ def test_in_place(layouts):
 def test_operators_keep_their_promises(channels_last):
     x, s = maps((3, 12, 7, 7), torch.float32, channels_last)
     weights = [p.detach().cuda() for p in SharedAttention(12, 3).lstm_parameters()]
-    torch.library.opcheck(operators.native.step, (x, s, None, None, *weights, 1, True, False, True))
+    torch.library.opcheck(operators.native.step, (x, s, None, None, *weights, 1, True, False, True, False))
     torch.library.opcheck(operators.native.pool, (x, 1))
     scale = torch.rand(3, 12, device="cuda")
     torch.library.opcheck(operators.native.rescale, (x, scale, s, 1, True))
     statistics = (None, None, None, None)
-    torch.library.opcheck(operators.native.tail, (x, s, None, None, *statistics, 1e-5, *weights, 1, True, False))
+    torch.library.opcheck(operators.native.tail, (x, s, None, None, *statistics, 1e-5, *weights, 1, True, False, False))
 
 
 @pytest.mark.parametrize("cell", CELLS)

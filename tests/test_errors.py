@@ -146,9 +146,9 @@ def test_a_state_from_an_earlier_pass_ends_in_an_error_that_says_so():
 def operator_calls() -> dict[str, tuple]:
     """A good call of every operator, with every optional tensor there."""
     weights = [p.detach() for p in attention().lstm_parameters()]
-    y, h, c, tables = operators.native.step(MAP, MAP, *STATE, *weights, 1, True, False, True)
+    y, h, c, tables, _ = operators.native.step(MAP, MAP, *STATE, *weights, 1, True, False, True, False)
     return {
-        "step": (MAP, MAP, *STATE, *weights, 1, True, False, True),
+        "step": (MAP, MAP, *STATE, *weights, 1, True, False, True, False),
         "step_": (MAP.clone(), MAP, *STATE, *weights, 1, True, False),
         "step_backward": (MAP, h, c, MAP, y, *STATE, c, tables, *weights[::2], 1, True, False, *(True,) * 4),
         "track_statistics_": (*(torch.rand(8) for _ in range(2)), torch.tensor(3), *torch.rand(2, 8), 0.1, 1.5),

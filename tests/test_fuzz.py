@@ -320,7 +320,7 @@ def test_a_tensor_whose_storage_was_freed_is_named(index, left):
     arguments[index].untyped_storage().resize_(left)
     name = operators.native.step._schema.arguments[index].name
     with torch.no_grad(), pytest.raises(RuntimeError, match=f"dia_kernels: {name}: its storage was freed"):
-        operators.native.step(*arguments, 1, True, False, True)
+        operators.native.step(*arguments, 1, True, False, True, False)
 
 
 @NATIVE
@@ -332,7 +332,7 @@ def test_what_a_step_in_place_reads_may_lie_in_the_map_that_it_writes_over(index
     shape = arguments[index - 1].shape
     arguments[index - 1] = x.flatten()[: shape.numel()].view(shape)
     with torch.no_grad():
-        expected = operators.native.step(x, *arguments, 1, True, False, False)
+        expected = operators.native.step(x, *arguments, 1, True, False, False, False)
         found = operators.native.step_(x, *arguments, 1, True, False)
     assert torch.equal(x, expected[0])
     assert all(torch.equal(a, b) for a, b in zip(found, expected[1:3], strict=True))
@@ -342,5 +342,5 @@ def test_an_operator_refuses_tensors_on_several_devices():
     """One on "meta" takes the call to the fake, which would return memory that nobody has filled."""
     with torch.no_grad(), pytest.raises(RuntimeError, match="dia_kernels: input_reduce_weight: on meta, but x on cpu"):
         operators.native.step(
-            torch.ones(2, 8, 5), *[None] * 3, *(w.to("meta") for w in weights()), 1, True, False, True
+            torch.ones(2, 8, 5), *[None] * 3, *(w.to("meta") for w in weights()), 1, True, False, True, False
         )

@@ -356,17 +356,17 @@ def test_results_are_as_the_fakes_promise(layouts, channels_last):
     weights = [p.detach().requires_grad_() for p in SharedAttention(6, 2).lstm_parameters()]
     state = [torch.randn(3, 6) for _ in range(2)]
     opcheck = torch.library.opcheck
-    opcheck(simulated.step, (x, s, *state, *weights, 1, True, False, True))
+    opcheck(simulated.step, (x, s, *state, *weights, 1, True, False, True, False))
     frozen = [w.detach() for w in weights]
     x, s = x.detach(), s.detach()
-    y, _, c, tables = simulated.step(x, s, *state, *frozen, 1, True, False, True)
+    y, _, c, tables, _ = simulated.step(x, s, *state, *frozen, 1, True, False, True, False)
     given = (torch.randn_like(y), None, None, x, y, *state, c, tables, *frozen[::2], 1, True, False)
     opcheck(simulated.step_backward, (*given, True, True, True, True))
     opcheck(simulated.step_backward, (*given, True, False, False, False))
     for statistics in ((None, None), (torch.zeros(6), torch.ones(6))):
         norm = (torch.ones(6), torch.zeros(6), *statistics)
-        y, _, c, tables, *_ = simulated.tail(x, s, *state, *norm, 1e-5, *frozen, 1, True, False)
-        opcheck(simulated.tail, (x, s, *state, *norm, 1e-5, *frozen, 1, True, False))
+        y, _, c, tables, *_ = simulated.tail(x, s, *state, *norm, 1e-5, *frozen, 1, True, False, False)
+        opcheck(simulated.tail, (x, s, *state, *norm, 1e-5, *frozen, 1, True, False, False))
         given = (torch.randn_like(y), None, None, x, y, *state, c, tables, *norm[:2], *frozen[::2], 1, True, False)
         opcheck(simulated.tail_backward, (*given, statistics[0] is None, True, True, True, True, True))
     opcheck(simulated.pool, (x, 1))

@@ -10,6 +10,8 @@ import torch
 from simulated import DTYPES, array, placed
 from torch import Tensor
 
+from dia_kernels import masks
+
 SHAPES = [(3, 12, 49), (2, 25, 9), (1, 3, 300), (2, 1, 1), (2, 70, 6)]
 LAYOUTS = [False, True]
 Tensors = dict[str, Tensor]
@@ -53,7 +55,17 @@ class Layout:
             return rows.reshape(self.samples, self.positions, self.channels).movedim(2, 1).double()
         return rows.reshape(shape).double()
 
-    def launch(self, kernel: str, maps: Tensors, tables: Tensors, results: Tensors, relu: bool = False, without=None):
+    def launch(
+        self,
+        kernel: str,
+        maps: Tensors,
+        tables: Tensors,
+        results: Tensors,
+        relu: bool = False,
+        without=None,
+        given: Tensors | None = None,
+    ):
+        """Launches a kernel; ``given``: what it takes as it is."""
         channels, positions, lanes = self.tile
         numbers = {
             "samples": self.samples, "channels": self.channels, "positions": self.positions, "relu": relu,
@@ -62,7 +74,7 @@ class Layout:
             "tile_lanes": lanes,
             "shared_bytes": simulated.SHARED_BYTES,
         }  # fmt: skip
-        given = {name: self.rows(t, k) for k, (name, t) in enumerate(maps.items())}
+        given = (given or {}) | {name: self.rows(t, k) for k, (name, t) in enumerate(maps.items())}
         given |= {name: t.float() for name, t in tables.items()}
         arrays = {name: array(t, name in given) for name, t in (given | results).items()}
         return simulated.machine().launch(kernel, DTYPES[self.dtype], arrays, numbers, without)
@@ -213,6 +225,59 @@ def test_spread(shape, kind):
             assert 0 <= read - bytes_of_map <= layout.neighbours, name
             assert written == 0, name
         assert report["tensors"]["out"][:2] == (0, bytes_of_map)
+
+
+def mask_of(layout: Layout, y: Tensor) -> Tensor:
+    """The mask of a map (N, C, positions) as the kernels take it, a row of bytes for each sample."""
+    rows = (y.movedim(1, 2) if layout.interleaved else y).contiguous()
+    return masks.make(rows, -1 if layout.interleaved else 1).view(layout.samples, -1)
+
+
+@pytest.mark.parametrize("interleaved", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "tile"), [((3, 8, 24), (8, 10**6, 2)), ((2, 72, 40), (64, 10**6, 4))], ids=str)
+def test_a_mask_of_bits_serves_as_y(shape, tile, dtype, interleaved):
+    """The same bits of all results, an eighth of a byte a value; element by element where packs cannot be had."""
+    for phase, gap in ((0, 0), (0, 8), (3, 5)):
+        layout = Layout(*shape, dtype, interleaved, tile=tile, phase=phase, gap=gap)
+        g = torch.Generator().manual_seed(0)
+        x, dy, y = (layout.draw(g) for _ in range(3))
+        y[0, 0, :2] = torch.tensor([0.0, float("nan")])
+        scale = torch.randn(layout.samples, layout.channels, generator=g).double()
+        found = {}
+        for name, maps in (("y", {"x": x, "dy": dy, "y": y}), ("mask", {"x": x, "dy": dy})):
+            bits = {"mask": mask_of(layout, y)} if name == "mask" else {}
+            results = {key: torch.zeros(layout.samples, layout.channels) for key in ("sum", "product")}
+            results["g"] = placed(torch.zeros_like(layout.rows(x, 0)), 0, layout.gap)
+            report = layout.launch("reduce", maps, {}, results, given=bits)
+            del maps["x"]
+            out = placed(torch.zeros_like(layout.rows(x, 0)), 0, layout.gap)
+            spread = layout.launch("spread", maps, {"scale": scale}, {"out": out}, given=bits)
+            found[name] = results | {"out": out}
+            for tensors in (report["tensors"], spread["tensors"]):
+                if bits:
+                    assert tensors["mask"][:2] == (x.numel() if phase else x.numel() // 8, 0)
+        for key, of_y in found["y"].items():
+            assert torch.equal(found["mask"][key], of_y), (key, layout)
+
+
+@pytest.mark.parametrize("interleaved", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gap", [0, 8])
+def test_a_mask_is_written_with_its_result(dtype, interleaved, gap):
+    for shape, tile in (((3, 8, 24), (8, 7, 2)), ((2, 72, 40), (64, 10**6, 4)), ((2, 264, 8), (128, 3, 1))):
+        layout = Layout(*shape, dtype, interleaved, tile=tile, gap=gap)
+        g = torch.Generator().manual_seed(0)
+        x, s = (layout.draw(g) for _ in range(2))
+        x[0, 0, :4] = torch.tensor([0.0, -0.0, float("nan"), 1e-7])  # times the scale float16 makes a zero of the last
+        s[0, 0, :4] = 0
+        scale = torch.full((layout.samples, layout.channels), 0.1).double()
+        out = placed(torch.zeros_like(layout.rows(x, 0)), 0, layout.gap)
+        passed = torch.full((layout.samples, layout.channels * layout.positions // 8), 255, dtype=torch.uint8)
+        results = {"out": out, "passed": passed}
+        report = layout.launch("spread", {"x": x, "shortcut": s}, {"scale": scale}, results, relu=True)
+        assert torch.equal(passed, mask_of(layout, layout.back(out)))
+        assert report["tensors"]["passed"][:2] == (0, passed.numel())
 
 
 @pytest.mark.parametrize("interleaved", LAYOUTS)

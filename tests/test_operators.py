@@ -41,9 +41,9 @@ def test_opcheck(kind, full):
     channel_dim, make = MAPS[kind]
     x, weights = make(), parameters()
     optional = (make(), table(x), table(x)) if full else (None, None, None)
-    opcheck(operators.native.step, (x, *optional, *weights, channel_dim, full, not full, True))
+    opcheck(operators.native.step, (x, *optional, *weights, channel_dim, full, not full, True, False))
     frozen = [w.detach() for w in weights]
-    y, _, new_c, tables = operators.native.step(x, *optional, *frozen, channel_dim, full, not full, True)
+    y, _, new_c, tables, _ = operators.native.step(x, *optional, *frozen, channel_dim, full, not full, True, False)
     incoming = (make(), table(x), table(x)) if full else (make(), None, None)
     opcheck(
         operators.native.step_backward,

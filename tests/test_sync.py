@@ -133,11 +133,37 @@ def test_the_halves_of_the_gradient_are_the_whole(relu, need_shortcut, last, bac
     t, incoming = case["tensors"], case["incoming"]
     parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
     mean, var = operators.native.statistics(t["z"], 1)
-    y, h, c, tables, _, _ = operators.native.tail(
-        t["z"], t["shortcut"], t["h"], t["c"], t["gamma"], t["beta"], None, None, 1e-5, *parameters, 1, relu, False
+    y, h, c, tables, *_ = operators.native.tail(
+        t["z"],
+        t["shortcut"],
+        t["h"],
+        t["c"],
+        t["gamma"],
+        t["beta"],
+        None,
+        None,
+        1e-5,
+        *parameters,
+        1,
+        relu,
+        False,
+        False,
     )
     again = operators.native.tail(
-        t["z"], t["shortcut"], t["h"], t["c"], t["gamma"], t["beta"], mean, var, 1e-5, *parameters, 1, relu, False
+        t["z"],
+        t["shortcut"],
+        t["h"],
+        t["c"],
+        t["gamma"],
+        t["beta"],
+        mean,
+        var,
+        1e-5,
+        *parameters,
+        1,
+        relu,
+        False,
+        False,
     )
     torch.testing.assert_close(again[0], y)
     given = (
@@ -157,8 +183,21 @@ def test_operators():
     case = share(CASES["float32"], 0, 2)
     t, incoming = case["tensors"], case["incoming"]
     parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
-    y, h, c, tables, _, _ = operators.native.tail(
-        t["z"], t["shortcut"], t["h"], t["c"], t["gamma"], t["beta"], None, None, 1e-5, *parameters, 1, True, False
+    y, h, c, tables, *_ = operators.native.tail(
+        t["z"],
+        t["shortcut"],
+        t["h"],
+        t["c"],
+        t["gamma"],
+        t["beta"],
+        None,
+        None,
+        1e-5,
+        *parameters,
+        1,
+        True,
+        False,
+        False,
     )
     torch.library.opcheck(operators.native.statistics, (t["z"], 1))
     reduce = (

@@ -387,6 +387,7 @@ def test_operators(training):
     parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
     args = (
         t["z"], t["shortcut"], t["h"], t["c"], t["gamma"], t["beta"], *statistics, 1e-5, *parameters, 1, True, False,
+        False,
     )  # fmt: skip
     y, _, c, tables, *_ = operators.native.tail(*args)
     backward = (
@@ -402,7 +403,22 @@ def test_raw_operators_refuse_wrong_sizes():
     tensors, _ = make((2, 4, 3, 3), dtype=torch.float32)
     t = tensors
     parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
-    good = [t["z"], t["shortcut"], t["h"], t["c"], t["gamma"], t["beta"], None, None, 1e-5, *parameters, 1, True, False]
+    good = [
+        t["z"],
+        t["shortcut"],
+        t["h"],
+        t["c"],
+        t["gamma"],
+        t["beta"],
+        None,
+        None,
+        1e-5,
+        *parameters,
+        1,
+        True,
+        False,
+        False,
+    ]
     for place, name in ((4, "norm weight"), (5, "norm bias"), (2, "h"), (1, "shortcut"), (9, "input_reduce_weight")):
         bad = list(good)
         bad[place] = good[place][:, :-1] if good[place].ndim > 1 else good[place][:-1]

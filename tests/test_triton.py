@@ -199,8 +199,8 @@ def test_operators_keep_their_promises(channels_last):
     x, s = maps((3, 12, 3, 5), torch.float32, channels_last)
     weights = [p.detach() for p in SharedAttention(12, 3).lstm_parameters()]
     h, c = torch.rand(3, 12), torch.rand(3, 12)
-    torch.library.opcheck(ops.step, (x, s, h, c, *weights, 1, True, False, True))
-    torch.library.opcheck(ops.tail, (x, s, h, c, None, None, None, None, 1e-5, *weights, 1, True, False))
+    torch.library.opcheck(ops.step, (x, s, h, c, *weights, 1, True, False, True, False))
+    torch.library.opcheck(ops.tail, (x, s, h, c, None, None, None, None, 1e-5, *weights, 1, True, False, False))
     torch.library.opcheck(ops.pool, (x.detach(), 1))
     torch.library.opcheck(ops.rescale, (x.detach(), h, s.detach(), 1, True))
 

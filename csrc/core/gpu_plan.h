@@ -46,6 +46,7 @@ struct GpuProblem {
   bool backward;
   bool tf32;  // whether products may be in tf32
   GpuNorm norm = GpuNorm::none;
+  bool masked = false;  // whether a mask of bits tells the gradient what the activation let through
 };
 
 // Who makes the cell: kernels of tiles, or a BLAS.
@@ -69,9 +70,9 @@ struct GpuPlan {
   double seconds = 0, ideal = 0;  // modelled; and of the passes that nobody can avoid
 };
 
-// Packs of each map that a thread of a sweep has under way: of one map that is summed; where there are more; and of
-// those that `spread` reads, where a thread has one channel.
-constexpr int kPacksAlone = 8, kPacksOfEach = 2, kPacksPlanar = 4;
+// Packs of each map that a thread of a sweep has under way: of one map that is summed; where there are more; of two of
+// which one has a mask; and of those that `spread` reads, where a thread has one channel.
+constexpr int kPacksAlone = 8, kPacksOfEach = 2, kPacksMasked = 3, kPacksPlanar = 4;
 
 // Threads of a block of the sweeps, and how many such blocks a multiprocessor holds.
 constexpr int kSweepThreads = 256, kSweepResident = 3;
@@ -115,6 +116,8 @@ inline Work work_of(const GpuProblem& p, const GpuLimits& gpu) {
   Work work{};
   work.sample_bytes = c * static_cast<double>(p.positions) * p.element_bytes;
   work.passes = p.backward ? (p.combined ? 5 : 3) : (p.combined ? 3 : 2);
+  // Of a map of 16 bits the mask has a sixteenth. Forward it comes on top, backward in place of the result.
+  if (p.masked) work.passes += 1.0 / 16 - (p.backward ? 1 : 0);
   work.weight_bytes = 40 * c * m;
   work.sample_flops = 20 * c * m;
   if (p.backward) {

@@ -12,6 +12,10 @@ struct Samples {
   int64_t stride = 0;
 };
 
+// Which values of a map a ReLU let through: a bit for each, in the order of the map's memory, the samples `stride`
+// bytes apart. A byte is a pack of 16-bit values; only such maps have a mask, and only if their rows are whole packs.
+using Mask = Samples<const uint8_t>;
+
 struct MapSize {
   int samples, channels, positions;
   bool interleaved;

@@ -25,6 +25,7 @@ struct Reduce {
   GpuTile tile;
   Samples<const T> x;      // (x - shift) is what is summed, alone or times g
   Samples<const T> dy, y;  // g = dy, where y > 0 if there is y; no dy: no g
+  Mask mask;               // in place of y
   Samples<T> g;            // no data: not wanted
   const float* shift;      // (C), or null for 0
   // (N, C), for the moments of a batch: a sample's first value of each channel is its shift, and is written here; and
@@ -41,8 +42,10 @@ struct Spread {
   MapSize size;
   GpuTile tile;
   Samples<const T> dy, y;        // g, as above; no dy: no such term
+  Mask mask;                     // in place of y
   Samples<const T> x, shortcut;  // no data: no such term
   Samples<T> out;
+  Samples<uint8_t> passed;      // where the mask of `out` goes; no data: not wanted
   const float *scale, *offset;  // (N, C); null: 0, where nothing is to be scaled by it
   const float *shift, *slope;   // (C), null: 0. With slope out += (x - shift) slope, else (x - shift) scale.
   bool relu;
@@ -73,11 +76,15 @@ struct Sums {
   float shift[W::kValues] = {}, first[W::kValues] = {}, second[W::kValues] = {};
 };
 
+// What a sweep sums: x alone, or x and g, which y masks if there is y, or g that has a mask.
+enum class Summed { x, g, masked_g };
+
 // Sums of all packs of a walk; writes g where it is wanted. kSecond: whether the products are wanted too.
-template <bool kWithG, bool kSecond, class M, class T, class W>
+template <Summed kWhat, bool kSecond, class M, class T, class W>
 DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
-  constexpr int kBatch = kWithG ? kPacksOfEach : kLoadedAlone;
-  const bool with_x = args.x.data != nullptr, masked = args.y.data != nullptr;
+  constexpr bool kWithG = kWhat != Summed::x, kMask = kWhat == Summed::masked_g;
+  constexpr int kBatch = kMask ? kPacksMasked : kWithG ? kPacksOfEach : kLoadedAlone;
+  const bool with_x = args.x.data != nullptr, masked = !kMask && args.y.data != nullptr;
   for (int first = 0; first < walk.count; first += kBatch) {
     Pack<T> x[kBatch]{}, g[kBatch]{};  // undefined ones would be carried from pass to pass, in memory
     DIA_UNROLL
@@ -87,6 +94,7 @@ DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums
       if (!kWithG) continue;
       g[b] = walk.load(m, args.dy, first + b, true);
       if (masked) mask_pack<M>(g[b], walk.load(m, args.y, first + b, true));
+      if (kMask) mask_pack<M>(g[b], walk.bits(m, args.mask, first + b));
     }
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
@@ -106,12 +114,14 @@ DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums
 }
 template <class M, class T, class W>
 DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
-  if (args.dy.data != nullptr)
-    sum_up<true, true>(m, args, walk, sums);
+  if (sizeof(T) == 2 && args.mask.data != nullptr)
+    sum_up<Summed::masked_g, true>(m, args, walk, sums);
+  else if (args.dy.data != nullptr)
+    sum_up<Summed::g, true>(m, args, walk, sums);
   else if (args.product != nullptr)
-    sum_up<false, true>(m, args, walk, sums);
+    sum_up<Summed::x, true>(m, args, walk, sums);
   else
-    sum_up<false, false>(m, args, walk, sums);
+    sum_up<Summed::x, false>(m, args, walk, sums);
 }
 
 // Where the sums of a channel are put.
@@ -293,6 +303,7 @@ template <class M, class T>
 DIA_DEVICE void reduce(M& m, const Reduce<T>& args) {
   InPacks<T> packs(args.size, args.tile);
   packs.add(args.x), packs.add(args.dy), packs.add(args.y), packs.add(args.g);
+  packs.add_mask(args.mask);
   if (args.size.interleaved) {
     if (packs.all())
       reduce_interleaved<true>(m, args);
@@ -348,6 +359,7 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
   constexpr int kBatch = kInterleaved ? kPacksOfEach : kLoadedPlanar;
   if (walk.count == 0) return;
   const bool has_g = args.dy.data != nullptr, masked = has_g && args.y.data != nullptr;
+  const bool has_mask = sizeof(T) == 2 && has_g && args.mask.data != nullptr;
   const bool has_x = args.x.data != nullptr, added = args.shortcut.data != nullptr;
   // In place, what belongs to other rows is theirs to write meanwhile.
   const bool x_apart = args.x.data != args.out.data, shortcut_apart = args.shortcut.data != args.out.data;
@@ -360,6 +372,7 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
       if (number >= walk.count) continue;
       if (has_g) g[b] = walk.load(m, args.dy, number, args.dy.data != args.out.data);
       if (masked) mask_pack<M>(g[b], walk.load(m, args.y, number, args.y.data != args.out.data));
+      if (has_mask) mask_pack<M>(g[b], walk.bits(m, args.mask, number));
       if (has_x) x[b] = walk.load(m, args.x, number, x_apart);
       if (added) shortcut[b] = walk.load(m, args.shortcut, number, shortcut_apart);
     }
@@ -378,6 +391,8 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
         out.set(k, M::template narrow<T>(args.relu && sum <= 0.0f ? 0.0f : sum));  // not a maximum: NaN passes
       }
       walk.store(m, args.out, number, out);
+      if constexpr (W::kValues == 8)
+        if (args.passed.data != nullptr) walk.set_bits(m, args.passed, number, bits_of<M>(out));
     }
   }
 }
@@ -413,6 +428,7 @@ template <class M, class T>
 DIA_DEVICE void spread(M& m, const Spread<T>& args) {
   InPacks<T> packs(args.size, args.tile);
   packs.add(args.out), packs.add(args.dy), packs.add(args.y), packs.add(args.x), packs.add(args.shortcut);
+  packs.add_mask(args.mask), packs.add_mask(args.passed);
   if (args.size.interleaved) {
     if (packs.all())
       spread_interleaved<true>(m, args);

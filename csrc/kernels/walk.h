@@ -35,6 +35,11 @@ class InPacks {
       so_far_ = so_far_ && (phase_ < 0 || (phase == phase_ && stride == stride_));
     phase_ = phase, stride_ = stride;
   }
+  // Of a mask the bytes are packs: so all maps must begin with one. Comes after the maps.
+  template <class B>
+  DIA_DEVICE void add_mask(const Samples<B>& mask) {
+    if (mask.data != nullptr) so_far_ = so_far_ && phase_ <= 0 && stride_ == 0;
+  }
   DIA_DEVICE bool all() const { return so_far_; }
 
  private:
@@ -85,6 +90,18 @@ struct Walk {
         if (holds(number, k)) pack.set(k, m.load(from + k));
       return pack;
     }
+  }
+  // The bits of pack `number` in a mask.
+  template <class M>
+  DIA_DEVICE unsigned bits(M& m, const Mask& mask, int number) const {
+    const int64_t element = offset + number * step;  // not negative: rows with a mask begin packs
+    const unsigned byte = m.load(mask.data + sample * mask.stride + (element >> 3));
+    return kWide ? byte : byte >> (element & 7);
+  }
+  template <class M>
+  DIA_DEVICE void set_bits(M& m, const Samples<uint8_t>& mask, int number, unsigned bits) const {
+    static_assert(kValues == 8, "a byte has one writer");
+    m.store(mask.data + sample * mask.stride + ((offset + number * step) >> 3), static_cast<uint8_t>(bits));
   }
   template <class M>
   DIA_DEVICE void store(M& m, const Samples<T>& map, int number, const Pack<T>& pack) const {

@@ -204,7 +204,7 @@ void reduce(Arguments& of, Launches& launches) {
   kernels::Reduce<T> args{};
   args.size = of.size(), args.tile = of.tile();
   args.x = of.map<const T>("x"), args.dy = of.map<const T>("dy"), args.y = of.map<const T>("y"),
-  args.g = of.map<T>("g");
+  args.g = of.map<T>("g"), args.mask = of.map<const uint8_t>("mask");
   args.shift = of.pointer<const float>("shift"), args.first = of.pointer<float>("first"),
   args.rest = of.pointer<float>("rest");
   args.sum = of.pointer<float>("sum"), args.product = of.pointer<float>("product");
@@ -217,6 +217,7 @@ void spread(Arguments& of, Launches& launches) {
   args.size = of.size(), args.tile = of.tile(), args.relu = of.number("relu") != 0;
   args.dy = of.map<const T>("dy"), args.y = of.map<const T>("y");
   args.x = of.map<const T>("x"), args.shortcut = of.map<const T>("shortcut"), args.out = of.map<T>("out");
+  args.mask = of.map<const uint8_t>("mask"), args.passed = of.map<uint8_t>("passed");
   args.scale = of.pointer<const float>("scale"), args.offset = of.pointer<const float>("offset");
   args.shift = of.pointer<const float>("shift"), args.slope = of.pointer<const float>("slope");
   launches.add(args);

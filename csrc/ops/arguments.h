@@ -156,7 +156,7 @@ inline void check_step_gradient(const OptionalTensor& dy, const OptionalTensor& 
   check_table("hidden_reduce_weight", w.hidden_reduce, {m, width}, dtype, x);
   check_table("hidden_expand_weight", w.hidden_expand, {4 * width, m}, dtype, x);
   if (dy) check_map("dy", *dy, x);
-  if (y) check_map("y", *y, x);
+  check_relu_result(y, x, info);
   check(!relu || !dy || y, "y: expected the result of the step, which ended in a ReLU");
   if (dh) check_table("dh", *dh, {n, width}, dtype, x);
   if (dc) check_table("dc", *dc, {n, width}, dtype, x);

@@ -25,7 +25,8 @@ struct GpuMap {
   Tensor tensor;
   Samples<const T> samples;
 
-  GpuMap(const Tensor& t, const MapInfo& info) : tensor(t) {
+  // `packs`: whether each sample must begin a pack.
+  GpuMap(const Tensor& t, const MapInfo& info, bool packs = false) : tensor(t) {
     if (!dense_samples(info)) {
       using torch::headeronly::MemoryFormat;
       const bool last = info.format == dia::MemoryFormat::channels_last;
@@ -33,10 +34,18 @@ struct GpuMap {
                                             : t.dim() == 4 ? MemoryFormat::ChannelsLast
                                                            : MemoryFormat::ChannelsLast3d);
     }
+    if (packs && !begins_packs()) {
+      tensor = empty_strided(info.sizes, info.strides, t, dtype_code(t));
+      torch::stable::copy_(tensor, t);
+    }
     samples = {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0)};
   }
 
  private:
+  bool begins_packs() const {
+    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 &&
+           (tensor.size(0) <= 1 || tensor.stride(0) % Pack<T>::size == 0);
+  }
   bool dense_samples(const MapInfo& info) const {
     const auto strides = row_strides(tensor.sizes().data(), tensor.strides().data(), static_cast<int>(tensor.dim()),
                                      info.channel_first, info.shape.interleaved);
@@ -49,9 +58,9 @@ struct OptionalGpuMap {
   std::optional<GpuMap<T>> map;
   Samples<const T> samples;
 
-  OptionalGpuMap(const OptionalTensor& t, const MapInfo& info) {
+  OptionalGpuMap(const OptionalTensor& t, const MapInfo& info, bool packs = false) {
     if (!t) return;
-    map.emplace(*t, info);
+    map.emplace(*t, info, packs);
     samples = map->samples;
   }
 };
@@ -69,6 +78,13 @@ struct GpuResult {
   }
   Samples<const T> read() const { return {samples.data, samples.stride}; }
 };
+
+// A mask as the kernels take it; an empty one is none.
+template <class B = const uint8_t>
+Samples<B> mask_samples(const OptionalTensor& mask, const MapInfo& info) {
+  if (!mask || mask->numel() == 0) return {};
+  return {static_cast<B*>(mask->mutable_data_ptr()), info.shape.channels * info.shape.positions / 8};
+}
 
 // The parameters as the kernels take them; `dense` keeps what had to be copied.
 struct GpuWeights {
@@ -105,6 +121,7 @@ kernels::Reduce<T> of_samples(kernels::Reduce<T> reduce, int64_t first, int coun
   reduce.size.samples = count;
   reduce.x = from_sample(reduce.x, first), reduce.dy = from_sample(reduce.dy, first);
   reduce.y = from_sample(reduce.y, first), reduce.g = from_sample(reduce.g, first);
+  reduce.mask = from_sample(reduce.mask, first);
   reduce.sum = rows_from(reduce.sum, first, width), reduce.product = rows_from(reduce.product, first, width);
   return reduce;
 }
@@ -115,6 +132,7 @@ kernels::Spread<T> of_samples(kernels::Spread<T> spread, int64_t first, int coun
   spread.dy = from_sample(spread.dy, first), spread.y = from_sample(spread.y, first);
   spread.x = from_sample(spread.x, first), spread.shortcut = from_sample(spread.shortcut, first);
   spread.out = from_sample(spread.out, first);
+  spread.mask = from_sample(spread.mask, first), spread.passed = from_sample(spread.passed, first);
   spread.scale = rows_from(spread.scale, first, width), spread.offset = rows_from(spread.offset, first, width);
   return spread;
 }
@@ -160,11 +178,12 @@ class GpuCall {
   }
 
   // The plan for a direction.
-  GpuPlan plan(bool combined, bool backward, GpuNorm norm, int element_bytes, bool aligned) {
+  GpuPlan plan(bool combined, bool masked, bool backward, GpuNorm norm, int element_bytes, bool aligned) {
     GpuProblem problem{};
     problem.samples = shape_.samples, problem.channels = shape_.channels, problem.positions = shape_.positions;
     problem.bottleneck = bottleneck_, problem.element_bytes = element_bytes, problem.interleaved = shape_.interleaved;
     problem.aligned = aligned, problem.combined = combined, problem.backward = backward, problem.norm = norm;
+    problem.masked = masked;
     problem.tf32 = false;  // whether torch allows it cannot be asked from here
     return known_plan(problem);
   }
@@ -260,8 +279,8 @@ class GpuCall {
   // Plans are made once for each problem and device.
   GpuPlan known_plan(const GpuProblem& p) {
     static std::mutex mutex;
-    static std::map<std::array<int64_t, 16>, GpuPlan> known;
-    const std::array<int64_t, 16> key{x_.get_device_index(),
+    static std::map<std::array<int64_t, 17>, GpuPlan> known;
+    const std::array<int64_t, 17> key{x_.get_device_index(),
                                       p.samples,
                                       p.channels,
                                       p.positions,
@@ -270,6 +289,7 @@ class GpuCall {
                                       p.interleaved,
                                       p.aligned,
                                       p.combined,
+                                      p.masked,
                                       p.backward,
                                       p.tf32,
                                       static_cast<int64_t>(p.norm),

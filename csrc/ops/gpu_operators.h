@@ -33,7 +33,15 @@ template <class T>
 struct ForwardMaps {
   Samples<const T> x, shortcut;
   Samples<T> y;
+  Samples<uint8_t> mask;  // no data: not wanted
 };
+
+// The mask that a forward pass keeps.
+template <class T>
+Tensor gpu_mask(bool wanted, const Tensor& x, const MapInfo& info) {
+  check(!wanted || sizeof(T) == 2, "keep_mask: a GPU's kernels keep one of 16-bit maps only");
+  return empty_mask(wanted, x, info);
+}
 
 // The cell's arguments forward, and the tensors behind them.
 struct ForwardCell {
@@ -62,7 +70,7 @@ kernels::Spread<T> spread_of(const GpuCall& call, const ForwardMaps<T>& maps, bo
                              const float* added, const float* shift) {
   kernels::Spread<T> spread{};
   spread.size = call.size(call.samples()), spread.relu = relu;
-  spread.x = maps.x, spread.shortcut = maps.shortcut, spread.out = maps.y;
+  spread.x = maps.x, spread.shortcut = maps.shortcut, spread.out = maps.y, spread.passed = maps.mask;
   spread.scale = factor, spread.offset = added, spread.shift = shift;
   return spread;
 }
@@ -90,7 +98,7 @@ void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, co
 
 template <class T>
 GpuPlan forward_plan(GpuCall& call, const MapInfo& info, const ForwardMaps<T>& maps, bool relu, GpuNorm norm) {
-  return call.plan(maps.shortcut.data != nullptr || relu, false, norm, sizeof(T),
+  return call.plan(maps.shortcut.data != nullptr || relu, maps.mask.data != nullptr, false, norm, sizeof(T),
                    aligned_maps<T>(info, {maps.x, maps.shortcut, {maps.y.data, maps.y.stride}}));
 }
 
@@ -105,20 +113,23 @@ StepResult run_step(const Tensor& x, const MapInfo& info, const ForwardMaps<T>& 
   return cell.result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> step(Tensor x, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
-                                                Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1,
-                                                Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output,
-                                                bool keep_tables) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x, OptionalTensor shortcut, OptionalTensor h,
+                                                        OptionalTensor c, Tensor w1, Tensor b1, Tensor w2, Tensor b2,
+                                                        Tensor v1, Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim,
+                                                        bool relu, bool tanh_output, bool keep_tables, bool keep_mask) {
   const Parameters w{w1, b1, w2, b2, v1, a1, v2, a2};
   const MapInfo info = map_info(x, channel_dim);
   check_step(x, info, shortcut, h, c, w);
   return with_gpu_type(x, [&]<class T>() {
-    const GpuMap<T> x_map(x, info);
-    const OptionalGpuMap<T> s_map(shortcut, info);
+    const Tensor mask = gpu_mask<T>(relu && keep_mask, x, info);
+    const bool packs = mask.numel() > 0;
+    const GpuMap<T> x_map(x, info, packs);
+    const OptionalGpuMap<T> s_map(shortcut, info, packs);
     const GpuResult<T> y(true, x, info);
     const StepResult result =
-        run_step<T>(x, info, {x_map.samples, s_map.samples, y.samples}, h, c, w, relu, tanh_output, keep_tables);
-    return std::make_tuple(y.tensor, result.h, result.c, result.tables);
+        run_step<T>(x, info, {x_map.samples, s_map.samples, y.samples, mask_samples<uint8_t>(mask, info)}, h, c, w,
+                    relu, tanh_output, keep_tables);
+    return std::make_tuple(y.tensor, result.h, result.c, result.tables, mask);
   });
 }
 
@@ -137,7 +148,7 @@ std::tuple<Tensor, Tensor> step_in_place(Tensor x, OptionalTensor shortcut, Opti
     // Where the kernel reads a copy of x, it may as well write there; the result is copied back.
     const Samples<T> y{const_cast<T*>(x_map.samples.data), x_map.samples.stride};
     const StepResult result =
-        run_step<T>(x, info, {x_map.samples, s_map.samples, y}, h, c, w, relu, tanh_output, false);
+        run_step<T>(x, info, {x_map.samples, s_map.samples, y, {}}, h, c, w, relu, tanh_output, false);
     if (x_map.samples.data != x.const_data_ptr()) torch::stable::copy_(x, x_map.tensor);
     return std::make_tuple(result.h, result.c);
   });
@@ -153,7 +164,8 @@ struct WantedGradients {
 struct GradientArguments {
   OptionalTensor dy, dh, dc;
   Tensor x;
-  OptionalTensor y, h, c;
+  ReluResult relu;
+  OptionalTensor h, c;
   Tensor new_c, tables;
 };
 
@@ -161,6 +173,7 @@ template <class T>
 struct BackwardMaps {
   Samples<const T> dy, y, x;
   Samples<T> dshortcut, dx;
+  kernels::Mask mask;
 };
 
 struct BackwardCell {
@@ -207,6 +220,7 @@ kernels::Reduce<T> reduce_of(const GpuCall& call, const BackwardMaps<T>& maps, c
   kernels::Reduce<T> reduce{};
   reduce.size = call.size(call.samples());
   reduce.dy = maps.dy, reduce.y = maps.y, reduce.x = maps.x, reduce.g = maps.dshortcut;
+  reduce.mask = maps.mask;
   reduce.shift = shift, reduce.sum = sum, reduce.product = product;
   return reduce;
 }
@@ -220,7 +234,7 @@ kernels::Spread<T> spread_of(const GpuCall& call, const BackwardMaps<T>& maps, c
   spread.size = call.size(call.samples());
   const bool reread = maps.dshortcut.data != nullptr && maps.dy.data != nullptr;
   spread.dy = reread ? Samples<const T>{maps.dshortcut.data, maps.dshortcut.stride} : maps.dy;
-  if (!reread) spread.y = maps.y;
+  if (!reread) spread.y = maps.y, spread.mask = maps.mask;
   if (slope != nullptr) spread.x = maps.x;
   spread.out = maps.dx;
   spread.scale = spread.dy.data != nullptr ? factor : nullptr, spread.offset = offset;
@@ -254,8 +268,9 @@ void run_backward(GpuCall& call, const GpuPlan& plan, const BackwardCell& cell, 
 
 template <class T>
 GpuPlan backward_plan(GpuCall& call, const MapInfo& info, const BackwardMaps<T>& maps, GpuNorm norm) {
+  const bool masked = maps.mask.data != nullptr;
   return call.plan(
-      maps.y.data != nullptr || maps.dshortcut.data != nullptr, true, norm, sizeof(T),
+      maps.y.data != nullptr || masked || maps.dshortcut.data != nullptr, masked, true, norm, sizeof(T),
       aligned_maps<T>(
           info,
           {maps.x, maps.dy, maps.y, {maps.dx.data, maps.dx.stride}, {maps.dshortcut.data, maps.dshortcut.stride}}));
@@ -271,11 +286,13 @@ struct GradientMaps {
 
   GradientMaps(const GradientArguments& given, const MapInfo& info, const WantedGradients& wanted)
       : dy(given.dy, info),
-        y(given.dy ? given.y : std::nullopt, info),
+        y(given.dy ? given.relu.y : std::nullopt, info),
         x(given.x, info),
         dshortcut(wanted.shortcut, given.x, info),
         dx(wanted.x, given.x, info),
-        maps{dy.samples, y.samples, x.samples, dshortcut.samples, dx.samples} {
+        maps{dy.samples,        y.samples,  x.samples,
+             dshortcut.samples, dx.samples, mask_samples(given.dy ? given.relu.mask : std::nullopt, info)} {
+    check(sizeof(T) == 2 || maps.mask.data == nullptr, "y: a GPU's kernels know masks of 16-bit maps only");
     if (wanted.shortcut && !given.dy) torch::stable::fill_(dshortcut.tensor, 0.0);
     if (!given.dy) maps.dshortcut = {};
   }
@@ -290,7 +307,7 @@ StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
   const MapInfo info = map_info(x, channel_dim);
   const Weights w{w1, w2, v1, v2};
   check_step_gradient(dy, dh, dc, x, info, y, h, c, new_c, tables, 0, w, relu);
-  const GradientArguments given{dy, dh, dc, x, relu ? y : std::nullopt, h, c, new_c, tables};
+  const GradientArguments given{dy, dh, dc, x, ReluResult(relu ? y : std::nullopt), h, c, new_c, tables};
   return with_gpu_type(x, [&]<class T>() -> StepGradients {
     GpuCall call(x, info, w1.size(0));
     const GradientMaps<T> maps(given, info, {need_x, need_shortcut, need_state, need_parameters, false});
@@ -337,10 +354,10 @@ struct ForwardNorm {
   kernels::ChannelAffine affine() const { return {shift, d, scale, bias}; }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c, OptionalTensor gamma, OptionalTensor beta,
     OptionalTensor mean, OptionalTensor var, double eps, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1,
-    Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output) {
+    Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output, bool keep_mask) {
   const Parameters w{w1, b1, w2, b2, v1, a1, v2, a2};
   const MapInfo info = map_info(z, channel_dim);
   check_step(z, info, shortcut, h, c, w);
@@ -348,19 +365,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
   return with_gpu_type(z, [&]<class T>() {
     GpuCall call(z, info, w1.size(0));
     const int64_t n = call.samples(), width = call.channels(), m = call.bottleneck();
-    const GpuMap<T> z_map(z, info);
-    const OptionalGpuMap<T> s_map(shortcut, info);
+    const Tensor mask = gpu_mask<T>(relu && keep_mask, z, info);
+    const bool packs = mask.numel() > 0;
+    const GpuMap<T> z_map(z, info, packs);
+    const OptionalGpuMap<T> s_map(shortcut, info, packs);
     const GpuResult<T> y(true, z, info);
     ForwardCell cell(call, w, h, c, tanh_output, NormTables<float>::count(n, width));
     const NormTables<float> tables(data_of<float>(cell.result.tables) + Tables<float>::count(n, width, m), n, width);
     ForwardNorm norm(call, gamma, beta, tables);
-    const ForwardMaps<T> maps{z_map.samples, s_map.samples, y.samples};
+    const ForwardMaps<T> maps{z_map.samples, s_map.samples, y.samples, mask_samples<uint8_t>(mask, info)};
     if (mean) {
       norm.given(call, *mean, *var, eps);
       run_forward<T, true>(call, forward_plan<T>(call, info, maps, relu, GpuNorm::given), cell, maps, relu,
                            {norm.affine(), tables.off});
       return std::make_tuple(y.tensor, cell.result.h, cell.result.c, cell.result.tables, call.table({0}),
-                             call.table({0}));
+                             call.table({0}), mask);
     }
     const Tensor batch_mean = call.table({width}), batch_var = call.table({width});
     const GpuPlan plan = forward_plan<T>(call, info, maps, relu, GpuNorm::batch);
@@ -383,7 +402,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     call.launch_channels(statistics);
     run_cell<true>(call, plan, cell.args, sum, {norm.affine(), tables.off}, factor, added);
     call.launch_sweep(spread);
-    return std::make_tuple(y.tensor, cell.result.h, cell.result.c, cell.result.tables, batch_mean, batch_var);
+    return std::make_tuple(y.tensor, cell.result.h, cell.result.c, cell.result.tables, batch_mean, batch_var, mask);
   });
 }
 
@@ -455,7 +474,7 @@ TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
   check_step_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables,
                       NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu);
   check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
-  const GradientArguments given{dy, dh, dc, z, relu ? y : std::nullopt, h, c, new_c, tables};
+  const GradientArguments given{dy, dh, dc, z, ReluResult(relu ? y : std::nullopt), h, c, new_c, tables};
   return with_gpu_type(z, [&]<class T>() {
     return run_tail_backward<T>(given, info, gamma, beta, w, tanh_output, batch,
                                 {need_z, need_shortcut, need_state, need_parameters, need_affine});
@@ -537,7 +556,7 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(Tensor dy, Tensor x, Tensor 
     const GpuMap<T> dy_map(dy, info), x_map(x, info);
     const OptionalGpuMap<T> y_map(y, info);
     const GpuResult<T> dx(need_x, x, info), dshortcut(need_shortcut, x, info);
-    const BackwardMaps<T> maps{dy_map.samples, y_map.samples, x_map.samples, dshortcut.samples, dx.samples};
+    const BackwardMaps<T> maps{dy_map.samples, y_map.samples, x_map.samples, dshortcut.samples, dx.samples, {}};
     // A map without positions may have no memory, which looks as if there were none.
     if (need_scale && call.positions() == 0) torch::stable::fill_(dscale, 0.0);
     if (need_scale || need_shortcut)

@@ -19,12 +19,12 @@ extern "C" __attribute__((visibility("default"))) const char* dia_kernels_gpus()
 // its next call.
 extern "C" __attribute__((visibility("default"))) const char* dia_kernels_plan(
     const char* gpu_name, int64_t samples, int64_t channels, int64_t positions, int64_t bottleneck, int element_bytes,
-    int interleaved, int aligned, int combined, int backward, int tf32, int norm, int layouts) {
+    int interleaved, int aligned, int combined, int masked, int backward, int tf32, int norm, int layouts) {
   for (const dia::GpuLimits& gpu : dia::kGpus) {
     if (std::strcmp(gpu.name, gpu_name) != 0) continue;
     const dia::GpuPlan plan =
         dia::plan_step({samples, channels, positions, bottleneck, element_bytes, interleaved != 0, aligned != 0,
-                        combined != 0, backward != 0, tf32 != 0, static_cast<dia::GpuNorm>(norm)},
+                        combined != 0, backward != 0, tf32 != 0, static_cast<dia::GpuNorm>(norm), masked != 0},
                        gpu, static_cast<dia::GpuLayouts>(layouts));
     std::ostringstream json;
     json.precision(17);

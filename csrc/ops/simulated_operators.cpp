@@ -60,6 +60,10 @@ class Memory {
     const int64_t length = static_cast<int64_t>(size.channels) * size.positions;
     if (size.samples > 0) table(name, map.data, (size.samples - 1) * map.stride + length);
   }
+  template <class B>
+  void mask(const char* name, const kernels::Samples<B>& of, const kernels::MapSize& size) {
+    table(name, of.data, size.samples * of.stride);
+  }
   void affine(const kernels::ChannelAffine& of, int64_t c) {
     table("shift", of.shift, c), table("d", of.d, c), table("scale", of.scale, c), table("bias", of.bias, c);
   }
@@ -90,6 +94,7 @@ class Memory {
   void of(const kernels::Reduce<T>& a) {
     const int64_t nc = static_cast<int64_t>(a.size.samples) * a.size.channels;
     map("x", a.x, a.size), map("dy", a.dy, a.size), map("y", a.y, a.size), map("g", a.g, a.size);
+    mask("mask", a.mask, a.size);
     table("shift", a.shift, a.size.channels), table("first", a.first, nc), table("rest", a.rest, nc);
     table("sum", a.sum, nc), table("product", a.product, nc);
   }
@@ -97,7 +102,7 @@ class Memory {
   void of(const kernels::Spread<T>& a) {
     const int64_t c = a.size.channels, nc = a.size.samples * c;
     map("dy", a.dy, a.size), map("y", a.y, a.size), map("x", a.x, a.size), map("shortcut", a.shortcut, a.size);
-    map("out", a.out, a.size);
+    map("out", a.out, a.size), mask("mask", a.mask, a.size), mask("passed", a.passed, a.size);
     table("scale", a.scale, nc), table("offset", a.offset, nc), table("shift", a.shift, c), table("slope", a.slope, c);
   }
   void parts(const kernels::BottleneckParts& parts, int64_t samples, int64_t bottleneck) {

@@ -217,6 +217,45 @@ cpu::Map<T> map_writer(const Tensor& t, const MapInfo& info) {
   return {static_cast<T*>(t.mutable_data_ptr()), *strides};
 }
 
+// --- the mask of a ReLU: a bit for each value of its result, in the order of the result's memory ---
+
+// Whether there may be one of a map: every row begins a byte.
+inline bool has_whole_bytes(const MapInfo& info) { return info.shape.row_length() % 8 == 0; }
+
+inline int64_t mask_bytes(const MapInfo& info) {
+  return info.shape.samples * info.shape.channels * info.shape.positions / 8;
+}
+
+// An uninitialised mask, or an empty one if it is not wanted.
+inline Tensor empty_mask(bool wanted, const Tensor& x, const MapInfo& info) {
+  check(!wanted || has_whole_bytes(info), "keep_mask: expected rows of a multiple of eight values, got ",
+        info.shape.row_length());
+  return empty_strided({wanted ? mask_bytes(info) : 0}, {1}, x, aoti_torch_dtype_uint8());
+}
+
+// What tells a gradient what the ReLU let through: its result y or, of bytes, the mask of that.
+struct ReluResult {
+  OptionalTensor y, mask;
+
+  ReluResult() = default;
+  explicit ReluResult(const OptionalTensor& given) {
+    const bool bits = given && given->scalar_type() == ScalarType::Byte;
+    if (bits)
+      mask = given->is_contiguous() ? *given : torch::stable::contiguous(*given);
+    else
+      y = given;
+  }
+};
+
+inline void check_relu_result(const OptionalTensor& given, const Tensor& x, const MapInfo& info) {
+  if (!given) return;
+  if (given->scalar_type() != ScalarType::Byte) return check_map("y", *given, x);
+  check(has_whole_bytes(info), "y: a mask, of rows that are no multiple of eight values but ", info.shape.row_length());
+  check(given->dim() == 1 && given->size(0) == mask_bytes(info), "y: a mask, expected sizes (", mask_bytes(info),
+        "), got ", sizes_text(*given));
+  check_like("y", *given, ScalarType::Byte, x);
+}
+
 // --- tables and products -------------------------------------------------------------------------------
 
 template <class A>

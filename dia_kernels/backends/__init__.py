@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,13 +60,15 @@ def add(
     kernels: Mapping[str, Callable[..., Any]],
     *,
     float64: bool = True,
+    masked: Set[torch.dtype] = frozenset(),
     missing: Callable[[], str | None] = lambda: None,
 ) -> None:
     """Makes ``kernels`` a backend for tensors on ``device``: an implementation for each name in ``operators.SCHEMAS``.
 
     They have a set of operators to themselves, with the gradients of all others. A native library may implement some,
     under their names and ``_<name>``. Where a kernel is missing, the reference stands in; without ``float64`` for such
-    maps too. ``missing()`` says why the backend cannot run here.
+    maps too. ``masked``: dtypes of maps for which ``step`` and ``tail`` know ``keep_mask``. ``missing()`` says why the
+    backend cannot run here.
 
     Raises:
         ValueError: there is such a backend, or no such operator.
@@ -77,6 +79,7 @@ def add(
     if unknown:
         raise ValueError(f"kernels: there are no operators {', '.join(sorted(unknown))}")
     added = operators.Operators(f"_{name}")
+    added.masked_dtypes[device] = frozenset(masked)
     for operator, kernel in kernels.items():
         operators.library.impl(operator + added.suffix, kernel, torch._C._dispatch_key_for_device(device))
     autograd.register(added)

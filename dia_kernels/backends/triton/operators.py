@@ -177,10 +177,17 @@ def _forward(x, shortcut, h, c, parameters, channel_dim, relu, tanh_output, keep
     return y, new_h, new_c, tables if keep_tables else tables.new_empty(0)
 
 
+def _no_mask(x: Tensor, keep_mask: bool) -> Tensor:
+    if keep_mask:
+        raise ValueError("keep_mask: expected False, Triton's kernels leave y to the gradient")
+    return x.new_empty(0, dtype=torch.uint8)
+
+
 def step(x, shortcut, h, c, *rest):
-    *parameters, channel_dim, relu, tanh_output, keep_tables = rest
+    *parameters, channel_dim, relu, tanh_output, keep_tables, keep_mask = rest
+    mask = _no_mask(x, keep_mask)
     with torch.autocast(x.device.type, enabled=False):
-        return _forward(x, shortcut, h, c, parameters, channel_dim, relu, tanh_output, keep_tables, False)
+        return *_forward(x, shortcut, h, c, parameters, channel_dim, relu, tanh_output, keep_tables, False), mask
 
 
 def step_(x, shortcut, h, c, *rest):
@@ -212,6 +219,8 @@ class Incoming:
 
     @classmethod
     def of(cls, dy, dh, dc, x, y, h, c, new_c, tables, m: int, channel_dim: int) -> Incoming:
+        if y is not None and y.dtype != x.dtype:
+            raise ValueError(f"y: expected the result of the step, in {x.dtype}, got {y.dtype}")
         maps = Maps.of(x, channel_dim)
         sizes = maps.samples, maps.channels, m
         return cls(
@@ -359,7 +368,8 @@ def _norm_views(tables: Tensor, cell: int, n: int, c: int) -> tuple[Tensor, ...]
 
 
 def tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
-    *parameters, channel_dim, relu, tanh_output = rest
+    *parameters, channel_dim, relu, tanh_output, keep_mask = rest
+    mask = _no_mask(z, keep_mask)
     with torch.autocast(z.device.type, enabled=False):
         maps = Maps.of(z, channel_dim)
         n, width, length, m = maps.samples, maps.channels, maps.positions, parameters[0].shape[0]
@@ -391,7 +401,7 @@ def tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
         y = empty_map(z, channel_dim)
         s_map = None if shortcut is None else maps.dense(shortcut)
         _spread(maps, z_map, None, None, s_map, y, factor, added, relu, norm.shift)
-        return y, new_h, new_c, tables, *statistics
+        return y, new_h, new_c, tables, *statistics, mask
 
 
 def tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
