@@ -251,7 +251,7 @@ def keeps_mask(ops: Operators, x: Tensor, channel_dim: int) -> bool:
     """
     if x.dtype not in ops.masked_dtypes.get(x.device.type, ()) or torch._C._are_functorch_transforms_active():
         return False
-    return masks.fits(x, channel_dim) and not torch.compiler.is_exporting()
+    return not torch.compiler.is_exporting() and masks.fits(x, channel_dim)
 
 
 # --- step ------------------------------------------------------------------------------------------

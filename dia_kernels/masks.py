@@ -24,15 +24,12 @@ def _channels_inside(x: Tensor, channel_dim: int) -> bool:
 
 def fits(x: Tensor, channel_dim: int) -> bool:
     """Whether a result in the output format of ``x`` may have a mask."""
-    by_channels = x.shape[channel_dim] % VALUES == 0
-    if channel_dim != 1:
-        return by_channels
+    if channel_dim != 1 or (not x.is_contiguous() and _channels_inside(x, channel_dim)):
+        return x.shape[channel_dim] % VALUES == 0
     positions = 1
     for length in x.shape[2:]:
         positions *= length
-    by_positions = positions % VALUES == 0
-    # The format is asked for last: it takes longest.
-    return by_channels if by_channels == by_positions or _channels_inside(x, channel_dim) else by_positions
+    return positions % VALUES == 0
 
 
 def size(x: Tensor) -> int:

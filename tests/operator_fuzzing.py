@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dia_kernels import backends, operators
+from dia_kernels import backends, masks, operators
 from dia_kernels.cells import split_parameters
 
 NAN = float("nan")
@@ -80,10 +80,11 @@ def in_guards(rng: random.Random, t: Tensor) -> Tensor:
 
 
 class Maker:
-    """Tensors of one valid problem, with a map of ``dtype``."""
+    """Tensors of one valid problem, with a map of ``dtype``; ``masked``: whether its ReLU may have a mask."""
 
-    def __init__(self, rng: random.Random, dtype: torch.dtype) -> None:
+    def __init__(self, rng: random.Random, dtype: torch.dtype, masked: bool) -> None:
         self.rng = rng
+        self.masked = masked
         self.generator = torch.Generator().manual_seed(rng.getrandbits(40))
         self.dtype = dtype
         self.table_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -134,6 +135,9 @@ class Maker:
         arguments["var"] = self.draw(self.c).square() + 0.5 if given else None
         return arguments | {"eps": self.rng.choice((1e-5, 0.1))}
 
+    def keeps_mask(self, x: Tensor) -> bool:
+        return self.flags["relu"] and self.masked and masks.fits(x, self.channel_dim) and self.flag()
+
     def needs(self, *names: str) -> dict[str, bool]:
         return {f"need_{name}": self.flag() for name in names}
 
@@ -155,19 +159,22 @@ class Maker:
             maps = {"dy": self.map(), "x": self.map(), "y": self.maybe(self.map), "scale": self.table()}
             return maps | self.flags | self.needs("x", "scale", "shortcut")
         if operator in ("step", "step_"):
-            return self.step() | {"keep_tables": self.flag()}
-        if operator == "step_backward":
             arguments = self.step()
-            y, _, new_c, tables = operators.plain.step(*ordered("step", arguments | {"keep_tables": True}))
-            arguments |= self.incoming() | {"y": y, "new_c": new_c, "tables": tables}
+            return arguments | {"keep_tables": self.flag(), "keep_mask": self.keeps_mask(arguments["x"])}
+        if operator == "step_backward":
+            arguments = self.step() | {"keep_tables": True}
+            kept = self.keeps_mask(arguments["x"])
+            y, _, new_c, tables, mask = operators.plain.step(*ordered("step", arguments | {"keep_mask": kept}))
+            arguments |= self.incoming() | {"y": mask if kept else y, "new_c": new_c, "tables": tables}
             return arguments | self.needs("x", "shortcut", "state", "parameters")
         arguments = self.tail()
+        kept = arguments["keep_mask"] = self.keeps_mask(arguments["z"])
         if operator == "tail":
             return arguments
-        y, new_h, new_c, tables, *_ = operators.plain.tail(*ordered("tail", arguments))
-        arguments |= self.incoming() | {"y": y, "new_c": new_c, "tables": tables}
+        y, new_h, new_c, tables, *_, mask = operators.plain.tail(*ordered("tail", arguments))
+        arguments |= self.incoming() | {"y": mask if kept else y, "new_c": new_c, "tables": tables}
         if operator == "tail_spread":
-            arguments["y"] = y if self.flags["relu"] else None
+            arguments["y"] = arguments["y"] if self.flags["relu"] else None
             return arguments | {"new_h": new_h, "dp": self.table(), "shares": self.draw(2, self.c)}
         arguments["batch"] = arguments["mean"] is None
         return arguments | self.needs("z", "shortcut", "state", "parameters", "affine")
@@ -429,11 +436,16 @@ def implemented(operators_: operators.Operators) -> list[str]:
     return [name for name in operators.SCHEMAS if has_kernel(getattr(operators_, name).name(), "CPU")]
 
 
-def make(seed: int, number: int, names: list[str], dtypes: tuple[torch.dtype, ...]) -> tuple[Call, list[str]]:
-    """Case ``number``: a call of one of ``names`` with a map of one of ``dtypes``, and what was made wrong with it."""
+def make(
+    seed: int, number: int, names: list[str], dtypes: tuple[torch.dtype, ...], masked: Collection[torch.dtype]
+) -> tuple[Call, list[str]]:
+    """Case ``number``: a call of one of ``names`` with a map of one of ``dtypes``, and what was made wrong with it.
+
+    ``masked``: dtypes of maps whose masks the kernels know.
+    """
     rng = random.Random(f"{seed}/{number}")
-    operator = rng.choice(names)
-    arguments = Maker(rng, rng.choice(dtypes)).arguments(operator)
+    operator, dtype = rng.choice(names), rng.choice(dtypes)
+    arguments = Maker(rng, dtype, dtype in masked).arguments(operator)
     call = Call(operator, {name: arguments[name] for name in names_of(operator)})
     if rng.random() < 0.1:  # alone: whatever of PyTorch's own looked at it would crash
         name = rng.choice(list(call.tensors()))
@@ -460,11 +472,12 @@ def main() -> None:
     tried = backends.operators_of(options.backend, torch.empty(0))
     names = implemented(tried)
     dtypes = FLOATING if options.backend == "cpu" else FLOATING[1:]
+    masked = FLOATING if options.backend == "cpu" else operators.GPU_MASKED_DTYPES
     torch.set_num_threads(1)
     outcomes: Counter[str] = Counter()
     with options.log.open("w") as log, torch.no_grad():
         for number in range(options.first, options.first + options.cases):
-            call, faults = make(options.seed, number, names, dtypes)
+            call, faults = make(options.seed, number, names, dtypes, masked)
             text = f"seed {options.seed} case {number}: {'; '.join(faults) or 'nothing wrong'}: {call}"
             print(text, file=log, flush=True)
             outcome = run(call, faults, tried)

@@ -300,7 +300,7 @@ def test_wrong_arguments_of_the_operators():
     ):
         given = {"x": torch.zeros(2, 6, 3, 3), "shortcut": None, "h": None, "c": None} | fault
         with pytest.raises(RuntimeError, match=message):
-            operator(*given.values(), *(p.detach() for p in weights), 1, True, False, False)
+            operator(*given.values(), *(p.detach() for p in weights), 1, True, False, False, False)
 
 
 def test_digits_of_a_mean_far_from_zero(layouts):

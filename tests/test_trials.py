@@ -400,8 +400,8 @@ def python_calls(function) -> int:
     return count - 1
 
 
-#: A function of autograd looks at its results once more.
-RECORDED = ["aten.detach.default"] * 2
+#: A function of autograd looks once more at a result that it saves, the new cell state.
+RECORDED = ["aten.detach.default"]
 #: What stands for the parameters in the graph, made by the second block of a pass.
 TOKEN = ["aten.new_empty_strided.default"]
 #: The counter of a batch norm's batches, and its running statistics.
