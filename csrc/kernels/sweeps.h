@@ -43,7 +43,7 @@ struct Spread {
   GpuTile tile;
   Samples<const T> dy, y;        // g, as above; no dy: no such term
   Mask mask;                     // in place of y
-  Samples<const T> x, shortcut;  // no data: no such term
+  Samples<const T> x, shortcut;  // no data: no such term; a shortcut, and the ReLU, only without g
   Samples<T> out;
   Samples<uint8_t> passed;      // where the mask of `out` goes; no data: not wanted
   const float *scale, *offset;  // (N, C); null: 0, where nothing is to be scaled by it
@@ -84,22 +84,26 @@ template <Summed kWhat, bool kSecond, class M, class T, class W>
 DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
   constexpr bool kWithG = kWhat != Summed::x, kMask = kWhat == Summed::masked_g;
   constexpr int kBatch = kMask ? kPacksMasked : kWithG ? kPacksOfEach : kLoadedAlone;
-  const bool with_x = args.x.data != nullptr, masked = !kMask && args.y.data != nullptr;
+  const bool with_x = args.x.data != nullptr, masked = kWhat == Summed::g && args.y.data != nullptr;
   for (int first = 0; first < walk.count; first += kBatch) {
-    Pack<T> x[kBatch]{}, g[kBatch]{};  // undefined ones would be carried from pass to pass, in memory
+    Pack<T> x[kBatch]{}, g[kBatch]{}, y[kBatch]{};  // undefined ones would be carried from pass to pass, in memory
+    unsigned bits[kBatch]{};
+    // Loads alone: what uses one of them would have to be waited for before the next is under way.
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
-      if (first + b >= walk.count) continue;
-      if (with_x) x[b] = walk.load(m, args.x, first + b, true);
-      if (!kWithG) continue;
-      g[b] = walk.load(m, args.dy, first + b, true);
-      if (masked) mask_pack<M>(g[b], walk.load(m, args.y, first + b, true));
-      if (kMask) mask_pack<M>(g[b], walk.bits(m, args.mask, first + b));
+      const int number = first + b;
+      if (number >= walk.count) continue;
+      if (with_x) x[b] = walk.load(m, args.x, number, true);
+      if (kWithG) g[b] = walk.load(m, args.dy, number, true);
+      if (masked) y[b] = walk.load(m, args.y, number, true);
+      if (kMask) bits[b] = walk.bits(m, args.mask, number);
     }
     DIA_UNROLL
     for (int b = 0; b < kBatch; ++b) {
       const int number = first + b;
       if (number >= walk.count) continue;
+      if (masked) mask_pack<M>(g[b], y[b]);
+      if (kMask) mask_pack<M>(g[b], bits[b]);
       if (kWithG && args.g.data != nullptr) walk.store(m, args.g, number, g[b]);
       DIA_UNROLL
       for (int k = 0; k < W::kValues; ++k) {
@@ -353,14 +357,14 @@ struct Factors {
   }
 };
 
-// All packs of a walk.
-template <bool kInterleaved, class M, class T, class W>
+// All packs of a walk. With g there is neither shortcut nor ReLU, whose packs would take registers.
+template <bool kInterleaved, bool kWithG, class M, class T, class W>
 DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
   constexpr int kBatch = kInterleaved ? kPacksOfEach : kLoadedPlanar;
   if (walk.count == 0) return;
-  const bool has_g = args.dy.data != nullptr, masked = has_g && args.y.data != nullptr;
-  const bool has_mask = sizeof(T) == 2 && has_g && args.mask.data != nullptr;
-  const bool has_x = args.x.data != nullptr, added = args.shortcut.data != nullptr;
+  const bool masked = kWithG && args.y.data != nullptr;
+  const bool has_mask = kWithG && sizeof(T) == 2 && args.mask.data != nullptr;
+  const bool has_x = args.x.data != nullptr, added = !kWithG && args.shortcut.data != nullptr;
   // In place, what belongs to other rows is theirs to write meanwhile.
   const bool x_apart = args.x.data != args.out.data, shortcut_apart = args.shortcut.data != args.out.data;
   const Factors<W, kInterleaved> of(m, args, walk);
@@ -370,7 +374,7 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
     for (int b = 0; b < kBatch; ++b) {
       const int number = first + b;
       if (number >= walk.count) continue;
-      if (has_g) g[b] = walk.load(m, args.dy, number, args.dy.data != args.out.data);
+      if (kWithG) g[b] = walk.load(m, args.dy, number, args.dy.data != args.out.data);
       if (masked) mask_pack<M>(g[b], walk.load(m, args.y, number, args.y.data != args.out.data));
       if (has_mask) mask_pack<M>(g[b], walk.bits(m, args.mask, number));
       if (has_x) x[b] = walk.load(m, args.x, number, x_apart);
@@ -385,16 +389,25 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
       for (int k = 0; k < W::kValues; ++k) {
         const int c = kInterleaved ? k : 0;
         float sum = of.offset[c];
-        if (has_g) sum += M::widen(g[b][k]) * of.g[c];
+        if (kWithG) sum += M::widen(g[b][k]) * of.g[c];
         if (has_x) sum += (M::widen(x[b][k]) - of.shift[c]) * of.x[c];
         if (added) sum += M::widen(shortcut[b][k]);
-        out.set(k, M::template narrow<T>(args.relu && sum <= 0.0f ? 0.0f : sum));  // not a maximum: NaN passes
+        if (!kWithG && args.relu && sum <= 0.0f) sum = 0.0f;  // not a maximum: NaN passes
+        out.set(k, M::template narrow<T>(sum));
       }
       walk.store(m, args.out, number, out);
-      if constexpr (W::kValues == 8)
+      if constexpr (!kWithG && W::kValues == 8)
         if (args.passed.data != nullptr) walk.set_bits(m, args.passed, number, bits_of<M>(out));
     }
   }
+}
+
+template <bool kInterleaved, class M, class T, class W>
+DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
+  if (args.dy.data != nullptr)
+    apply<kInterleaved, true>(m, args, walk);
+  else
+    apply<kInterleaved, false>(m, args, walk);
 }
 
 template <bool kWide, class M, class T>
