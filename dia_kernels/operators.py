@@ -485,7 +485,5 @@ library_has_cuda: bool = library_error is None and hasattr(ctypes.CDLL(str(LIBRA
 
 #: A mask has a byte for eight values: a GPU's access of sixteen bytes, if they are of 16 bits.
 GPU_MASKED_DTYPES = frozenset((torch.float16, torch.bfloat16))
-if library_error is None:
-    native.masked_dtypes["cpu"] = frozenset((torch.bfloat16, torch.float32, torch.float64))
 if library_has_cuda:
     native.masked_dtypes["cuda"] = GPU_MASKED_DTYPES

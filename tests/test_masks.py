@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import simulated_backend
@@ -18,7 +19,6 @@ from dia_kernels import SharedAttention, backends, masks, operators
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NATIVE = pytest.mark.skipif(operators.library_error is not None, reason=str(operators.library_error))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 #: Channels and positions; the rows of one layout at least begin bytes.
 SHAPES = [(8, (3, 5)), (6, (4, 4)), (24, (5, 8)), (40, (2, 2, 2)), (72, (9,))]
@@ -113,15 +113,14 @@ def test_rows_of_channels_last_are_channels():
 
 def implementers(dtype: torch.dtype) -> list[str]:
     """The sets of operators that keep masks of such maps."""
-    simulated = ["simulated"] if dtype in operators.GPU_MASKED_DTYPES else []
-    return ["plain", *(["native"] if operators.library_error is None else []), *simulated]
+    return ["plain", "simulated"] if dtype in operators.GPU_MASKED_DTYPES else ["plain"]
 
 
 def operators_called(name: str) -> operators.Operators:
     if name == "simulated":
         simulated_backend.library()
         return backends._backends["simulated"].operators
-    return {"plain": operators.plain, "native": operators.native}[name]
+    return operators.plain
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(d, n) for d in DTYPES for n in implementers(d)], ids=str)
@@ -185,10 +184,8 @@ def test_float16_rounds_to_zero_before_the_mask_is_made():
         assert ((h < 0.5) == (y[..., 0, 0] == 0)).all()
 
 
-@pytest.mark.parametrize("name", ["plain", "native", "simulated"])
+@pytest.mark.parametrize("name", ["plain", "simulated"])
 def test_operators_keep_their_promises(name):
-    if name == "native" and operators.library_error is not None:
-        pytest.skip(operators.library_error)
     ops = operators_called(name)
     for channel_dim, x in ((1, torch.randn(3, 8, 3, 5).contiguous(memory_format=torch.channels_last)), (-1, None)):
         x = (torch.randn(3, 15, 8) if x is None else x).bfloat16()
@@ -202,11 +199,8 @@ def test_operators_keep_their_promises(name):
         opcheck(ops.step_backward, (*given, True, True, True, True))
 
 
-@pytest.mark.parametrize("name", ["native", "simulated"])
-def test_a_wrong_mask_is_refused(name):
-    if name == "native" and operators.library_error is not None:
-        pytest.skip(operators.library_error)
-    ops = operators_called(name)
+def test_a_wrong_mask_is_refused():
+    ops = operators_called("simulated")
     weights, state = cell_of(8, torch.bfloat16)
 
     def backward(x: Tensor, mask: Tensor):
@@ -231,6 +225,21 @@ def test_the_reference_refuses_one_of_rows_that_begin_no_bytes():
     weights, state = cell_of(8, torch.float32)
     with pytest.raises(ValueError, match="keep_mask: expected rows of a multiple of 8 values"):
         operators.plain.step(torch.zeros(3, 8, 1, 1), None, *state, *weights, 1, True, False, True, True)
+
+
+@pytest.mark.skipif(operators.library_error is not None, reason=str(operators.library_error))
+def test_a_cpu_keeps_none():
+    ops, x = operators.native, torch.randn(3, 8, 2, 4)
+    weights, state = cell_of(8, torch.float32)
+    with pytest.raises(RuntimeError, match="keep_mask: expected false, the CPU's kernels keep none"):
+        ops.step(x, None, *state, *weights, 1, True, False, True, True)
+    with pytest.raises(RuntimeError, match="keep_mask: expected false, the CPU's kernels keep none"):
+        ops.tail(x, None, *state, *(None,) * 4, 1e-5, *weights, 1, True, False, True)
+    y, _, c, tables, _ = ops.step(x, None, *state, *weights, 1, True, False, True, False)
+    for mask in (masks.make(y, 1), (y > 0).to(torch.uint8)):
+        given = (x, None, None, x, mask, *state, c, tables, *weights[::2], 1, True, False)
+        with pytest.raises(RuntimeError, match="y: "):
+            ops.step_backward(*given, True, True, True, True)
 
 
 def test_a_gpu_keeps_none_of_wide_maps():
@@ -261,6 +270,13 @@ def test_a_gpu_copies_maps_that_begin_no_packs():
 # --- a module ----------------------------------------------------------------------------------------------
 
 
+@cache
+def keeping() -> str:
+    """A backend of the reference that keeps masks of all maps."""
+    backends.add("masking", "cpu", {}, masked=frozenset(DTYPES))
+    return "masking"
+
+
 def saved(call: Callable[[], object]) -> list[Tensor]:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -269,53 +285,56 @@ def saved(call: Callable[[], object]) -> list[Tensor]:
     return kept
 
 
-def module(channels: int = 8, folded: bool = True) -> tuple[SharedAttention, nn.Module | None]:
+def module(backend: str, channels: int = 8, folded: bool = True) -> tuple[SharedAttention, nn.Module | None]:
     torch.manual_seed(0)
-    return SharedAttention(channels, 2), nn.BatchNorm2d(channels) if folded else None
+    return SharedAttention(channels, 2, backend=backend), nn.BatchNorm2d(channels) if folded else None
 
 
-@NATIVE
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_where_it_is_kept(dtype, folded):
-    """On a CPU not of float16: there a gradient from the mask took longer."""
+    """On a GPU for maps of 16 bits, if gradients are recorded, behind a ReLU, if rows begin bytes."""
+    simulated_backend.library()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for channels, side in ((8, 4), (8, 3), (6, 4)):
         for fmt in (torch.contiguous_format, torch.channels_last):
-            attention, norm = module(channels, folded)
+            attention, norm = module("simulated", channels, folded)
             attention.to(wide), norm and norm.to(wide)
             x = torch.randn(2, channels, side, side, dtype=wide).to(dtype).contiguous(memory_format=fmt)
             x.requires_grad_()
             call = lambda a=attention, x=x, n=norm: a(x, shortcut=x, norm=n, activation="relu")  # noqa: E731
-            kept = [t for t in saved(call) if t.dtype == torch.uint8]
+            kept = saved(call)
             rows = channels if fmt == torch.channels_last else side * side
-            assert [t.numel() for t in kept] == ([x.numel() // 8] if dtype != torch.float16 and rows % 8 == 0 else [])
+            masked = dtype in operators.GPU_MASKED_DTYPES and rows % 8 == 0
+            assert [t.numel() for t in kept if t.dtype == torch.uint8] == ([x.numel() // 8] if masked else [])
+            assert sum(t.shape == x.shape for t in kept) == (1 if masked else 2), "x, and y without a mask"
             with torch.no_grad():
                 assert not saved(call)
             assert not [t for t in saved(lambda a=attention, x=x, n=norm: a(x, norm=n)) if t.dtype == torch.uint8]
 
 
-@NATIVE
 @pytest.mark.parametrize("folded", [False, True])
-def test_gradients_have_the_bits_of_those_without_it(folded, monkeypatch):
+@pytest.mark.parametrize("name", ["simulated", "masking"])
+def test_gradients_have_the_bits_of_those_without_it(name, folded, monkeypatch):
+    keeping(), simulated_backend.library()
+
     def gradients() -> list[Tensor]:
-        attention, norm = module(folded=folded)
-        x, s = (torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(k)) for k in range(2))
-        x.requires_grad_(), s.requires_grad_()
+        attention, norm = module(name, folded=folded)
+        draws = [torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+        x, s = (draw.bfloat16().requires_grad_() for draw in draws)
         y, state = attention(x, shortcut=s, norm=norm, activation="relu")
         y, _ = attention(y, state, shortcut=x, norm=norm, activation="relu")
         leaves = [x, s, *attention.parameters(), *(norm.parameters() if norm else ())]
         return list(torch.autograd.grad(y.square().sum(), leaves))
 
     with_mask = gradients()
-    monkeypatch.setattr(operators.native, "masked_dtypes", {})
+    monkeypatch.setattr(backends._backends[name].operators, "masked_dtypes", {})
     for found, expected in zip(with_mask, gradients(), strict=True):
         assert torch.equal(found, expected)
 
 
-@NATIVE
 def test_the_result_may_be_written_over_before_the_gradient():
-    attention, norm = module()
+    attention, norm = module(keeping())
     x = torch.randn(2, 8, 4, 4, requires_grad=True)
     y, _ = attention(x, shortcut=x, norm=norm, activation="relu")
     (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
@@ -324,11 +343,10 @@ def test_the_result_may_be_written_over_before_the_gradient():
     assert torch.equal(found, expected)
 
 
-@NATIVE
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("last", [False, True])
 def test_second_and_batched_derivatives(folded, last):
-    attention, norm = module(folded=folded)
+    attention, norm = module(keeping(), folded=folded)
     attention.double()
     if norm:
         norm.double()
@@ -339,6 +357,7 @@ def test_second_and_batched_derivatives(folded, last):
     def call(x: Tensor, s: Tensor) -> Tensor:
         return attention(x, shortcut=s, norm=norm, activation="relu")[0]
 
+    assert [t for t in saved(lambda: call(x, s)) if t.dtype == torch.uint8]
     assert torch.autograd.gradcheck(call, (x, s))
     assert torch.autograd.gradgradcheck(call, (x, s))
     y = call(x, s)
@@ -349,11 +368,23 @@ def test_second_and_batched_derivatives(folded, last):
             torch.testing.assert_close(many[k], one)
 
 
-@NATIVE
+def test_transforms_keep_none():
+    """Their rules are the reference's, which saves what it needs."""
+    attention, norm = module(keeping())
+    x = torch.randn(3, 2, 8, 4, 4)
+
+    def loss(x: Tensor) -> Tensor:
+        return attention(x, shortcut=x, norm=norm.eval(), activation="relu")[0].square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss))(x)
+    for one, expected in zip(found, map(torch.func.grad(loss), x), strict=True):
+        torch.testing.assert_close(one, expected)
+
+
 def test_compiled_for_any_size():
     """One graph for rows that begin bytes, another for rows that do not."""
     torch._dynamo.reset()
-    attention, norm = module()
+    attention, norm = module(keeping())
     compiled = torch.compile(
         lambda x: attention(x, shortcut=x, norm=norm, activation="relu")[0], backend="aot_eager", dynamic=True
     )
@@ -366,7 +397,6 @@ def test_compiled_for_any_size():
     torch._dynamo.reset()
 
 
-@NATIVE
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_for_any_size(strict):
     """Gradients enabled, as people export: no mask, which would ask for rows that begin bytes."""
@@ -374,7 +404,7 @@ def test_exported_for_any_size(strict):
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention, self.norm = module()
+            self.attention, self.norm = module(keeping())
             self.eval()
 
         def forward(self, x: Tensor) -> Tensor:
@@ -386,5 +416,5 @@ def test_exported_for_any_size(strict):
     program = torch.export.export(block, (torch.randn(2, 8, 4, 4),), dynamic_shapes=shapes, strict=strict)
     for x in (torch.randn(3, 8, 3, 5), torch.randn(2, 8, 8, 4)):
         torch.testing.assert_close(program.module()(x), block(x))
-    kept = [n.args[-1] for n in program.graph.nodes if str(n.target) == "dia_kernels.tail.default"]
+    kept = [n.args[-1] for n in program.graph.nodes if str(n.target).startswith("dia_kernels.tail")]
     assert kept == [False]

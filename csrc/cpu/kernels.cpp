@@ -94,13 +94,10 @@ template <class T, bool has_shortcut, bool with_relu>
 inline void rescale_rows(const Rescale<T>& k, int64_t sample, int64_t begin, int64_t end) {
   const Compute<T>* scale = k.scale + sample * k.shape.channels;
   const bool interleaved = k.shape.interleaved;
-  for (int64_t row = begin; row < end; ++row) {
-    T* y = row_of(k.y, sample, row);
+  for (int64_t row = begin; row < end; ++row)
     rescale_row<T, has_shortcut, with_relu>(
-        row_of(k.x, sample, row), has_shortcut ? row_of(k.shortcut, sample, row) : nullptr, y,
+        row_of(k.x, sample, row), has_shortcut ? row_of(k.shortcut, sample, row) : nullptr, row_of(k.y, sample, row),
         interleaved ? scale : nullptr, interleaved ? Compute<T>(0) : scale[row], k.shape.row_length());
-    if (k.mask.data != nullptr) write_bits(y, k.shape.row_length(), row_of(k.mask, sample, row));
-  }
 }
 
 template <class T>
@@ -113,7 +110,7 @@ void rescale(const Rescale<T>& k, int64_t sample, int64_t begin, int64_t end) {
 
 // --- first sweep of the gradient -------------------------------------------------------------------
 
-template <class T, class Relu, bool write>
+template <class T, bool with_relu, bool write>
 inline void reduce_channels(const ReduceGradient<T>& k, int64_t sample, int64_t begin, int64_t end) {
   using A = Compute<T>;
   const bool interleaved = k.shape.interleaved;
@@ -121,27 +118,25 @@ inline void reduce_channels(const ReduceGradient<T>& k, int64_t sample, int64_t 
     // Only g is wanted: rows are then cut at the channels if interleaved.
     const int64_t rows = interleaved ? k.shape.positions : end;
     for (int64_t row = interleaved ? 0 : begin; row < rows; ++row) {
-      const T* dy = row_of(k.dy, sample, row);
-      const Relu relu(k, sample, row);
+      const T *dy = row_of(k.dy, sample, row), *y = row_of(k.y, sample, row);
       T* g = row_of(k.g, sample, row);
       for_row<A>(
           interleaved ? begin : 0, interleaved ? end : k.shape.positions,
-          [&](int64_t i) { gradient_vector<T, write>(dy, relu, g, i); },
-          [&](int64_t i) { gradient_scalar<T, write>(dy, relu, g, i); });
+          [&](int64_t i) { gradient_vector<T, with_relu, write>(dy, y, g, i); },
+          [&](int64_t i) { gradient_scalar<T, with_relu, write>(dy, y, g, i); });
     }
     return;
   }
   A* dscale = k.dscale + sample * k.shape.channels;
   if (!interleaved) {
     for (int64_t c = begin; c < end; ++c) {
-      const T *dy = row_of(k.dy, sample, c), *x = row_of(k.x, sample, c);
-      const Relu relu(k, sample, c);
+      const T *dy = row_of(k.dy, sample, c), *y = row_of(k.y, sample, c), *x = row_of(k.x, sample, c);
       T* g = row_of(k.g, sample, c);
       double total[1] = {};
       sum_row<A, 1>(
           k.shape.positions, total,
-          [&](int64_t i, Vector<A>* sum) { *sum += load(x + i) * gradient_vector<T, write>(dy, relu, g, i); },
-          [&](int64_t i, double* sum) { *sum += widen(x[i]) * gradient_scalar<T, write>(dy, relu, g, i); });
+          [&](int64_t i, Vector<A>* sum) { *sum += load(x + i) * gradient_vector<T, with_relu, write>(dy, y, g, i); },
+          [&](int64_t i, double* sum) { *sum += widen(x[i]) * gradient_scalar<T, with_relu, write>(dy, y, g, i); });
       dscale[c] = static_cast<A>(total[0]);
     }
     return;
@@ -150,8 +145,8 @@ inline void reduce_channels(const ReduceGradient<T>& k, int64_t sample, int64_t 
       k.shape.positions, begin, end,
       [&](int64_t row, auto count, int64_t first, int64_t last, auto& tables) {
         A* table = tables.values[0];
-        const T *dy = row_of(k.dy, sample, row, first), *x = row_of(k.x, sample, row, first);
-        const Relu relu(k, sample, row, first);
+        const T *dy = row_of(k.dy, sample, row, first), *y = row_of(k.y, sample, row, first);
+        const T* x = row_of(k.x, sample, row, first);
         T* g = row_of(k.g, sample, row, first);
         for_row<A>(
             0, last - first,
@@ -159,13 +154,15 @@ inline void reduce_channels(const ReduceGradient<T>& k, int64_t sample, int64_t 
               Vector<A> sum = load(table + c);
               for (int r = 0; r < count(); ++r)
                 sum += load(x + r * k.x.strides.row + c) *
-                       gradient_vector<T, write>(dy + r * k.dy.strides.row, relu, g + r * k.g.strides.row, c, r);
+                       gradient_vector<T, with_relu, write>(dy + r * k.dy.strides.row, y + r * k.y.strides.row,
+                                                            g + r * k.g.strides.row, c);
               store<A>(sum, table + c);
             },
             [&](int64_t c) {
               for (int r = 0; r < count(); ++r)
                 table[c] += widen(x[r * k.x.strides.row + c]) *
-                            gradient_scalar<T, write>(dy + r * k.dy.strides.row, relu, g + r * k.g.strides.row, c, r);
+                            gradient_scalar<T, with_relu, write>(dy + r * k.dy.strides.row, y + r * k.y.strides.row,
+                                                                 g + r * k.g.strides.row, c);
             });
       },
       [&](int64_t c, const double* total) { dscale[c] = static_cast<A>(*total); });
@@ -173,24 +170,30 @@ inline void reduce_channels(const ReduceGradient<T>& k, int64_t sample, int64_t 
 
 template <class T>
 void reduce_gradient(const ReduceGradient<T>& k, int64_t sample, int64_t begin, int64_t end) {
-  with_relu_of<T>(k, [&]<class Relu>(std::type_identity<Relu>) {
-    k.g.data != nullptr ? reduce_channels<T, Relu, true>(k, sample, begin, end)
-                        : reduce_channels<T, Relu, false>(k, sample, begin, end);
-  });
+  const bool write = k.g.data != nullptr;
+  if (k.y.data != nullptr)
+    write ? reduce_channels<T, true, true>(k, sample, begin, end)
+          : reduce_channels<T, true, false>(k, sample, begin, end);
+  else
+    write ? reduce_channels<T, false, true>(k, sample, begin, end)
+          : reduce_channels<T, false, false>(k, sample, begin, end);
 }
 
 // --- second sweep of the gradient ------------------------------------------------------------------
 
-template <class T, class Relu>
-inline void spread_row(const T* dy, const Relu& relu, T* dx, const Compute<T>* scale, const Compute<T>* offset,
+template <class T, bool with_relu>
+inline void spread_row(const T* dy, const T* y, T* dx, const Compute<T>* scale, const Compute<T>* offset,
                        bool interleaved, int64_t length) {
   using A = Compute<T>;
   const auto body = [&](auto scale_at, auto offset_at, auto scalar_scale_at, auto scalar_offset_at) {
     for_row<A>(
         0, length,
-        [&](int64_t k) { store(gradient_vector<T, false>(dy, relu, nullptr, k) * scale_at(k) + offset_at(k), dx + k); },
         [&](int64_t k) {
-          narrow(gradient_scalar<T, false>(dy, relu, nullptr, k) * scalar_scale_at(k) + scalar_offset_at(k), dx + k);
+          store(gradient_vector<T, with_relu, false>(dy, y, nullptr, k) * scale_at(k) + offset_at(k), dx + k);
+        },
+        [&](int64_t k) {
+          narrow(gradient_scalar<T, with_relu, false>(dy, y, nullptr, k) * scalar_scale_at(k) + scalar_offset_at(k),
+                 dx + k);
         });
   };
   const auto zero = [](int64_t) { return A(0); };
@@ -228,13 +231,13 @@ void spread_gradient(const SpreadGradient<T>& k, int64_t sample, int64_t begin, 
     const int64_t entry = base + (interleaved ? 0 : row);
     const A* offset = k.offset != nullptr ? k.offset + entry : nullptr;
     T* dx = row_of(k.dx, sample, row);
-    if (k.dy.data == nullptr) {
+    if (k.dy.data == nullptr)
       fill_row<T>(dx, offset, interleaved, length);
-      continue;
-    }
-    with_relu_of<T>(k, [&]<class Relu>(std::type_identity<Relu>) {
-      spread_row<T>(row_of(k.dy, sample, row), Relu(k, sample, row), dx, k.scale + entry, offset, interleaved, length);
-    });
+    else if (k.y.data != nullptr)
+      spread_row<T, true>(row_of(k.dy, sample, row), row_of(k.y, sample, row), dx, k.scale + entry, offset, interleaved,
+                          length);
+    else
+      spread_row<T, false>(row_of(k.dy, sample, row), nullptr, dx, k.scale + entry, offset, interleaved, length);
   }
 }
 

@@ -14,8 +14,7 @@
 
 namespace dia::cpu {
 
-// A map in memory; `data` is null where a map is optional and absent. The mask of a ReLU is one of bytes, of eight
-// values each: those bits are set whose values it let through.
+// A map in memory; `data` is null where a map is optional and absent.
 template <class T>
 struct Map {
   T* data = nullptr;
@@ -39,7 +38,6 @@ struct Rescale {
   Map<T> y;
   const Compute<T>* scale;
   bool relu;
-  Map<uint8_t> mask = {};  // of y, if it is wanted
 };
 
 // First sweep of the gradient. g = dy, zero where y <= 0 if there is a y; dscale = sum of x * g.
@@ -52,7 +50,6 @@ struct ReduceGradient {
   Map<const T> x;
   Map<T> g;
   Compute<T>* dscale;
-  Map<const uint8_t> mask = {};  // in place of y
 };
 
 // Second sweep of the gradient. dx = g * scale + offset, g from dy and y as above.
@@ -65,7 +62,6 @@ struct SpreadGradient {
   Map<T> dx;
   const Compute<T>* scale;
   const Compute<T>* offset;
-  Map<const uint8_t> mask = {};  // in place of y
 };
 
 // --- the tail of a block with its batch norm folded in (docs/kernels.md) ---
@@ -95,7 +91,6 @@ struct Normalise {
   const Compute<T>* scale;
   const Compute<T>* offset;
   bool relu;
-  Map<uint8_t> mask = {};  // of y, if it is wanted
 };
 
 // First sweep of the gradient: g and its writing as in ReduceGradient; s0 = sum of g, s1 = sum of g (z - shift).
@@ -109,7 +104,6 @@ struct ReduceNormGradient {
   const Compute<T>* shift;
   Compute<T>* s0;
   Compute<T>* s1;
-  Map<const uint8_t> mask = {};  // in place of y
 };
 
 // Second sweep: dz = g * scale + (z - shift) * slope + offset; slope for each channel. No dy: g is zero.
@@ -124,7 +118,6 @@ struct SpreadNormGradient {
   const Compute<T>* scale;
   const Compute<T>* slope;
   const Compute<T>* offset;
-  Map<const uint8_t> mask = {};  // in place of y
 };
 
 // Every function works on one sample: a reduction on its channels [begin, end), a rescaling on its

@@ -114,95 +114,20 @@ inline void sum_columns(int64_t rows, int64_t begin, int64_t end, AddRows add_ro
   }
 }
 
-// --- the gradient behind a ReLU: what it let through, along a row and those after it ---
-// Made from a kernel's arguments; `lanes(v, k, r)` are those of v, the gradient of the result at places k.. of the r-th
-// row, that go on, and `scalar(v, k, r)` that of one place.
-
-struct AllPasses {
-  template <class Args>
-  AllPasses(const Args&, int64_t, int64_t, int64_t = 0) {}
-  template <class V>
-  V lanes(V v, int64_t, int64_t) const {
-    return v;
-  }
-  template <class A>
-  A scalar(A v, int64_t, int64_t) const {
-    return v;
-  }
-};
-
-// By the result y of the ReLU.
-template <class T>
-struct PassesByResult {
-  using A = Compute<T>;
-  const T* y;
-  int64_t stride;
-
-  template <class Args>
-  PassesByResult(const Args& args, int64_t sample, int64_t row, int64_t first = 0)
-      : y(row_of(args.y, sample, row, first)), stride(args.y.strides.row) {}
-  Vector<A> lanes(Vector<A> v, int64_t k, int64_t r) const { return masked<A>(v, load(y + r * stride + k)); }
-  A scalar(A v, int64_t k, int64_t r) const { return masked<A>(v, widen(y[r * stride + k])); }
-};
-
-// By the bits of its mask. Rows, and `first`, are multiples of eight.
-template <class T>
-struct PassesByMask {
-  using A = Compute<T>;
-  const uint8_t* bits;
-  int64_t stride;
-
-  template <class Args>
-  PassesByMask(const Args& args, int64_t sample, int64_t row, int64_t first = 0)
-      : bits(row_of(args.mask, sample, row, first / 8)), stride(args.mask.strides.row) {}
-  Vector<A> lanes(Vector<A> v, int64_t k, int64_t r) const { return where_bits<A>(v, bits + r * stride, k); }
-  A scalar(A v, int64_t k, int64_t r) const { return bits[r * stride + k / 8] >> (k % 8) & 1 ? v : A(0); }
-};
-
-// Calls `body` with a value of what tells what passes, as std::type_identity.
-template <class T, class Args, class Body>
-inline void with_relu_of(const Args& args, Body body) {
-  if (args.mask.data != nullptr)
-    body(std::type_identity<PassesByMask<T>>{});
-  else if (args.y.data != nullptr)
-    body(std::type_identity<PassesByResult<T>>{});
-  else
-    body(std::type_identity<AllPasses>{});
-}
-
-// g at one place of the r-th row, written down if asked for; dy and g are of that row.
-template <class T, bool write, class Relu>
-inline Vector<Compute<T>> gradient_vector(const T* dy, const Relu& relu, T* g, int64_t k, int64_t r = 0) {
-  const Vector<Compute<T>> v = relu.lanes(load(dy + k), k, r);
+// g at one place, written down if asked for.
+template <class T, bool with_relu, bool write>
+inline Vector<Compute<T>> gradient_vector(const T* dy, const T* y, T* g, int64_t k) {
+  Vector<Compute<T>> v = load(dy + k);
+  if constexpr (with_relu) v = masked<Compute<T>>(v, load(y + k));
   if constexpr (write) store(v, g + k);
   return v;
 }
-template <class T, bool write, class Relu>
-inline Compute<T> gradient_scalar(const T* dy, const Relu& relu, T* g, int64_t k, int64_t r = 0) {
-  const Compute<T> v = relu.scalar(widen(dy[k]), k, r);
+template <class T, bool with_relu, bool write>
+inline Compute<T> gradient_scalar(const T* dy, const T* y, T* g, int64_t k) {
+  Compute<T> v = widen(dy[k]);
+  if constexpr (with_relu) v = masked<Compute<T>>(v, widen(y[k]));
   if constexpr (write) narrow(v, g + k);
   return v;
-}
-
-// Writes the bits of a row of a ReLU's results, which were just written.
-template <class T>
-inline void write_bits(const T* y, int64_t length, uint8_t* bits) {
-  int64_t k = 0;
-  if constexpr (sizeof(T) == 2) {
-    for (; k < length; k += 8) bits[k / 8] = static_cast<uint8_t>(passed_bits_of_eight(y + k));
-  } else {
-    constexpr int lanes = Lanes<T>::count, most = lanes > 8 ? lanes : 8;
-    for (; k + most <= length; k += most) {
-      unsigned word = 0;
-      for (int part = 0; part < most; part += lanes) word |= passed_bits<T>(load(y + k + part)) << part;
-      for (int byte = 0; byte < most / 8; ++byte) bits[k / 8 + byte] = static_cast<uint8_t>(word >> (8 * byte));
-    }
-  }
-  for (; k < length; k += 8) {
-    unsigned word = 0;
-    for (int lane = 0; lane < 8; ++lane) word |= (widen(y[k + lane]) <= 0 ? 0u : 1u) << lane;
-    bits[k / 8] = static_cast<uint8_t>(word);
-  }
 }
 
 }  // namespace

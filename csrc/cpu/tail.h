@@ -132,7 +132,6 @@ inline void normalise_rows(const Normalise<T>& k, int64_t sample, int64_t begin,
           if constexpr (with_relu) v = relu<A>(v);
           narrow(v, y + i);
         });
-    if (k.mask.data != nullptr) write_bits(y, k.shape.row_length(), row_of(k.mask, sample, row));
   }
 }
 
@@ -157,26 +156,25 @@ void normalise(const Normalise<T>& k, int64_t sample, int64_t begin, int64_t end
              });
 }
 
-template <class T, class Relu, bool write>
+template <class T, bool with_relu, bool write>
 inline void reduce_norm_channels(const ReduceNormGradient<T>& k, int64_t sample, int64_t begin, int64_t end) {
   using A = Compute<T>;
   A *s0 = k.s0 + sample * k.shape.channels, *s1 = k.s1 + sample * k.shape.channels;
   if (!k.shape.interleaved) {
     for (int64_t c = begin; c < end; ++c) {
-      const T *dy = row_of(k.dy, sample, c), *z = row_of(k.z, sample, c);
-      const Relu relu(k, sample, c);
+      const T *dy = row_of(k.dy, sample, c), *y = row_of(k.y, sample, c), *z = row_of(k.z, sample, c);
       T* to = row_of(k.g, sample, c);
       const A shift = k.shift[c];
       double totals[2] = {};
       sum_row<A, 2>(
           k.shape.positions, totals,
           [&](int64_t i, Vector<A>* sums) {
-            const Vector<A> g = gradient_vector<T, write>(dy, relu, to, i);
+            const Vector<A> g = gradient_vector<T, with_relu, write>(dy, y, to, i);
             sums[0] += g;
             sums[1] += g * (load(z + i) - shift);
           },
           [&](int64_t i, double* sums) {
-            const A g = gradient_scalar<T, write>(dy, relu, to, i);
+            const A g = gradient_scalar<T, with_relu, write>(dy, y, to, i);
             sums[0] += g;
             sums[1] += g * (widen(z[i]) - shift);
           });
@@ -188,8 +186,8 @@ inline void reduce_norm_channels(const ReduceNormGradient<T>& k, int64_t sample,
   sum_columns<A, 2>(
       k.shape.positions, begin, end,
       [&](int64_t row, auto count, int64_t first, int64_t last, auto& tables) {
-        const T *dy = row_of(k.dy, sample, row, first), *z = row_of(k.z, sample, row, first);
-        const Relu relu(k, sample, row, first);
+        const T *dy = row_of(k.dy, sample, row, first), *y = row_of(k.y, sample, row, first);
+        const T* z = row_of(k.z, sample, row, first);
         T* to = row_of(k.g, sample, row, first);
         const A* shift = k.shift + first;
         A *sum = tables.values[0], *product = tables.values[1];
@@ -199,8 +197,8 @@ inline void reduce_norm_channels(const ReduceNormGradient<T>& k, int64_t sample,
               const Vector<A> about = load(shift + c);
               Vector<A> s = load(sum + c), p = load(product + c);
               for (int r = 0; r < count(); ++r) {
-                const Vector<A> g =
-                    gradient_vector<T, write>(dy + r * k.dy.strides.row, relu, to + r * k.g.strides.row, c, r);
+                const Vector<A> g = gradient_vector<T, with_relu, write>(
+                    dy + r * k.dy.strides.row, y + r * k.y.strides.row, to + r * k.g.strides.row, c);
                 s += g;
                 p += g * (load(z + r * k.z.strides.row + c) - about);
               }
@@ -209,7 +207,8 @@ inline void reduce_norm_channels(const ReduceNormGradient<T>& k, int64_t sample,
             },
             [&](int64_t c) {
               for (int r = 0; r < count(); ++r) {
-                const A g = gradient_scalar<T, write>(dy + r * k.dy.strides.row, relu, to + r * k.g.strides.row, c, r);
+                const A g = gradient_scalar<T, with_relu, write>(dy + r * k.dy.strides.row, y + r * k.y.strides.row,
+                                                                 to + r * k.g.strides.row, c);
                 sum[c] += g;
                 product[c] += g * (widen(z[r * k.z.strides.row + c]) - shift[c]);
               }
@@ -223,32 +222,34 @@ inline void reduce_norm_channels(const ReduceNormGradient<T>& k, int64_t sample,
 
 template <class T>
 void reduce_norm_gradient(const ReduceNormGradient<T>& k, int64_t sample, int64_t begin, int64_t end) {
-  with_relu_of<T>(k, [&]<class Relu>(std::type_identity<Relu>) {
-    k.g.data != nullptr ? reduce_norm_channels<T, Relu, true>(k, sample, begin, end)
-                        : reduce_norm_channels<T, Relu, false>(k, sample, begin, end);
-  });
+  const bool write = k.g.data != nullptr;
+  if (k.y.data != nullptr)
+    write ? reduce_norm_channels<T, true, true>(k, sample, begin, end)
+          : reduce_norm_channels<T, true, false>(k, sample, begin, end);
+  else
+    write ? reduce_norm_channels<T, false, true>(k, sample, begin, end)
+          : reduce_norm_channels<T, false, false>(k, sample, begin, end);
 }
 
-template <class T, bool interleaved, bool has_dy, class Relu>
+template <class T, bool interleaved, bool has_dy, bool with_relu>
 inline void spread_norm_rows(const SpreadNormGradient<T>& k, int64_t sample, int64_t begin, int64_t end) {
   using A = Compute<T>;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t channel = interleaved ? 0 : row, entry = sample * k.shape.channels + channel;
     const PerChannel<A, interleaved> shift(k.shift + channel), slope(k.slope + channel);
     const PerChannel<A, interleaved> scale(k.scale + entry), offset(k.offset + entry);
-    const T *dy = row_of(k.dy, sample, row), *z = row_of(k.z, sample, row);
-    const Relu relu(k, sample, row);
+    const T *dy = row_of(k.dy, sample, row), *y = row_of(k.y, sample, row), *z = row_of(k.z, sample, row);
     T* dz = row_of(k.dz, sample, row);
     for_row<A>(
         0, k.shape.row_length(),
         [&](int64_t i) {
           Vector<A> v = (load(z + i) - shift.lanes(i)) * slope.lanes(i) + offset.lanes(i);
-          if constexpr (has_dy) v += gradient_vector<T, false>(dy, relu, nullptr, i) * scale.lanes(i);
+          if constexpr (has_dy) v += gradient_vector<T, with_relu, false>(dy, y, nullptr, i) * scale.lanes(i);
           store(v, dz + i);
         },
         [&](int64_t i) {
           A v = (widen(z[i]) - shift.scalar(i)) * slope.scalar(i) + offset.scalar(i);
-          if constexpr (has_dy) v += gradient_scalar<T, false>(dy, relu, nullptr, i) * scale.scalar(i);
+          if constexpr (has_dy) v += gradient_scalar<T, with_relu, false>(dy, y, nullptr, i) * scale.scalar(i);
           narrow(v, dz + i);
         });
   }
@@ -257,13 +258,10 @@ inline void spread_norm_rows(const SpreadNormGradient<T>& k, int64_t sample, int
 template <class T>
 void spread_norm_gradient(const SpreadNormGradient<T>& k, int64_t sample, int64_t begin, int64_t end) {
   if (begin == end) return;
-  with_relu_of<T>(k, [&]<class Relu>(std::type_identity<Relu>) {
-    const auto rows = [&](auto interleaved) {
-      k.dy.data != nullptr ? spread_norm_rows<T, interleaved(), true, Relu>(k, sample, begin, end)
-                           : spread_norm_rows<T, interleaved(), false, AllPasses>(k, sample, begin, end);
-    };
-    k.shape.interleaved ? rows(std::true_type{}) : rows(std::false_type{});
-  });
+  with_flags(k.shape.interleaved, k.dy.data != nullptr, k.y.data != nullptr,
+             [&](auto interleaved, auto has_dy, auto with_relu) {
+               spread_norm_rows<T, interleaved(), has_dy(), has_dy() && with_relu()>(k, sample, begin, end);
+             });
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#if defined(__SSE2__)
+#if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -96,72 +96,6 @@ inline void store(Vector<float> value, Float16* to) {
 #endif
 }
 
-// --- masks, as vectors and as bits ---------------------------------------------------------------------
-
-template <class A>
-inline Vector<A> select(typename Lanes<A>::IntVector mask, Vector<A> yes, Vector<A> no) {
-  using IntVector = typename Lanes<A>::IntVector;
-  return (Vector<A>)((mask & (IntVector)yes) | (~mask & (IntVector)no));
-}
-
-// A bit for each lane: whether the ReLU that made it let something through. Not where v <= 0, so that NaN passes.
-template <class A>
-inline unsigned passed_bits(Vector<A> v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4)
-    return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NLE_UQ);
-  else
-    return _mm512_cmp_pd_mask((__m512d)v, _mm512_setzero_pd(), _CMP_NLE_UQ);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(A) == 4)
-    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_NLE_UQ)));
-  else
-    return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, _mm256_setzero_pd(), _CMP_NLE_UQ)));
-#else
-  unsigned bits = 0;
-  for (int lane = 0; lane < Lanes<A>::count; ++lane) bits |= (v[lane] <= A(0) ? 0u : 1u) << lane;
-  return bits;
-#endif
-}
-
-// The same of eight values of 16 bits that a ReLU made, none of them negative: all but zeros.
-template <class T>
-inline unsigned passed_bits_of_eight(const T* y) {
-#if defined(__SSE2__)
-  const __m128i zeros = _mm_cmpeq_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(y)), _mm_setzero_si128());
-  return ~static_cast<unsigned>(_mm_movemask_epi8(_mm_packs_epi16(zeros, zeros))) & 0xffu;
-#else
-  unsigned bits = 0;
-  for (int k = 0; k < 8; ++k) bits |= (y[k].bits != 0 ? 1u : 0u) << k;
-  return bits;
-#endif
-}
-
-// v where the bits from bit k on, a multiple of the lanes, are set, else 0.
-template <class A>
-inline Vector<A> where_bits(Vector<A> v, const uint8_t* bits, int64_t k) {
-  using Int = typename Lanes<A>::Int;
-  using IntVector = typename Lanes<A>::IntVector;
-  constexpr int lanes = Lanes<A>::count;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) {
-    uint16_t word;
-    __builtin_memcpy(&word, bits + k / 8, sizeof(word));
-    return (Vector<A>)_mm512_maskz_mov_ps(word, (__m512)v);
-  } else {
-    return (Vector<A>)_mm512_maskz_mov_pd(bits[k / 8], (__m512d)v);
-  }
-#endif
-  unsigned word = bits[k / 8];
-  if constexpr (lanes > 8)
-    word |= static_cast<unsigned>(bits[k / 8 + 1]) << 8;
-  else
-    word >>= k % 8;
-  IntVector bit;
-  for (int lane = 0; lane < lanes; ++lane) bit[lane] = Int(1) << lane;
-  return select<A>((bit & static_cast<Int>(word)) != 0, v, Vector<A>{});
-}
-
 // --- reductions --------------------------------------------------------------------------------------
 
 // Sum of the lanes, pairwise.
@@ -176,6 +110,12 @@ inline A sum_lanes(Vector<A> v) {
 
 // --- sigmoid and tanh ----------------------------------------------------------------------------------
 // Coefficients: Cephes mathematical library (S. L. Moshier), expf, exp, tanhf and tanh.
+
+template <class A>
+inline Vector<A> select(typename Lanes<A>::IntVector mask, Vector<A> yes, Vector<A> no) {
+  using IntVector = typename Lanes<A>::IntVector;
+  return (Vector<A>)((mask & (IntVector)yes) | (~mask & (IntVector)no));
+}
 
 // 2^n for integral n within the exponents of normal numbers.
 template <class A>

@@ -142,10 +142,11 @@ struct FlatParameters {
 };
 
 // What goes into the gradient of a step, with or without its norm, whose `tables` follow the cell's in `more` values.
+// `masks`: whether y may be a mask.
 inline void check_step_gradient(const OptionalTensor& dy, const OptionalTensor& dh, const OptionalTensor& dc,
                                 const Tensor& x, const MapInfo& info, const OptionalTensor& y, const OptionalTensor& h,
                                 const OptionalTensor& c, const Tensor& new_c, const Tensor& tables, int64_t more,
-                                const Weights& w, bool relu) {
+                                const Weights& w, bool relu, bool masks) {
   const ScalarType dtype = compute_scalar_type(x);
   const int64_t n = info.shape.samples, width = info.shape.channels;
   check(w.input_reduce.dim() == 2 && width >= 1 && w.input_reduce.size(0) >= 1 && w.input_reduce.size(0) <= kMostRows,
@@ -156,7 +157,10 @@ inline void check_step_gradient(const OptionalTensor& dy, const OptionalTensor& 
   check_table("hidden_reduce_weight", w.hidden_reduce, {m, width}, dtype, x);
   check_table("hidden_expand_weight", w.hidden_expand, {4 * width, m}, dtype, x);
   if (dy) check_map("dy", *dy, x);
-  check_relu_result(y, x, info);
+  if (masks)
+    check_relu_result(y, x, info);
+  else if (y)
+    check_map("y", *y, x);
   check(!relu || !dy || y, "y: expected the result of the step, which ended in a ReLU");
   if (dh) check_table("dh", *dh, {n, width}, dtype, x);
   if (dc) check_table("dc", *dc, {n, width}, dtype, x);

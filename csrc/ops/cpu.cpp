@@ -19,8 +19,8 @@ struct StepResult {
 
 template <class T>
 StepResult run_step(const Tensor& x, const MapInfo& info, const Map<const T>& x_map, const Map<const T>& shortcut,
-                    const Map<T>& y, const Map<uint8_t>& mask, const OptionalTensor& h, const OptionalTensor& c,
-                    const Parameters& w, bool relu, bool tanh_output) {
+                    const Map<T>& y, const OptionalTensor& h, const OptionalTensor& c, const Parameters& w, bool relu,
+                    bool tanh_output) {
   using A = Compute<T>;
   const int64_t n = info.shape.samples, width = info.shape.channels, m = w.input_reduce_weight.size(0);
   StepResult result{empty_table<A>(x, {n, width}), empty_table<A>(x, {n, width}),
@@ -28,7 +28,7 @@ StepResult run_step(const Tensor& x, const MapInfo& info, const Map<const T>& x_
   const Tables<A> tables(data_of<A>(result.tables), n, width, m);
   const CellPass<A> cell(w, h, c, tables, n, width, tanh_output, result.h, result.c);
   const Pool<T> pool{info.shape, x_map, tables.p};
-  const Rescale<T> rescale{info.shape, x_map, shortcut, y, data_of<A>(result.h), relu, mask};
+  const Rescale<T> rescale{info.shape, x_map, shortcut, y, data_of<A>(result.h), relu};
   const int64_t sample_bytes = width * info.shape.positions * static_cast<int64_t>(sizeof(T));
   for_chunks(n, sample_bytes, weight_bytes<A>(width, m), [&](Chunk chunk) {
     run_pool(pool, chunk);
@@ -45,14 +45,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x, OptionalTensor
   const Parameters w{w1, b1, w2, b2, v1, a1, v2, a2};
   const MapInfo info = map_info(x, channel_dim);
   check_step(x, info, shortcut, h, c, w);
+  check_no_mask(keep_mask);
   return with_map_type(x, [&]<class T>() {
     const MapReader<T> x_reader(x, info);
     const OptionalMapReader<T> s_reader(shortcut, info);
-    const Tensor y = empty_map(x, info), mask = empty_mask(relu && keep_mask, x, info);
-    StepResult result = run_step<T>(x, info, x_reader.map, s_reader.map, map_writer<T>(y, info),
-                                    mask_map<uint8_t>(mask, info), dense(h), dense(c), w, relu, tanh_output);
+    const Tensor y = empty_map(x, info);
+    StepResult result = run_step<T>(x, info, x_reader.map, s_reader.map, map_writer<T>(y, info), dense(h), dense(c), w,
+                                    relu, tanh_output);
     if (!keep_tables) result.tables = empty_table<Compute<T>>(x, {0});
-    return std::make_tuple(y, result.h, result.c, result.tables, mask);
+    return std::make_tuple(y, result.h, result.c, result.tables, empty_mask(false, x, info));
   });
 }
 
@@ -71,7 +72,7 @@ std::tuple<Tensor, Tensor> step_in_place(Tensor x, OptionalTensor shortcut, Opti
     // Where the kernel reads a copy of x, it may as well write there; the result is copied back.
     const Map<T> y{const_cast<T*>(x_reader.map.data), x_reader.map.strides};
     const StepResult result =
-        run_step<T>(x, info, x_reader.map, s_reader.map, y, {}, dense(h), dense(c), w, relu, tanh_output);
+        run_step<T>(x, info, x_reader.map, s_reader.map, y, dense(h), dense(c), w, relu, tanh_output);
     if (!walkable) torch::stable::copy_(x, x_reader.tensor);
     return std::make_tuple(result.h, result.c);
   });
@@ -87,7 +88,7 @@ struct Wanted {
 
 template <class T>
 StepGradients run_step_backward(const OptionalTensor& dy, const OptionalTensor& dh, const OptionalTensor& dc,
-                                const Tensor& x, const ReluResult& relu, const OptionalTensor& h,
+                                const Tensor& x, const OptionalTensor& y, const OptionalTensor& h,
                                 const OptionalTensor& c, const Tensor& new_c, const Tensor& tables_tensor,
                                 const Weights& w, const MapInfo& info, bool tanh_output, Wanted wanted) {
   using A = Compute<T>;
@@ -95,8 +96,7 @@ StepGradients run_step_backward(const OptionalTensor& dy, const OptionalTensor& 
   const int64_t m = w.input_reduce.size(0);
 
   // The copies a map or table may need live until the kernels are done.
-  const OptionalMapReader<T> dy_reader(dy, info), y_reader(dy ? relu.y : std::nullopt, info);
-  const Map<const uint8_t> mask = mask_map(dy ? relu.mask : std::nullopt, info);
+  const OptionalMapReader<T> dy_reader(dy, info), y_reader(dy ? y : std::nullopt, info);
   const MapReader<T> x_reader(x, info);
   const Tables<A> tables(data_of<A>(tables_tensor), n, width, m);
   const Tensor dx = wanted.x ? empty_map(x, info) : empty_strided({0}, {1}, x, dtype_code(x));
@@ -106,13 +106,13 @@ StepGradients run_step_backward(const OptionalTensor& dy, const OptionalTensor& 
 
   const Map<T> g = wanted.shortcut ? map_writer<T>(dshortcut, info) : Map<T>{};
   const ReduceGradient<T> reduce{
-      info.shape, dy_reader.map, y_reader.map, x_reader.map, g, cell.needed() ? cell.dscale : nullptr, mask};
+      info.shape, dy_reader.map, y_reader.map, x_reader.map, g, cell.needed() ? cell.dscale : nullptr};
   // What the first sweep wrote is already masked, and is one map to read instead of two.
   const bool reread = dy && wanted.shortcut;
   const Map<const T> source = reread ? Map<const T>{g.data, g.strides} : dy_reader.map;
   const SpreadGradient<T> spread{
-      info.shape, source,  reread ? Map<const T>{} : y_reader.map, wanted.x ? map_writer<T>(dx, info) : Map<T>{},
-      cell.new_h, cell.dp, reread ? Map<const uint8_t>{} : mask};
+      info.shape, source, reread ? Map<const T>{} : y_reader.map, wanted.x ? map_writer<T>(dx, info) : Map<T>{},
+      cell.new_h, cell.dp};
 
   const int64_t sample_bytes =
       width * positions * static_cast<int64_t>(sizeof(T)) * (reread || !y_reader.map.data ? 1 : 2);
@@ -132,10 +132,10 @@ StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
                             bool need_shortcut, bool need_state, bool need_parameters) {
   const MapInfo info = map_info(x, channel_dim);
   const Weights w{w1, w2, v1, v2};
-  check_step_gradient(dy, dh, dc, x, info, y, h, c, new_c, tables, 0, w, relu);
+  check_step_gradient(dy, dh, dc, x, info, y, h, c, new_c, tables, 0, w, relu, false);
   return with_map_type(x, [&]<class T>() {
-    return run_step_backward<T>(dy, dense(dh), dense(dc), x, ReluResult(relu ? y : std::nullopt), dense(h), dense(c),
-                                dense(new_c), dense(tables), w, info, tanh_output,
+    return run_step_backward<T>(dy, dense(dh), dense(dc), x, relu ? y : std::nullopt, dense(h), dense(c), dense(new_c),
+                                dense(tables), w, info, tanh_output,
                                 {need_x, need_shortcut, need_state, need_parameters});
   });
 }

@@ -10,6 +10,11 @@
 namespace dia::ops {
 namespace {
 
+// A gradient from a mask took as long as one from y (docs/kernels.md, the mask of a ReLU).
+inline void check_no_mask(bool keep_mask) {
+  check(!keep_mask, "keep_mask: expected false, the CPU's kernels keep none");
+}
+
 template <class A>
 void column_sums(const A* table, int64_t rows, int64_t width, A* sums) {
   constexpr int64_t line = 32;

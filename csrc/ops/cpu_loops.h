@@ -57,14 +57,6 @@ struct Chunk {
   int64_t first, count;
 };
 
-// The rows of a mask.
-template <class B = const uint8_t>
-Map<B> mask_map(const OptionalTensor& mask, const MapInfo& info) {
-  if (!mask || mask->numel() == 0) return {};
-  const int64_t row = info.shape.row_length() / 8;
-  return {static_cast<B*>(mask->mutable_data_ptr()), {row * info.shape.rows(), row}};
-}
-
 // Splits the batch into chunks and calls `body` on each. With a sample for every thread each thread takes its own
 // samples through the whole step, and no thread waits for another in between (parallel loops inside `body` are then
 // serial); with fewer samples the chunks come one after the other and threads share each.

@@ -94,12 +94,12 @@ template <class T>
 TailResult run_tail(const Tensor& z, const MapInfo& info, const OptionalTensor& shortcut, const OptionalTensor& h,
                     const OptionalTensor& c, const OptionalTensor& gamma, const OptionalTensor& beta,
                     const OptionalTensor& given_mean, const OptionalTensor& given_var, double eps, const Parameters& w,
-                    bool relu, bool tanh_output, bool keep_mask) {
+                    bool relu, bool tanh_output) {
   using A = Compute<T>;
   const int64_t n = info.shape.samples, width = info.shape.channels, m = w.input_reduce_weight.size(0);
   const MapReader<T> z_reader(z, info);
   const OptionalMapReader<T> s_reader(shortcut, info);
-  const Tensor y = empty_map(z, info), mask = empty_mask(relu && keep_mask, z, info);
+  const Tensor y = empty_map(z, info);
   const Tensor new_h = empty_table<A>(z, {n, width}), new_c = empty_table<A>(z, {n, width});
   const Tensor all = empty_table<A>(z, {Tables<A>::count(n, width, m) + NormTables<A>::count(n, width)});
   const Tables<A> tables(data_of<A>(all), n, width, m);
@@ -114,8 +114,8 @@ TailResult run_tail(const Tensor& z, const MapInfo& info, const OptionalTensor& 
          *variances = means + width;
 
   const CellPass<A> cell(w, h, c, tables, n, width, tanh_output, new_h, new_c);
-  const Normalise<T> normalise{info.shape, z_reader.map, s_reader.map, map_writer<T>(y, info),       norm.shift,
-                               scale,      offset,       relu,         mask_map<uint8_t>(mask, info)};
+  const Normalise<T> normalise{info.shape, z_reader.map, s_reader.map, map_writer<T>(y, info),
+                               norm.shift, scale,        offset,       relu};
   const auto use_statistics = [&] {
     map_kernels<T>().split_mean(means, width, norm.shift, norm.d);
     for (int64_t ch = 0; ch < width; ++ch) norm.rstd[ch] = static_cast<A>(1 / std::sqrt(variances[ch] + eps));
@@ -162,7 +162,7 @@ TailResult run_tail(const Tensor& z, const MapInfo& info, const OptionalTensor& 
       finish(chunk, norm.shift);
     });
   }
-  return {y, new_h, new_c, all, mean, var, mask};
+  return {y, new_h, new_c, all, mean, var, empty_mask(false, z, info)};
 }
 
 TailResult tail(Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c, OptionalTensor gamma,
@@ -173,9 +173,9 @@ TailResult tail(Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTen
   const MapInfo info = map_info(z, channel_dim);
   check_step(z, info, shortcut, h, c, w);
   check_norm(z, info, gamma, beta, mean, var);
+  check_no_mask(keep_mask);
   return with_map_type(z, [&]<class T>() {
-    return run_tail<T>(z, info, shortcut, dense(h), dense(c), gamma, beta, mean, var, eps, w, relu, tanh_output,
-                       keep_mask);
+    return run_tail<T>(z, info, shortcut, dense(h), dense(c), gamma, beta, mean, var, eps, w, relu, tanh_output);
   });
 }
 
@@ -183,8 +183,7 @@ TailResult tail(Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTen
 struct GivenGradient {
   OptionalTensor dy, dh, dc;
   Tensor z;
-  ReluResult relu;  // of the result, if it ended in a ReLU
-  OptionalTensor h, c;
+  OptionalTensor y, h, c;  // y: the result, if it ended in a ReLU
   Tensor new_c, tables;
   OptionalTensor gamma, beta;
   Weights weights;
@@ -211,11 +210,10 @@ Tensor map_if(bool wanted, const Tensor& like, const MapInfo& info) {
   return wanted ? empty_map(like, info) : empty_strided({0}, {1}, like, dtype_code(like));
 }
 
-// What the second sweep reads: g, or dy with the y or the mask that belongs to it, and z. Absent ones have no data.
+// What the second sweep reads: g, or dy with the y that masks it, and z. Absent ones have no data.
 template <class T>
 struct Sources {
   Map<const T> dy, y, z;
-  Map<const uint8_t> mask;
 };
 
 // The first sweep of the gradient: reads dy, y and z, writes g = dy masked (the shortcut's gradient), and goes on from
@@ -237,8 +235,7 @@ class Reduction {
         norm_(norm_tables<A>(given.tables, samples_, width_)),
         affine_(given.gamma, given.beta),
         dy_(given.dy, given.info),
-        y_(has_dy_ ? given.relu.y : std::nullopt, given.info),
-        mask_(mask_map(has_dy_ ? given.relu.mask : std::nullopt, given.info)),
+        y_(has_dy_ ? given.y : std::nullopt, given.info),
         z_(given.z, given.info),
         sums_(empty_table<A>(given.z, {2 * samples_ * width_})),
         reduce_{given.info.shape,
@@ -248,8 +245,7 @@ class Reduction {
                 need_shortcut ? map_writer<T>(dshortcut, given.info) : Map<T>{},
                 norm_.shift,
                 data_of<A>(sums_),
-                data_of<A>(sums_) + samples_ * width_,
-                mask_} {
+                data_of<A>(sums_) + samples_ * width_} {
     if (has_dy_) return;
     std::fill(reduce_.s0, reduce_.s0 + 2 * samples_ * width_, A(0));
     if (need_shortcut) torch::stable::fill_(dshortcut, 0.0);
@@ -292,8 +288,8 @@ class Reduction {
 
   // Of the second sweep: what was written as g need not be made again from dy and y.
   Sources<T> sources() const {
-    if (has_dy_ && reduce_.g.data != nullptr) return {{reduce_.g.data, reduce_.g.strides}, {}, z_.map, {}};
-    return {dy_.map, y_.map, z_.map, mask_};
+    if (has_dy_ && reduce_.g.data != nullptr) return {{reduce_.g.data, reduce_.g.strides}, {}, z_.map};
+    return {dy_.map, y_.map, z_.map};
   }
 
   Tensor dshortcut;
@@ -305,7 +301,6 @@ class Reduction {
   NormTables<A> norm_;
   Affine<A> affine_;
   OptionalMapReader<T> dy_, y_;
-  Map<const uint8_t> mask_;
   MapReader<T> z_;
   Tensor sums_;
   ReduceNormGradient<T> reduce_;
@@ -354,11 +349,11 @@ class Spreading {
           offset_[at] = factor * pooled;
         }
     });
-    const auto& [dy, y, z, mask] = sources_;
+    const auto& [dy, y, z] = sources_;
     if (shares_ != nullptr)
-      run_spread(SpreadNormGradient<T>{shape_, dy, y, z, to_, norm_.shift, scale_, slope_, offset_, mask}, chunk);
+      run_spread(SpreadNormGradient<T>{shape_, dy, y, z, to_, norm_.shift, scale_, slope_, offset_}, chunk);
     else
-      run_spread_gradient(SpreadGradient<T>{shape_, dy, y, to_, scale_, offset_, mask}, chunk);
+      run_spread_gradient(SpreadGradient<T>{shape_, dy, y, to_, scale_, offset_}, chunk);
   }
 
   Tensor dz;
@@ -436,13 +431,13 @@ GivenGradient given_gradient(OptionalTensor dy, OptionalTensor dh, OptionalTenso
                              OptionalTensor beta, const Weights& w, int64_t channel_dim, bool relu, bool tanh_output) {
   const MapInfo info = map_info(z, channel_dim);
   check_step_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables,
-                      NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu);
+                      NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu, false);
   check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
   return {dy,
           dense(dh),
           dense(dc),
           z,
-          ReluResult(relu ? y : std::nullopt),
+          relu ? y : std::nullopt,
           dense(h),
           dense(c),
           dense(new_c),
@@ -530,7 +525,7 @@ Tensor tail_spread(OptionalTensor dy, OptionalTensor y, Tensor z, Tensor new_h, 
   const ScalarType dtype = compute_scalar_type(z);
   const int64_t n = info.shape.samples, width = info.shape.channels;
   if (dy) check_map("dy", *dy, z);
-  check_relu_result(y, z, info);
+  if (y) check_map("y", *y, z);
   check_table("new_h", new_h, {n, width}, dtype, z);
   check_table("dp", dp, {n, width}, dtype, z);
   check_table("shares", shares, {2, width}, dtype, z);
@@ -541,11 +536,10 @@ Tensor tail_spread(OptionalTensor dy, OptionalTensor y, Tensor z, Tensor new_h, 
   return with_map_type(z, [&]<class T>() {
     using A = Compute<T>;
     const Tensor h = dense(new_h), p = dense(dp), all = dense(tables), share = dense(shares);
-    const ReluResult relu(dy ? y : std::nullopt);
-    const OptionalMapReader<T> dy_reader(dy, info), y_reader(relu.y, info);
+    const OptionalMapReader<T> dy_reader(dy, info), y_reader(dy ? y : std::nullopt, info);
     const MapReader<T> z_reader(z, info);
-    Spreading<T> spreading({dy_reader.map, y_reader.map, z_reader.map, mask_map(relu.mask, info)}, z, info, all, gamma,
-                           data_of<A>(h), data_of<A>(p), data_of<A>(share));
+    Spreading<T> spreading({dy_reader.map, y_reader.map, z_reader.map}, z, info, all, gamma, data_of<A>(h),
+                           data_of<A>(p), data_of<A>(share));
     spreading.start();
     for_chunks(n, 0, 0, [&](Chunk chunk) { spreading.run(chunk); });
     return spreading.dz;

@@ -306,7 +306,7 @@ StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
                             bool need_shortcut, bool need_state, bool need_parameters) {
   const MapInfo info = map_info(x, channel_dim);
   const Weights w{w1, w2, v1, v2};
-  check_step_gradient(dy, dh, dc, x, info, y, h, c, new_c, tables, 0, w, relu);
+  check_step_gradient(dy, dh, dc, x, info, y, h, c, new_c, tables, 0, w, relu, true);
   const GradientArguments given{dy, dh, dc, x, ReluResult(relu ? y : std::nullopt), h, c, new_c, tables};
   return with_gpu_type(x, [&]<class T>() -> StepGradients {
     GpuCall call(x, info, w1.size(0));
@@ -472,7 +472,7 @@ TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
   const MapInfo info = map_info(z, channel_dim);
   const Weights w{w1, w2, v1, v2};
   check_step_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables,
-                      NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu);
+                      NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu, true);
   check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
   const GradientArguments given{dy, dh, dc, z, ReluResult(relu ? y : std::nullopt), h, c, new_c, tables};
   return with_gpu_type(z, [&]<class T>() {
