@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from two_blocks import assert_as_accurate, captured, errors, results
 
-from dia_kernels import CELLS, SharedAttention, backends, create_attention, models, operators
+from dia_kernels import CELLS, SharedAttention, backends, create_attention, masks, models, operators
 
 pytestmark = [
     pytest.mark.gpu,
@@ -162,6 +162,34 @@ def test_in_place(layouts):
         y, _ = attention(x, shortcut=s, activation="relu", inplace=True)
         assert y.data_ptr() == x.data_ptr()
         assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "running"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_from_a_mask(dtype, channels_last, norm, layouts, monkeypatch):
+    """The bits of the one from the result."""
+    shape = (33, 64, 16, 16)
+    attention = SharedAttention(64, 4, backend="cuda").cuda()
+    module = None if norm == "none" else nn.BatchNorm2d(64).cuda().train(norm == "batch")
+    found = results(attention, copy.deepcopy(module), *maps(shape, dtype, channels_last))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        attention(maps(shape, dtype, channels_last)[0], activation="relu", norm=copy.deepcopy(module))
+    assert torch.uint8 in kept
+    monkeypatch.setattr(operators.native, "masked_dtypes", {})
+    for name, value in results(attention, copy.deepcopy(module), *maps(shape, dtype, channels_last)).items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_mask_on_the_card(channels_last):
+    x, s = (t.detach() for t in maps((5, 24, 9, 8), torch.bfloat16, channels_last))
+    x[0, 0, 0, :3] = torch.tensor([0.0, float("nan"), -1.0])
+    weights = [p.detach().cuda() for p in SharedAttention(24, 3).lstm_parameters()]
+    y, *_, mask = operators.native.step(x, s, None, None, *weights, 1, True, False, True, True)
+    assert torch.equal(mask, masks.make(y, 1))
+    torch.library.opcheck(operators.native.step, (x, s, None, None, *weights, 1, True, False, True, True))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
