@@ -51,9 +51,9 @@ def make(y: Tensor, channel_dim: int) -> Tensor:
     return (passed.to(torch.uint8) << places).sum(1, dtype=torch.uint8)
 
 
-def as_result(y: Tensor | None, x: Tensor, channel_dim: int) -> Tensor | None:
+def as_result(y: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     """A result or, for its mask, a map like ``x`` that stands for it: 1 where the ReLU let a value through, else 0."""
-    if y is None or y.dtype != torch.uint8:
+    if y.dtype != torch.uint8:
         return y
     places = torch.arange(VALUES, dtype=torch.uint8, device=y.device)
     passed = (y[:, None] >> places & 1).to(x.dtype)

@@ -125,7 +125,7 @@ def _reference_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
     *weights, channel_dim, relu, tanh_output, need_x, need_shortcut, need_state, need_parameters = rest
     parameters = _with_weights(weights)
     n, m = x.shape[0], parameters.input_reduce_weight.shape[0]
-    y = masks.as_result(y, x, channel_dim)
+    y = None if y is None else masks.as_result(y, x, channel_dim)
     p, trace = _unpack(tables, n, channels(x, channel_dim), m, new_c, tanh_output)
     with torch.autocast(x.device.type, enabled=False):
         dx, dshortcut, _, dh, dc, dparameters = reference.step_backward(
@@ -181,7 +181,7 @@ def _reference_tail_sums(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *re
     *weights, channel_dim, relu, tanh_output = rest
     parameters = _with_weights(weights)
     n, width, m = z.shape[0], channels(z, channel_dim), parameters.input_reduce_weight.shape[0]
-    y = masks.as_result(y, z, channel_dim)
+    y = None if y is None else masks.as_result(y, z, channel_dim)
     cell, mean, rstd = _norm_tables(z, tables, channel_dim)
     p, trace = _unpack(cell, n, width, m, new_c, tanh_output)
     with torch.autocast(z.device.type, enabled=False):
