@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "simulated"
 TORCH = Path(torch.__file__).parent
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-SHARED_BYTES = 48 << 10
+SHARED_BYTES = 64 << 10
 #: Of a block of kernels that make tables, which are compiled for so many.
 TABLE_THREADS = 256
 

@@ -26,7 +26,7 @@ MOST_SPILLED, MOST_SPILLED_BY_SWEEPS_AND_TILES = 16, 96
 NAMES = (
     *("Reduce", "Spread", "WeightGradients"),
     *("BottleneckSums", "JoinParts", "CellStates", "BottleneckGradientSums", "CellGradients"),
-    *("BatchStatistics", "GivenStatistics", "MeanGradients", "NormGradients", "Rectify", "SplitMeans"),
+    *("BatchStatistics", "GivenStatistics", "MeanGradients", "NormGradients", "Rectify"),
     *("SplitGateGradients", "SplitGates", "TrackStatistics"),
 )
 SWEEPS = ("Reduce", "Spread")

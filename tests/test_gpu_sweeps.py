@@ -176,6 +176,7 @@ def test_statistics_of_a_batch_keep_their_digits(mean, interleaved):
     gamma, beta = torch.randn(2, 40, generator=g)
     given = {"first": moments["first"], "rest": moments["rest"], "squares": moments["product"], "sum": moments["sum"]}
     found = {name: vector() for name in ("shift", "d", "scale", "bias", "rstd", "mean", "var")}
+    found |= {"off": table(), "p": table()}
     layout.tables_kernel("batch_statistics", given | {"gamma": gamma, "beta": beta}, found, eps=1e-6)
     true_mean, true_var = x.mean((0, 2)), x.var((0, 2), unbiased=False)
     close = {"rtol": 1e-4, "atol": 0.0}
@@ -186,9 +187,11 @@ def test_statistics_of_a_batch_keep_their_digits(mean, interleaved):
     torch.testing.assert_close(found["shift"].double(), true_mean, rtol=2**-23, atol=1e-8)
     assert torch.equal(found["mean"], found["shift"])
     assert (found["shift"].double() + found["d"].double() - true_mean).abs().max() < 1e-9 + 1e-13 * mean
-    # About the mean itself these sums are small, and yet have their digits.
-    about_shift = (x - found["shift"].double()[:, None]).sum(2)
-    torch.testing.assert_close(given["sum"].double(), about_shift, rtol=1e-4, atol=1e-6)
+    # About the mean itself these means are small, and yet have their digits; and so have those behind the norm.
+    about_mean = (x - x.mean((0, 2), keepdim=True)).mean(2)
+    torch.testing.assert_close(found["off"].double(), about_mean, rtol=1e-4, atol=1e-8)
+    p = about_mean * found["scale"].double() + found["bias"].double()
+    torch.testing.assert_close(found["p"].double(), p, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

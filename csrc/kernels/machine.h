@@ -9,9 +9,12 @@
 //   load(p) store(p, v) load_pack(p) store_pack   global memory; a pack is sixteen aligned bytes
 //   widen(element) narrow<T>(float)               conversions
 //   exp(x) tanh(x) sqrt(x)
-//   left(array, at, pitch) right(array, at, pitch)
-//                                                 what a lane needs of eight terms (rows of `pitch` floats in shared
-//                                                 memory from `at` on) of sixteen elements, and of eight
+//   copy<count>(array, i, from, there)            begins to copy one or four floats of global memory to [i] of shared
+//                                                 memory, of which the first `there` are read, the others zero
+//   commit_copies()                               those begun since the last time are a group
+//   wait_copies<n>()                              until this thread's groups are there, but for the last n
+//   left(array, at, element, term) right(...)     what a lane needs of eight terms of sixteen elements, and of eight,
+//                                                 in shared memory from `at` on, so many floats apart each
 //   multiply(large, small, left, right)           adds the product, sixteen by eight, to four sums of each lane, of
 //                                                 piece_row(m, k) and piece_column(m, k). Both arrays of sums together
 //                                                 are the result; the whole warp comes here together
@@ -70,17 +73,17 @@ DIA_DEVICE int piece_column(const M& m, int k) {
 }
 
 // The sides of such a product in plain arithmetic, for a Machine without tensor cores: a lane's two rows, or two
-// columns, of all eight terms.
+// columns, from `first` and `second` on, of all eight terms.
 struct PlainSide {
   float values[2][8];
 };
 template <class Array>
-DIA_DEVICE PlainSide plain_side(const Array& memory, int at, int pitch, int first, int second) {
+DIA_DEVICE PlainSide plain_side(const Array& memory, int first, int second, int term) {
   PlainSide side;
   DIA_UNROLL
-  for (int term = 0; term < 8; ++term) {
-    side.values[0][term] = memory[at + term * pitch + first];
-    side.values[1][term] = memory[at + term * pitch + second];
+  for (int k = 0; k < 8; ++k) {
+    side.values[0][k] = memory[first + k * term];
+    side.values[1][k] = memory[second + k * term];
   }
   return side;
 }

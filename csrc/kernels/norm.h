@@ -10,7 +10,7 @@
 // A float of d_n would do for values of the map, not for the means p, which are smaller by the root of HW.
 //
 // The kernels give a block a sector of channels and its threads a part of the samples each, added in a fixed order: the
-// same bits every time. Tables of (N, C) are read twice.
+// same bits every time.
 #pragma once
 
 #include "../core/tracked.h"
@@ -22,18 +22,23 @@ struct ChannelAffine {
   const float *shift, *d, *scale, *bias;  // (C)
 };
 
-// The affine, and where each sample's means of (z - shift) - d go, (N, C): the gradient of the scale needs them.
-struct NormedMeans {
+// Where the means of x go, (N, C): those of the map itself; or where it comes from a norm, and `off` is there, those
+// behind the norm's affine, with each sample's means of (z - shift) - d in `off`, which the gradient of the scale
+// needs.
+struct Means {
+  float *p, *off;
   ChannelAffine affine;
-  float* off;
 };
 
-// The mean of x from that of z - shift; keeps what the gradient needs.
+// Puts the mean of x, from that of x or of z - shift.
 template <class M>
-DIA_DEVICE float normed_mean(M& m, const NormedMeans& norm, int channel, int64_t at, float mean) {
-  const float off = mean - m.load(norm.affine.d + channel);
-  m.store(norm.off + at, off);
-  return off * m.load(norm.affine.scale + channel) + m.load(norm.affine.bias + channel);
+DIA_DEVICE void put_mean(M& m, const Means& means, int channel, int64_t at, float mean) {
+  if (means.off != nullptr) {
+    const float off = mean - m.load(means.affine.d + channel);
+    m.store(means.off + at, off);
+    mean = off * m.load(means.affine.scale + channel) + m.load(means.affine.bias + channel);
+  }
+  m.store(means.p + at, mean);
 }
 
 // x h = (z - shift) (scale h) + this.
@@ -86,9 +91,9 @@ constexpr int64_t norm_shared_bytes(int threads) { return threads / 32 * kNormCh
 struct BatchStatistics {
   int samples, channels, positions;
   float eps;
-  const float *first, *rest, *squares;                  // (N, C), f_n, what rounding took off the sum, and m2_n
-  float* sum;                                           // (N, C), about f_n; left here about the shift
+  const float *first, *sum, *rest, *squares;            // (N, C): f_n, the sum about it, what rounding took off, m2_n
   const float *gamma, *beta;                            // (C), or null for 1 and 0
+  float *off, *p;                                       // (N, C): the means of (z - shift) - d, and of x
   float *shift, *d, *scale, *bias, *rstd, *mean, *var;  // (C)
 };
 
@@ -117,16 +122,23 @@ DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
       const int64_t at = row_at(n, args.channels) + channel;
       const double about = about_origin(at), apart = about / positions - off;
       squares += static_cast<double>(m.load(args.squares + at)) + positions * apart * apart;
-      m.store(args.sum + at, static_cast<float>(about + positions * (origin - static_cast<double>(shift))));
+      m.store(args.off + at, static_cast<float>(apart));
     }
     const float var = static_cast<float>(sum_of_channel(m, scratch, squares) / count);
-    if (!writes_channel(m) || !there) return;
+    if (!there) return;
     const float rstd = 1.0f / M::sqrt(var + args.eps);
+    const float scale = args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd;
+    const float bias = args.beta != nullptr ? m.load(args.beta + channel) : 0.0f;
+    for (int n = samples.begin; n < samples.end; ++n) {
+      const int64_t at = row_at(n, args.channels) + channel;
+      m.store(args.p + at, m.load(args.off + at) * scale + bias);
+    }
+    if (!writes_channel(m)) return;
     m.store(args.shift + channel, shift);
     m.store(args.d + channel, static_cast<float>(d));
     m.store(args.rstd + channel, rstd);
-    m.store(args.scale + channel, args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd);
-    m.store(args.bias + channel, args.beta != nullptr ? m.load(args.beta + channel) : 0.0f);
+    m.store(args.scale + channel, scale);
+    m.store(args.bias + channel, bias);
     m.store(args.mean + channel, shift);
     m.store(args.var + channel, var);
   });

@@ -2,18 +2,18 @@
 //
 // A block of kTableThreads makes a tile of kRows x kColumns, a warp a part of it in pieces of 16 x 8 (multiply(), see
 // machine.h: on the tensor cores, as exact as in float32). Tiles so small that four warps are enough for all pieces
-// have two groups of warps, which take the terms in turns and add up at the end, in order. A stage of terms of both
-// sides lies in shared memory while the next one is on its way in registers, so there is one barrier a stage. Each
-// stage has sums of its own, which are added to those of all: tensor cores round their sums towards zero.
+// have two groups of warps, which take the terms in turns and add up at the end, in order. Stages of terms of both
+// sides lie in shared memory, where they are copied to without a register between, the next ones while one is used:
+// one barrier a stage. Each stage has sums of its own, which are added to those of all: tensor cores round their sums
+// towards zero.
 //
-// What the sides are, and what becomes of the results, the caller says: the cell's products need no launch of their own
-// for what lies between them. A side is asked twice: for what it loads, and, when the stage before is done, for what it
-// makes of that. In one go every load would be waited for before the next. Loads know no conditions: what lies outside
-// of a table is loaded from its edge and made zero of. (With a branch around each of them, products were two to three
-// times as slow on an H100.)
+// Where the memory allows it four neighbouring values are copied at once. What lies outside of a table is not read, and
+// zero.
 //
-// Before, each thread had 4 x 4 results and multiplied in float32: 10 to 17 TFLOP/s of an H100's 67, as two reads of
-// shared memory went with sixteen multiply-adds.
+// Before, values were loaded a stage ahead into registers, one by one, and stored from there: of some 450 instructions
+// of a warp for a stage 300 were for that, five for each instruction of the tensor cores; the kernels were bound by
+// their issue. Before that, each thread had 4 x 4 results and multiplied in float32: 10 to 17 TFLOP/s of an H100's 67,
+// as two reads of shared memory went with sixteen multiply-adds.
 #pragma once
 
 #include "machine.h"
@@ -23,50 +23,79 @@ namespace dia::kernels {
 // Threads of a block of kernels that make tables.
 constexpr int kTableThreads = 256;
 
-// A side whose values are loaded as they are: `load(element, term)` of `size` elements from `first` on, zero behind
-// them.
-template <class Load>
-struct Plain {
-  using Raw = float;
+// A side of `size` elements, of which the tile's begin at `first`: at(element, term) is where a value lies. It grows
+// evenly with the term, and with every fourth element. `four`: whether four values that are neighbours in memory may be
+// copied at once, the first of them a multiple of four.
+template <class At>
+struct Operand {
   int first, size;
-  Load at;
-  DIA_DEVICE Raw load(int element, int term) const { return at(least(first + element, size - 1), term); }
-  DIA_DEVICE float make(Raw raw, int element, int, bool) const { return first + element < size ? raw : 0.0f; }
+  bool four;
+  At at;
+};
+template <class At>
+Operand(int, int, bool, At) -> Operand<At>;
+
+// Whether rows of so many floats begin sixteen bytes, in a table that begins there.
+DIA_DEVICE bool in_fours(const float* table, int row) {
+  return row % 4 == 0 && reinterpret_cast<uintptr_t>(table) % 16 == 0;
+}
+
+// One side of a product, as a thread copies its share of a stage. What is adjacent in memory, terms if kAlong, else
+// elements, is so in shared memory too; rows have a gap that keeps their banks apart. A thread's items lie in the same
+// column, some rows apart: where it copies from is found out once, and then moved on.
+template <int kSize, int kTerms, bool kAlong>
+class Side {
+  static constexpr int kNear = kAlong ? kTerms : kSize, kFar = kAlong ? kSize : kTerms;
+  static constexpr int kPitch = kNear + (kAlong ? 4 : 8);
+  // Rows from one item to the next, of so many values.
+  template <int kValues>
+  static constexpr int kStep = kTableThreads * kValues / kNear;
+
+ public:
+  static constexpr int kFloats = kFar * kPitch;
+  // From one element to the next in shared memory, and from one term.
+  static constexpr int kElement = kAlong ? kPitch : 1, kTerm = kAlong ? 1 : kPitch;
+
+  // From term `first` on.
+  template <class M, class At>
+  DIA_DEVICE Side(M& m, int first, const Operand<At>& of)
+      : four_(of.four),
+        near_(four_ ? m.thread() % (kNear / 4) * 4 : m.thread() % kNear),
+        far_(four_ ? m.thread() / (kNear / 4) : m.thread() / kNear),
+        elements_(of.size - of.first) {
+    const int element = of.first + (kAlong ? far_ : near_), term = first + (kAlong ? near_ : far_);
+    const int step = four_ ? kStep<4> : kStep<1>;
+    from_ = of.at(element, term);
+    by_item_ = (kAlong ? of.at(element + step, term) : of.at(element, term + step)) - from_;
+    by_stage_ = kAlong ? kTerms : of.at(element, term + kTerms) - from_;
+  }
+
+  // Begins to copy the next stage to `begin` in shared memory; `terms` are left.
+  template <class M, class Array>
+  DIA_DEVICE void copy(M& m, const Array& memory, int begin, int terms) {
+    if (four_)
+      copy_by<4>(m, memory, begin, terms);
+    else
+      copy_by<1>(m, memory, begin, terms);
+    from_ += by_stage_;
+  }
 
  private:
-  DIA_DEVICE static int least(int a, int b) { return a < b ? a : b; }
-};
-template <class Load>
-Plain(int, int, Load) -> Plain<Load>;
-
-// One side's part of a stage. Neighbouring lanes read what is adjacent in memory: terms if kAlong, in runs of eight,
-// which also keeps their banks apart; else elements.
-template <int kSize, int kTerms, bool kAlong, class Raw>
-struct Side {
-  static constexpr int kCount = kSize * kTerms / kTableThreads, kPitch = kSize + 8;
-  Raw raws[kCount]{};
-
-  DIA_DEVICE static int element_of(int item) { return kAlong ? item / 8 % kSize : item % kSize; }
-  DIA_DEVICE static int term_of(int item) { return kAlong ? item % 8 + item / 8 / kSize * 8 : item / kSize; }
-
-  template <class M, class Of>
-  DIA_DEVICE void fetch(M& m, int first, int end, const Of& of) {
+  template <int kValues, class M, class Array>
+  DIA_DEVICE void copy_by(M& m, const Array& memory, int begin, int terms) const {
+    static_assert(kFar % kStep<kValues> == 0);
+    const int left = (kAlong ? terms : elements_) - near_, rows = (kAlong ? elements_ : terms) - far_;
+    const int there = left < 0 ? 0 : left < kValues ? left : kValues;
     DIA_UNROLL
-    for (int t = 0; t < kCount; ++t) {
-      const int item = m.thread() + t * kTableThreads, term = first + term_of(item);
-      raws[t] = of.load(element_of(item), term < end ? term : end - 1);
-    }
+    for (int t = 0; t < kFar / kStep<kValues>; ++t)
+      m.template copy<kValues>(memory, begin + (far_ + t * kStep<kValues>)*kPitch + near_, from_ + t * by_item_,
+                               t * kStep<kValues> < rows ? there : 0);
   }
-  template <class M, class Array, class Of>
-  DIA_DEVICE void put(M& m, const Array& memory, int begin, int first, int end, const Of& of) const {
-    DIA_UNROLL
-    for (int t = 0; t < kCount; ++t) {
-      const int item = m.thread() + t * kTableThreads, term = first + term_of(item);
-      const bool there = term < end;
-      const float value = of.make(raws[t], element_of(item), there ? term : end - 1, there);
-      memory[begin + term_of(item) * kPitch + element_of(item)] = there ? value : 0.0f;
-    }
-  }
+
+  bool four_;
+  int near_, far_, elements_;
+  const float* from_;
+  int64_t by_item_, by_stage_;
 };
 
 // A tile. `add` a product, or several of the same shape, then `finish`; all threads of the block come to both.
@@ -83,12 +112,25 @@ class TileProduct {
   static constexpr int kWarpRows = kRows / (kDown * kPieceRows), kWarpColumns = kColumns / (kAcross * kPieceColumns);
   static constexpr int kGroups = kWarps / (kWarpRows * kWarpColumns);
   static_assert(kGroups * kWarpRows * kWarpColumns == kWarps);
-  static constexpr int kLeftPitch = kRows + 8, kRightPitch = kColumns + 8, kResultPitch = kColumns + 8;
+  static constexpr int kResultPitch = kColumns + 8;
+  static constexpr int most(int a, int b) { return a > b ? a : b; }
 
  public:
   static constexpr int kTerms = kGroups > 1 ? 64 : 32;
-  static constexpr int kStage = kTerms * (kLeftPitch + kRightPitch);  // floats
-  static constexpr int kFloats = 2 * kStage;                          // of shared memory
+
+ private:
+  template <bool kAlong>
+  using Left = Side<kRows, kTerms, kAlong>;
+  template <bool kAlong>
+  using Right = Side<kColumns, kTerms, kAlong>;
+  // Of the left side, and of both, in floats: the larger of both ways to lie.
+  static constexpr int kLeft = most(Left<true>::kFloats, Left<false>::kFloats);
+  static constexpr int kStage = kLeft + most(Right<true>::kFloats, Right<false>::kFloats);
+  // Stages in shared memory at a time. Of the largest tile two: a stage of it takes longer than a copy.
+  static constexpr int kStages = kRows > 32 ? 2 : 3;
+
+ public:
+  static constexpr int kFloats = kStages * kStage;  // of shared memory
   static_assert(kGroups * kRows * kResultPitch <= kFloats);
 
   template <class M>
@@ -96,28 +138,28 @@ class TileProduct {
     const int own = m.warp() % (kWarpRows * kWarpColumns);
     group_ = m.warp() / (kWarpRows * kWarpColumns);
     row_ = own / kWarpColumns * (kDown * kPieceRows), column_ = own % kWarpColumns * (kAcross * kPieceColumns);
-    m.sync_block();  // the tile before may still be read
   }
 
-  // The product over the terms of `inner`. `left` has load(row, term) and make(raw, row, term, there), `right` the same
-  // of columns; what is not there is asked for at the edge.
-  template <bool kLeftAlong, bool kRightAlong, class M, class Array, class Left, class Right>
-  DIA_DEVICE void add(M& m, const Array& memory, Part inner, const Left& left, const Right& right) {
-    using LeftSide = Side<kRows, kTerms, kLeftAlong, typename Left::Raw>;
-    using RightSide = Side<kColumns, kTerms, kRightAlong, typename Right::Raw>;
-    static_assert(LeftSide::kPitch == kLeftPitch && RightSide::kPitch == kRightPitch);
-    constexpr int kRight = kTerms * kLeftPitch;
-    LeftSide left_side;
-    RightSide right_side;
-    if (inner.begin < inner.end)
-      left_side.fetch(m, inner.begin, inner.end, left), right_side.fetch(m, inner.begin, inner.end, right);
-    for (int first = inner.begin; first < inner.end; first += kTerms, stage_ = kStage - stage_) {
-      left_side.put(m, memory, stage_, first, inner.end, left);
-      right_side.put(m, memory, stage_ + kRight, first, inner.end, right);
+  // The product over the terms of `inner`, whose begin is a multiple of four. kLeftAlong: terms are neighbours in the
+  // left side's memory, else its elements are.
+  template <bool kLeftAlong, bool kRightAlong, class M, class Array, class OfLeft, class OfRight>
+  DIA_DEVICE void add(M& m, const Array& memory, Part inner, const OfLeft& left, const OfRight& right) {
+    Left<kLeftAlong> left_side(m, inner.begin, left);
+    Right<kRightAlong> right_side(m, inner.begin, right);
+    const auto copy = [&](int stage) {
+      const int terms = inner.end - inner.begin - stage * kTerms, begin = stage % kStages * kStage;
+      if (terms > 0) left_side.copy(m, memory, begin, terms), right_side.copy(m, memory, begin + kLeft, terms);
+      m.commit_copies();
+    };
+    m.sync_block();  // what was there may still be read
+    DIA_UNROLL
+    for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
+    for (int stage = 0; inner.begin + stage * kTerms < inner.end; ++stage) {
+      m.template wait_copies<kStages - 2>();
       m.sync_block();
-      if (first + kTerms < inner.end)
-        left_side.fetch(m, first + kTerms, inner.end, left), right_side.fetch(m, first + kTerms, inner.end, right);
-      add_stage(m, memory, inner.end - first);
+      copy(stage + kStages - 1);
+      add_stage<Left<kLeftAlong>, Right<kRightAlong>>(m, memory, stage % kStages * kStage,
+                                                      inner.end - inner.begin - stage * kTerms);
     }
   }
 
@@ -154,10 +196,9 @@ class TileProduct {
   }
 
  private:
-  // A stage, of which the first `terms` are not zero.
-  template <class M, class Array>
-  DIA_DEVICE void add_stage(M& m, const Array& memory, int terms) {
-    constexpr int kRight = kTerms * kLeftPitch;
+  // A stage that begins at `begin`, of which the first `terms` are not zero.
+  template <class LeftSide, class RightSide, class M, class Array>
+  DIA_DEVICE void add_stage(M& m, const Array& memory, int begin, int terms) {
     float large[kDown][kAcross][4] = {}, small[kDown][kAcross][4] = {};
     DIA_UNROLL_BY(2)
     for (int step = 0; step < kTerms / (kPieceTerms * kGroups); ++step) {
@@ -167,10 +208,13 @@ class TileProduct {
       typename M::Right b[kAcross];
       DIA_UNROLL
       for (int i = 0; i < kDown; ++i)
-        a[i] = m.left(memory, stage_ + term * kLeftPitch + row_ + i * kPieceRows, kLeftPitch);
+        a[i] = m.left(memory, begin + term * LeftSide::kTerm + (row_ + i * kPieceRows) * LeftSide::kElement,
+                      LeftSide::kElement, LeftSide::kTerm);
       DIA_UNROLL
       for (int j = 0; j < kAcross; ++j)
-        b[j] = m.right(memory, stage_ + kRight + term * kRightPitch + column_ + j * kPieceColumns, kRightPitch);
+        b[j] = m.right(memory,
+                       begin + kLeft + term * RightSide::kTerm + (column_ + j * kPieceColumns) * RightSide::kElement,
+                       RightSide::kElement, RightSide::kTerm);
       DIA_UNROLL
       for (int i = 0; i < kDown; ++i) {
         DIA_UNROLL
@@ -187,7 +231,7 @@ class TileProduct {
     }
   }
 
-  int group_, row_, column_, stage_ = 0;
+  int group_, row_, column_;
   float sums_[kDown][kAcross][4] = {};
 };
 

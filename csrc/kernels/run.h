@@ -7,8 +7,8 @@
 
 namespace dia::kernels {
 
-template <class M, bool kAffine>
-DIA_DEVICE void run(M& m, const BottleneckSums<kAffine>& args) {
+template <class M>
+DIA_DEVICE void run(M& m, const BottleneckSums& args) {
   bottleneck_sums(m, args);
 }
 template <class M, bool kAffine>
@@ -64,10 +64,6 @@ DIA_DEVICE void run(M& m, const Rectify& args) {
   rectify(m, args);
 }
 template <class M, bool kAffine>
-DIA_DEVICE void run(M& m, const SplitMeans<kAffine>& args) {
-  split_means(m, args);
-}
-template <class M, bool kAffine>
 DIA_DEVICE void run(M& m, const SplitGates<kAffine>& args) {
   split_gates(m, args);
 }
@@ -79,8 +75,8 @@ DIA_DEVICE void run(M& m, const SplitGateGradients<kAffine>& args) {
 // Whether a kernel's blocks make tiles of products, by just kTableThreads threads.
 template <class Args>
 constexpr bool kHasTiles = false;
-template <bool kAffine>
-constexpr bool kHasTiles<BottleneckSums<kAffine>> = true;
+template <>
+constexpr bool kHasTiles<BottleneckSums> = true;
 template <bool kAffine>
 constexpr bool kHasTiles<CellStates<kAffine>> = true;
 template <>

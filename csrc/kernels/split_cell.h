@@ -1,6 +1,6 @@
 // The cell where a BLAS does its products: what lies between them, an element to a thread.
 //
-//     forward    p | z = rectify(b + W1 p) | products = W2x zx + W2h zh | split_gates
+//     forward    z = rectify(b + W1 p) | products = W2x zx + W2h zh | split_gates
 //     backward   split_gate_gradients | dz = rectify(du W2) where z > 0 | dp, dh = dz W1
 //
 // Right where the cell's arithmetic outweighs the map (C = 2048 at r = 4: see the plan).
@@ -15,24 +15,6 @@ template <class M, class Body>
 DIA_DEVICE void for_elements(M& m, int64_t count, Body body) {
   const int64_t threads = static_cast<int64_t>(m.blocks()) * m.threads();
   for (int64_t k = static_cast<int64_t>(m.block()) * m.threads() + m.thread(); k < count; k += threads) body(k);
-}
-
-// The means (N, C) from the sweep's sums, through the norm if there is one.
-template <bool kAffine>
-struct SplitMeans {
-  int samples, channels, positions;
-  const float* sum;
-  NormedMeans norm;  // with kAffine
-  float* p;
-};
-
-template <class M, bool kAffine>
-DIA_DEVICE void split_means(M& m, const SplitMeans<kAffine>& args) {
-  for_elements(m, row_at(args.samples, args.channels), [&](int64_t k) {
-    const float mean = m.load(args.sum + k) / static_cast<float>(args.positions);
-    const int channel = static_cast<int>(k % args.channels);
-    m.store(args.p + k, kAffine ? normed_mean(m, args.norm, channel, k, mean) : mean);
-  });
 }
 
 // In place: a bottleneck's product and bias through its ReLU, forward by its own value, backward by `z`.

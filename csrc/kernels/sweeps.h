@@ -15,6 +15,7 @@
 #pragma once
 
 #include "gradient.h"
+#include "norm.h"
 #include "walk.h"
 
 namespace dia::kernels {
@@ -33,6 +34,7 @@ struct Reduce {
   float *first, *rest;
   // (N, C): sums of g and of g (x - shift), without dy of x - shift. Null: not wanted.
   float *sum, *product;
+  Means means;  // of x, if there is no dy; no p: not wanted
 
   DIA_DEVICE int across() const { return (size.channels + tile.channels - 1) / tile.channels; }
 };
@@ -128,11 +130,11 @@ DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums
     sum_up<Summed::x, false>(m, args, walk, sums);
 }
 
-// Where the sums of a channel are put.
+// Where the first sum of a channel is put.
 template <class M, class T>
-DIA_DEVICE void put_sums(M& m, const Reduce<T>& args, int64_t at, float first, float second) {
-  if (args.sum != nullptr) m.store(args.sum + at, first);
-  if (args.product != nullptr) m.store(args.product + at, second);
+DIA_DEVICE void put_sum(M& m, const Reduce<T>& args, int channel, int64_t at, float sum) {
+  if (args.sum != nullptr) m.store(args.sum + at, sum);
+  if (args.means.p != nullptr) put_mean(m, args.means, channel, at, sum / static_cast<float>(args.size.positions));
 }
 
 // A sample's moments of a channel over some positions about its first value, from those of its threads. In double,
@@ -208,9 +210,11 @@ DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
       if (writes) put_moments(m, args, row, args.size.positions, shift, all, squares);
       return;
     }
-    if (args.sum != nullptr) total = row_sum(m, lanes, scratch, total);
+    if (args.sum != nullptr || args.means.p != nullptr) total = row_sum(m, lanes, scratch, total);
     if (args.product != nullptr) product = row_sum(m, lanes, scratch, product);
-    if (writes) put_sums(m, args, row, total, product);
+    if (!writes) return;
+    put_sum(m, args, walk.channel, row, total);
+    if (args.product != nullptr) m.store(args.product + row, product);
   });
 }
 
@@ -292,14 +296,14 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
           });
       continue;
     }
-    const auto put = [&](float* wanted, const float* of) {
-      if (wanted == nullptr) return;
+    if (args.sum != nullptr || args.means.p != nullptr)
       sum_of_rows<W, float>(
-          m, rows, channels.size(), floats, [&](int k) { return of[k]; },
-          [&](int j, float sum) { m.store(wanted + table + j, sum); });
-    };
-    put(args.sum, sums.first);
-    put(args.product, sums.second);
+          m, rows, channels.size(), floats, [&](int k) { return sums.first[k]; },
+          [&](int j, float sum) { put_sum(m, args, channels.begin + j, table + j, sum); });
+    if (args.product != nullptr)
+      sum_of_rows<W, float>(
+          m, rows, channels.size(), floats, [&](int k) { return sums.second[k]; },
+          [&](int j, float sum) { m.store(args.product + table + j, sum); });
   }
 }
 

@@ -1,7 +1,6 @@
-// The cell between two sweeps, by products of ours: what lies between them happens as their sides are fetched and their
-// results put away.
+// The cell between two sweeps, by products of ours: what lies between them happens as their results are put away.
 //
-//     forward    bottleneck_sums: means, both products W1 p and V1 h, through bias and ReLU; or parts of them
+//     forward    bottleneck_sums: both products W1 p and V1 h, through bias and ReLU; or parts of them
 //                join_parts, if there are parts: through bias and ReLU, an element to a thread
 //                cell_states: W2 zx + V2 zh, gates, state, what the sweep applies
 //     backward   split_gate_gradients (split_cell.h), an element to a thread
@@ -119,15 +118,18 @@ struct PartTask {
   }
 };
 
-// A tile of a part of both bottlenecks' sums over `terms` terms: of left(sample, k) weight(j, k).
-template <bool kAlong, class M, class Array, class Left, class Right>
+// A tile of a part of both bottlenecks' sums over `terms` terms: of left (N, terms), and of `right`.
+template <bool kAlong, class M, class Array, class Right>
 DIA_DEVICE void part_product(M& m, const Array& memory, const PartTask& task, const JoinParts& join, int terms,
-                             const Left& left, Right right) {
+                             const float* left, const Right& right) {
   using Tile = CellTiles::Bottleneck;
   const int bottleneck = join.bottleneck, parts = join.parts.count;
+  const Part fours = part_of((terms + 3) / 4, task.part, parts);
   Tile tile(m);
-  tile.template add<true, kAlong>(m, memory, part_of(terms, task.part, parts), left,
-                                  Plain{task.column, bottleneck, right});
+  tile.template add<true, kAlong>(m, memory, {4 * fours.begin, 4 * fours.end < terms ? 4 * fours.end : terms},
+                                  Operand{task.sample, join.samples, in_fours(left, terms),
+                                          [&](int sample, int k) { return left + row_at(sample, terms) + k; }},
+                                  right);
   tile.finish(m, memory, [&](int row, int column, const auto& values) {
     const int sample = task.sample + row;
     if (sample >= join.samples) return;
@@ -149,53 +151,13 @@ DIA_DEVICE void part_product(M& m, const Array& memory, const PartTask& task, co
 
 // --- forward -------------------------------------------------------------------------------------------------
 
-template <bool kAffine>
 struct BottleneckSums {
   CellForward cell;
-  int positions;
-  const float* sum;  // (N, C), over the positions, of x or with kAffine of x - shift
-  NormedMeans norm;  // with kAffine
   JoinParts join;
 };
 
-// The side of the means, of samples from `first` on; or of the state's own values. Keeps the means if `keeps`.
-template <class M, bool kAffine>
-struct MeanSide {
-  struct Raw {
-    float value, d, scale, bias;  // the last three with kAffine, see norm.h
-  };
-  M& m;
-  const BottleneckSums<kAffine>& args;
-  const float* from;  // (N, C)
-  int first;
-  bool hidden, keeps;
-
-  DIA_DEVICE Raw load(int row, int channel) const {
-    const int samples = args.cell.samples, sample = first + row < samples ? first + row : samples - 1;
-    Raw raw{m.load(from + row_at(sample, args.cell.channels) + channel), 0, 0, 0};
-    if constexpr (kAffine) {
-      raw.d = m.load(args.norm.affine.d + channel);
-      raw.scale = m.load(args.norm.affine.scale + channel), raw.bias = m.load(args.norm.affine.bias + channel);
-    }
-    return raw;
-  }
-  DIA_DEVICE float make(const Raw& raw, int row, int channel, bool there) const {
-    if (first + row >= args.cell.samples) return 0.0f;
-    if (hidden) return raw.value;
-    float mean = raw.value / static_cast<float>(args.positions);
-    const float off = mean - raw.d;
-    if constexpr (kAffine) mean = off * raw.scale + raw.bias;
-    if (keeps && there) {
-      const int64_t at = row_at(first + row, args.cell.channels) + channel;
-      m.store(args.cell.tables.p + at, mean);
-      if constexpr (kAffine) m.store(args.norm.off + at, off);
-    }
-    return mean;
-  }
-};
-
-template <class M, bool kAffine>
-DIA_DEVICE void bottleneck_sums(M& m, const BottleneckSums<kAffine>& args) {
+template <class M>
+DIA_DEVICE void bottleneck_sums(M& m, const BottleneckSums& args) {
   const CellForward& cell = args.cell;
   const auto memory = m.template shared<float>(CellTiles::Bottleneck::kFloats);
   const int channels = cell.channels, parts = args.join.parts.count;
@@ -203,10 +165,9 @@ DIA_DEVICE void bottleneck_sums(M& m, const BottleneckSums<kAffine>& args) {
   for_tasks(m, tiles * parts, [&](int number) {
     const PartTask task = PartTask::of(number, cell.samples, cell.bottleneck, parts);
     const float* weight = task.hidden ? cell.weights.hidden_reduce : cell.weights.input_reduce;
-    part_product<true>(m, memory, task, args.join, channels,
-                       MeanSide<M, kAffine>{m, args, task.hidden ? cell.h : args.sum, task.sample, task.hidden,
-                                            !task.hidden && task.column == 0},
-                       [&](int j, int channel) { return m.load(weight + row_at(j, channels) + channel); });
+    part_product<true>(m, memory, task, args.join, channels, task.hidden ? cell.h : cell.tables.p,
+                       Operand{task.column, cell.bottleneck, in_fours(weight, channels),
+                               [&](int j, int channel) { return weight + row_at(j, channels) + channel; }});
   });
 }
 
@@ -232,18 +193,17 @@ DIA_DEVICE void cell_states(M& m, const CellStates<kAffine>& args) {
     DIA_UNROLL
     for (int gate = 0; gate < 4; ++gate) biases[gate] = expand_bias(m, cell, gate, of);
     Tile tile(m);
-    tile.template add<true, true>(
-        m, memory, {0, 2 * bottleneck},
-        Plain{first, cell.samples,
-              [&](int sample, int k) {
-                const float* z = k < bottleneck ? cell.tables.zx + k : cell.tables.zh + (k - bottleneck);
-                return m.load(z + row_at(sample, bottleneck));
-              }},
-        Plain{4 * channel, 4 * channels, [&](int row, int k) {
-                const float* weight =
-                    k < bottleneck ? cell.weights.input_expand + k : cell.weights.hidden_expand + (k - bottleneck);
-                return m.load(weight + row_at(row % 4 * channels + row / 4, bottleneck));
-              }});
+    const auto add = [&](const float* z, const float* weight) {
+      // A channel's four gates are neighbours here.
+      tile.template add<true, true>(
+          m, memory, {0, bottleneck},
+          Operand{first, cell.samples, in_fours(z, bottleneck),
+                  [&](int sample, int k) { return z + row_at(sample, bottleneck) + k; }},
+          Operand{4 * channel, 4 * channels, in_fours(weight, bottleneck),
+                  [&](int row, int k) { return weight + row_at(row % 4 * channels + row / 4, bottleneck) + k; }});
+    };
+    add(cell.tables.zx, cell.weights.input_expand);
+    add(cell.tables.zh, cell.weights.hidden_expand);
     tile.finish(m, memory, [&](int row, int, const auto& products) {
       const int sample = first + row;
       if (sample >= cell.samples || own >= channels) return;
@@ -274,10 +234,9 @@ DIA_DEVICE void bottleneck_gradient_sums(M& m, const BottleneckGradientSums& arg
   for_tasks(m, args.join.parts.tiles(cell.samples, cell.bottleneck, true) * parts, [&](int number) {
     const PartTask task = PartTask::of(number, cell.samples, cell.bottleneck, parts);
     const float* weight = task.hidden ? cell.weights.hidden_expand : cell.weights.input_expand;
-    part_product<false>(m, memory, task, args.join, rows,
-                        Plain{task.sample, cell.samples,
-                              [&](int sample, int row) { return m.load(cell.du + row_at(sample, rows) + row); }},
-                        [&](int j, int row) { return m.load(weight + row_at(row, cell.bottleneck) + j); });
+    part_product<false>(m, memory, task, args.join, rows, cell.du,
+                        Operand{task.column, cell.bottleneck, in_fours(weight, cell.bottleneck),
+                                [&](int j, int row) { return weight + row_at(row, cell.bottleneck) + j; }});
   });
 }
 
@@ -310,10 +269,11 @@ DIA_DEVICE void cell_gradients(M& m, const CellGradients& args) {
     const float* weight = hidden ? cell.weights.hidden_reduce : cell.weights.input_reduce;
     const float* dz = hidden ? cell.dzh : cell.dzx;
     Tile tile(m);
-    tile.template add<true, false>(
-        m, memory, {0, bottleneck},
-        Plain{first, cell.samples, [&](int sample, int j) { return m.load(dz + row_at(sample, bottleneck) + j); }},
-        Plain{channel, channels, [&](int column, int j) { return m.load(weight + row_at(j, channels) + column); }});
+    tile.template add<true, false>(m, memory, {0, bottleneck},
+                                   Operand{first, cell.samples, in_fours(dz, bottleneck),
+                                           [&](int sample, int j) { return dz + row_at(sample, bottleneck) + j; }},
+                                   Operand{channel, channels, in_fours(weight, channels),
+                                           [&](int column, int j) { return weight + row_at(j, channels) + column; }});
     tile.finish(m, memory, [&](int row, int column, const auto& values) {
       DIA_UNROLL
       for (int k = 0; k < Tile::kThread; ++k) {

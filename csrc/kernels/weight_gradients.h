@@ -82,9 +82,10 @@ DIA_DEVICE void weight_gradients(M& m, const WeightGradients<kTile>& args) {
       Tile sums(m);
       sums.template add<false, false>(
           m, memory, {0, args.samples},
-          Plain{first, product.rows, [&](int i, int n) { return m.load(product.left + row_at(n, product.rows) + i); }},
-          Plain{column, product.columns,
-                [&](int j, int n) { return m.load(product.right + row_at(n, product.columns) + j); }});
+          Operand{first, product.rows, in_fours(product.left, product.rows),
+                  [&](int i, int n) { return product.left + row_at(n, product.rows) + i; }},
+          Operand{column, product.columns, in_fours(product.right, product.columns),
+                  [&](int j, int n) { return product.right + row_at(n, product.columns) + j; }});
       sums.finish(m, memory, [&](int i, int j, const auto& values) {
         DIA_UNROLL
         for (int k = 0; k < Tile::kThread; ++k)

@@ -33,12 +33,11 @@ class Shared {
                  "r"(pack.words[1]), "r"(pack.words[2]), "r"(pack.words[3])
                  : "memory");
   }
-
- private:
   __device__ __forceinline__ unsigned address(int index) const {
     return begin_ + static_cast<unsigned>(index) * static_cast<unsigned>(sizeof(T));
   }
 
+ private:
   unsigned begin_;
 };
 
@@ -70,6 +69,35 @@ class Machine {
     const Shared<T> array(shared_);
     shared_ += (static_cast<unsigned>(count) * static_cast<unsigned>(sizeof(T)) + 15u) / 16u * 16u;
     return array;
+  }
+
+  // Copies that pass no register, from sm_80 on.
+  template <int kCount, class Array>
+  __device__ __forceinline__ static void copy(const Array& array, int index, const float* from, int there) {
+    static_assert(kCount == 1 || kCount == 4);
+#if __CUDA_ARCH__ >= 800
+    if constexpr (kCount == 4)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(array.address(index)), "l"(from),
+                   "r"(4 * there)
+                   : "memory");
+    else
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(array.address(index)), "l"(from), "r"(4 * there)
+                   : "memory");
+#else
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) array[index + k] = k < there ? from[k] : 0.0f;
+#endif
+  }
+  __device__ __forceinline__ static void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+  }
+  template <int kPending>
+  __device__ __forceinline__ static void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
   }
 
   template <class T>
@@ -125,17 +153,18 @@ class Machine {
   using Left = Split<4>;
   using Right = Split<2>;
   template <class Array>
-  __device__ __forceinline__ Left left(const Array& memory, int at, int pitch) const {
+  __device__ __forceinline__ Left left(const Array& memory, int at, int element, int term) const {
     Left left;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) left.set(k, memory[at + (lane() % 4 + k / 2 * 4) * pitch + lane() / 4 + k % 2 * 8]);
+    for (int k = 0; k < 4; ++k)
+      left.set(k, memory[at + (lane() % 4 + k / 2 * 4) * term + (lane() / 4 + k % 2 * 8) * element]);
     return left;
   }
   template <class Array>
-  __device__ __forceinline__ Right right(const Array& memory, int at, int pitch) const {
+  __device__ __forceinline__ Right right(const Array& memory, int at, int element, int term) const {
     Right right;
 #pragma unroll
-    for (int k = 0; k < 2; ++k) right.set(k, memory[at + (lane() % 4 + k * 4) * pitch + lane() / 4]);
+    for (int k = 0; k < 2; ++k) right.set(k, memory[at + (lane() % 4 + k * 4) * term + lane() / 4 * element]);
     return right;
   }
   __device__ __forceinline__ static void multiply(float (&large)[4], float (&small)[4], const Left& left,
@@ -148,12 +177,14 @@ class Machine {
   using Left = kernels::PlainSide;
   using Right = kernels::PlainSide;
   template <class Array>
-  __device__ __forceinline__ Left left(const Array& memory, int at, int pitch) const {
-    return kernels::plain_side(memory, at, pitch, kernels::piece_row(*this, 0), kernels::piece_row(*this, 2));
+  __device__ __forceinline__ Left left(const Array& memory, int at, int element, int term) const {
+    return kernels::plain_side(memory, at + kernels::piece_row(*this, 0) * element,
+                               at + kernels::piece_row(*this, 2) * element, term);
   }
   template <class Array>
-  __device__ __forceinline__ Right right(const Array& memory, int at, int pitch) const {
-    return kernels::plain_side(memory, at, pitch, kernels::piece_column(*this, 0), kernels::piece_column(*this, 1));
+  __device__ __forceinline__ Right right(const Array& memory, int at, int element, int term) const {
+    return kernels::plain_side(memory, at + kernels::piece_column(*this, 0) * element,
+                               at + kernels::piece_column(*this, 1) * element, term);
   }
   __device__ __forceinline__ static void multiply(float (&large)[4], float (&)[4], const Left& left,
                                                   const Right& right) {

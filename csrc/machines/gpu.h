@@ -15,9 +15,8 @@ namespace dia {
 template <class T>
 using KernelsOfMaps = std::tuple<kernels::Reduce<T>, kernels::Spread<T>>;
 using KernelsOfTables =
-    std::tuple<kernels::BottleneckSums<false>, kernels::BottleneckSums<true>, kernels::CellStates<false>,
-               kernels::CellStates<true>, kernels::JoinParts, kernels::BottleneckGradientSums, kernels::CellGradients,
-               kernels::SplitMeans<false>, kernels::SplitMeans<true>, kernels::SplitGates<false>,
+    std::tuple<kernels::BottleneckSums, kernels::CellStates<false>, kernels::CellStates<true>, kernels::JoinParts,
+               kernels::BottleneckGradientSums, kernels::CellGradients, kernels::SplitGates<false>,
                kernels::SplitGates<true>, kernels::SplitGateGradients<false>, kernels::SplitGateGradients<true>,
                kernels::WeightGradients<32>, kernels::WeightGradients<64>, kernels::BatchStatistics,
                kernels::GivenStatistics, kernels::MeanGradients, kernels::TrackStatistics, kernels::NormGradients,

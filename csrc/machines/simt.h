@@ -16,6 +16,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -233,6 +235,32 @@ class Thread {
     std::memcpy(to, &pack, sizeof(pack));
   }
 
+  // A copy is made when its group is waited for.
+  template <int kCount, class Array>
+  void copy(const Array& array, int index, const float* from, int there,
+            std::source_location where = std::source_location::current()) {
+    static_assert(kCount == 1 || kCount == 4);
+    copies_.push_back([this, array, index, from, there, where] {
+      float values[kCount] = {};
+      if (there > 0 && there < kCount) {
+        for (int k = 0; k < there; ++k) values[k] = load(from + k, where);
+      } else if (there > 0) {
+        touch_global(from, kCount, sizeof(float), false, where);
+        std::memcpy(values, from, sizeof(values));
+      }
+      for (int k = 0; k < kCount; ++k) array[index + k] = values[k];
+    });
+  }
+  void commit_copies() {
+    groups_.push_back(std::move(copies_));
+    copies_.clear();
+  }
+  template <int kPending>
+  void wait_copies() {
+    for (; groups_.size() > kPending; groups_.pop_front())
+      for (const auto& copy : groups_.front()) copy();
+  }
+
   template <class T>
   static float widen(T value) {
     return dia::widen(value);
@@ -247,12 +275,14 @@ class Thread {
   using Left = kernels::PlainSide;
   using Right = kernels::PlainSide;
   template <class Array>
-  Left left(const Array& memory, int at, int pitch) const {
-    return kernels::plain_side(memory, at, pitch, kernels::piece_row(*this, 0), kernels::piece_row(*this, 2));
+  Left left(const Array& memory, int at, int element, int term) const {
+    return kernels::plain_side(memory, at + kernels::piece_row(*this, 0) * element,
+                               at + kernels::piece_row(*this, 2) * element, term);
   }
   template <class Array>
-  Right right(const Array& memory, int at, int pitch) const {
-    return kernels::plain_side(memory, at, pitch, kernels::piece_column(*this, 0), kernels::piece_column(*this, 1));
+  Right right(const Array& memory, int at, int element, int term) const {
+    return kernels::plain_side(memory, at + kernels::piece_column(*this, 0) * element,
+                               at + kernels::piece_column(*this, 1) * element, term);
   }
   static void multiply(float (&large)[4], float (&)[4], const Left& left, const Right& right) {
     kernels::plain_multiply(large, left, right);
@@ -295,6 +325,8 @@ class Thread {
   int waits_for_ = 0;
   Site waits_at_{};
   double value_ = 0;
+  std::vector<std::function<void()>> copies_;  // begun since the last group
+  std::deque<std::vector<std::function<void()>>> groups_;
   TensorMemory* recent_ = nullptr;
   Fiber* fiber_ = nullptr;
 };

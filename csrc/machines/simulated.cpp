@@ -148,20 +148,19 @@ void forward_step(Arguments& of, Launches& launches) {
   kernels::Reduce<T> reduce{};
   kernels::Spread<T> spread{};
   reduce.size = spread.size = of.size(), reduce.tile = spread.tile = of.tile();
-  reduce.x = spread.x = of.map<const T>("x"), reduce.sum = of.pointer<float>("sum");
+  reduce.x = spread.x = of.map<const T>("x"), reduce.means.p = cell.tables.p;
   spread.shortcut = of.map<const T>("shortcut"), spread.out = of.map<T>("y");
   spread.relu = of.number("relu") != 0, spread.scale = cell.new_h;
   const kernels::JoinParts join = kernels::join_of(cell, parts);
-  kernels::BottleneckSums<kAffine> sums{cell, reduce.size.positions, reduce.sum, {}, join};
   kernels::CellStates<kAffine> states{};
   states.cell = cell;
   if (kAffine) {
-    sums.norm = {of.affine(), of.pointer<float>("off")};
-    reduce.shift = spread.shift = sums.norm.affine.shift, states.affine = sums.norm.affine;
+    states.affine = reduce.means.affine = of.affine(), reduce.means.off = of.pointer<float>("off");
+    reduce.shift = spread.shift = states.affine.shift;
     spread.scale = states.factor = of.pointer<float>("factor");
     spread.offset = states.added = of.pointer<float>("added");
   }
-  launches.add(reduce), launches.add(sums);
+  launches.add(reduce), launches.add(kernels::BottleneckSums{cell, join});
   if (parts.count > 1) launches.add(join);
   launches.add(states), launches.add(spread);
 }
@@ -252,11 +251,13 @@ void batch_statistics(Arguments& of, Launches& launches) {
                                       size.positions,
                                       of.real("eps"),
                                       of.pointer<float>("first"),
+                                      of.pointer<float>("sum"),
                                       of.pointer<float>("rest"),
                                       of.pointer<float>("squares"),
-                                      of.pointer<float>("sum"),
                                       of.pointer<const float>("gamma"),
                                       of.pointer<const float>("beta"),
+                                      of.pointer<float>("off"),
+                                      of.pointer<float>("p"),
                                       of.pointer<float>("shift"),
                                       of.pointer<float>("d"),
                                       of.pointer<float>("scale"),

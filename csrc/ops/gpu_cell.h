@@ -122,6 +122,8 @@ kernels::Reduce<T> of_samples(kernels::Reduce<T> reduce, int64_t first, int coun
   reduce.x = from_sample(reduce.x, first), reduce.dy = from_sample(reduce.dy, first);
   reduce.y = from_sample(reduce.y, first), reduce.g = from_sample(reduce.g, first);
   reduce.mask = from_sample(reduce.mask, first);
+  reduce.means.p = rows_from(reduce.means.p, first, width),
+  reduce.means.off = rows_from(reduce.means.off, first, width);
   reduce.sum = rows_from(reduce.sum, first, width), reduce.product = rows_from(reduce.product, first, width);
   return reduce;
 }
@@ -330,25 +332,22 @@ bool aligned_maps(const MapInfo& info, std::initializer_list<Samples<const T>> m
 
 // --- the cell between two sweeps -----------------------------------------------------------------------
 
-// From the sums of the map of cell.samples samples: tables and state, and what the second sweep applies.
+// From the means of cell.samples samples: tables and state, and what the second sweep applies.
 template <bool kAffine>
-void run_cell(GpuCall& call, const GpuPlan& plan, const kernels::CellForward& cell, const float* sum,
-              const kernels::NormedMeans& norm, float* factor, float* added) {
+void run_cell(GpuCall& call, const GpuPlan& plan, const kernels::CellForward& cell,
+              const kernels::ChannelAffine& affine, float* factor, float* added) {
   const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
   if (plan.cell == GpuCell::tiles) {
     const kernels::BottleneckParts parts = call.parts_of(n, c);
     const kernels::JoinParts join = join_of(cell, parts);
-    const kernels::BottleneckSums<kAffine> sums{cell, static_cast<int>(call.positions()), sum, norm, join};
     const bool both = cell.h != nullptr;
-    call.launch_tiles(sums, parts.count * parts.tiles(cell.samples, cell.bottleneck, both));
+    call.launch_tiles(kernels::BottleneckSums{cell, join},
+                      parts.count * parts.tiles(cell.samples, cell.bottleneck, both));
     if (parts.count > 1) call.launch_elements(join, 2 * n * m);
-    call.launch_tiles(kernels::CellStates<kAffine>{cell, norm.affine, factor, added},
+    call.launch_tiles(kernels::CellStates<kAffine>{cell, affine, factor, added},
                       detail::parts(n, kernels::CellTiles::kSamples) * detail::parts(c, kernels::CellTiles::kChannels));
     return;
   }
-  call.launch_elements(kernels::SplitMeans<kAffine>{cell.samples, cell.channels, static_cast<int>(call.positions()),
-                                                    sum, norm, cell.tables.p},
-                       n * c);
   call.product(cell.tables.zx, cell.tables.p, n, c, cell.weights.input_reduce, m, true);
   call.launch_elements(
       kernels::Rectify{n * m, cell.tables.zx, cell.weights.input_reduce_bias, nullptr, cell.bottleneck, false}, n * m);
@@ -359,7 +358,7 @@ void run_cell(GpuCall& call, const GpuPlan& plan, const kernels::CellForward& ce
   float* products = call.scratch(n * 4 * c);
   call.product(products, cell.tables.zx, n, m, cell.weights.input_expand, 4 * c, true);
   call.product(products, cell.tables.zh, n, m, cell.weights.hidden_expand, 4 * c, true, true);
-  call.launch_elements(kernels::SplitGates<kAffine>{cell, products, norm.affine, factor, added}, n * c);
+  call.launch_elements(kernels::SplitGates<kAffine>{cell, products, affine, factor, added}, n * c);
 }
 
 // Where the gradient of the means goes, (N, C) each or null: `dp`, and `offset`, what the second sweep adds for it, dp

@@ -78,20 +78,19 @@ kernels::Spread<T> spread_of(const GpuCall& call, const ForwardMaps<T>& maps, bo
 // A step, behind a norm of known statistics if kAffine, by the plan.
 template <class T, bool kAffine>
 void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, const ForwardMaps<T>& maps, bool relu,
-                 const kernels::NormedMeans& norm) {
+                 const kernels::ChannelAffine& affine, float* off) {
   const int64_t n = call.samples(), width = call.channels();
   float* factor = kAffine ? call.scratch(n * width) : cell.args.new_h;
   float* added = kAffine ? call.scratch(n * width) : nullptr;
   kernels::Reduce<T> reduce{};
-  reduce.size = call.size(n), reduce.x = maps.x, reduce.sum = call.scratch(n * width);
-  if (kAffine) reduce.shift = norm.affine.shift;
+  reduce.size = call.size(n), reduce.x = maps.x, reduce.means = {cell.args.tables.p, off, affine};
+  if (kAffine) reduce.shift = affine.shift;
   const kernels::Spread<T> spread = spread_of(call, maps, relu, factor, added, reduce.shift);
   for (int64_t first = 0; first < n; first += plan.chunk) {
     const int count = static_cast<int>(std::min(plan.chunk, n - first));
     const auto rows = [&](float* table) { return rows_from(table, first, width); };
     call.launch_sweep(of_samples(reduce, first, count));
-    run_cell<kAffine>(call, plan, of_samples(cell.args, first, count), rows(reduce.sum), {norm.affine, rows(norm.off)},
-                      rows(factor), rows(added));
+    run_cell<kAffine>(call, plan, of_samples(cell.args, first, count), affine, rows(factor), rows(added));
     call.launch_sweep(of_samples(spread, first, count));
   }
 }
@@ -108,7 +107,7 @@ StepResult run_step(const Tensor& x, const MapInfo& info, const ForwardMaps<T>& 
   GpuCall call(x, info, w.input_reduce_weight.size(0));
   ForwardCell cell(call, w, h, c, tanh_output, 0);
   if (!keep_tables) cell.args.tables.gates = nullptr;
-  run_forward<T, false>(call, forward_plan<T>(call, info, maps, relu, GpuNorm::none), cell, maps, relu, {});
+  run_forward<T, false>(call, forward_plan<T>(call, info, maps, relu, GpuNorm::none), cell, maps, relu, {}, nullptr);
   if (!keep_tables) cell.result.tables = call.table({0});
   return cell.result;
 }
@@ -377,7 +376,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     if (mean) {
       norm.given(call, *mean, *var, eps);
       run_forward<T, true>(call, forward_plan<T>(call, info, maps, relu, GpuNorm::given), cell, maps, relu,
-                           {norm.affine(), tables.off});
+                           norm.affine(), tables.off);
       return std::make_tuple(y.tensor, cell.result.h, cell.result.c, cell.result.tables, call.table({0}),
                              call.table({0}), mask);
     }
@@ -394,13 +393,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     statistics.samples = static_cast<int>(n), statistics.channels = static_cast<int>(width);
     statistics.positions = static_cast<int>(call.positions()), statistics.eps = static_cast<float>(eps);
     statistics.first = first, statistics.squares = squares, statistics.sum = sum, statistics.rest = rest;
+    statistics.off = tables.off, statistics.p = cell.args.tables.p;
     statistics.gamma = data_of<float>(norm.gamma), statistics.beta = data_of<float>(norm.beta);
     statistics.shift = norm.shift, statistics.d = norm.d, statistics.scale = norm.scale, statistics.bias = norm.bias;
     statistics.rstd = norm.rstd, statistics.mean = data_of<float>(batch_mean),
     statistics.var = data_of<float>(batch_var);
     call.launch_sweep(reduce);
     call.launch_channels(statistics);
-    run_cell<true>(call, plan, cell.args, sum, {norm.affine(), tables.off}, factor, added);
+    run_cell<true>(call, plan, cell.args, norm.affine(), factor, added);
     call.launch_sweep(spread);
     return std::make_tuple(y.tensor, cell.result.h, cell.result.c, cell.result.tables, batch_mean, batch_var, mask);
   });
@@ -509,15 +509,8 @@ Tensor pool(Tensor x, int64_t channel_dim) {
     const Tensor p = call.table({n, width});
     kernels::Reduce<T> reduce{};
     reduce.size = call.size(n);
-    reduce.x = map.samples, reduce.sum = call.scratch(n * width);
+    reduce.x = map.samples, reduce.means.p = data_of<float>(p);
     call.launch_sweep(reduce);
-    call.launch_elements(kernels::SplitMeans<false>{static_cast<int>(n),
-                                                    static_cast<int>(width),
-                                                    static_cast<int>(call.positions()),
-                                                    reduce.sum,
-                                                    {},
-                                                    data_of<float>(p)},
-                         n * width);
     return p;
   });
 }

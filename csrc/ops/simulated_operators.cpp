@@ -97,6 +97,11 @@ class Memory {
     mask("mask", a.mask, a.size);
     table("shift", a.shift, a.size.channels), table("first", a.first, nc), table("rest", a.rest, nc);
     table("sum", a.sum, nc), table("product", a.product, nc);
+    means(a.means, a.size.samples, a.size.channels);
+  }
+  void means(const kernels::Means& of, int64_t n, int64_t c) {
+    table("p", of.p, n * c), table("off", of.off, n * c);
+    table("d", of.affine.d, c), table("scale", of.affine.scale, c), table("bias", of.affine.bias, c);
   }
   template <class T>
   void of(const kernels::Spread<T>& a) {
@@ -114,12 +119,10 @@ class Memory {
   void expand_weights(const kernels::CellWeights& w, int64_t c, int64_t m) {
     table("input_expand_weight", w.input_expand, 4 * c * m), table("hidden_expand_weight", w.hidden_expand, 4 * c * m);
   }
-  template <bool kAffine>
-  void of(const kernels::BottleneckSums<kAffine>& a) {
+  void of(const kernels::BottleneckSums& a) {
     const int64_t n = a.cell.samples, c = a.cell.channels, m = a.cell.bottleneck;
-    of(a.join), reduce_weights(a.cell.weights, c, m), table("sum", a.sum, n * c);
-    table("h", a.cell.h, n * c), table("p", a.cell.tables.p, n * c), table("off", a.norm.off, n * c);
-    table("d", a.norm.affine.d, c), table("scale", a.norm.affine.scale, c), table("bias", a.norm.affine.bias, c);
+    of(a.join), reduce_weights(a.cell.weights, c, m);
+    table("h", a.cell.h, n * c), table("p", a.cell.tables.p, n * c);
   }
   void of(const kernels::JoinParts& a) {
     const int64_t n = a.samples, m = a.bottleneck;
@@ -147,11 +150,6 @@ class Memory {
     table("dzx", a.cell.dzx, n * m), table("dzh", a.cell.dzh, n * m), reduce_weights(a.cell.weights, c, m);
     table("old_dh", a.cell.old_dh, n * c), table("dp", a.dp, n * c), table("offset", a.offset, n * c);
     table("scale", a.scale, c);
-  }
-  template <bool kAffine>
-  void of(const kernels::SplitMeans<kAffine>& a) {
-    const int64_t nc = static_cast<int64_t>(a.samples) * a.channels;
-    table("sum", a.sum, nc), table("p", a.p, nc), table("off", a.norm.off, nc), affine(a.norm.affine, a.channels);
   }
   void of(const kernels::Rectify& a) {
     table("values", a.values, a.count), table("bias", a.bias, a.width), table("z", a.z, a.count);
@@ -184,7 +182,7 @@ class Memory {
     table("first", a.first, nc), table("rest", a.rest, nc), table("squares", a.squares, nc), table("sum", a.sum, nc);
     table("gamma", a.gamma, c), table("beta", a.beta, c), table("shift", a.shift, c), table("d", a.d, c);
     table("scale", a.scale, c), table("bias", a.bias, c), table("rstd", a.rstd, c);
-    table("mean", a.mean, c), table("var", a.var, c);
+    table("mean", a.mean, c), table("var", a.var, c), table("off", a.off, nc), table("p", a.p, nc);
   }
   void of(const kernels::GivenStatistics& a) {
     const int64_t c = a.channels;

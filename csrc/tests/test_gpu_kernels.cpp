@@ -128,7 +128,7 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of) {
   cell.new_h = memory.result("new_h", kTable), cell.new_c = memory.result("new_c", kTable);
   kernels::Reduce<float> reduce{};
   reduce.size = size, reduce.tile = {2, kPositions, 4}, reduce.x = {at[kX], stride};
-  reduce.sum = memory.result("sum of x", kTable);
+  reduce.means.p = cell.tables.p;
   kernels::Spread<float> spread{};
   spread.size = size, spread.tile = {2, kPositions, 4}, spread.relu = true;
   spread.x = reduce.x, spread.shortcut = {at[kShortcut], stride}, spread.out = {memory.result("y", kMap), stride};
@@ -137,7 +137,7 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of) {
                                        parts_of_sums};
   memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, reduce); });
   const kernels::JoinParts join = kernels::join_of(cell, parts);
-  const kernels::BottleneckSums<false> bottlenecks{cell, kPositions, reduce.sum, {}, join};
+  const kernels::BottleneckSums bottlenecks{cell, join};
   memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_sums(m, bottlenecks); });
   if (parts.count > 1) memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, join); });
   const kernels::CellStates<false> states{cell, {}, nullptr, nullptr};
@@ -257,8 +257,9 @@ void tables_of_a_norm() {
   reduce.product = memory.result("squares", kTable), reduce.rest = memory.result("rest", kTable);
   const simt::Grid grid{.blocks = 2, .threads = 64, .shared_bytes = 16 << 10};
   memory.device.launch(grid, [&](Thread& m) { kernels::reduce(m, reduce); });
-  kernels::BatchStatistics of{kSamples,     kChannels,   kPositions,     kEps,
-                              reduce.first, reduce.rest, reduce.product, reduce.sum};
+  kernels::BatchStatistics of{kSamples,     kChannels,  kPositions,  kEps,
+                              reduce.first, reduce.sum, reduce.rest, reduce.product};
+  of.off = memory.result("means", kTable), of.p = memory.result("p", kTable);
   const Values &gamma = in[kB2], &beta = in[kA2];
   of.gamma = memory.add("gamma", gamma), of.beta = memory.add("beta", beta);
   for (float** table : {&of.shift, &of.d, &of.scale, &of.bias, &of.rstd, &of.mean, &of.var})
@@ -272,15 +273,17 @@ void tables_of_a_norm() {
   check_near(of.mean, mean, "mean");
   check_near(of.var, var, "var");
   check_near(of.scale, scale, "scale");
+  Values off(kTable), p(kTable);
+  for (int k = 0; k < kMap; ++k) off[k / kPositions] += (in[kX][k] - mean[channel(k)]) / kPositions;
+  for (int k = 0; k < kTable; ++k) p[k] = off[k] * scale[k % kChannels] + beta[k % kChannels];
+  check_near(of.off, off, "off");
+  check_near(of.p, p, "p");
 
   // dz = g factor + (z - shift) slope + offset, with factor = scale h': against the formula of DESIGN, section 11.
   const Values &g = in[kShortcut], &h = in[kH], &dp = in[kC];
-  Values sum(kTable), product(kTable), off(kTable), dgamma(kChannels), dbeta(kChannels), dz(kMap), found(kMap);
-  for (int k = 0; k < kMap; ++k) {
-    const double from_mean = in[kX][k] - mean[channel(k)];
-    sum[k / kPositions] += g[k], product[k / kPositions] += g[k] * from_mean;
-    off[k / kPositions] += from_mean / kPositions;
-  }
+  Values sum(kTable), product(kTable), dgamma(kChannels), dbeta(kChannels), dz(kMap), found(kMap);
+  for (int k = 0; k < kMap; ++k)
+    sum[k / kPositions] += g[k], product[k / kPositions] += g[k] * (in[kX][k] - mean[channel(k)]);
   kernels::NormGradients gradients{kSamples, kChannels, kPositions};
   gradients.sum = memory.add("sum of g", sum), gradients.product = memory.add("product", product);
   gradients.dp = memory.add("dp", dp), gradients.off = memory.add("off", off), gradients.new_h = memory.add("h", h);
