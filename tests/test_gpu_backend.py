@@ -273,6 +273,30 @@ def test_many_tasks_of_a_sample(channels_last, norm, dtype):
         assert_gradients_agree(SharedAttention(64, 8, backend="simulated"), module, x, s)
 
 
+def test_parameters_at_any_place_in_memory():
+    """Rows of sixteen bytes that do not begin at sixteen bytes: views of one tensor, as sharded training has them."""
+    attention, apart = SharedAttention(16, 2, backend="simulated"), SharedAttention(16, 2, backend="simulated")
+    memory = torch.zeros(1 + sum(p.numel() for p in attention.parameters()))
+    begin = 1
+    for name, p in attention.named_parameters():
+        view = memory[begin : begin + p.numel()].view(p.shape)
+        view.copy_(p.detach())
+        apart.get_parameter(name).data = view
+        begin += p.numel()
+    assert apart.input_reduce_weight.data_ptr() % 16 != 0
+    x, s = maps((3, 16, 3, 3))
+    found = [a(x, (torch.ones(3, 16), torch.ones(3, 16)), shortcut=s, activation="relu") for a in (attention, apart)]
+    for (y, (h, _)), (yy, (hh, _)) in [found]:
+        assert torch.equal(y, yy)
+        assert torch.equal(h, hh)
+    gradients = [
+        torch.autograd.grad(y.sum() + h.sum(), [x, *a.parameters()])
+        for a, (y, (h, _)) in zip((attention, apart), found, strict=True)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_bottlenecks_in_parts():
     """Channels enough for sums of both bottlenecks, forward and backward, that several blocks share."""
     x, s = maps((3, 130, 2, 3))

@@ -24,7 +24,6 @@ NOT_USED = {
     "SplitGates<true>": WEIGHTS | {"p", "zx", "zh", "h", "shift", "input_reduce_bias", "hidden_reduce_bias"},
     "SplitGateGradients<false>": WEIGHTS | {"p", "zx", "zh", "dzx", "dzh", "old_dh"},
     "SplitGateGradients<true>": WEIGHTS | {"p", "zx", "zh", "dzx", "dzh", "old_dh", "shift"},
-    "SplitMeans<true>": {"shift"},
 }
 
 

@@ -67,9 +67,9 @@ DIA_DEVICE int64_t tasks_of(const MapSize& size, const GpuTile& tile) {
 // Packs that are loaded before the first is used. From sm_100 on the compiler takes more registers for the same, and
 // would put packs away.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kLoadedAlone = 6, kLoadedPlanar = 3;
+constexpr int kLoadedAlone = 6, kLoadedMasked = 2, kLoadedPlanar = 3;
 #else
-constexpr int kLoadedAlone = kPacksAlone, kLoadedPlanar = kPacksPlanar;
+constexpr int kLoadedAlone = kPacksAlone, kLoadedMasked = kPacksMasked, kLoadedPlanar = kPacksPlanar;
 #endif
 
 // A thread's sums, one of each value of its packs.
@@ -85,7 +85,7 @@ enum class Summed { x, g, masked_g };
 template <Summed kWhat, bool kSecond, class M, class T, class W>
 DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
   constexpr bool kWithG = kWhat != Summed::x, kMask = kWhat == Summed::masked_g;
-  constexpr int kBatch = kMask ? kPacksMasked : kWithG ? kPacksOfEach : kLoadedAlone;
+  constexpr int kBatch = kMask ? kLoadedMasked : kWithG ? kPacksOfEach : kLoadedAlone;
   const bool with_x = args.x.data != nullptr, masked = kWhat == Summed::g && args.y.data != nullptr;
   for (int first = 0; first < walk.count; first += kBatch) {
     Pack<T> x[kBatch]{}, g[kBatch]{}, y[kBatch]{};  // undefined ones would be carried from pass to pass, in memory
