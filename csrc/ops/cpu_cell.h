@@ -10,7 +10,7 @@
 namespace dia::ops {
 namespace {
 
-// A gradient from a mask took as long as one from y (docs/kernels.md, the mask of a ReLU).
+// With a mask forward and backward took as long as from y (docs/kernels.md, tried and left).
 inline void check_no_mask(bool keep_mask) {
   check(!keep_mask, "keep_mask: expected false, the CPU's kernels keep none");
 }
