@@ -19,8 +19,7 @@ TYPES = ("float32", "bfloat16", "float16")
 #: A multiprocessor holds three blocks of sweeps, two of tiles of products, four of others.
 MOST_REGISTERS = 64
 MOST_REGISTERS_OF_SWEEPS, MOST_REGISTERS_OF_TILES = 80, 128
-#: Bytes that a kernel may spill. Sweeps put away what is the same for a task, and so does one tile (`CellStates`: where
-#: its weights are), 20 bytes on sm_90, 92 on sm_80.
+#: Bytes that a kernel may spill. Sweeps put away what is the same for a task.
 MOST_SPILLED, MOST_SPILLED_BY_SWEEPS_AND_TILES = 16, 96
 #: Types of the kernels' arguments, by which their mangled names tell them apart.
 NAMES = (
@@ -95,10 +94,10 @@ def accesses_of(code: str) -> dict[str, dict[str, int]]:
     """What moves data in each kernel.
 
     Loads and stores of sixteen bytes in global and shared memory; how many such loads of global memory come one after
-    the other with no store between (``batch``); copies from global to shared memory that pass no register, of any width
-    and of sixteen bytes; and how many accesses to spilled registers there are in innermost loops that load sixteen bytes
-    at a time. How often a kernel waits for the one before it and lets the next one be launched, and products of the
-    tensor cores.
+    the other with no store between (``batch``); copies from global to shared memory that pass no register, of any
+    width and of sixteen bytes; how many accesses to spilled registers there are in innermost loops that load sixteen
+    bytes at a time. How often a kernel waits for the one before it and lets the next one be launched, and products of
+    the tensor cores.
     """
     found = {}
     for section in re.split(r"\n\s*\.section\s+\.text\.", code)[1:]:
@@ -228,7 +227,8 @@ def test_the_report_is_read_right():
         "ptxas info    : Used 62 registers, used 1 barriers, 16 bytes smem\n"
     )
     assert kernels_of(log) == {"_Z13spread_kernelIfEv": {"spilled": 4, "registers": 62, "shared": 16}}
-    code = "\n\t.section\t.text._Z1k,\n LDG.E.128.CONSTANT R4\n LDG.E.128 R8\n STS.128 [R2], R4\n LDG.E R3\n LDGSTS.E.BYPASS.128 [R1], [R2]\n"
+    loads = " LDG.E.128.CONSTANT R4\n LDG.E.128 R8\n STS.128 [R2], R4\n LDG.E R3\n"
+    code = "\n\t.section\t.text._Z1k,\n" + loads + " LDGSTS.E.BYPASS.128 [R1], [R2]\n"
     counts = {
         "LDG": 2,
         "STG": 0,
