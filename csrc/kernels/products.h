@@ -98,7 +98,7 @@ class Side {
   int64_t by_item_, by_stage_;
 };
 
-// A tile. `add` a product, or several of the same shape, then `finish`; all threads of the block come to both.
+// A tile. `add` products, then `finish`; all threads of the block come to both.
 template <int kRows, int kColumns>
 class TileProduct {
  public:
@@ -140,26 +140,38 @@ class TileProduct {
     row_ = own / kWarpColumns * (kDown * kPieceRows), column_ = own % kWarpColumns * (kAcross * kPieceColumns);
   }
 
-  // The product over the terms of `inner`, whose begin is a multiple of four. kLeftAlong: terms are neighbours in the
-  // left side's memory, else its elements are.
+  // `count` products over the terms of `inner`, whose begin is a multiple of four: left(number) and right(number) are
+  // the operands of each. kLeftAlong: terms are neighbours in the left side's memory, else its elements are.
   template <bool kLeftAlong, bool kRightAlong, class M, class Array, class OfLeft, class OfRight>
-  DIA_DEVICE void add(M& m, const Array& memory, Part inner, const OfLeft& left, const OfRight& right) {
-    Left<kLeftAlong> left_side(m, inner.begin, left);
-    Right<kRightAlong> right_side(m, inner.begin, right);
+  DIA_DEVICE void add(M& m, const Array& memory, Part inner, int count, const OfLeft& left, const OfRight& right) {
+    const int terms = inner.size(), stages = (terms + kTerms - 1) / kTerms, all = stages * count;
+    Left<kLeftAlong> left_side(m, inner.begin, left(0));
+    Right<kRightAlong> right_side(m, inner.begin, right(0));
+    // The next stage to be copied: of which product, after how many terms, and where to.
+    int number = 0, copied = 0, to = 0;
     const auto copy = [&](int stage) {
-      const int terms = inner.end - inner.begin - stage * kTerms, begin = stage % kStages * kStage;
-      if (terms > 0) left_side.copy(m, memory, begin, terms), right_side.copy(m, memory, begin + kLeft, terms);
+      if (stage < all) {
+        if (copied >= terms) {
+          ++number, copied = 0;
+          left_side = Left<kLeftAlong>(m, inner.begin, left(number));
+          right_side = Right<kRightAlong>(m, inner.begin, right(number));
+        }
+        left_side.copy(m, memory, to, terms - copied);
+        right_side.copy(m, memory, to + kLeft, terms - copied);
+        copied += kTerms, to = to + kStage < kFloats ? to + kStage : 0;
+      }
       m.commit_copies();
     };
     m.sync_block();  // what was there may still be read
     DIA_UNROLL
     for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
-    for (int stage = 0; inner.begin + stage * kTerms < inner.end; ++stage) {
+    int added = 0, from = 0;
+    for (int stage = 0; stage < all; ++stage) {
       m.template wait_copies<kStages - 2>();
       m.sync_block();
       copy(stage + kStages - 1);
-      add_stage<Left<kLeftAlong>, Right<kRightAlong>>(m, memory, stage % kStages * kStage,
-                                                      inner.end - inner.begin - stage * kTerms);
+      add_stage<Left<kLeftAlong>, Right<kRightAlong>>(m, memory, from, terms - added);
+      added = added + kTerms < terms ? added + kTerms : 0, from = from + kStage < kFloats ? from + kStage : 0;
     }
   }
 

@@ -126,10 +126,12 @@ DIA_DEVICE void part_product(M& m, const Array& memory, const PartTask& task, co
   const int bottleneck = join.bottleneck, parts = join.parts.count;
   const Part fours = part_of((terms + 3) / 4, task.part, parts);
   Tile tile(m);
-  tile.template add<true, kAlong>(m, memory, {4 * fours.begin, 4 * fours.end < terms ? 4 * fours.end : terms},
-                                  Operand{task.sample, join.samples, in_fours(left, terms),
-                                          [&](int sample, int k) { return left + row_at(sample, terms) + k; }},
-                                  right);
+  const auto of_left = [&](int) {
+    return Operand{task.sample, join.samples, in_fours(left, terms),
+                   [=](int sample, int k) { return left + row_at(sample, terms) + k; }};
+  };
+  tile.template add<true, kAlong>(m, memory, {4 * fours.begin, 4 * fours.end < terms ? 4 * fours.end : terms}, 1,
+                                  of_left, [&](int) { return right; });
   tile.finish(m, memory, [&](int row, int column, const auto& values) {
     const int sample = task.sample + row;
     if (sample >= join.samples) return;
@@ -193,17 +195,18 @@ DIA_DEVICE void cell_states(M& m, const CellStates<kAffine>& args) {
     DIA_UNROLL
     for (int gate = 0; gate < 4; ++gate) biases[gate] = expand_bias(m, cell, gate, of);
     Tile tile(m);
-    const auto add = [&](const float* z, const float* weight) {
-      // A channel's four gates are neighbours here.
-      tile.template add<true, true>(
-          m, memory, {0, bottleneck},
-          Operand{first, cell.samples, in_fours(z, bottleneck),
-                  [&](int sample, int k) { return z + row_at(sample, bottleneck) + k; }},
-          Operand{4 * channel, 4 * channels, in_fours(weight, bottleneck),
-                  [&](int row, int k) { return weight + row_at(row % 4 * channels + row / 4, bottleneck) + k; }});
+    const auto of_z = [&](int path) {
+      const float* z = path == 0 ? cell.tables.zx : cell.tables.zh;
+      return Operand{first, cell.samples, in_fours(z, bottleneck),
+                     [=](int sample, int k) { return z + row_at(sample, bottleneck) + k; }};
     };
-    add(cell.tables.zx, cell.weights.input_expand);
-    add(cell.tables.zh, cell.weights.hidden_expand);
+    const auto of_weight = [&](int path) {
+      const float* weight = path == 0 ? cell.weights.input_expand : cell.weights.hidden_expand;
+      // A channel's four gates are neighbours here.
+      return Operand{4 * channel, 4 * channels, in_fours(weight, bottleneck),
+                     [=](int row, int k) { return weight + row_at(row % 4 * channels + row / 4, bottleneck) + k; }};
+    };
+    tile.template add<true, true>(m, memory, {0, bottleneck}, 2, of_z, of_weight);
     tile.finish(m, memory, [&](int row, int, const auto& products) {
       const int sample = first + row;
       if (sample >= cell.samples || own >= channels) return;
@@ -269,11 +272,15 @@ DIA_DEVICE void cell_gradients(M& m, const CellGradients& args) {
     const float* weight = hidden ? cell.weights.hidden_reduce : cell.weights.input_reduce;
     const float* dz = hidden ? cell.dzh : cell.dzx;
     Tile tile(m);
-    tile.template add<true, false>(m, memory, {0, bottleneck},
-                                   Operand{first, cell.samples, in_fours(dz, bottleneck),
-                                           [&](int sample, int j) { return dz + row_at(sample, bottleneck) + j; }},
-                                   Operand{channel, channels, in_fours(weight, channels),
-                                           [&](int column, int j) { return weight + row_at(j, channels) + column; }});
+    const auto of_dz = [&](int) {
+      return Operand{first, cell.samples, in_fours(dz, bottleneck),
+                     [=](int sample, int j) { return dz + row_at(sample, bottleneck) + j; }};
+    };
+    const auto of_weight = [&](int) {
+      return Operand{channel, channels, in_fours(weight, channels),
+                     [=](int column, int j) { return weight + row_at(j, channels) + column; }};
+    };
+    tile.template add<true, false>(m, memory, {0, bottleneck}, 1, of_dz, of_weight);
     tile.finish(m, memory, [&](int row, int column, const auto& values) {
       DIA_UNROLL
       for (int k = 0; k < Tile::kThread; ++k) {

@@ -80,12 +80,14 @@ DIA_DEVICE void weight_gradients(M& m, const WeightGradients<kTile>& args) {
         continue;
       }
       Tile sums(m);
-      sums.template add<false, false>(
-          m, memory, {0, args.samples},
-          Operand{first, product.rows, in_fours(product.left, product.rows),
-                  [&](int i, int n) { return product.left + row_at(n, product.rows) + i; }},
-          Operand{column, product.columns, in_fours(product.right, product.columns),
-                  [&](int j, int n) { return product.right + row_at(n, product.columns) + j; }});
+      const auto of = [&](const float* table, int width, int first) {
+        return [=](int) {
+          return Operand{first, width, in_fours(table, width),
+                         [=](int element, int n) { return table + row_at(n, width) + element; }};
+        };
+      };
+      sums.template add<false, false>(m, memory, {0, args.samples}, 1, of(product.left, product.rows, first),
+                                      of(product.right, product.columns, column));
       sums.finish(m, memory, [&](int i, int j, const auto& values) {
         DIA_UNROLL
         for (int k = 0; k < Tile::kThread; ++k)
