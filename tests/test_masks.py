@@ -267,6 +267,31 @@ def test_a_gpu_copies_maps_that_begin_no_packs():
         assert torch.equal(mask, masks.make(y, 1))
 
 
+def test_chunks_of_samples():
+    """Each finds its part of the mask, forward and backward."""
+    ops = operators_called("simulated")
+    weights, state = cell_of(8, torch.bfloat16)
+    state = [t.repeat(4, 1) for t in state]
+    for last in (False, True):
+        x, s, dy = (torch.cat([Layout(last=last).map(8, (8, 8), torch.bfloat16) for _ in range(4)]) for _ in range(3))
+        with simulated_backend.device("sweeps", l2=8 << 10):
+            simulated_backend.launched()
+            y, _, new_c, tables, mask = ops.step(x, s, *state, *weights, 1, True, False, True, True)
+            assert simulated_backend.launched().count("Spread") > 1
+            assert torch.equal(mask, masks.make(y, 1))
+            for need_shortcut in (True, False):
+                found = [
+                    ops.step_backward(
+                        dy, None, None, x, passed, *state, new_c, tables, *weights[::2], 1, True, False,
+                        True, need_shortcut, True, True,
+                    )
+                    for passed in (y, mask)
+                ]  # fmt: skip
+                assert simulated_backend.launched().count("Spread") > 2
+                for of_y, of_mask in zip(*found, strict=True):
+                    assert torch.equal(of_mask, of_y)
+
+
 # --- a module ----------------------------------------------------------------------------------------------
 
 
