@@ -275,9 +275,9 @@ def test_chunks_of_samples():
     for last in (False, True):
         x, s, dy = (torch.cat([Layout(last=last).map(8, (8, 8), torch.bfloat16) for _ in range(4)]) for _ in range(3))
         with simulated_backend.device("sweeps", l2=8 << 10):
-            simulated_backend.launched()
+            simulated_backend.launches()
             y, _, new_c, tables, mask = ops.step(x, s, *state, *weights, 1, True, False, True, True)
-            assert simulated_backend.launched().count("Spread") > 1
+            assert simulated_backend.launches().count("Spread") > 1
             assert torch.equal(mask, masks.make(y, 1))
             for need_shortcut in (True, False):
                 found = [
@@ -287,7 +287,7 @@ def test_chunks_of_samples():
                     )
                     for passed in (y, mask)
                 ]  # fmt: skip
-                assert simulated_backend.launched().count("Spread") > 2
+                assert simulated_backend.launches().count("Spread") > 2
                 for of_y, of_mask in zip(*found, strict=True):
                     assert torch.equal(of_mask, of_y)
 
