@@ -274,7 +274,7 @@ def test_chunks_of_samples():
     state = [t.repeat(4, 1) for t in state]
     for last in (False, True):
         x, s, dy = (torch.cat([Layout(last=last).map(8, (8, 8), torch.bfloat16) for _ in range(4)]) for _ in range(3))
-        with simulated_backend.device("sweeps", l2=8 << 10):
+        with simulated_backend.device("sweeps", l2=16 << 10):
             simulated_backend.launches()
             y, _, new_c, tables, mask = ops.step(x, s, *state, *weights, 1, True, False, True, True)
             assert simulated_backend.launches().count("Spread") > 1
