@@ -228,8 +228,7 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts l
     plan.cell = cell;
     const bool blas = cell == GpuCell::products;
     // Of a BLAS with those of sums split among blocks.
-    const int launches =
-        blas ? 11 : (p.backward ? 3 : 2) + (detail::first_terms(p) > kTermsInOnePart ? 1 : 0);
+    const int launches = blas ? 11 : (p.backward ? 3 : 2) + (detail::first_terms(p) > kTermsInOnePart ? 1 : 0);
     // Each product reads its weights once.
     const double products =
         std::max(cell_flops / ((blas ? detail::kBlasRate : detail::tile_rate(gpu)) * rate), work.weight_bytes / gpu.l2);
