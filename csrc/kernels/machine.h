@@ -9,7 +9,8 @@
 //   load(p) store(p, v) load_pack(p) store_pack   global memory; a pack is sixteen aligned bytes
 //   widen(element) narrow<T>(float)               conversions
 //   exp(x) tanh(x) sqrt(x)
-//   copy<count>(array, i, from, there)            begins to copy one or four floats of global memory to [i] of shared
+//   copy<count>(array, i, from, there)            begins to copy one, two or four floats of global memory to [i] of
+//   shared
 //                                                 memory, of which the first `there` are read, the others zero
 //   commit_copies()                               those begun since the last time are a group
 //   wait_copies<n>()                              until this thread's groups are there, but for the last n

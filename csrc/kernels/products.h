@@ -7,13 +7,13 @@
 // one barrier a stage. Each stage has sums of its own, which are added to those of all: tensor cores round their sums
 // towards zero.
 //
-// Where the memory allows it four neighbouring values are copied at once. What lies outside of a table is not read, and
-// zero.
+// Where the memory allows it two or four neighbouring values are copied at once. What lies outside of a table is not
+// read, and zero.
 //
-// Before, values were loaded a stage ahead into registers, one by one, and stored from there: of some 450 instructions
-// of a warp for a stage 300 were for that, five for each instruction of the tensor cores; the kernels were bound by
-// their issue. Before that, each thread had 4 x 4 results and multiplied in float32: 10 to 17 TFLOP/s of an H100's 67,
-// as two reads of shared memory went with sixteen multiply-adds.
+// Before, values were loaded a stage ahead into registers, one by one, and stored from there: of some 450 instructions of
+// a warp for a stage of `CellStates` 290 were for that, a dozen for each of the tensor cores'. Before that, each thread had
+// 4 x 4 results and multiplied in float32: 10 to 17 TFLOP/s of an H100's 67, as two reads of shared memory went with
+// sixteen multiply-adds.
 #pragma once
 
 #include "machine.h"
@@ -24,20 +24,21 @@ namespace dia::kernels {
 constexpr int kTableThreads = 256;
 
 // A side of `size` elements, of which the tile's begin at `first`: at(element, term) is where a value lies. It grows
-// evenly with the term, and with every fourth element. `four`: whether four values that are neighbours in memory may be
-// copied at once, the first of them a multiple of four.
+// evenly with the term, and with every fourth element. `together`: how many neighbours in memory may be copied at once,
+// the first of them a multiple of so many.
 template <class At>
 struct Operand {
-  int first, size;
-  bool four;
+  int first, size, together;
   At at;
 };
 template <class At>
-Operand(int, int, bool, At) -> Operand<At>;
+Operand(int, int, int, At) -> Operand<At>;
 
-// Whether rows of so many floats begin sixteen bytes, in a table that begins there.
-DIA_DEVICE bool in_fours(const float* table, int row) {
-  return row % 4 == 0 && reinterpret_cast<uintptr_t>(table) % 16 == 0;
+// How many of the values of a table's rows, each of so many, begin at a multiple of their bytes: four, two or one.
+DIA_DEVICE int values_together(const float* table, int row) {
+  const auto begins =
+      static_cast<unsigned>(reinterpret_cast<uintptr_t>(table) / sizeof(float)) | static_cast<unsigned>(row);
+  return begins % 4 == 0 ? 4 : begins % 2 == 0 ? 2 : 1;
 }
 
 // One side of a product, as a thread copies its share of a stage. What is adjacent in memory, terms if kAlong, else
@@ -59,12 +60,12 @@ class Side {
   // From term `first` on.
   template <class M, class At>
   DIA_DEVICE Side(M& m, int first, const Operand<At>& of)
-      : four_(of.four),
-        near_(four_ ? m.thread() % (kNear / 4) * 4 : m.thread() % kNear),
-        far_(four_ ? m.thread() / (kNear / 4) : m.thread() / kNear),
+      : together_(of.together),
+        near_(m.thread() * together_ % kNear),
+        far_(m.thread() * together_ / kNear),
         elements_(of.size - of.first) {
     const int element = of.first + (kAlong ? far_ : near_), term = first + (kAlong ? near_ : far_);
-    const int step = four_ ? kStep<4> : kStep<1>;
+    const int step = together_ * kStep<1>;
     from_ = of.at(element, term);
     by_item_ = (kAlong ? of.at(element + step, term) : of.at(element, term + step)) - from_;
     by_stage_ = kAlong ? kTerms : of.at(element, term + kTerms) - from_;
@@ -73,8 +74,10 @@ class Side {
   // Begins to copy the next stage to `begin` in shared memory; `terms` are left.
   template <class M, class Array>
   DIA_DEVICE void copy(M& m, const Array& memory, int begin, int terms) {
-    if (four_)
+    if (together_ == 4)
       copy_by<4>(m, memory, begin, terms);
+    else if (together_ == 2)
+      copy_by<2>(m, memory, begin, terms);
     else
       copy_by<1>(m, memory, begin, terms);
     from_ += by_stage_;
@@ -92,8 +95,7 @@ class Side {
                                t * kStep<kValues> < rows ? there : 0);
   }
 
-  bool four_;
-  int near_, far_, elements_;
+  int together_, near_, far_, elements_;
   const float* from_;
   int64_t by_item_, by_stage_;
 };

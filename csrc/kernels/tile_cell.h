@@ -127,7 +127,7 @@ DIA_DEVICE void part_product(M& m, const Array& memory, const PartTask& task, co
   const Part fours = part_of((terms + 3) / 4, task.part, parts);
   Tile tile(m);
   const auto of_left = [&](int) {
-    return Operand{task.sample, join.samples, in_fours(left, terms),
+    return Operand{task.sample, join.samples, values_together(left, terms),
                    [=](int sample, int k) { return left + row_at(sample, terms) + k; }};
   };
   tile.template add<true, kAlong>(m, memory, {4 * fours.begin, 4 * fours.end < terms ? 4 * fours.end : terms}, 1,
@@ -168,7 +168,7 @@ DIA_DEVICE void bottleneck_sums(M& m, const BottleneckSums& args) {
     const PartTask task = PartTask::of(number, cell.samples, cell.bottleneck, parts);
     const float* weight = task.hidden ? cell.weights.hidden_reduce : cell.weights.input_reduce;
     part_product<true>(m, memory, task, args.join, channels, task.hidden ? cell.h : cell.tables.p,
-                       Operand{task.column, cell.bottleneck, in_fours(weight, channels),
+                       Operand{task.column, cell.bottleneck, values_together(weight, channels),
                                [&](int j, int channel) { return weight + row_at(j, channels) + channel; }});
   });
 }
@@ -197,13 +197,13 @@ DIA_DEVICE void cell_states(M& m, const CellStates<kAffine>& args) {
     Tile tile(m);
     const auto of_z = [&](int path) {
       const float* z = path == 0 ? cell.tables.zx : cell.tables.zh;
-      return Operand{first, cell.samples, in_fours(z, bottleneck),
+      return Operand{first, cell.samples, values_together(z, bottleneck),
                      [=](int sample, int k) { return z + row_at(sample, bottleneck) + k; }};
     };
     const auto of_weight = [&](int path) {
       const float* weight = path == 0 ? cell.weights.input_expand : cell.weights.hidden_expand;
       // A channel's four gates are neighbours here.
-      return Operand{4 * channel, 4 * channels, in_fours(weight, bottleneck),
+      return Operand{4 * channel, 4 * channels, values_together(weight, bottleneck),
                      [=](int row, int k) { return weight + row_at(row % 4 * channels + row / 4, bottleneck) + k; }};
     };
     tile.template add<true, true>(m, memory, {0, bottleneck}, 2, of_z, of_weight);
@@ -238,7 +238,7 @@ DIA_DEVICE void bottleneck_gradient_sums(M& m, const BottleneckGradientSums& arg
     const PartTask task = PartTask::of(number, cell.samples, cell.bottleneck, parts);
     const float* weight = task.hidden ? cell.weights.hidden_expand : cell.weights.input_expand;
     part_product<false>(m, memory, task, args.join, rows, cell.du,
-                        Operand{task.column, cell.bottleneck, in_fours(weight, cell.bottleneck),
+                        Operand{task.column, cell.bottleneck, values_together(weight, cell.bottleneck),
                                 [&](int j, int row) { return weight + row_at(row, cell.bottleneck) + j; }});
   });
 }
@@ -273,11 +273,11 @@ DIA_DEVICE void cell_gradients(M& m, const CellGradients& args) {
     const float* dz = hidden ? cell.dzh : cell.dzx;
     Tile tile(m);
     const auto of_dz = [&](int) {
-      return Operand{first, cell.samples, in_fours(dz, bottleneck),
+      return Operand{first, cell.samples, values_together(dz, bottleneck),
                      [=](int sample, int j) { return dz + row_at(sample, bottleneck) + j; }};
     };
     const auto of_weight = [&](int) {
-      return Operand{channel, channels, in_fours(weight, channels),
+      return Operand{channel, channels, values_together(weight, channels),
                      [=](int column, int j) { return weight + row_at(j, channels) + column; }};
     };
     tile.template add<true, false>(m, memory, {0, bottleneck}, 1, of_dz, of_weight);

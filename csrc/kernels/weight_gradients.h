@@ -82,7 +82,7 @@ DIA_DEVICE void weight_gradients(M& m, const WeightGradients<kTile>& args) {
       Tile sums(m);
       const auto of = [&](const float* table, int width, int first) {
         return [=](int) {
-          return Operand{first, width, in_fours(table, width),
+          return Operand{first, width, values_together(table, width),
                          [=](int element, int n) { return table + row_at(n, width) + element; }};
         };
       };

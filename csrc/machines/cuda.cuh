@@ -74,14 +74,15 @@ class Machine {
   // Copies that pass no register, from sm_80 on.
   template <int kCount, class Array>
   __device__ __forceinline__ static void copy(const Array& array, int index, const float* from, int there) {
-    static_assert(kCount == 1 || kCount == 4);
+    static_assert(kCount == 1 || kCount == 2 || kCount == 4);
 #if __CUDA_ARCH__ >= 800
     if constexpr (kCount == 4)
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(array.address(index)), "l"(from),
                    "r"(4 * there)
                    : "memory");
     else
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(array.address(index)), "l"(from), "r"(4 * there)
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(array.address(index)), "l"(from),
+                   "n"(4 * kCount), "r"(4 * there)
                    : "memory");
 #else
 #pragma unroll

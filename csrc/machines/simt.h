@@ -239,13 +239,14 @@ class Thread {
   template <int kCount, class Array>
   void copy(const Array& array, int index, const float* from, int there,
             std::source_location where = std::source_location::current()) {
-    static_assert(kCount == 1 || kCount == 4);
+    static_assert(kCount == 1 || kCount == 2 || kCount == 4);
+    if (there > 0 && reinterpret_cast<uintptr_t>(from) % (4 * kCount) != 0) fail("a copy: misaligned values");
     copies_.push_back([this, array, index, from, there, where] {
       float values[kCount] = {};
-      if (there > 0 && there < kCount) {
+      if (there < 4) {
         for (int k = 0; k < there; ++k) values[k] = load(from + k, where);
-      } else if (there > 0) {
-        touch_global(from, kCount, sizeof(float), false, where);
+      } else {
+        touch_global(from, there, sizeof(float), false, where);
         std::memcpy(values, from, sizeof(values));
       }
       for (int k = 0; k < kCount; ++k) array[index + k] = values[k];
