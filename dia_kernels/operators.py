@@ -10,7 +10,8 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 ``step``                ``(y, h', c', tables, mask)``: the whole step. ``tables`` is what its gradient
                         needs beside x, y and the states (see ``table_sizes``); it is empty
                         unless ``keep_tables``. ``mask`` is the ReLU's (``masks.py``), empty
-                        unless ``keep_mask`` and ``relu``. Rows that begin no bytes have none.
+                        unless ``keep_mask`` and ``relu``. Rows that begin no bytes have none,
+                        and not every implementer keeps one (``Operators.masked_dtypes``).
 ``step_``               ``(h', c')``: the same, y written over ``x``. Inference only.
 ``step_backward``       gradients of x, shortcut, h, c and, in one flat tensor
                         (``cells.join_parameters``), of the eight parameters; those that the four
@@ -37,7 +38,7 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 ``rescale_backward``    gradients of x, scale and shortcut
 ======================  ======================================================================
 
-Where a gradient takes y, it takes the mask in its place (but for ``rescale_backward``).
+Where a gradient takes y, it takes the mask in its place, of implementers that keep one (but for ``rescale_backward``).
 
 An operator may not return its input: with no ReLU the gradient of the shortcut is the incoming
 one, which ``autograd`` hands on by itself.

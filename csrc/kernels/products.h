@@ -10,10 +10,10 @@
 // Where the memory allows it two or four neighbouring values are copied at once. What lies outside of a table is not
 // read, and zero.
 //
-// Before, values were loaded a stage ahead into registers, one by one, and stored from there: of some 450 instructions of
-// a warp for a stage of `CellStates` 290 were for that, a dozen for each of the tensor cores'. Before that, each thread had
-// 4 x 4 results and multiplied in float32: 10 to 17 TFLOP/s of an H100's 67, as two reads of shared memory went with
-// sixteen multiply-adds.
+// Before, values were loaded a stage ahead into registers, one by one, and stored from there: of some 450 instructions
+// of a warp for a stage of `CellStates` 290 were for that, a dozen for each of the tensor cores'. Before that, each
+// thread had 4 x 4 results and multiplied in float32: 10 to 17 TFLOP/s of an H100's 67, as two reads of shared memory
+// went with sixteen multiply-adds.
 #pragma once
 
 #include "machine.h"
