@@ -297,6 +297,18 @@ def test_parameters_at_any_place_in_memory():
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("phase", [0, 1])
+def test_tasks_of_many_channels(phase):
+    """More than threads where a map comes in packs; a view that does not takes fewer."""
+    attention = SharedAttention(320, 80, backend="simulated")
+    memory = torch.randn(2 * 320 * 6 + 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = memory[phase : phase + 2 * 320 * 6].view(2, 2, 3, 320).permute(0, 3, 1, 2).requires_grad_()
+    s = torch.randn(2, 320, 2, 3).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with device("sweeps", multiprocessors=1):
+        assert_gradients_agree(attention, None, x, s)
+        assert_gradients_agree(attention, nn.BatchNorm2d(320), x, s)
+
+
 def test_bottlenecks_in_parts():
     """Channels enough for sums of both bottlenecks, forward and backward, that several blocks share."""
     x, s = maps((3, 130, 2, 3))

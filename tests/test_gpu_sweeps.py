@@ -163,6 +163,27 @@ def test_reduce(shape, kind):
             assert report["tensors"]["g"][:2] == (0, bytes_of_map)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_task_of_more_channels_than_threads(dtype):
+    """In packs a thread has several."""
+    pack = 16 // torch.empty(0, dtype=dtype).element_size()
+    layout = Layout(2, 64 * pack + 8, 5, dtype, True, tile=(64 * pack, 10**6, 1))
+    g = torch.Generator().manual_seed(0)
+    x, dy = (layout.draw(g) for _ in range(2))
+    tables = lambda *names: {name: torch.zeros(2, layout.channels) for name in names}  # noqa: E731
+    found = tables("sum", "product")
+    layout.launch("reduce", {"x": x, "dy": dy}, {}, found)
+    moments = tables("first", "rest")
+    moments |= {"sum": found["sum"].clone(), "product": found["product"].clone()}
+    layout.launch("reduce", {"x": x}, {}, moments)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(found["sum"].double(), dy.sum(2), **close)
+    torch.testing.assert_close(found["product"].double(), (dy * x).sum(2), **close)
+    assert torch.equal(moments["first"].double(), x[:, :, 0])
+    torch.testing.assert_close(moments["sum"].double(), (x - x[:, :, :1]).sum(2), **close)
+    torch.testing.assert_close(moments["product"].double(), (x - x.mean(2, keepdim=True)).square().sum(2), **close)
+
+
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 @pytest.mark.parametrize("interleaved", LAYOUTS)
 def test_statistics_of_a_batch_keep_their_digits(mean, interleaved):

@@ -195,7 +195,12 @@ class GpuCall {
   // A sweep over args.size.samples samples.
   template <class T>
   void launch_sweep(kernels::Reduce<T> args) {
-    args.tile = detail::reduce_tile_of(swept(args.size, sizeof(T)), limits_, args.dy.data == nullptr);
+    GpuProblem problem = swept(args.size, sizeof(T));
+    if (args.size.interleaved)
+      problem.aligned = problem.aligned && begin_packs(args.size, args.x) && begin_packs(args.size, args.dy) &&
+                        begin_packs(args.size, args.y) &&
+                        begin_packs(args.size, Samples<const T>{args.g.data, args.g.stride});
+    args.tile = detail::reduce_tile_of(problem, limits_, args.dy.data == nullptr);
     // Tasks of an interleaved map are large, and the device hands them out best.
     launch_blocks(args, kernels::tasks_of(args.size, args.tile), kSweepResident * (args.size.interleaved ? 16 : 1),
                   reduce_shared_bytes(args.tile, args.size.interleaved, sizeof(T)));
@@ -260,6 +265,11 @@ class GpuCall {
     if (tiles < least) return false;
     launch_blocks(args, tiles, 4, args.kSharedBytes);
     return true;
+  }
+  // Whether every sample of a map begins a pack; of none, too.
+  template <class T>
+  static bool begin_packs(const kernels::MapSize& size, const Samples<const T>& map) {
+    return reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && (size.samples <= 1 || map.stride % Pack<T>::size == 0);
   }
   static GpuProblem swept(const kernels::MapSize& size, int element_bytes) {
     GpuProblem problem{};

@@ -234,7 +234,8 @@ class SimulatedGpu final : public Gpu {
           if constexpr (requires { args.tile; })
             grid.threads = std::max(
                 grid.threads,
-                static_cast<int>(rounded_up(args.size.interleaved ? args.tile.channels : args.tile.lanes, 32)));
+                static_cast<int>(rounded_up(
+                    args.size.interleaved ? std::min(args.tile.channels, kSweepThreads) : args.tile.lanes, 32)));
           grid.shared_bytes = static_cast<size_t>(shared_bytes);
           if (lie.barrier.line != 0 && name_of<Args>() == lie.kernel) grid.without = &lie.barrier;
           const auto report = device.launch(grid, [args](simt::Thread& m) { kernels::run(m, args); });

@@ -23,14 +23,16 @@ void check_plan(const GpuProblem& p, const GpuLimits& gpu) {
   for (const GpuTile& tile :
        {detail::reduce_tile_of(p, gpu, true), detail::reduce_tile_of(p, gpu, false), detail::spread_tile_of(p, gpu)}) {
     if (p.interleaved) {
-      CHECK(tile.channels >= 1 && tile.channels <= std::min<int64_t>(std::max<int64_t>(p.channels, 1), kSweepThreads));
+      CHECK(tile.channels >= 1 && tile.channels <= std::min<int64_t>(std::max<int64_t>(p.channels, 1), kMostSummed));
+      CHECK(tile.channels <= kSweepThreads * (p.aligned ? pack : 1));
       CHECK(tile.channels % pack == 0 || tile.channels >= p.channels);
     } else {
       CHECK_EQUAL(tile.channels * tile.lanes, kSweepThreads);
     }
     CHECK(tile.positions >= 1);
     CHECK(tile.lanes >= 1 && tile.lanes <= kSweepThreads && (tile.lanes & (tile.lanes - 1)) == 0);
-    CHECK(2 * (reduce_shared_bytes(tile, p.interleaved, p.element_bytes) + kReservedShared) <=
+    CHECK((gpu.architecture == 75 ? 2 : kSweepResident) *
+              (reduce_shared_bytes(tile, p.interleaved, p.element_bytes) + kReservedShared) <=
           gpu.shared_per_multiprocessor);
   }
 }
@@ -71,6 +73,32 @@ void sizes_around_what_32_bits_hold() {
     }
 }
 
+// A wave of blocks that is complete, or large enough to draw the memory's bandwidth, is no time lost.
+void few_multiprocessors_idle() {
+  CHECK_EQUAL(detail::busy_part(390, 390), 1.0);
+  CHECK_EQUAL(detail::busy_part(256, 390), 1.0);
+  CHECK(detail::busy_part(512, 390) < 0.83);
+  CHECK(detail::busy_part(1024, 390) > 0.99);
+  CHECK_EQUAL(detail::busy_part(0, 390), 1.0);
+  GpuLimits h100 = kGpus[4];
+  h100.multiprocessors = 130;
+  const auto channels = [&](int64_t samples, int64_t width, int64_t positions) {
+    const GpuProblem p{samples, width, positions, 16, 2, true, true, true, true, false};
+    const int found = detail::reduce_tile_of(p, h100, true).channels;
+    CHECK_EQUAL(detail::reduce_tile_of(p, h100, false).channels, found);
+    return found;
+  };
+  CHECK_EQUAL(channels(256, 256, 3136), 256);
+  CHECK_EQUAL(channels(256, 512, 784), 512);
+  CHECK_EQUAL(channels(256, 1024, 196), 1024);
+  CHECK_EQUAL(channels(256, 2048, 49), 512);
+  CHECK_EQUAL(channels(32, 256, 3136), 32);
+  CHECK_EQUAL(channels(128, 64, 1024), 32);
+  // Nothing but packs: a thread has one channel.
+  const GpuProblem odd{256, 511, 784, 16, 2, true, false, true, true, false};
+  CHECK(detail::reduce_tile_of(odd, h100, true).channels <= kSweepThreads);
+}
+
 // What was faster on an H100 (docs/kernels.md).
 void large_cells_are_left_to_a_blas() {
   for (bool backward : {false, true}) {
@@ -104,6 +132,7 @@ void plans_of_one_kind() {
 int main() {
   thousands_of_problems();
   sizes_around_what_32_bits_hold();
+  few_multiprocessors_idle();
   large_cells_are_left_to_a_blas();
   plans_of_one_kind();
   return dia::test::failures == 0 ? 0 : 1;
