@@ -317,6 +317,11 @@ def has_memory(t: Tensor) -> bool:
     return plain and t.untyped_storage().nbytes() > 0
 
 
+def lies_within_its_storage(t: Tensor) -> bool:
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
+    return (t.storage_offset() + last + 1) * t.element_size() <= t.untyped_storage().nbytes()
+
+
 def is_comparable(call: Call, faults: list[str]) -> bool:
     """Whether two implementations must agree.
 
@@ -425,7 +430,9 @@ def copied(t: Tensor) -> Tensor:
     """Equal values in memory that nothing shares."""
     if t.layout != torch.strided or t._is_zerotensor() or t.device.type == "meta":
         return t
-    if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)) or not has_memory(t):
+    if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)):
+        return t
+    if not has_memory(t) or not lies_within_its_storage(t):  # PyTorch would read what was freed
         return t
     return t.detach().clone()
 
