@@ -18,6 +18,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -235,12 +236,14 @@ class Thread {
     std::memcpy(to, &pack, sizeof(pack));
   }
 
-  // A copy is made when its group is waited for.
+  // A copy is made at some time between here and the wait for its group: what was there is gone at once, and what is
+  // to come there last.
   template <int kCount, class Array>
   void copy(const Array& array, int index, const float* from, int there,
             std::source_location where = std::source_location::current()) {
     static_assert(kCount == 1 || kCount == 2 || kCount == 4);
     if (there > 0 && reinterpret_cast<uintptr_t>(from) % (4 * kCount) != 0) fail("a copy: misaligned values");
+    for (int k = 0; k < kCount; ++k) array[index + k] = std::numeric_limits<float>::quiet_NaN();
     copies_.push_back([this, array, index, from, there, where] {
       float values[kCount] = {};
       if (there < 4) {
