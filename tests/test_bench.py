@@ -290,6 +290,7 @@ def test_a_run_writes_samples_table_and_plot(tmp_path):
     assert "test_step[forward-1x8x4x4-channels_last-float32-fused]" in finished.stdout
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_reports_no_time(tmp_path):
     finished = run_benchmark(tmp_path, wrong=True)
     assert finished.returncode == 1, finished.stdout + finished.stderr

@@ -38,6 +38,7 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(target), link
 
 
+@pytest.mark.slow
 def test_the_parameters_of_the_paper_are_counted():
     assert tables.of_parameters({"records": parameters.records()}) in (ROOT / "docs" / "paper.md").read_text()
 

@@ -495,6 +495,7 @@ def test_images_that_are_missing_are_said_at_once(minimal, fashion, tmp_path, ca
     assert not any(tmp_path.iterdir()), "nothing to resume"
 
 
+@pytest.mark.slow
 def test_the_command_does_it_again_with_a_folder_of_any_name(minimal, fashion, tmp_path):
     folder = tmp_path / "a folder"
     folder.symlink_to(fashion, target_is_directory=True)

@@ -46,6 +46,7 @@ def test_sizes_alone_compile_nothing_anew():
         assert of_others == [], name
 
 
+@pytest.mark.slow
 def test_tiles_are_timed_on_request_and_kept_on_disk(monkeypatch, tmp_path):
     """By Triton's own autotuner, on a GPU that is not there: never unasked, and once for all processes."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
