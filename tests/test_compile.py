@@ -113,6 +113,7 @@ def test_dynamic_positions_compile_once():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_a_whole_network_trains_as_one_graph_of_any_batch_and_size():
     """Norms folded in, three stages, float64: the same losses and weights as eager, after steps of other shapes."""
     network, counter = models.create("resnet20", 10, attention="dia").double(), CompileCounterWithBackend("aot_eager")

@@ -575,6 +575,7 @@ def test_copies_pickles_and_checkpoints(converted):
     }
 
 
+@pytest.mark.slow
 def test_compiled_as_one_graph(converted):
     with torch.no_grad():
         expected = converted(IMAGES)

@@ -128,11 +128,8 @@ def made(case: Case) -> tuple[nn.Module, nn.Module]:
     return pair(case.make().double(), case.places, lambda model: sharing.share_attention(model, "lstm", **options))
 
 
-#: The largest, whose kin is among the others.
-LARGE = ("torchvision resnet152", "torchvision wide_resnet50")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_as_with_hooks(name):
     """Results in evaluation and in training; gradients; and the norms' buffers."""
     case = CASES[name]

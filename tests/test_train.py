@@ -487,6 +487,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, short, tmp_path, at):
     assert result.metrics == whole[1].metrics
 
 
+@pytest.mark.slow
 def test_killed_at_the_end_of_an_epoch(whole, short, tmp_path):
     settings = {**short, "checkpoint_every": 3}
     killed(tmp_path / "run", 3, settings)
@@ -495,6 +496,7 @@ def test_killed_at_the_end_of_an_epoch(whole, short, tmp_path):
     assert_same_end(tmp_path / "run", whole[0])
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint(whole, short, tmp_path):
     killed(tmp_path / "run", 1, short)
     run.train(run.Settings(**short), tmp_path / "run", resume=True, progress=False)
