@@ -224,8 +224,10 @@ def without_masks(call: Callable[[], object]) -> Callable[[], object]:
 
     def run() -> None:
         kept, operators.native.masked_dtypes = operators.native.masked_dtypes, {}
-        call()
-        operators.native.masked_dtypes = kept
+        try:
+            call()
+        finally:
+            operators.native.masked_dtypes = kept
 
     return run
 

@@ -18,7 +18,7 @@ VALUES = 8
 
 
 def _channels_inside(x: Tensor, channel_dim: int) -> bool:
-    """Whether the map is dimension 1 in shape, but has its channels side by side in memory."""
+    """Whether channels are dimension 1 in shape, but side by side in memory."""
     return channel_dim == 1 and output_format(x, channel_dim) != torch.contiguous_format
 
 

@@ -62,6 +62,13 @@ def lstm_parameters(
     return LSTMParameters(*((t / t.shape[1] ** 0.5 if t.ndim == 2 else t / 2).to(dtype) for t in draws))
 
 
+def tail_arguments(t: dict[str, Tensor], mean: Tensor | None, var: Tensor | None, relu: bool) -> list:
+    """The arguments of the operator ``tail`` from tensors by their names, on (N, C, *spatial), without a mask."""
+    parameters = [t[name] for name in LSTMParameters._fields]
+    norm = (t["gamma"], t["beta"], mean, var, 1e-5)
+    return [t["z"], t["shortcut"], t["h"], t["c"], *norm, *parameters, 1, relu, False, False]
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the contract says about state and parameters: float64 for float64 maps, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -242,7 +242,7 @@ class Problem:
         given = {"x": self.map("x", 0)} | self.state | self.weights() | self.affine
         if case.shortcut:
             given["shortcut"] = self.map("shortcut", 1)
-        sizes = {"sum": c, "p": c, "zx": m, "zh": m, "gates": 4 * c, "new_h": c, "new_c": c}
+        sizes = {"p": c, "zx": m, "zh": m, "gates": 4 * c, "new_h": c, "new_c": c}
         results = {name: torch.zeros(n, size) for name, size in sizes.items()} | {"parts": self.parts()}
         results["y"] = placed(torch.zeros_like(self.maps["x"]), case.phase[2 % len(case.phase)], case.gap)
         if case.affine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import lstm_parameters
+from problems import lstm_parameters, tail_arguments
 from processes import PER_SAMPLE, run, share, solve
 from torch import multiprocessing, nn
 
@@ -133,38 +133,8 @@ def test_the_halves_of_the_gradient_are_the_whole(relu, need_shortcut, last, bac
     t, incoming = case["tensors"], case["incoming"]
     parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
     mean, var = operators.native.statistics(t["z"], 1)
-    y, h, c, tables, *_ = operators.native.tail(
-        t["z"],
-        t["shortcut"],
-        t["h"],
-        t["c"],
-        t["gamma"],
-        t["beta"],
-        None,
-        None,
-        1e-5,
-        *parameters,
-        1,
-        relu,
-        False,
-        False,
-    )
-    again = operators.native.tail(
-        t["z"],
-        t["shortcut"],
-        t["h"],
-        t["c"],
-        t["gamma"],
-        t["beta"],
-        mean,
-        var,
-        1e-5,
-        *parameters,
-        1,
-        relu,
-        False,
-        False,
-    )
+    y, h, c, tables, *_ = operators.native.tail(*tail_arguments(t, None, None, relu))
+    again = operators.native.tail(*tail_arguments(t, mean, var, relu))
     torch.testing.assert_close(again[0], y)
     given = (
         incoming["y"], incoming["h"], incoming["c"], t["z"], y, t["h"], t["c"], c, tables, t["gamma"], t["beta"],
@@ -183,22 +153,7 @@ def test_operators():
     case = share(CASES["float32"], 0, 2)
     t, incoming = case["tensors"], case["incoming"]
     parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
-    y, h, c, tables, *_ = operators.native.tail(
-        t["z"],
-        t["shortcut"],
-        t["h"],
-        t["c"],
-        t["gamma"],
-        t["beta"],
-        None,
-        None,
-        1e-5,
-        *parameters,
-        1,
-        True,
-        False,
-        False,
-    )
+    y, h, c, tables, *_ = operators.native.tail(*tail_arguments(t, None, None, True))
     torch.library.opcheck(operators.native.statistics, (t["z"], 1))
     reduce = (
         incoming["y"], incoming["h"], incoming["c"], t["z"], y, t["h"], t["c"], c, tables, t["gamma"], t["beta"],

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from accuracy import assert_accurate
-from problems import lstm_parameters
+from problems import lstm_parameters, tail_arguments
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
@@ -385,10 +385,7 @@ def test_operators(training):
     t = tensors
     statistics = (None, None) if training else (torch.zeros(4), torch.ones(4))
     parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
-    args = (
-        t["z"], t["shortcut"], t["h"], t["c"], t["gamma"], t["beta"], *statistics, 1e-5, *parameters, 1, True, False,
-        False,
-    )  # fmt: skip
+    args = tail_arguments(t, *statistics, True)
     y, _, c, tables, *_ = operators.native.tail(*args)
     backward = (
         incoming["y"], incoming["h"], incoming["c"], t["z"], y, t["h"], t["c"], c, tables, t["gamma"], t["beta"],
@@ -402,23 +399,7 @@ def test_operators(training):
 def test_raw_operators_refuse_wrong_sizes():
     tensors, _ = make((2, 4, 3, 3), dtype=torch.float32)
     t = tensors
-    parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
-    good = [
-        t["z"],
-        t["shortcut"],
-        t["h"],
-        t["c"],
-        t["gamma"],
-        t["beta"],
-        None,
-        None,
-        1e-5,
-        *parameters,
-        1,
-        True,
-        False,
-        False,
-    ]
+    good = tail_arguments(t, None, None, True)
     for place, name in ((4, "norm weight"), (5, "norm bias"), (2, "h"), (1, "shortcut"), (9, "input_reduce_weight")):
         bad = list(good)
         bad[place] = good[place][:, :-1] if good[place].ndim > 1 else good[place][:-1]

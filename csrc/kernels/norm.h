@@ -171,8 +171,6 @@ DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
   }
 }
 
-// Gradients of gamma and beta; and with the statistics of a batch, through which all samples are tied together, what
-// the second sweep of the gradient applies: dz = g factor + (z - shift) slope + offset.
 // What a norm keeps of a batch: its buffers, moved by `factor` towards the mean and the unbiased variance.
 struct TrackStatistics {
   int channels;
@@ -192,6 +190,8 @@ DIA_DEVICE void track_statistics(M& m, const TrackStatistics& args) {
   if (m.block() == 0 && m.thread() == 0) m.store(args.batches, m.load(args.batches) + 1);
 }
 
+// Gradients of gamma and beta; and with the statistics of a batch, through which all samples are tied together, what
+// the second sweep of the gradient applies: dz = g factor + (z - shift) slope + offset.
 struct NormGradients {
   int samples, channels, positions;
   const float *sum, *product, *dp, *off, *new_h;  // (N, C): sums of g and g ((z - shift) - d), dp, means, h'

@@ -19,6 +19,12 @@ using kernels::of_samples;
 using kernels::rows_from;
 using kernels::Samples;
 
+// Whether every sample of a map begins at sixteen bytes. An absent map does.
+template <class T>
+bool begins_packs(const Samples<const T>& map, int64_t samples) {
+  return reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && (samples <= 1 || map.stride % Pack<T>::size == 0);
+}
+
 // A map as the kernels take it: samples at any distance, each dense. Where a tensor is not, `tensor` is a copy.
 template <class T>
 struct GpuMap {
@@ -34,18 +40,14 @@ struct GpuMap {
                                             : t.dim() == 4 ? MemoryFormat::ChannelsLast
                                                            : MemoryFormat::ChannelsLast3d);
     }
-    if (packs && !begins_packs()) {
-      tensor = empty_strided(info.sizes, info.strides, t, dtype_code(t));
-      torch::stable::copy_(tensor, t);
-    }
+    samples = {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0)};
+    if (!packs || begins_packs(samples, info.shape.samples)) return;
+    tensor = empty_strided(info.sizes, info.strides, t, dtype_code(t));
+    torch::stable::copy_(tensor, t);
     samples = {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0)};
   }
 
  private:
-  bool begins_packs() const {
-    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 &&
-           (tensor.size(0) <= 1 || tensor.stride(0) % Pack<T>::size == 0);
-  }
   bool dense_samples(const MapInfo& info) const {
     const auto strides = row_strides(tensor.sizes().data(), tensor.strides().data(), static_cast<int>(tensor.dim()),
                                      info.channel_first, info.shape.interleaved);
@@ -196,10 +198,8 @@ class GpuCall {
   template <class T>
   void launch_sweep(kernels::Reduce<T> args) {
     GpuProblem problem = swept(args.size, sizeof(T));
-    if (args.size.interleaved)
-      problem.aligned = problem.aligned && begin_packs(args.size, args.x) && begin_packs(args.size, args.dy) &&
-                        begin_packs(args.size, args.y) &&
-                        begin_packs(args.size, Samples<const T>{args.g.data, args.g.stride});
+    for (const Samples<const T>& map : {args.x, args.dy, args.y, {args.g.data, args.g.stride}})
+      problem.aligned = problem.aligned && (!args.size.interleaved || begins_packs(map, args.size.samples));
     args.tile = detail::reduce_tile_of(problem, limits_, args.dy.data == nullptr);
     // Tasks of an interleaved map are large, and the device hands them out best.
     launch_blocks(args, kernels::tasks_of(args.size, args.tile), kSweepResident * (args.size.interleaved ? 16 : 1),
@@ -266,11 +266,6 @@ class GpuCall {
     launch_blocks(args, tiles, 4, args.kSharedBytes);
     return true;
   }
-  // Whether every sample of a map begins a pack; of none, too.
-  template <class T>
-  static bool begin_packs(const kernels::MapSize& size, const Samples<const T>& map) {
-    return reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && (size.samples <= 1 || map.stride % Pack<T>::size == 0);
-  }
   static GpuProblem swept(const kernels::MapSize& size, int element_bytes) {
     GpuProblem problem{};
     problem.samples = size.samples, problem.channels = size.channels, problem.positions = size.positions;
@@ -334,9 +329,7 @@ template <class T>
 bool aligned_maps(const MapInfo& info, std::initializer_list<Samples<const T>> maps) {
   const int64_t pack = 16 / static_cast<int64_t>(sizeof(T));
   bool aligned = !info.shape.interleaved || info.shape.channels % pack == 0;
-  for (const Samples<const T>& map : maps)
-    aligned =
-        aligned && (map.data == nullptr || (reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && map.stride % pack == 0));
+  for (const Samples<const T>& map : maps) aligned = aligned && begins_packs(map, info.shape.samples);
   return aligned;
 }
 
