@@ -229,16 +229,16 @@ def test_only_what_is_asked_for(layouts):
     ("norm", "forward", "backward"),
     [
         (None, ["Reduce", "BottleneckSums", "JoinParts", "CellStates", "Spread"],
-         ["Reduce", "SplitGateGradients", "BottleneckGradientSums", "JoinParts", "CellGradients", "Spread",
-          "clear", "WeightGradients"]),
+         ["Reduce", "SplitGateGradients", "BottleneckGradientSums", "JoinParts", "CellGradients", "clear",
+          "WeightGradients", "Spread"]),
         ("batch",
          ["Reduce", "BatchStatistics", "BottleneckSums", "JoinParts", "CellStates", "Spread", "TrackStatistics"],
          ["Reduce", "SplitGateGradients", "BottleneckGradientSums", "JoinParts", "CellGradients", "NormGradients",
-          "Spread", "clear", "WeightGradients"]),
+          "clear", "WeightGradients", "Spread"]),
         ("running",
          ["GivenStatistics", "Reduce", "BottleneckSums", "JoinParts", "CellStates", "Spread"],
-         ["Reduce", "SplitGateGradients", "BottleneckGradientSums", "JoinParts", "CellGradients", "Spread",
-          "NormGradients", "clear", "WeightGradients"]),
+         ["Reduce", "SplitGateGradients", "BottleneckGradientSums", "JoinParts", "CellGradients", "clear",
+          "WeightGradients", "Spread", "NormGradients"]),
     ],
 )  # fmt: skip
 def test_launches(norm, forward, backward, channels):

@@ -7,6 +7,8 @@
 //                                                 of `width` neighbours (powers of two)
 //   shared<T>(count)                              the next array in shared memory: [i], pack(i), set_pack(i, pack)
 //   load(p) store(p, v) load_pack(p) store_pack   global memory; a pack is sixteen aligned bytes
+//   wait_for_kernel()                             until the kernel before this one is done, and what it wrote is seen;
+//                                                 what those before that one wrote is there at once
 //   widen(element) narrow<T>(float)               conversions
 //   exp(x) tanh(x) sqrt(x)
 //   copy<count>(array, i, from, there)            begins to copy one, two or four floats of global memory to [i] of

@@ -14,7 +14,7 @@
 #pragma once
 
 #include "../core/tracked.h"
-#include "machine.h"
+#include "map.h"
 
 namespace dia::kernels {
 

@@ -143,35 +143,48 @@ class TileProduct {
   }
 
   // `count` products over the terms of `inner`, whose begin is a multiple of four: left(number) and right(number) are
-  // the operands of each. kLeftAlong: terms are neighbours in the left side's memory, else its elements are.
+  // the operands of each; the kernel before makes none of the right ones. kLeftAlong: terms are neighbours in the left
+  // side's memory, else its elements are.
   template <bool kLeftAlong, bool kRightAlong, class M, class Array, class OfLeft, class OfRight>
   DIA_DEVICE void add(M& m, const Array& memory, Part inner, int count, const OfLeft& left, const OfRight& right) {
     const int terms = inner.size(), stages = (terms + kTerms - 1) / kTerms, all = stages * count;
     Left<kLeftAlong> left_side(m, inner.begin, left(0));
     Right<kRightAlong> right_side(m, inner.begin, right(0));
     // The next stage to be copied: of which product, after how many terms, and where to.
-    int number = 0, copied = 0, to = 0;
-    const auto copy = [&](int stage) {
-      if (stage < all) {
-        if (copied >= terms) {
-          ++number, copied = 0;
-          left_side = Left<kLeftAlong>(m, inner.begin, left(number));
-          right_side = Right<kRightAlong>(m, inner.begin, right(number));
-        }
-        left_side.copy(m, memory, to, terms - copied);
-        right_side.copy(m, memory, to + kLeft, terms - copied);
-        copied += kTerms, to = to + kStage < kFloats ? to + kStage : 0;
+    struct Next {
+      int number = 0, copied = 0, to = 0;
+    };
+    const auto copy = [&](Next& next, bool of_left, bool of_right) {
+      const bool another = next.copied >= terms;
+      if (another) ++next.number, next.copied = 0;
+      if (of_left) {
+        if (another) left_side = Left<kLeftAlong>(m, inner.begin, left(next.number));
+        left_side.copy(m, memory, next.to, terms - next.copied);
       }
-      m.commit_copies();
+      if (of_right) {
+        if (another) right_side = Right<kRightAlong>(m, inner.begin, right(next.number));
+        right_side.copy(m, memory, next.to + kLeft, terms - next.copied);
+      }
+      next.copied += kTerms, next.to = next.to + kStage < kFloats ? next.to + kStage : 0;
     };
     m.sync_block();  // what was there may still be read
+    // The right sides of the first stages, weights, while the kernel before still runs.
+    Next of_right, next;
     DIA_UNROLL
-    for (int stage = 0; stage < kStages - 1; ++stage) copy(stage);
+    for (int stage = 0; stage < kStages - 1; ++stage)
+      if (stage < all) copy(of_right, false, true);
+    m.wait_for_kernel();
+    DIA_UNROLL
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+      if (stage < all) copy(next, true, false);
+      m.commit_copies();
+    }
     int added = 0, from = 0;
     for (int stage = 0; stage < all; ++stage) {
       m.template wait_copies<kStages - 2>();
       m.sync_block();
-      copy(stage + kStages - 1);
+      if (stage + kStages - 1 < all) copy(next, true, true);
+      m.commit_copies();
       add_stage<Left<kLeftAlong>, Right<kRightAlong>>(m, memory, from, terms - added);
       added = added + kTerms < terms ? added + kTerms : 0, from = from + kStage < kFloats ? from + kStage : 0;
     }

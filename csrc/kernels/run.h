@@ -72,6 +72,27 @@ DIA_DEVICE void run(M& m, const SplitGateGradients<kAffine>& args) {
   split_gate_gradients(m, args);
 }
 
+// Kernels that wait for the one before by themselves: they begin with what is there without it.
+template <class Args>
+constexpr bool kWaits = false;
+template <class T>
+constexpr bool kWaits<Spread<T>> = true;
+template <>
+constexpr bool kWaits<BottleneckSums> = true;
+template <bool kAffine>
+constexpr bool kWaits<CellStates<kAffine>> = true;
+template <>
+constexpr bool kWaits<BottleneckGradientSums> = true;
+template <>
+constexpr bool kWaits<CellGradients> = true;
+
+// A kernel behind another.
+template <class M, class Args>
+DIA_DEVICE void run_behind(M& m, const Args& args) {
+  if constexpr (!kWaits<Args>) m.wait_for_kernel();
+  run(m, args);
+}
+
 // Whether a kernel's blocks make tiles of products, by just kTableThreads threads.
 template <class Args>
 constexpr bool kHasTiles = false;

@@ -29,14 +29,10 @@ constexpr int kResidentOf = kernels::kHasTiles<Args> ? 2
 template <class Args>
 __global__ void __launch_bounds__(kernels::kThreadsOf<Args>, kResidentOf<Args>)
     kernel(__grid_constant__ const Args args) {
-  // Behind a kernel of tables, which leaves room, the next is launched at once: it waits here until all before it is
-  // done and seen. Behind a sweep it would take room of blocks that have not finished.
-#if __CUDA_ARCH__ >= 900
-  if constexpr (!kIsSweep<Args>) asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-  Machine machine(shared_memory);
-  kernels::run(machine, args);
+  // Behind a kernel of tables, which leaves room, the next is launched early. Behind a sweep it would take room of
+  // blocks that have not finished.
+  Machine<!kIsSweep<Args>> machine(shared_memory);
+  kernels::run_behind(machine, args);
 }
 
 // Raises with what the runtime says. The error is taken back: the next check must not find it.

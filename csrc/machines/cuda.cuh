@@ -41,6 +41,9 @@ class Shared {
   unsigned begin_;
 };
 
+// kLaunchesNext: whether the kernel behind this one may be launched while this one runs. That is done as soon as the
+// one before is over, so that of all kernels at most two run at a time, and what a third wrote is there.
+template <bool kLaunchesNext>
 class Machine {
  public:
   // Nothing is kept that a special register or a kernel's argument tells: registers are what is scarce.
@@ -57,6 +60,13 @@ class Machine {
 
   __device__ __forceinline__ void sync_warp() { __syncwarp(); }
   __device__ __forceinline__ void sync_block() { __syncthreads(); }
+
+  __device__ __forceinline__ static void wait_for_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if constexpr (kLaunchesNext) asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  }
 
   template <class V>
   __device__ __forceinline__ static V warp_sum(V value, int stride = 1, int width = 32) {

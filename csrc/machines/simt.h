@@ -124,6 +124,52 @@ struct Report {
   size_t shared_bytes = 0;                // the most that a block took
 };
 
+// What the launch before touched: on a GPU it may still run until a thread waits for it.
+class LaunchBefore {
+ public:
+  void forget() { tensors_.clear(); }
+  void remember(const std::vector<TensorMemory>& tensors) {
+    forget();
+    for (const TensorMemory& memory : tensors) {
+      Touched touched{memory.begin, memory.element_bytes, std::vector<How>(memory.cells.size(), How::not_at_all)};
+      for (size_t k = 0; k < memory.cells.size(); ++k) {
+        const Cell& cell = memory.cells[k];
+        if (cell.writer.block != Moment::kNobody)
+          touched.how[k] = How::written;
+        else if (cell.readers.block != Moment::kNobody)
+          touched.how[k] = How::read;
+      }
+      tensors_.push_back(std::move(touched));
+    }
+  }
+  // Whether it matters to whoever reads or writes these bytes when that launch ends.
+  bool concerns(const char* begin, int64_t bytes, bool write) const {
+    for (const Touched& touched : tensors_) {
+      const int64_t first = std::max<int64_t>(begin - touched.begin, 0) / touched.element_bytes;
+      for (int64_t k = first; k < static_cast<int64_t>(touched.how.size()); ++k) {
+        if (touched.begin + k * touched.element_bytes >= begin + bytes) break;
+        if (touched.how[k] == How::written || (write && touched.how[k] == How::read)) return true;
+      }
+    }
+    return false;
+  }
+
+ private:
+  enum class How : signed char { not_at_all, read, written };
+  struct Touched {
+    char* begin;
+    int64_t element_bytes;
+    std::vector<How> how;
+  };
+  std::vector<Touched> tensors_;
+};
+
+// Of this process's launches, whatever their devices.
+inline LaunchBefore& launch_before() {
+  static LaunchBefore before;
+  return before;
+}
+
 class Thread;
 
 // Global memory, and launches. Not for several threads at once.
@@ -206,6 +252,9 @@ class Thread {
   // each of them: lane l adds that of lane l ^ width / 2, then l ^ width / 4, ... The whole warp comes here together.
   template <class V>
   V warp_sum(V value, int stride = 1, int width = kWarp, std::source_location where = std::source_location::current());
+
+  // Until here what the kernel before wrote must not be touched, nor what it read be written.
+  void wait_for_kernel() { waited_ = true; }
 
   // An array in shared memory, the same for all threads of the block that ask in the same order.
   template <class T>
@@ -325,7 +374,7 @@ class Thread {
   std::array<uint32_t, kScopes> epochs_{};
   std::array<int64_t, kScopes> passed_{};
   size_t shared_taken_ = 0;
-  bool waiting_ = false;
+  bool waiting_ = false, waited_ = false;
   int waits_for_ = 0;
   Site waits_at_{};
   double value_ = 0;
@@ -598,6 +647,8 @@ inline void Thread::touch_global(const void* at, int count, size_t element_bytes
     fail(name(first) + ": wrong element type");
   if (first + count > static_cast<int64_t>(memory.cells.size())) fail(name(first) + ": out of bounds");
   if (count > 1 && reinterpret_cast<uintptr_t>(address) % 16 != 0) fail(name(first) + ": misaligned vector");
+  if (!waited_ && launch_before().concerns(address, count * memory.element_bytes, write))
+    fail(name(first) + ": race, the kernel before was not waited for");
   touch(memory.cells.data(), first, count, write, now(), name);
   const int64_t bytes = count * memory.element_bytes;
   (write ? memory.counts.bytes_written : memory.counts.bytes_read) += bytes;
@@ -613,6 +664,7 @@ Report Device::launch(const Grid& grid, Kernel kernel) {
   Run run(*this, grid, [](void* body, Thread& thread) { (*static_cast<Kernel*>(body))(thread); }, &kernel);
   run.all();
   for (const TensorMemory& memory : tensors_) run.report.tensors[memory.name] = memory.counts;
+  launch_before().remember(tensors_);
   return run.report;
 }
 

@@ -118,11 +118,11 @@ class Arguments {
 // Launches one after another, counted together.
 class Launches {
  public:
-  Launches(Device& device, const Grid& grid) : device_(device), grid_(grid) {}
+  Launches(Device& device, const Grid& grid) : device_(device), grid_(grid) { launch_before().forget(); }
 
   template <class Args>
   void add(const Args& args) {
-    const Report one = device_.launch(grid_, [args](Thread& m) { kernels::run(m, args); });
+    const Report one = device_.launch(grid_, [args](Thread& m) { kernels::run_behind(m, args); });
     for (const auto& [name, counts] : one.tensors) {
       Counts& all = report.tensors[name];
       all.bytes_read += counts.bytes_read, all.bytes_written += counts.bytes_written;
@@ -160,6 +160,7 @@ void forward_step(Arguments& of, Launches& launches) {
     spread.scale = states.factor = of.pointer<float>("factor");
     spread.offset = states.added = of.pointer<float>("added");
   }
+  reduce.tile.positions = INT32_MAX;
   launches.add(reduce), launches.add(kernels::BottleneckSums{cell, join});
   if (parts.count > 1) launches.add(join);
   launches.add(states), launches.add(spread);
@@ -192,6 +193,7 @@ void backward_step(Arguments& of, Launches& launches) {
     gates.sum = reduce.sum = of.pointer<float>("sum"), gradients.dp = of.pointer<float>("dp");
   }
   const kernels::JoinParts join = kernels::join_of(cell, parts);
+  reduce.tile.positions = INT32_MAX;
   launches.add(reduce), launches.add(gates), launches.add(kernels::BottleneckGradientSums{cell, join});
   if (parts.count > 1) launches.add(join);
   launches.add(gradients);
@@ -207,6 +209,7 @@ void reduce(Arguments& of, Launches& launches) {
   args.shift = of.pointer<const float>("shift"), args.first = of.pointer<float>("first"),
   args.rest = of.pointer<float>("rest");
   args.sum = of.pointer<float>("sum"), args.product = of.pointer<float>("product");
+  args.apart = static_cast<int64_t>(args.size.samples) * args.size.channels;
   launches.add(args);
 }
 

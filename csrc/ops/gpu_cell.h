@@ -194,21 +194,27 @@ class GpuCall {
 
   void clear(float* table, int64_t count) { device_.gpu().clear(table, count * static_cast<int64_t>(sizeof(float))); }
 
+  // What a block of the first sweep takes at a time; `in_parts`: whether its sums may come in parts.
+  template <class T>
+  GpuTile tile_of(const kernels::Reduce<T>& args, bool in_parts) {
+    const GpuProblem problem = swept<T>(args.size, {args.x, args.dy, args.y, {args.g.data, args.g.stride}});
+    return detail::reduce_tile_of(problem, limits_, args.dy.data == nullptr, in_parts);
+  }
   // A sweep over args.size.samples samples.
   template <class T>
-  void launch_sweep(kernels::Reduce<T> args) {
-    GpuProblem problem = swept(args.size, sizeof(T));
-    for (const Samples<const T>& map : {args.x, args.dy, args.y, {args.g.data, args.g.stride}})
-      problem.aligned = problem.aligned && (!args.size.interleaved || begins_packs(map, args.size.samples));
-    args.tile = detail::reduce_tile_of(problem, limits_, args.dy.data == nullptr);
-    // Tasks of an interleaved map are large, and the device hands them out best.
-    launch_blocks(args, kernels::tasks_of(args.size, args.tile), kSweepResident * (args.size.interleaved ? 16 : 1),
-                  reduce_shared_bytes(args.tile, args.size.interleaved, sizeof(T)));
+  void launch_sweep(kernels::Reduce<T> args, const GpuTile& tile) {
+    args.tile = tile;
+    launch_tasks(args, args.size.interleaved, reduce_shared_bytes(tile, args.size.interleaved, sizeof(T)));
+  }
+  template <class T>
+  void launch_sweep(const kernels::Reduce<T>& args) {
+    launch_sweep(args, tile_of(args, false));
   }
   template <class T>
   void launch_sweep(kernels::Spread<T> args) {
-    args.tile = detail::spread_tile_of(swept(args.size, sizeof(T)), limits_);
-    launch_blocks(args, kernels::tasks_of(args.size, args.tile), kSweepResident, 0);
+    const Samples<const T> out{args.out.data, args.out.stride};
+    args.tile = detail::spread_tile_of(swept<T>(args.size, {args.x, args.shortcut, args.dy, args.y, out}), limits_);
+    launch_tasks(args, false, 0);
   }
 
   // A kernel of `count` values of tables, one a thread.
@@ -247,6 +253,13 @@ class GpuCall {
   }
 
  private:
+  // `large`: see detail::sweep_blocks.
+  template <class Sweep>
+  void launch_tasks(const Sweep& args, bool large, int64_t shared_bytes) {
+    const int64_t tasks = kernels::tasks_of(args.size, args.tile);
+    if (tasks == 0) return;
+    device_.gpu().launch(args, static_cast<int>(detail::sweep_blocks(tasks, large, limits_)), shared_bytes);
+  }
   void launch_blocks(const AnyKernel& kernel, int64_t tasks, int resident, int64_t shared_bytes) {
     if (tasks == 0) return;
     const int64_t most = static_cast<int64_t>(limits_.multiprocessors) * resident;
@@ -266,11 +279,15 @@ class GpuCall {
     launch_blocks(args, tiles, 4, args.kSharedBytes);
     return true;
   }
-  static GpuProblem swept(const kernels::MapSize& size, int element_bytes) {
+  // What a sweep's tile depends on. A planar row may begin anywhere in its packs.
+  template <class T>
+  static GpuProblem swept(const kernels::MapSize& size, std::initializer_list<Samples<const T>> maps) {
     GpuProblem problem{};
     problem.samples = size.samples, problem.channels = size.channels, problem.positions = size.positions;
-    problem.element_bytes = element_bytes, problem.interleaved = size.interleaved;
-    problem.aligned = (size.interleaved ? size.channels : size.positions) % (16 / element_bytes) == 0;
+    problem.element_bytes = sizeof(T), problem.interleaved = size.interleaved;
+    problem.aligned = (size.interleaved ? size.channels : size.positions) % Pack<T>::size == 0;
+    for (const Samples<const T>& map : maps)
+      problem.aligned = problem.aligned && (!size.interleaved || begins_packs(map, size.samples));
     return problem;
   }
   Tensor view(const float* data, int64_t rows, int64_t columns, int64_t row, int64_t column) const {
@@ -372,16 +389,17 @@ struct MeanGradient {
 
 // From the sums of the map's gradient: that of the pre-activations and bottlenecks, of the old state, and of the means.
 template <bool kAffine>
-void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBackward& cell, const float* sum,
-                       float* product, const kernels::NormAgain& norm, MeanGradient means, float* factor) {
+void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBackward& cell, float* sum,
+                       float* product, const kernels::SumParts& parts, const kernels::NormAgain& norm,
+                       MeanGradient means, float* factor) {
   const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
-  call.launch_elements(kernels::SplitGateGradients<kAffine>{cell, sum, product, norm, factor}, n * c);
+  call.launch_elements(kernels::SplitGateGradients<kAffine>{cell, sum, product, norm, factor, parts}, n * c);
   if (plan.cell == GpuCell::tiles) {
-    const kernels::BottleneckParts parts = call.parts_of(n, 4 * c);
-    const kernels::JoinParts join = join_of(cell, parts);
+    const kernels::BottleneckParts dealt = call.parts_of(n, 4 * c);
+    const kernels::JoinParts join = join_of(cell, dealt);
     call.launch_tiles(kernels::BottleneckGradientSums{cell, join},
-                      parts.count * parts.tiles(cell.samples, cell.bottleneck, true));
-    if (parts.count > 1) call.launch_elements(join, 2 * n * m);
+                      dealt.count * dealt.tiles(cell.samples, cell.bottleneck, true));
+    if (dealt.count > 1) call.launch_elements(join, 2 * n * m);
     const float* scale = kAffine && means.offset != nullptr ? norm.scale : nullptr;
     const kernels::CellGradients gradients{cell, means.dp, means.offset, scale, static_cast<int>(call.positions())};
     call.launch_tiles(gradients, gradients.tasks());
@@ -409,31 +427,40 @@ void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBa
 // --- gradients of the parameters ---------------------------------------------------------------------------
 
 // The flat gradient of the parameters; empty if it is not wanted.
-inline Tensor gpu_parameter_gradients(GpuCall& call, const kernels::CellBackward& cell, const OptionalTensor& old_h,
-                                      bool wanted) {
-  const FlatParameters at(call.channels(), call.bottleneck());
-  const Tensor flat = call.table({wanted ? at.count : int64_t{0}});
-  if (!wanted) return flat;
-  const OptionalTensor h = dense(old_h);
-  float* const to = data_of<float>(flat);
-  const int c = cell.channels, m = cell.bottleneck;
-  std::vector<kernels::WeightGradient> products{
-      {cell.dzx, cell.tables.p, to + at.input_reduce_weight, m, c},
-      {cell.dzx, nullptr, to + at.input_reduce_bias, m, 0},
-      {cell.du, cell.tables.zx, to + at.input_expand_weight, 4 * c, m},
-      {cell.du, nullptr, to + at.input_expand_bias, 4 * c, 0},
-      {cell.dzh, nullptr, to + at.hidden_reduce_bias, m, 0},
-      {cell.du, cell.tables.zh, to + at.hidden_expand_weight, 4 * c, m},
-      {cell.du, nullptr, to + at.hidden_expand_bias, 4 * c, 0},
-  };
-  // With no state the old h is 0, and so is the gradient of what multiplies it.
-  if (h)
-    products.push_back({cell.dzh, data_of<float>(h), to + at.hidden_reduce_weight, m, c});
-  else
-    call.clear(to + at.hidden_reduce_weight, call.bottleneck() * call.channels());
-  call.launch_weights(products);
-  return flat;
-}
+struct ParameterGradients {
+  bool wanted;
+  OptionalTensor h;
+  FlatParameters at;
+  Tensor flat;
+
+  ParameterGradients(GpuCall& call, const OptionalTensor& old_h, bool parameters_wanted)
+      : wanted(parameters_wanted),
+        h(wanted ? dense(old_h) : std::nullopt),
+        at(call.channels(), call.bottleneck()),
+        flat(call.table({wanted ? at.count : int64_t{0}})) {}
+
+  // From what the cell's gradient left, of all samples.
+  void launch(GpuCall& call, const kernels::CellBackward& cell) const {
+    if (!wanted) return;
+    float* const to = data_of<float>(flat);
+    const int c = cell.channels, m = cell.bottleneck;
+    std::vector<kernels::WeightGradient> products{
+        {cell.dzx, cell.tables.p, to + at.input_reduce_weight, m, c},
+        {cell.dzx, nullptr, to + at.input_reduce_bias, m, 0},
+        {cell.du, cell.tables.zx, to + at.input_expand_weight, 4 * c, m},
+        {cell.du, nullptr, to + at.input_expand_bias, 4 * c, 0},
+        {cell.dzh, nullptr, to + at.hidden_reduce_bias, m, 0},
+        {cell.du, cell.tables.zh, to + at.hidden_expand_weight, 4 * c, m},
+        {cell.du, nullptr, to + at.hidden_expand_bias, 4 * c, 0},
+    };
+    // With no state the old h is 0, and so is the gradient of what multiplies it.
+    if (h)
+      products.push_back({cell.dzh, data_of<float>(h), to + at.hidden_reduce_weight, m, c});
+    else
+      call.clear(to + at.hidden_reduce_weight, call.bottleneck() * call.channels());
+    call.launch_weights(products);
+  }
+};
 
 }  // namespace
 }  // namespace dia::ops

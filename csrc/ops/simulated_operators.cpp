@@ -96,7 +96,8 @@ class Memory {
     map("x", a.x, a.size), map("dy", a.dy, a.size), map("y", a.y, a.size), map("g", a.g, a.size);
     mask("mask", a.mask, a.size);
     table("shift", a.shift, a.size.channels), table("first", a.first, nc), table("rest", a.rest, nc);
-    table("sum", a.sum, nc), table("product", a.product, nc);
+    const int64_t sums = (kernels::parts_along(a.size, a.tile) - 1) * a.apart + nc;
+    table("sum", a.sum, sums), table("product", a.product, sums);
     means(a.means, a.size.samples, a.size.channels);
   }
   void means(const kernels::Means& of, int64_t n, int64_t c) {
@@ -163,7 +164,8 @@ class Memory {
   void of(const kernels::SplitGateGradients<kAffine>& a) {
     const int64_t c = a.cell.channels;
     cell(a.cell);
-    table("sum", a.sum, area(a.cell)), table("product", a.product, area(a.cell));
+    const int64_t sums = (a.parts.count - 1) * a.parts.apart + area(a.cell);
+    table("sum", a.sum, sums), table("product", a.product, sums);
     table("d", a.norm.d, c), table("rstd", a.norm.rstd, c), table("gamma", a.norm.gamma, c);
     table("beta", a.norm.beta, c), table("scale", a.norm.scale, c), table("new_h", a.norm.new_h, area(a.cell));
     table("factor", a.factor, area(a.cell));
@@ -238,7 +240,7 @@ class SimulatedGpu final : public Gpu {
                     args.size.interleaved ? std::min(args.tile.channels, kSweepThreads) : args.tile.lanes, 32)));
           grid.shared_bytes = static_cast<size_t>(shared_bytes);
           if (lie.barrier.line != 0 && name_of<Args>() == lie.kernel) grid.without = &lie.barrier;
-          const auto report = device.launch(grid, [args](simt::Thread& m) { kernels::run(m, args); });
+          const auto report = device.launch(grid, [args](simt::Thread& m) { kernels::run_behind(m, args); });
           for (const auto& [site, count] : report.barriers) barriers_passed[name_of<Args>()][site] += count;
         },
         any);
