@@ -64,11 +64,9 @@ class Layout:
         relu: bool = False,
         without=None,
         given: Tensors | None = None,
-        whole: bool = False,
     ):
-        """Launches a kernel; ``given``: what it takes as it is; ``whole``: whether a task has all positions."""
+        """Launches a kernel; ``given``: what it takes as it is."""
         channels, positions, lanes = self.tile
-        positions = self.positions if whole else positions
         numbers = {
             "samples": self.samples, "channels": self.channels, "positions": self.positions, "relu": relu,
             "interleaved": self.interleaved, "blocks": self.blocks, "threads": self.threads, "seed": 1,
@@ -116,7 +114,7 @@ def test_reduce(shape, kind):
         x, dy, y = (layout.draw(g) for _ in range(3))
         shift = torch.randn(layout.channels, generator=g).double()
         maps, tables = {"x": x}, {}
-        found = dict.fromkeys(("sum", "product"))
+        found = {name: torch.zeros(layout.samples, layout.channels) for name in ("sum", "product")}
         d, masked = x, dy
         if kind in ("pool about a shift", "masked gradient with g"):
             tables["shift"] = shift.float().double()
@@ -137,14 +135,9 @@ def test_reduce(shape, kind):
         results = dict(found)
         if kind in ("masked gradient with g", "g alone"):
             results["g"] = placed(torch.zeros_like(layout.rows(x, 0)), 0, layout.gap)
-        # Tasks of an interleaved map that share the positions of a sample have each their own part of the sums.
-        in_parts = "gradient" in kind and layout.interleaved
-        parts = -(-layout.positions // min(layout.tile[1], layout.positions)) if in_parts else 1
-        for name in found:
-            found[name] = results[name] = torch.zeros(parts, layout.samples, layout.channels)
         if kind == "moments about the first":
-            results |= {name: torch.zeros(layout.samples, layout.channels) for name in ("first", "rest")}
-        report = layout.launch("reduce", maps, tables, results, whole=not in_parts)
+            results |= {name: torch.zeros_like(found["sum"]) for name in ("first", "rest")}
+        report = layout.launch("reduce", maps, tables, results)
         with_g = "dy" in maps
         first = masked if with_g else d
         second = d * masked if with_g else (d - d.mean(2, keepdim=True)).square()
@@ -154,7 +147,7 @@ def test_reduce(shape, kind):
         if "first" in results:
             assert torch.equal(results["first"].double(), x[:, :, 0].expand_as(results["first"]))
         for name, value in found.items():
-            error = (value.double().sum(0) - true[name]).abs()
+            error = (value.double() - true[name]).abs()
             bound = 4 * layout.positions**0.5 * torch.finfo(torch.float32).eps * scales[name]
             assert bool((error <= bound + 1e-30).all()), (name, layout)
         if "g" in results:

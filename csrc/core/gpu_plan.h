@@ -144,17 +144,16 @@ inline int lanes_of(const GpuProblem& p, const GpuLimits& gpu, int64_t packs) {
   return lanes;
 }
 
-// Blocks of sweeps that a GPU holds, and of which many waves are.
+// Blocks of sweeps that a GPU holds.
 inline int64_t resident_blocks(const GpuLimits& gpu) {
   return static_cast<int64_t>(gpu.multiprocessors) * kSweepResident;
 }
-constexpr int64_t kManyWaves = 4;
 
 // Blocks of a sweep. The device hands out many tasks, or large ones, best: blocks that stay and take tasks in turns
 // drift apart, and in the end all wait for those that had one more. Few small tasks are taken by blocks that stay.
 inline int64_t sweep_blocks(int64_t tasks, bool large, const GpuLimits& gpu) {
   const int64_t resident = resident_blocks(gpu);
-  return std::min(tasks, large || tasks >= kManyWaves * resident ? 16 * resident : resident);
+  return std::min(tasks, large || tasks >= 4 * resident ? 16 * resident : resident);
 }
 
 // The part of a sweep's time in which `tasks` blocks of one size keep the memory busy, where so many are resident. The
@@ -166,29 +165,15 @@ inline double busy_part(int64_t tasks, int64_t resident) {
   return waves > full ? waves / (full + std::max(waves - full, kLeastWave)) : 1;
 }
 
-// Of an interleaved map all channels, as what lies together is read together.
-//
-// With `parts` a sample's positions may be dealt to several tasks, for many waves of them: not less than kLeastSummed,
-// of which the sums are a hundredth of what is read. Without, a task has all positions, and fewer channels where the
-// multiprocessors are busier so. (On an H100 a sweep of 512 tasks, 1.3 waves, drew 77 % of a copy's bandwidth, one of
-// 256 tasks 92 %.)
-inline GpuTile reduce_tile_of(const GpuProblem& p, const GpuLimits& gpu, bool alone, bool in_parts) {
-  constexpr int64_t kLeastSummed = 96;
+// Channels of an interleaved map: many, as what lies together is read together; fewer where the multiprocessors are
+// busier so. (On an H100 a sweep of 512 tasks, 1.3 waves, drew 77 % of a copy's bandwidth, one of 256 tasks 92 %.)
+inline GpuTile reduce_tile_of(const GpuProblem& p, const GpuLimits& gpu, bool alone) {
   GpuTile tile;
   tile.lanes = lanes_of(p, gpu, alone ? kPacksAlone : 2 * kPacksOfEach);
   tile.channels = kSweepThreads / tile.lanes;
   if (!p.interleaved) return tile;
   // A thread sums the channels of a pack.
   const int64_t most = std::min<int64_t>(kSweepThreads * (p.aligned ? 16 / p.element_bytes : 1), kMostSummed);
-  if (in_parts) {
-    const int64_t tasks = std::max<int64_t>(p.samples * parts(p.channels, most), 1);
-    const int64_t count = std::min(parts(kManyWaves * resident_blocks(gpu), tasks), p.positions / kLeastSummed);
-    if (count > 1) {
-      tile.channels = static_cast<int>(std::min(p.channels, most));
-      tile.positions = static_cast<int>(parts(p.positions, count));
-      return tile;
-    }
-  }
   double busiest = -1;
   for (int64_t channels = std::clamp<int64_t>(p.channels, 1, most);; channels = rounded_up(channels / 2, 8)) {
     const double busy = busy_part(p.samples * parts(p.channels, channels), resident_blocks(gpu));

@@ -16,12 +16,6 @@ struct Samples {
 // bytes apart. A byte is a pack of 16-bit values; only such maps have a mask, and only if their rows are whole packs.
 using Mask = Samples<const uint8_t>;
 
-// Tables of sums in `count` parts, so many values apart, that are to be added up.
-struct SumParts {
-  int count = 1;
-  int64_t apart = 0;
-};
-
 struct MapSize {
   int samples, channels, positions;
   bool interleaved;

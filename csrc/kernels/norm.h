@@ -14,7 +14,7 @@
 #pragma once
 
 #include "../core/tracked.h"
-#include "map.h"
+#include "machine.h"
 
 namespace dia::kernels {
 

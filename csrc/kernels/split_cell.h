@@ -70,20 +70,11 @@ struct NormAgain {
 template <bool kAffine>
 struct SplitGateGradients {
   CellBackward cell;
-  float *sum, *product;  // see map_gradient; no product: no gradient of the map
-  NormAgain norm;        // with kAffine
-  float* factor;         // null: not wanted
-  SumParts parts;        // of both sums; with kAffine they are added up into the first
+  const float* sum;  // see map_gradient
+  float* product;    // null: no gradient of the map
+  NormAgain norm;    // with kAffine
+  float* factor;     // null: not wanted
 };
-
-// The sum of a table's parts.
-template <class M>
-DIA_DEVICE float sum_of_parts(M& m, const float* table, const SumParts& parts, int64_t at) {
-  float sum = 0;
-  DIA_UNROLL_BY(4)
-  for (int part = 0; part < parts.count; ++part) sum += m.load(table + part * parts.apart + at);
-  return sum;
-}
 
 template <class M, bool kAffine>
 DIA_DEVICE void split_gate_gradients(M& m, const SplitGateGradients<kAffine>& args) {
@@ -91,7 +82,7 @@ DIA_DEVICE void split_gate_gradients(M& m, const SplitGateGradients<kAffine>& ar
   for_elements(m, row_at(args.cell.samples, channels), [&](int64_t k) {
     const int64_t row = k / channels;
     const int channel = static_cast<int>(k - row * channels);
-    float dh = args.product != nullptr ? sum_of_parts(m, args.product, args.parts, k) : 0.0f, scale = 1;
+    float dh = args.product != nullptr ? m.load(args.product + k) : 0.0f, scale = 1;
     if constexpr (kAffine) {
       const NormAgain& norm = args.norm;
       scale = m.load(norm.rstd + channel);
@@ -99,9 +90,7 @@ DIA_DEVICE void split_gate_gradients(M& m, const SplitGateGradients<kAffine>& ar
       if (row == 0) m.store(norm.scale + channel, scale);
       const float bias = norm.beta != nullptr ? m.load(norm.beta + channel) : 0.0f;
       float product = dh;
-      const float sum = sum_of_parts(m, args.sum, args.parts, k);
-      dh = map_gradient(m.load(norm.d + channel), scale, bias, sum, product);
-      m.store(args.sum + k, sum);
+      dh = map_gradient(m.load(norm.d + channel), scale, bias, m.load(args.sum + k), product);
       m.store(args.product + k, product);
     }
     const float h = gate_gradient(m, args.cell, row, channel, dh);

@@ -32,11 +32,11 @@ struct Reduce {
   // (N, C), for the moments of a batch: a sample's first value of each channel is its shift, and is written here; and
   // what rounding takes off the sum. Then `product` has the squares about each sample's own mean.
   float *first, *rest;
-  // (N, C): sums of g and of g (x - shift), without dy of x - shift. Null: not wanted. In as many parts as tasks share
-  // a sample's positions; one, if moments or means are wanted.
+  // (N, C): sums of g and of g (x - shift), without dy of x - shift. Null: not wanted.
   float *sum, *product;
-  int64_t apart;  // from one part to the next
-  Means means;    // of x, if there is no dy; no p: not wanted
+  Means means;  // of x, if there is no dy; no p: not wanted
+
+  DIA_DEVICE int across() const { return (size.channels + tile.channels - 1) / tile.channels; }
 };
 
 template <class T>
@@ -54,36 +54,14 @@ struct Spread {
   bool beside;  // the kernel before, of which it needs nothing: both run at once
 };
 
-// Tasks that share the positions of a sample of an interleaved map; of a planar one, one.
-DIA_DEVICE int parts_along(const MapSize& size, const GpuTile& tile) {
-  return size.interleaved && size.positions > tile.positions ? (size.positions - 1) / tile.positions + 1 : 1;
-}
-
 // Tasks of a sweep over these samples. Planar: some rows, each one channel of a sample. Interleaved: of a sample some
 // channels and positions.
 DIA_DEVICE int64_t tasks_of(const MapSize& size, const GpuTile& tile) {
   const auto parts = [](int64_t of, int64_t unit) { return (of + unit - 1) / unit; };
+  const int64_t across = parts(size.channels, tile.channels);
   if (!size.interleaved) return parts(static_cast<int64_t>(size.samples) * size.channels, tile.channels);
-  return size.samples * parts(size.channels, tile.channels) * parts_along(size, tile);
+  return size.samples * across * (size.positions > 0 ? parts(size.positions, tile.positions) : 1);
 }
-
-// Task `number` of an interleaved map.
-struct Piece {
-  int64_t sample;
-  Part channels, positions;
-
-  DIA_DEVICE static Piece of(const MapSize& size, const GpuTile& tile, int64_t number) {
-    const auto part = [](int of, int unit, int64_t k) {
-      const int begin = static_cast<int>(k) * unit;
-      return Part{begin, of - begin > unit ? begin + unit : of};
-    };
-    const int across = size.channels > tile.channels ? (size.channels - 1) / tile.channels + 1 : 1;
-    const int along = parts_along(size, tile);
-    const int64_t strip = number / across, sample = strip / along;
-    return {sample, part(size.channels, tile.channels, number - strip * across),
-            part(size.positions, tile.positions, strip - sample * along)};
-  }
-};
 
 // --- reduce --------------------------------------------------------------------------------------------------
 
@@ -277,23 +255,6 @@ DIA_DEVICE void sum_of_rows(M& m, const Rows<W>& rows, int owned, const Array& s
   }
 }
 
-// This thread's sums of its packs of a task.
-template <class M, class T, class W>
-DIA_DEVICE void sum_piece(M& m, const Reduce<T>& args, const Piece& piece, Sums<W>& sums) {
-  const Part channels = piece.channels;
-  const W walk = interleaved_walk<W>(m, args.size, piece.sample, channels, piece.positions);
-  if (Rows<W>(m, channels.size()).there()) {
-    DIA_UNROLL
-    for (int k = 0; k < W::kValues; ++k) {
-      if (walk.channel + k >= channels.end) continue;
-      if (args.shift != nullptr) sums.shift[k] = m.load(args.shift + walk.channel + k);
-      if (args.first != nullptr && args.size.positions > 0)
-        sums.shift[k] = M::widen(m.load(args.x.data + piece.sample * args.x.stride + walk.channel + k));
-    }
-  }
-  sum_up(m, args, walk, sums);
-}
-
 template <bool kWide, class M, class T>
 DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
   using W = Walk<T, kWide, true>;
@@ -303,16 +264,26 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
   const auto scratch = m.template shared<double>(moments ? MeetingPlace<W>::kCount : 0);
   const auto totals = m.template shared<double>(moments ? most : 0);
   const auto floats = m.template shared<float>(moments ? 0 : MeetingPlace<W>::kCount);
-  const int64_t tasks = tasks_of(size, args.tile);
+  const int across = args.across();
+  const int64_t tasks = static_cast<int64_t>(size.samples) * across;
   for (int64_t task = m.block(); task < tasks; task += m.blocks()) {
-    Sums<W> sums;
-    sum_piece(m, args, Piece::of(size, args.tile, task), sums);
-    // Found out once more, so that it takes no registers while the map is streamed.
-    const Piece piece = Piece::of(size, args.tile, task);
-    const Part channels = piece.channels;
+    const int sample = static_cast<int>(task / across);
+    const int begin = static_cast<int>(task - static_cast<int64_t>(sample) * across) * args.tile.channels;
+    const Part channels{begin, begin + args.tile.channels < size.channels ? begin + args.tile.channels : size.channels};
     const Rows<W> rows(m, channels.size());
-    const int64_t table =
-        row_at(piece.sample, size.channels) + channels.begin + piece.positions.begin / args.tile.positions * args.apart;
+    const W walk = interleaved_walk<W>(m, size, sample, channels, {0, size.positions});
+    const int64_t table = row_at(sample, size.channels) + channels.begin;
+    Sums<W> sums;
+    if (rows.there()) {
+      DIA_UNROLL
+      for (int k = 0; k < W::kValues; ++k) {
+        if (walk.channel + k >= channels.end) continue;
+        if (args.shift != nullptr) sums.shift[k] = m.load(args.shift + walk.channel + k);
+        if (args.first != nullptr && size.positions > 0)
+          sums.shift[k] = M::widen(m.load(args.x.data + sample * args.x.stride + walk.channel + k));
+      }
+    }
+    sum_up(m, args, walk, sums);
     if (moments) {
       sum_of_rows<W, double>(
           m, rows, channels.size(), scratch, [&](int k) { return sums.first[k]; },
@@ -320,7 +291,7 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
       sum_of_rows<W, double>(
           m, rows, channels.size(), scratch, [&](int k) { return sums.second[k]; },
           [&](int j, double squares) {
-            const T* at = args.x.data + piece.sample * args.x.stride + channels.begin + j;
+            const T* at = args.x.data + sample * args.x.stride + channels.begin + j;
             put_moments(m, args, table + j, size.positions, size.positions > 0 ? M::widen(m.load(at)) : 0.0f,
                         static_cast<double>(totals[j]), squares);
           });
@@ -457,10 +428,17 @@ template <bool kWide, class M, class T>
 DIA_DEVICE void spread_interleaved(M& m, const Spread<T>& args) {
   using W = Walk<T, kWide, true>;
   const MapSize& size = args.size;
-  const int64_t tasks = tasks_of(size, args.tile);
+  const int across = (size.channels + args.tile.channels - 1) / args.tile.channels;
+  const int along = (size.positions + args.tile.positions - 1) / args.tile.positions;
+  const int64_t tasks = static_cast<int64_t>(size.samples) * along * across;
   for (int64_t task = m.block(); task < tasks; task += m.blocks()) {
-    const Piece piece = Piece::of(size, args.tile, tasks - 1 - task);
-    apply<true>(m, args, interleaved_walk<W>(m, size, piece.sample, piece.channels, piece.positions));
+    const int64_t number = tasks - 1 - task, piece = number / across, sample = piece / along;
+    const int channel = static_cast<int>(number - piece * across) * args.tile.channels;
+    const int position = static_cast<int>(piece - sample * along) * args.tile.positions;
+    const auto end = [](int begin, int length, int most) { return most - begin > length ? begin + length : most; };
+    apply<true>(m, args,
+                interleaved_walk<W>(m, size, sample, {channel, end(channel, args.tile.channels, size.channels)},
+                                    {position, end(position, args.tile.positions, size.positions)}));
   }
 }
 

@@ -160,7 +160,6 @@ void forward_step(Arguments& of, Launches& launches) {
     spread.scale = states.factor = of.pointer<float>("factor");
     spread.offset = states.added = of.pointer<float>("added");
   }
-  reduce.tile.positions = INT32_MAX;
   launches.add(reduce), launches.add(kernels::BottleneckSums{cell, join});
   if (parts.count > 1) launches.add(join);
   launches.add(states), launches.add(spread);
@@ -193,7 +192,6 @@ void backward_step(Arguments& of, Launches& launches) {
     gates.sum = reduce.sum = of.pointer<float>("sum"), gradients.dp = of.pointer<float>("dp");
   }
   const kernels::JoinParts join = kernels::join_of(cell, parts);
-  reduce.tile.positions = INT32_MAX;
   launches.add(reduce), launches.add(gates), launches.add(kernels::BottleneckGradientSums{cell, join});
   if (parts.count > 1) launches.add(join);
   launches.add(gradients);
@@ -209,7 +207,6 @@ void reduce(Arguments& of, Launches& launches) {
   args.shift = of.pointer<const float>("shift"), args.first = of.pointer<float>("first"),
   args.rest = of.pointer<float>("rest");
   args.sum = of.pointer<float>("sum"), args.product = of.pointer<float>("product");
-  args.apart = static_cast<int64_t>(args.size.samples) * args.size.channels;
   launches.add(args);
 }
 

@@ -194,21 +194,12 @@ class GpuCall {
 
   void clear(float* table, int64_t count) { device_.gpu().clear(table, count * static_cast<int64_t>(sizeof(float))); }
 
-  // What a block of the first sweep takes at a time; `in_parts`: whether its sums may come in parts.
-  template <class T>
-  GpuTile tile_of(const kernels::Reduce<T>& args, bool in_parts) {
-    const GpuProblem problem = swept<T>(args.size, {args.x, args.dy, args.y, {args.g.data, args.g.stride}});
-    return detail::reduce_tile_of(problem, limits_, args.dy.data == nullptr, in_parts);
-  }
   // A sweep over args.size.samples samples.
   template <class T>
-  void launch_sweep(kernels::Reduce<T> args, const GpuTile& tile) {
-    args.tile = tile;
-    launch_tasks(args, args.size.interleaved, reduce_shared_bytes(tile, args.size.interleaved, sizeof(T)));
-  }
-  template <class T>
-  void launch_sweep(const kernels::Reduce<T>& args) {
-    launch_sweep(args, tile_of(args, false));
+  void launch_sweep(kernels::Reduce<T> args) {
+    const GpuProblem problem = swept<T>(args.size, {args.x, args.dy, args.y, {args.g.data, args.g.stride}});
+    args.tile = detail::reduce_tile_of(problem, limits_, args.dy.data == nullptr);
+    launch_tasks(args, args.size.interleaved, reduce_shared_bytes(args.tile, args.size.interleaved, sizeof(T)));
   }
   template <class T>
   void launch_sweep(kernels::Spread<T> args) {
@@ -389,17 +380,16 @@ struct MeanGradient {
 
 // From the sums of the map's gradient: that of the pre-activations and bottlenecks, of the old state, and of the means.
 template <bool kAffine>
-void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBackward& cell, float* sum,
-                       float* product, const kernels::SumParts& parts, const kernels::NormAgain& norm,
-                       MeanGradient means, float* factor) {
+void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBackward& cell, const float* sum,
+                       float* product, const kernels::NormAgain& norm, MeanGradient means, float* factor) {
   const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
-  call.launch_elements(kernels::SplitGateGradients<kAffine>{cell, sum, product, norm, factor, parts}, n * c);
+  call.launch_elements(kernels::SplitGateGradients<kAffine>{cell, sum, product, norm, factor}, n * c);
   if (plan.cell == GpuCell::tiles) {
-    const kernels::BottleneckParts dealt = call.parts_of(n, 4 * c);
-    const kernels::JoinParts join = join_of(cell, dealt);
+    const kernels::BottleneckParts parts = call.parts_of(n, 4 * c);
+    const kernels::JoinParts join = join_of(cell, parts);
     call.launch_tiles(kernels::BottleneckGradientSums{cell, join},
-                      dealt.count * dealt.tiles(cell.samples, cell.bottleneck, true));
-    if (dealt.count > 1) call.launch_elements(join, 2 * n * m);
+                      parts.count * parts.tiles(cell.samples, cell.bottleneck, true));
+    if (parts.count > 1) call.launch_elements(join, 2 * n * m);
     const float* scale = kAffine && means.offset != nullptr ? norm.scale : nullptr;
     const kernels::CellGradients gradients{cell, means.dp, means.offset, scale, static_cast<int>(call.positions())};
     call.launch_tiles(gradients, gradients.tasks());

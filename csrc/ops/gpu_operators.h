@@ -209,45 +209,20 @@ struct BackwardCell {
 struct NormOfGradient {
   const float* shift = nullptr;
   kernels::NormAgain again{};
-  float* dp = nullptr;
+  float *sum = nullptr, *product = nullptr, *dp = nullptr;
 };
 
-// The first sweep: g, and its sums.
+// The first sweep: g, and what the cell's gradient begins with.
 template <class T>
-kernels::Reduce<T> reduce_of(const GpuCall& call, const BackwardMaps<T>& maps, const float* shift) {
+kernels::Reduce<T> reduce_of(const GpuCall& call, const BackwardMaps<T>& maps, const float* shift, float* sum,
+                             float* product) {
   kernels::Reduce<T> reduce{};
   reduce.size = call.size(call.samples());
   reduce.dy = maps.dy, reduce.y = maps.y, reduce.x = maps.x, reduce.g = maps.dshortcut;
   reduce.mask = maps.mask;
-  reduce.shift = shift;
+  reduce.shift = shift, reduce.sum = sum, reduce.product = product;
   return reduce;
 }
-
-// The same before the cell's gradient, which takes the sums in parts: `sum` only behind a norm. Without g there is
-// none, and its sums are zero.
-template <class T>
-struct FirstSweep {
-  kernels::Reduce<T> reduce;
-  kernels::SumParts parts;
-
-  FirstSweep(GpuCall& call, const GpuPlan& plan, const BackwardMaps<T>& maps, const float* shift, bool norm)
-      : reduce(reduce_of(call, maps, shift)) {
-    const int64_t count = call.samples() * call.channels();
-    const bool has_g = maps.dy.data != nullptr;
-    if (has_g) {
-      reduce.tile = call.tile_of(of_samples(reduce, 0, static_cast<int>(plan.chunk)), true);
-      parts = {kernels::parts_along(reduce.size, reduce.tile), count};
-    }
-    reduce.apart = parts.apart;
-    if (norm) reduce.sum = call.scratch(parts.count * count);
-    if (norm || has_g) reduce.product = call.scratch(parts.count * count);
-    if (norm && !has_g)
-      for (float* table : {reduce.sum, reduce.product}) call.clear(table, count);
-  }
-  void launch(GpuCall& call, int64_t first, int count) const {
-    if (reduce.dy.data != nullptr) call.launch_sweep(of_samples(reduce, first, count), reduce.tile);
-  }
-};
 
 // The second sweep: dx = g factor + (x - shift) slope + offset. What the first wrote is masked, and one map instead of
 // two.
@@ -266,13 +241,18 @@ kernels::Spread<T> spread_of(const GpuCall& call, const BackwardMaps<T>& maps, c
   return spread;
 }
 
-// The gradient of a step by the plan, behind a norm of given statistics if kAffine; the weights' once over all samples.
+// The gradient of a step by the plan, behind a norm of given statistics if kAffine; the weights' comes with the last
+// sweep.
 template <class T, bool kAffine>
 void run_backward(GpuCall& call, const GpuPlan& plan, const BackwardCell& cell, const BackwardMaps<T>& maps,
-                  const FirstSweep<T>& sweep, const NormOfGradient& norm, const ParameterGradients& parameters) {
+                  const NormOfGradient& norm, const ParameterGradients& parameters) {
   const int64_t n = call.samples(), width = call.channels();
-  const bool has_dx = maps.dx.data != nullptr;
+  const bool has_g = maps.dy.data != nullptr, has_dx = maps.dx.data != nullptr;
+  float* product = kAffine ? norm.product : has_g ? call.scratch(n * width) : nullptr;
+  if (kAffine && !has_g)
+    for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
   float *factor = has_dx ? call.scratch(n * width) : nullptr, *offset = has_dx ? call.scratch(n * width) : nullptr;
+  const kernels::Reduce<T> reduce = reduce_of(call, maps, norm.shift, norm.sum, product);
   kernels::Spread<T> spread = spread_of<T>(call, maps, factor, offset, nullptr, nullptr);
   if (n == 0) parameters.launch(call, cell.args);
   for (int64_t first = 0; first < n; first += plan.chunk) {
@@ -281,10 +261,9 @@ void run_backward(GpuCall& call, const GpuPlan& plan, const BackwardCell& cell, 
     const auto rows = [&](float* table) { return rows_from(table, first, width); };
     kernels::NormAgain again = norm.again;
     again.new_h = rows(again.new_h);
-    sweep.launch(call, first, count);
-    run_cell_gradient<kAffine>(call, plan, of_samples(cell.args, first, count), rows(sweep.reduce.sum),
-                               rows(sweep.reduce.product), sweep.parts, again, {rows(norm.dp), rows(offset)},
-                               rows(factor));
+    if (has_g) call.launch_sweep(of_samples(reduce, first, count));
+    run_cell_gradient<kAffine>(call, plan, of_samples(cell.args, first, count), rows(norm.sum), rows(product), again,
+                               {rows(norm.dp), rows(offset)}, rows(factor));
     if (last) parameters.launch(call, cell.args);
     spread.beside = last && parameters.wanted;
     if (has_dx) call.launch_sweep(of_samples(spread, first, count));
@@ -338,8 +317,7 @@ StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
     const GradientMaps<T> maps(given, info, {need_x, need_shortcut, need_state, need_parameters, false});
     const BackwardCell cell(call, given, w, tanh_output, need_state);
     const ParameterGradients parameters(call, h, need_parameters);
-    const GpuPlan plan = backward_plan<T>(call, info, maps.maps, GpuNorm::none);
-    run_backward<T, false>(call, plan, cell, maps.maps, FirstSweep<T>(call, plan, maps.maps, nullptr, false), {},
+    run_backward<T, false>(call, backward_plan<T>(call, info, maps.maps, GpuNorm::none), cell, maps.maps, {},
                            parameters);
     return {maps.dx.tensor, maps.dshortcut.tensor, cell.old_dh, cell.old_dc, parameters.flat};
   });
@@ -450,32 +428,37 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
   const NormOfGradient norm{tables.shift,
                             {tables.d, tables.rstd, data_of<float>(gammas), data_of<float>(betas), call.scratch(width),
                              call.scratch(n * width)},
+                            call.scratch(n * width),
+                            call.scratch(n * width),
                             call.scratch(n * width)};
-  const GpuPlan plan = backward_plan<T>(call, info, maps.maps, batch ? GpuNorm::batch : GpuNorm::given);
-  const FirstSweep<T> sweep(call, plan, maps.maps, tables.shift, true);
   const ParameterGradients parameters(call, given.h, wanted.parameters);
   const Tensor dgamma = call.table({width}), dbeta = call.table({width});
   kernels::NormGradients gradients{};
   gradients.samples = static_cast<int>(n), gradients.channels = static_cast<int>(width);
   gradients.positions = static_cast<int>(call.positions());
-  gradients.sum = sweep.reduce.sum, gradients.product = sweep.reduce.product, gradients.dp = norm.dp,
-  gradients.off = tables.off;
+  gradients.sum = norm.sum, gradients.product = norm.product, gradients.dp = norm.dp, gradients.off = tables.off;
   gradients.new_h = norm.again.new_h, gradients.rstd = tables.rstd;
   gradients.dgamma = data_of<float>(dgamma), gradients.dbeta = data_of<float>(dbeta);
   if (batch) {
+    const GpuPlan plan = backward_plan<T>(call, info, maps.maps, GpuNorm::batch);
     float *factor = nullptr, *offset = nullptr, *slope = nullptr;
     if (wanted.x) factor = call.scratch(n * width), offset = call.scratch(n * width), slope = call.scratch(width);
     gradients.d = tables.d, gradients.scale = norm.again.scale, gradients.offset = offset, gradients.slope = slope;
+    const bool has_g = maps.maps.dy.data != nullptr;
+    const kernels::Reduce<T> reduce = reduce_of(call, maps.maps, tables.shift, norm.sum, norm.product);
     kernels::Spread<T> spread = spread_of<T>(call, maps.maps, factor, offset, tables.shift, slope);
-    sweep.launch(call, 0, static_cast<int>(n));
-    run_cell_gradient<true>(call, plan, cell.args, sweep.reduce.sum, sweep.reduce.product, sweep.parts, norm.again,
-                            {norm.dp, nullptr}, factor);
+    if (has_g)
+      call.launch_sweep(reduce);
+    else
+      for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
+    run_cell_gradient<true>(call, plan, cell.args, norm.sum, norm.product, norm.again, {norm.dp, nullptr}, factor);
     call.launch_channels(gradients);
     parameters.launch(call, cell.args);
     spread.beside = parameters.wanted;
     if (wanted.x) call.launch_sweep(spread);
   } else {
-    run_backward<T, true>(call, plan, cell, maps.maps, sweep, norm, parameters);
+    run_backward<T, true>(call, backward_plan<T>(call, info, maps.maps, GpuNorm::given), cell, maps.maps, norm,
+                          parameters);
     if (wanted.affine) call.launch_channels(gradients);
   }
   // Sums over no values, whatever the mean and the deviation of none are.
@@ -579,11 +562,8 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(Tensor dy, Tensor x, Tensor 
     const BackwardMaps<T> maps{dy_map.samples, y_map.samples, x_map.samples, dshortcut.samples, dx.samples, {}};
     // A map without positions may have no memory, which looks as if there were none.
     if (need_scale && call.positions() == 0) torch::stable::fill_(dscale, 0.0);
-    if (need_scale || need_shortcut) {
-      kernels::Reduce<T> reduce = reduce_of(call, maps, nullptr);
-      if (need_scale) reduce.product = data_of<float>(dscale);
-      call.launch_sweep(reduce);
-    }
+    if (need_scale || need_shortcut)
+      call.launch_sweep(reduce_of(call, maps, nullptr, nullptr, need_scale ? data_of<float>(dscale) : nullptr));
     if (need_x)
       call.launch_sweep(
           spread_of<T>(call, maps, static_cast<const float*>(scales.const_data_ptr()), nullptr, nullptr, nullptr));

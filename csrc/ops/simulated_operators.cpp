@@ -96,8 +96,7 @@ class Memory {
     map("x", a.x, a.size), map("dy", a.dy, a.size), map("y", a.y, a.size), map("g", a.g, a.size);
     mask("mask", a.mask, a.size);
     table("shift", a.shift, a.size.channels), table("first", a.first, nc), table("rest", a.rest, nc);
-    const int64_t sums = (kernels::parts_along(a.size, a.tile) - 1) * a.apart + nc;
-    table("sum", a.sum, sums), table("product", a.product, sums);
+    table("sum", a.sum, nc), table("product", a.product, nc);
     means(a.means, a.size.samples, a.size.channels);
   }
   void means(const kernels::Means& of, int64_t n, int64_t c) {
@@ -164,8 +163,7 @@ class Memory {
   void of(const kernels::SplitGateGradients<kAffine>& a) {
     const int64_t c = a.cell.channels;
     cell(a.cell);
-    const int64_t sums = (a.parts.count - 1) * a.parts.apart + area(a.cell);
-    table("sum", a.sum, sums), table("product", a.product, sums);
+    table("sum", a.sum, area(a.cell)), table("product", a.product, area(a.cell));
     table("d", a.norm.d, c), table("rstd", a.norm.rstd, c), table("gamma", a.norm.gamma, c);
     table("beta", a.norm.beta, c), table("scale", a.norm.scale, c), table("new_h", a.norm.new_h, area(a.cell));
     table("factor", a.factor, area(a.cell));
