@@ -216,8 +216,8 @@ def test_every_kernel_waits_for_the_one_before(compiled, accesses):
     """From sm_90 on one may be launched before the other has ended: by a kernel of tables, not by a sweep."""
     early = compiled["architecture"] >= 90
     for name, counts in accesses.items():
-        assert counts["waits"] == early, name
-        assert counts["early"] == (early and plain(name) not in SWEEPS), name
+        assert (counts["waits"] > 0) == early, name
+        assert (counts["early"] > 0) == (early and plain(name) not in SWEEPS), name
 
 
 def test_the_report_is_read_right():

@@ -30,7 +30,7 @@ inline constexpr GpuLimits kGpus[] = {
     {"a100", 80, 108, 164 << 10, 40 << 20, 1.35e12, 4.0e12, 19.5e12, 94e12, 5e-6},
     {"a10", 86, 72, 100 << 10, 6 << 20, 0.52e12, 2.0e12, 31e12, 37e12, 5e-6},
     {"l4", 89, 58, 100 << 10, 48 << 20, 0.26e12, 2.0e12, 30e12, 36e12, 5e-6},
-    {"h100", 90, 132, 228 << 10, 50 << 20, 2.8e12, 5.5e12, 67e12, 297e12, 5e-6},
+    {"h100", 90, 132, 228 << 10, 50 << 20, 2.9e12, 5.5e12, 67e12, 297e12, 5e-6},
     {"b200", 100, 148, 228 << 10, 126 << 20, 6.9e12, 10e12, 75e12, 660e12, 5e-6},
     {"rtx5090", 120, 170, 100 << 10, 96 << 20, 1.55e12, 6.0e12, 105e12, 125e12, 5e-6},
 };
@@ -102,7 +102,7 @@ inline int64_t parts(int64_t value, int64_t unit) { return (value + unit - 1) / 
 
 // Products reach this part of the float32 peak: in tiles, and by a BLAS, whose kernels, and those between them, take
 // this part of another launch besides. Measured on an H100 (docs/kernels.md), but for tiles without tensor cores.
-constexpr double kTileRate = 0.2, kPlainTileRate = 0.08, kBlasRate = 0.28;
+constexpr double kTileRate = 0.36, kPlainTileRate = 0.08, kBlasRate = 0.42;
 constexpr double kBlasLaunch = 0.6;
 inline double tile_rate(const GpuLimits& gpu) { return gpu.architecture < 80 ? kPlainTileRate : kTileRate; }
 

@@ -105,6 +105,7 @@ class Arguments {
     grid.threads = static_cast<int>(number("threads"));
     grid.shared_bytes = static_cast<size_t>(number("shared_bytes"));
     grid.seed = static_cast<uint64_t>(number("seed"));
+    grid.behind = true;
     return grid;
   }
 

@@ -237,6 +237,7 @@ class SimulatedGpu final : public Gpu {
                 static_cast<int>(rounded_up(
                     args.size.interleaved ? std::min(args.tile.channels, kSweepThreads) : args.tile.lanes, 32)));
           grid.shared_bytes = static_cast<size_t>(shared_bytes);
+          grid.behind = true;
           if (lie.barrier.line != 0 && name_of<Args>() == lie.kernel) grid.without = &lie.barrier;
           const auto report = device.launch(grid, [args](simt::Thread& m) { kernels::run_behind(m, args); });
           for (const auto& [site, count] : report.barriers) barriers_passed[name_of<Args>()][site] += count;

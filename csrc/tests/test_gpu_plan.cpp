@@ -20,10 +20,16 @@ void check_plan(const GpuProblem& p, const GpuLimits& gpu) {
   CHECK(plan.chunk >= std::min<int64_t>(p.samples, 1) && plan.chunk <= std::max<int64_t>(p.samples, 1));
   CHECK(p.norm != GpuNorm::batch || plan.chunk == p.samples);
   const int64_t pack = 16 / p.element_bytes;
+  for (const GpuTile& tile : {detail::reduce_tile_of(p, gpu, true), detail::reduce_tile_of(p, gpu, false)}) {
+    CHECK(!p.interleaved || tile.channels <= kMostSummed);
+    CHECK((gpu.architecture == 75 ? 2 : kSweepResident) *
+              (reduce_shared_bytes(tile, p.interleaved, p.element_bytes) + kReservedShared) <=
+          gpu.shared_per_multiprocessor);
+  }
   for (const GpuTile& tile :
        {detail::reduce_tile_of(p, gpu, true), detail::reduce_tile_of(p, gpu, false), detail::spread_tile_of(p, gpu)}) {
     if (p.interleaved) {
-      CHECK(tile.channels >= 1 && tile.channels <= std::min<int64_t>(std::max<int64_t>(p.channels, 1), kMostSummed));
+      CHECK(tile.channels >= 1 && tile.channels <= std::max<int64_t>(p.channels, 1));
       CHECK(tile.channels <= kSweepThreads * (p.aligned ? pack : 1));
       CHECK(tile.channels % pack == 0 || tile.channels >= p.channels);
     } else {
@@ -31,9 +37,6 @@ void check_plan(const GpuProblem& p, const GpuLimits& gpu) {
     }
     CHECK(tile.positions >= 1);
     CHECK(tile.lanes >= 1 && tile.lanes <= kSweepThreads && (tile.lanes & (tile.lanes - 1)) == 0);
-    CHECK((gpu.architecture == 75 ? 2 : kSweepResident) *
-              (reduce_shared_bytes(tile, p.interleaved, p.element_bytes) + kReservedShared) <=
-          gpu.shared_per_multiprocessor);
   }
 }
 
@@ -71,6 +74,20 @@ void sizes_around_what_32_bits_hold() {
       check_plan({2, size, 1, 1, 4, true, true, true, backward, true}, h100);
       check_plan({2, 4, 4, size, 4, true, true, true, backward, true}, h100);
     }
+}
+
+// Many tasks, or large ones, have a block each; else as many blocks as are resident take them. Never more than tasks.
+void blocks_of_a_sweep() {
+  const GpuLimits& h100 = kGpus[4];
+  const int64_t resident = detail::resident_blocks(h100);
+  CHECK_EQUAL(resident, 132 * kSweepResident);
+  for (bool large : {false, true}) {
+    CHECK_EQUAL(detail::sweep_blocks(7, large, h100), 7);
+    CHECK_EQUAL(detail::sweep_blocks(4 * resident, large, h100), 4 * resident);
+    CHECK_EQUAL(detail::sweep_blocks(int64_t{1} << 40, large, h100), 16 * resident);
+  }
+  CHECK_EQUAL(detail::sweep_blocks(2 * resident, false, h100), resident);
+  CHECK_EQUAL(detail::sweep_blocks(2 * resident, true, h100), 2 * resident);
 }
 
 // A wave of blocks that is complete, or large enough to draw the memory's bandwidth, is no time lost.
@@ -132,6 +149,7 @@ void plans_of_one_kind() {
 int main() {
   thousands_of_problems();
   sizes_around_what_32_bits_hold();
+  blocks_of_a_sweep();
   few_multiprocessors_idle();
   large_cells_are_left_to_a_blas();
   plans_of_one_kind();

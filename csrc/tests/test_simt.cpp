@@ -222,6 +222,47 @@ void threads_must_come_to_the_same_barrier() {
   CHECK(has(complaint(device, {}, half_a_warp), "deadlock"));
 }
 
+// A launch that may begin before the one before has ended.
+void a_launch_waits_for_the_one_before() {
+  Device device;
+  Buffer<float> x(32), y(32), z(32);
+  device.tensor("x", x.data, 32, true), device.tensor("y", y.data, 32, true), device.tensor("z", z.data, 32, true);
+  const Grid behind{.threads = 32, .behind = true};
+  const auto before = [&](Thread& m) {
+    m.wait_for_kernel();
+    m.store(y.data + m.thread(), m.load(x.data + m.thread()));
+  };
+  const auto after = [&](float* early, bool writes) {
+    CHECK_EQUAL(complaint(device, behind, before), "");
+    return complaint(device, behind, [&](Thread& m) {
+      if (writes)
+        m.store(early + m.thread(), 1.0f);
+      else
+        m.load(early + m.thread());
+      m.wait_for_kernel();
+      m.store(x.data + m.thread(), m.load(y.data + m.thread()));
+    });
+  };
+  // What that one has read may be read, what it has not touched written.
+  CHECK_EQUAL(after(x.data, false), "");
+  CHECK_EQUAL(after(z.data, true), "");
+  CHECK(has(after(y.data, false), "y at element"));
+  CHECK(has(after(y.data, false), "race, the kernel before was not waited for"));
+  CHECK(has(after(x.data, true), "race, the kernel before was not waited for"));
+  // Two launches later it is over, as the one between has waited.
+  CHECK_EQUAL(complaint(device, behind, before), "");
+  CHECK_EQUAL(complaint(device, behind, [&](Thread& m) { m.wait_for_kernel(); }), "");
+  CHECK_EQUAL(complaint(device, behind,
+                        [&](Thread& m) {
+                          m.load(y.data + m.thread());
+                          m.wait_for_kernel();
+                        }),
+              "");
+  CHECK(has(complaint(device, behind, [](Thread&) {}), "the launch may end before the kernel before"));
+  // A launch that is not behind another waits for nobody.
+  CHECK_EQUAL(complaint(device, {.threads = 32}, [&](Thread& m) { m.load(y.data + m.thread()); }), "");
+}
+
 void sums_of_a_warp() {
   Device device;
   Buffer<float> y(64);
@@ -260,6 +301,7 @@ int main() {
   two_writes_are_a_race_too();
   a_barrier_left_out_is_a_race();
   threads_must_come_to_the_same_barrier();
+  a_launch_waits_for_the_one_before();
   sums_of_a_warp();
   the_order_of_blocks_and_threads_depends_on_the_seed_only();
   return dia::test::failures == 0 ? 0 : 1;
