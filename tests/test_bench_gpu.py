@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -46,16 +48,37 @@ def test_what_is_wrong_is_not_timed(gpu, tmp_path, monkeypatch):
 def test_one_failure_leaves_the_rest(gpu, tmp_path, monkeypatch):
     time_case = gpu.time_case
 
-    def failing(case, *rest):
+    def failing(case, **rest):
         if case.tail:
             raise RuntimeError("out of memory")
-        return time_case(case, *rest)
+        return time_case(case, **rest)
 
     monkeypatch.setattr(gpu, "time_case", failing)
     assert gpu.main(["times", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 1
     text = gpu.report(tmp_path)
     assert text.count("failed: RuntimeError: out of memory") == 2
     assert text.count("| step 2x8x8") == 8  # two layouts, in two modes with two clocks
+
+
+class Subject(NamedTuple):
+    name: str
+
+
+def process_of(subject: Subject) -> dict:
+    if subject.name == "spoils the device":
+        raise RuntimeError("an illegal memory access")
+    return {"name": subject.name, "process": os.getpid(), "seconds": {}, "peak_bytes": {}}
+
+
+def test_a_spoilt_device_leaves_the_rest(gpu, tmp_path, monkeypatch):
+    """What comes after runs in processes of its own."""
+    monkeypatch.setattr(gpu, "alive", lambda _: False)
+    subjects = [Subject(name) for name in ("before", "spoils the device", "after", "after that")]
+    assert not gpu.Part("nets", tmp_path, "cpu", 100).run(subjects, process_of)
+    before, spoilt, *after = json.loads((tmp_path / "nets.json").read_text())["results"]
+    assert before["process"] == os.getpid()
+    assert "an illegal memory access" in spoilt["error"]
+    assert len({os.getpid(), *(result["process"] for result in after)}) == 3
 
 
 def test_what_there_is_no_time_for_is_left_out(gpu, tmp_path):
