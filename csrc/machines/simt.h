@@ -671,7 +671,7 @@ Report Device::launch(const Grid& grid, Kernel kernel) {
   Run run(*this, grid, [](void* body, Thread& thread) { (*static_cast<Kernel*>(body))(thread); }, &kernel);
   run.all();
   for (const TensorMemory& memory : tensors_) run.report.tensors[memory.name] = memory.counts;
-  launch_before().remember(tensors_);
+  if (grid.behind) launch_before().remember(tensors_);
   return run.report;
 }
 
