@@ -164,7 +164,8 @@ def test_the_variants_are_what_their_labels_say():
         ]  # fmt: skip
 
 
-@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [1, 2])
 def test_cut_off_and_resumed_it_ends_in_the_same_results(minimal, fashion, tmp_path, monkeypatch, stop):
     """Killed in a run, after its first step, when ``stop`` runs had begun."""
     assert reproduce("no-skip", tmp_path / "whole", fashion) == 0

@@ -478,7 +478,7 @@ def test_loss_falls():
 
 # Steps 0 to 5, three an epoch, a checkpoint after each second: killed before 3 it goes on within the first epoch,
 # before 5 within the second.
-@pytest.mark.parametrize("at", [3, 5])
+@pytest.mark.parametrize("at", [pytest.param(3, marks=pytest.mark.slow), 5])
 def test_a_killed_run_goes_on_to_the_same_bits(whole, short, tmp_path, at):
     killed(tmp_path / "run", at, short)
     assert checkpoint(tmp_path / "run")["global_step"] == at - 1
