@@ -464,17 +464,18 @@ class Part:
         """Whether no subject failed. Those for which there is no time are listed without results."""
         self.folder.mkdir(parents=True, exist_ok=True)
         environment_, results, begin = environment.describe(self.device), [], time.monotonic()
+        run = function
         for subject in subjects:
             if time.monotonic() - begin > self.seconds:
                 results.append({"name": subject.name, "skipped": "no time was left"})
                 continue
             print(subject.name, "...", flush=True)
             try:
-                results.append(function(subject))
+                results.append(run(subject))
             except Exception:
                 results.append({"name": subject.name, "error": traceback.format_exc(limit=4)})
-                if not alive(self.device):
-                    function = apart(function)
+                if run is function and not alive(self.device):
+                    run = apart(function)
             print("   ", summary(results[-1]), flush=True)
             self.write({"environment": environment_, "results": results})
         self.write({"environment": environment_, "results": results})

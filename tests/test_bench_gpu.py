@@ -65,7 +65,7 @@ class Subject(NamedTuple):
 
 
 def process_of(subject: Subject) -> dict:
-    if subject.name == "spoils the device":
+    if "spoils the device" in subject.name:
         raise RuntimeError("an illegal memory access")
     return {"name": subject.name, "process": os.getpid(), "seconds": {}, "peak_bytes": {}}
 
@@ -73,12 +73,15 @@ def process_of(subject: Subject) -> dict:
 def test_a_spoilt_device_leaves_the_rest(gpu, tmp_path, monkeypatch):
     """What comes after runs in processes of its own."""
     monkeypatch.setattr(gpu, "alive", lambda _: False)
-    subjects = [Subject(name) for name in ("before", "spoils the device", "after", "after that")]
+    subjects = [
+        Subject(name) for name in ("before", "spoils the device", "after", "spoils the device too", "after that")
+    ]
     assert not gpu.Part("nets", tmp_path, "cpu", 100).run(subjects, process_of)
-    before, spoilt, *after = json.loads((tmp_path / "nets.json").read_text())["results"]
+    before, spoilt, after, spoilt_too, after_that = json.loads((tmp_path / "nets.json").read_text())["results"]
     assert before["process"] == os.getpid()
-    assert "an illegal memory access" in spoilt["error"]
-    assert len({os.getpid(), *(result["process"] for result in after)}) == 3
+    for result in (spoilt, spoilt_too):
+        assert "an illegal memory access" in result["error"]
+    assert len({os.getpid(), after["process"], after_that["process"]}) == 3
 
 
 def test_what_there_is_no_time_for_is_left_out(gpu, tmp_path):
