@@ -269,6 +269,7 @@ def run_benchmark(folder: Path, *, wrong: bool) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.slow
 def test_a_run_writes_samples_table_and_plot(tmp_path):
     finished = run_benchmark(tmp_path, wrong=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -95,6 +95,7 @@ def test_an_experiment_leaves_results_table_and_picture(minimal, fashion, tmp_pa
     assert "last epoch, %" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_parameters_are_exact(minimal, fashion, tmp_path):
     assert reproduce("params", tmp_path, fashion) == 0
     found = results(tmp_path, "params")
