@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from dia_kernels import SharedAttention, backends, models, operators, plan
 from dia_kernels.autograd import keeps_mask
 
-LAYOUTS = ("any", "sweeps", "products")
+LAYOUTS = ("any", "sweeps", "products", "clusters")
 #: Those that are timed beside torch.compile, and held against the copy and the model.
 SHOWN = ("any",)
 #: N, C, side of the map, r.

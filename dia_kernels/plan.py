@@ -22,16 +22,17 @@ ELEMENT_BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2
 NORMS = ("none", "given", "batch")
 
 #: Which layouts a plan may have: what the operators take, or one kind for comparison (GpuLayouts in the C++ source).
-LAYOUTS = ("any", "sweeps", "products")
+LAYOUTS = ("any", "sweeps", "products", "clusters")
 
 
 @dataclass(frozen=True)
 class Plan:
     """A plan of one direction of the step.
 
-    Sweeps over the map, ``chunk`` samples at a time, and the cell between them.
+    Sweeps over the map, ``chunk`` samples at a time, and the cell between them; or ``clusters`` of blocks, each of which
+    takes ``chunk`` samples through the whole step.
 
-    ``cell`` is what makes the cell: kernels of ``tiles``, or ``products``, a BLAS. ``passes`` over the map move
+    ``cell`` is what makes the cell: kernels of ``tiles``, ``products``, a BLAS, or ``clusters``. ``passes`` over the map move
     ``bytes``; ``ideal_seconds`` is the time of those passes that nobody can avoid.
     """
 
@@ -129,9 +130,13 @@ def plan(
 
 def as_text(name: str, p: Plan) -> str:
     """A plan for a reader."""
-    cell = {"tiles": "kernels of tiles", "products": "a BLAS"}[p.cell]
+    if p.cell == "clusters":
+        how = f"clusters of blocks, {p.chunk} samples each"
+    else:
+        cell = {"tiles": "kernels of tiles", "products": "a BLAS"}[p.cell]
+        how = f"sweeps, {p.chunk} samples at a time; the cell between them: {cell}"
     return (
-        f"{name}\n    sweeps, {p.chunk} samples at a time; the cell between them: {cell}\n"
+        f"{name}\n    {how}\n"
         f"    {p.launches} launches, {p.passes:g} passes, {p.bytes / 1e6:.1f} MB; modelled {p.seconds * 1e6:.0f} us, "
         f"of which {p.ideal_seconds * 1e6:.0f} us are the least bytes"
     )

@@ -17,7 +17,7 @@ import torch
 from dia_kernels import backends, operators
 
 #: Which plans are taken: GpuLayouts of csrc/core/gpu_plan.h.
-LAYOUTS = ("any", "sweeps", "products")
+LAYOUTS = ("any", "sweeps", "products", "clusters")
 LIBRARY = simulated.BUILD / "libdia_simulated_operators.so"
 
 

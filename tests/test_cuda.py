@@ -20,7 +20,7 @@ pytestmark = [
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(4, 64, 32, 32), (3, 102, 7, 7), (2, 25, 9, 5), (5, 12, 1, 1), (33, 256, 8, 8), (8, 512, 14, 14)]
-LAYOUTS = ("any", "sweeps", "products")
+LAYOUTS = ("any", "sweeps", "products", "clusters")
 
 
 @pytest.fixture(params=LAYOUTS)

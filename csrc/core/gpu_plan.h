@@ -21,18 +21,20 @@ struct GpuLimits {
   int64_t shared_per_multiprocessor, l2_bytes;
   double memory, l2, flops, tf32;
   double launch;
+  int clusters;  // of kClusterBlocks blocks, with a multiprocessor each, that run at a time
 };
 
 // One GPU of each supported architecture, by NVIDIA's data sheets; memory and tf32 at 0.87 and 0.6 of the peak. Of the
-// H100 the memory's rate is measured, and with it the time of a launch, which is taken for all.
+// H100 the memory's rate is measured, and with it the time of a launch, which is taken for all. Clusters: two of each of
+// at least eight groups of multiprocessors.
 inline constexpr GpuLimits kGpus[] = {
-    {"t4", 75, 40, 64 << 10, 4 << 20, 0.28e12, 1.0e12, 8.1e12, 8.1e12, 5e-6},
-    {"a100", 80, 108, 164 << 10, 40 << 20, 1.35e12, 4.0e12, 19.5e12, 94e12, 5e-6},
-    {"a10", 86, 72, 100 << 10, 6 << 20, 0.52e12, 2.0e12, 31e12, 37e12, 5e-6},
-    {"l4", 89, 58, 100 << 10, 48 << 20, 0.26e12, 2.0e12, 30e12, 36e12, 5e-6},
-    {"h100", 90, 132, 228 << 10, 50 << 20, 2.9e12, 5.5e12, 67e12, 297e12, 5e-6},
-    {"b200", 100, 148, 228 << 10, 126 << 20, 6.9e12, 10e12, 75e12, 660e12, 5e-6},
-    {"rtx5090", 120, 170, 100 << 10, 96 << 20, 1.55e12, 6.0e12, 105e12, 125e12, 5e-6},
+    {"t4", 75, 40, 64 << 10, 4 << 20, 0.28e12, 1.0e12, 8.1e12, 8.1e12, 5e-6, 0},
+    {"a100", 80, 108, 164 << 10, 40 << 20, 1.35e12, 4.0e12, 19.5e12, 94e12, 5e-6, 0},
+    {"a10", 86, 72, 100 << 10, 6 << 20, 0.52e12, 2.0e12, 31e12, 37e12, 5e-6, 0},
+    {"l4", 89, 58, 100 << 10, 48 << 20, 0.26e12, 2.0e12, 30e12, 36e12, 5e-6, 0},
+    {"h100", 90, 132, 228 << 10, 50 << 20, 2.9e12, 5.5e12, 67e12, 297e12, 5e-6, 16},
+    {"b200", 100, 148, 228 << 10, 126 << 20, 6.9e12, 10e12, 75e12, 660e12, 5e-6, 16},
+    {"rtx5090", 120, 170, 100 << 10, 96 << 20, 1.55e12, 6.0e12, 105e12, 125e12, 5e-6, 16},
 };
 
 // What lies before the step: nothing, a norm of given statistics, or one of the batch's own.
@@ -50,11 +52,12 @@ struct GpuProblem {
   bool masked = false;  // whether a mask of bits tells the gradient what the activation let through
 };
 
-// Who makes the cell: kernels of tiles, or a BLAS.
-enum class GpuCell { tiles, products };
+// Who makes the cell: kernels of tiles, or a BLAS, between two sweeps; or clusters, which make the whole step.
+enum class GpuCell { tiles, products, clusters };
 
-// Which plans may be taken: any; or for tests and measurements of one kind alone, sweeps with tiles or with products.
-enum class GpuLayouts { any, sweeps, products };
+// Which plans may be taken: any; or for tests and measurements of one kind alone, sweeps with tiles or with products, or
+// clusters wherever they can make a step.
+enum class GpuLayouts { any, sweeps, products, clusters };
 
 // What a block of a sweep takes at a time, a task (kernels/sweeps.h). Planar: `channels` rows, each one channel of a
 // sample, by `lanes` threads each. Interleaved: channels and positions of a sample.
@@ -64,7 +67,7 @@ struct GpuTile {
 
 struct GpuPlan {
   GpuCell cell = GpuCell::tiles;
-  int64_t chunk = 0;  // samples that the sweeps take at a time
+  int64_t chunk = 0;  // samples that the sweeps, or a cluster, take at a time
   int64_t launches = 0;
   double passes = 0;  // over the map, and their bytes in all
   double bytes = 0;
@@ -78,6 +81,9 @@ constexpr int kPacksAlone = 8, kPacksOfEach = 2, kPacksMasked = 3, kPacksPlanar 
 // Threads of a block of the sweeps, and how many such blocks a multiprocessor holds.
 constexpr int kSweepThreads = 256, kSweepResident = 3;
 
+// Blocks of a cluster, their threads, and samples that a cluster takes, at most (kernels/cluster_step.h).
+constexpr int kClusterBlocks = 8, kClusterThreads = 512, kMostTogether = 16;
+
 // Channels of an interleaved map that a block sums at a time, at most: of more, sums of moments would not leave three
 // blocks their shared memory on every GPU.
 constexpr int64_t kMostSummed = 1024;
@@ -89,10 +95,45 @@ DIA_HOST_DEVICE constexpr int64_t rounded_up(int64_t value, int64_t unit) { retu
 
 // Of the sweep that sums: a sum of each value of each thread's packs, and a gap (sweeps.h, MeetingPlace); for moments
 // the totals of a task's channels.
-constexpr int64_t reduce_shared_bytes(const GpuTile& tile, bool interleaved, int element_bytes) {
-  if (!interleaved) return 8 * (kSweepThreads / 32);
-  return 8 * (static_cast<int64_t>(kSweepThreads) * (16 / element_bytes + 1) + tile.channels);
+constexpr int64_t reduce_shared_bytes(const GpuTile& tile, bool interleaved, int element_bytes,
+                                      int threads = kSweepThreads) {
+  if (!interleaved) return 8 * (threads / 32);
+  return 8 * (static_cast<int64_t>(threads) * (16 / element_bytes + 1) + tile.channels);
 }
+
+// What a block of a cluster keeps of the cell in shared memory, in floats: the rows of the weights that belong to its
+// units of both bottlenecks (`path` 0: the input's, 1: the hidden one's) and to its channels, biases, its channels' old
+// c, and the samples' rows of a table of each path. Rows of weights and tables begin packs, a gap apart that keeps
+// neighbours in other banks.
+struct ClusterMemory {
+  int units, channels, samples;  // most that a block has
+  int reduce_pitch, expand_pitch;
+
+  DIA_HOST_DEVICE constexpr ClusterMemory(int of_channels, int bottleneck, int together)
+      : units((bottleneck + kClusterBlocks - 1) / kClusterBlocks),
+        channels((of_channels + kClusterBlocks - 1) / kClusterBlocks),
+        samples(together),
+        reduce_pitch((of_channels + 3) / 4 * 4 + 4),
+        expand_pitch((bottleneck + 3) / 4 * 4 + 4) {}
+
+  DIA_HOST_DEVICE constexpr int reduce_weight(int path, int unit) const { return (path * units + unit) * reduce_pitch; }
+  DIA_HOST_DEVICE constexpr int expand_weight(int path, int gate, int channel) const {
+    return reduce_weight(2, 0) + ((path * 4 + gate) * channels + channel) * expand_pitch;
+  }
+  DIA_HOST_DEVICE constexpr int table(int path, int sample, int pitch) const {
+    return expand_weight(2, 0, 0) + (path * samples + sample) * pitch;
+  }
+  DIA_HOST_DEVICE constexpr int reduce_bias(int path, int unit) const {
+    return table(2, 0, reduce_pitch > expand_pitch ? reduce_pitch : expand_pitch) + path * units + unit;
+  }
+  DIA_HOST_DEVICE constexpr int expand_bias(int path, int gate, int channel) const {
+    return reduce_bias(2, 0) + (path * 4 + gate) * channels + channel;
+  }
+  DIA_HOST_DEVICE constexpr int old_c(int sample, int channel) const {
+    return expand_bias(2, 0, 0) + sample * channels + channel;
+  }
+  DIA_HOST_DEVICE constexpr int floats() const { return old_c(samples, 0); }
+};
 
 // --- the plan -----------------------------------------------------------------------------------------------
 
@@ -105,6 +146,15 @@ inline int64_t parts(int64_t value, int64_t unit) { return (value + unit - 1) / 
 constexpr double kTileRate = 0.36, kPlainTileRate = 0.08, kBlasRate = 0.42;
 constexpr double kBlasLaunch = 0.6;
 inline double tile_rate(const GpuLimits& gpu) { return gpu.architecture < 80 ? kPlainTileRate : kTileRate; }
+
+// What a cluster's cell takes, its meetings with it; and what a block draws from memory, in bytes a second.
+constexpr double kClusterCell = 6e-6, kBlockRate = 45e9;
+
+// Shared memory that the system keeps of each block.
+constexpr int64_t kReservedShared = 1 << 10;
+
+// Bytes of maps that the second-level cache keeps.
+inline double held_by_cache(const GpuLimits& gpu) { return 0.5 * static_cast<double>(gpu.l2_bytes); }
 
 // Times of what does not depend on the layout.
 struct Work {
@@ -211,6 +261,89 @@ inline int64_t first_terms(const GpuProblem& p) { return (p.backward ? 4 : 1) * 
 // Of the norm's tables: statistics forward, their gradients backward.
 inline int norm_launches(const GpuProblem& p) { return p.norm == GpuNorm::none ? 0 : 1; }
 
+// --- clusters
+
+// Parts of each of a cluster's samples that are tasks, so that its blocks have as much to do; each costs a meeting of its
+// threads.
+inline int cluster_split(int64_t together) {
+  int best = 1;
+  const auto cost = [&](int split) {
+    return static_cast<double>(parts(together * split, kClusterBlocks)) * (1.0 / split + 0.25);
+  };
+  for (int split = 2; split <= kClusterBlocks; split *= 2)
+    if (cost(split) < cost(best)) best = split;
+  return best;
+}
+
+// Threads that share a planar row, as in lanes_of, where a cluster has so many rows.
+inline int cluster_lanes(const GpuProblem& p, int64_t together, int64_t packs) {
+  const int64_t row = parts(p.positions * p.element_bytes, 16);
+  int lanes = row > 4 ? 2 : 1;
+  while (lanes < kClusterThreads && lanes * packs < row &&
+         (lanes < 32 || together * p.channels * lanes < kClusterBlocks * kClusterThreads))
+    lanes *= 2;
+  return lanes;
+}
+
+// Tasks of a cluster's sweeps: of an interleaved map parts of a sample, of its channels where it is summed and of its
+// positions where it is scaled.
+inline GpuTile cluster_tile_of(const GpuProblem& p, int64_t together, bool sums) {
+  GpuTile tile;
+  tile.lanes = cluster_lanes(p, together, sums ? kPacksAlone : kPacksOfEach);
+  tile.channels = kClusterThreads / tile.lanes;
+  if (!p.interleaved) return tile;
+  const int split = cluster_split(together);
+  const int64_t most = kClusterThreads * (p.aligned ? 16 / p.element_bytes : 1);
+  const int64_t channels = sums ? rounded_up(parts(p.channels, split), 8) : p.channels;
+  tile.channels = static_cast<int>(std::clamp<int64_t>(channels, 1, std::min(most, std::max<int64_t>(p.channels, 1))));
+  if (!sums) tile.positions = static_cast<int>(std::max<int64_t>(parts(p.positions, split), 1));
+  return tile;
+}
+
+// Of a block; the sweep's sums come on top of the cell.
+inline int64_t cluster_shared_bytes(const GpuProblem& p, int64_t together) {
+  const ClusterMemory cell(static_cast<int>(p.channels), static_cast<int>(p.bottleneck), static_cast<int>(together));
+  return rounded_up(4 * static_cast<int64_t>(cell.floats()), 16) +
+         reduce_shared_bytes(cluster_tile_of(p, together, true), p.interleaved, p.element_bytes, kClusterThreads);
+}
+
+// Samples of each cluster: as few as all clusters together can take at once, but not more than the second-level cache
+// holds of those under way.
+inline int64_t samples_together(const GpuProblem& p, const GpuLimits& gpu, double sample_bytes) {
+  int64_t together = std::clamp<int64_t>(parts(p.samples, gpu.clusters), 1, kMostTogether);
+  while (together > 1 && static_cast<double>(gpu.clusters * together) * sample_bytes > held_by_cache(gpu)) together /= 2;
+  return together;
+}
+
+// Whether clusters can make the step.
+inline bool clusters_can(const GpuProblem& p, const GpuLimits& gpu) {
+  // Beyond this a row of the weights would not find room.
+  constexpr int64_t kMostChannels = 1 << 12;
+  if (gpu.clusters == 0 || p.backward || p.norm == GpuNorm::batch) return false;
+  if (std::max(p.channels, p.bottleneck) > kMostChannels) return false;
+  return cluster_shared_bytes(p, kMostTogether) + kReservedShared <= gpu.shared_per_multiprocessor;
+}
+
+// The step by clusters. `all_at_once`: whether all of them run at a time, and the cache holds their maps.
+inline GpuPlan cluster_plan(const GpuProblem& p, const GpuLimits& gpu, const Work& work, bool& all_at_once) {
+  GpuPlan plan;
+  plan.cell = GpuCell::clusters;
+  plan.chunk = samples_together(p, gpu, work.sample_bytes);
+  plan.launches = 1 + norm_launches(p);
+  plan.passes = work.passes + 1;
+  const double map = static_cast<double>(p.samples) * work.sample_bytes;
+  plan.bytes = plan.passes * map;
+  const int64_t groups = parts(p.samples, plan.chunk), waves = parts(groups, gpu.clusters);
+  const double at_a_time = static_cast<double>(std::min<int64_t>(groups, gpu.clusters));
+  all_at_once = waves <= 1 && at_a_time * static_cast<double>(plan.chunk) * work.sample_bytes <= held_by_cache(gpu);
+  const double rate = std::max(1.0, std::min(gpu.memory, at_a_time * kClusterBlocks * kBlockRate));
+  plan.seconds = static_cast<double>(plan.launches) * gpu.launch + static_cast<double>(waves) * kClusterCell +
+                 map * (work.passes / rate + 1 / std::min(gpu.l2, rate)) +
+                 static_cast<double>(groups) * work.weight_bytes / gpu.l2;
+  plan.chunk = std::min(plan.chunk, p.samples);
+  return plan;
+}
+
 // Sweeps with the cell between them, `cell_seconds` for all samples together.
 inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu, const Work& work, double cell_seconds,
                        int cell_launches, double cell_launch) {
@@ -224,7 +357,7 @@ inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu,
   // part of a larger one, as it goes backwards. A batch's statistics need all samples first, and every chunk its
   // launches.
   const double sample_kept = std::max(1.0, work.sample_bytes * (work.passes + again - 1));
-  const double room = 0.5 * static_cast<double>(gpu.l2_bytes);
+  const double room = held_by_cache(gpu);
   const auto with_chunk = [&](int64_t chunk) {
     const double kept = std::min(1.0, room / (sample_kept * static_cast<double>(std::max<int64_t>(chunk, 1))));
     const int64_t chunks = chunk > 0 ? parts(p.samples, chunk) : 0;
@@ -263,6 +396,11 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts l
   GpuPlan best = sweeps(layouts == GpuLayouts::products ? GpuCell::products : GpuCell::tiles);
   if (layouts == GpuLayouts::any)
     if (const GpuPlan blas = sweeps(GpuCell::products); blas.seconds < best.seconds) best = blas;
+  if ((layouts == GpuLayouts::any || layouts == GpuLayouts::clusters) && detail::clusters_can(p, gpu)) {
+    bool all_at_once = false;
+    const GpuPlan plan = detail::cluster_plan(p, gpu, work, all_at_once);
+    if (layouts == GpuLayouts::clusters || (all_at_once && plan.seconds < best.seconds)) best = plan;
+  }
   best.ideal = work.passes * static_cast<double>(p.samples) * work.sample_bytes / gpu.memory;
   return best;
 }

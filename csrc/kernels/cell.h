@@ -78,14 +78,20 @@ DIA_DEVICE float expand_bias(M& m, const CellForward& args, int gate, int channe
   return m.load(args.weights.input_expand_bias + at) + m.load(args.weights.hidden_expand_bias + at);
 }
 
-// Gates and state of one channel of one sample, from its pre-activations. Returns h'.
+// The old c of one channel of one sample.
 template <class M>
-DIA_DEVICE float make_state(M& m, const CellForward& args, int64_t row, int channel, const Gates<float>& u) {
+DIA_DEVICE float old_c(M& m, const CellForward& args, int64_t row, int channel) {
+  return args.c != nullptr ? m.load(args.c + row_at(row, args.channels) + channel) : 0.0f;
+}
+
+// Gates and state of one channel of one sample, from its old c and pre-activations. Returns h'.
+template <class M>
+DIA_DEVICE float make_state(M& m, const CellForward& args, int64_t row, int channel, float c, const Gates<float>& u) {
   const int channels = args.channels;
   using Maths = Cell<MachineMaths<M>, Output::sigmoid>;  // the gates do not depend on the output's function
   const Gates<float> gates = Maths::activate(u);
   const int64_t at = row_at(row, channels) + channel;
-  const float new_c = Maths::next_c(gates, args.c != nullptr ? m.load(args.c + at) : 0.0f);
+  const float new_c = Maths::next_c(gates, c);
   const float new_h = gates.o * squashed<M>(new_c, args.tanh_output);
   m.store(args.new_c + at, new_c);
   m.store(args.new_h + at, new_h);

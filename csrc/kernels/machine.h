@@ -2,7 +2,8 @@
 //
 //   thread() threads() lane() warp() warps()      of this block; 32 lanes a warp
 //   block() blocks()                              of the grid
-//   sync_warp() sync_block()                      barriers; what was written before is seen by all who were there
+//   sync_warp() sync_block() sync_cluster()       barriers; what was written before is seen by all who were there. Some
+//                                                 kernels' blocks come in clusters of kClusterBlocks neighbours
 //   warp_sum(value, stride = 1, width = 32)       sum over the lanes that lie a multiple of `stride` apart, of a group
 //                                                 of `width` neighbours (powers of two)
 //   shared<T>(count)                              the next array in shared memory: [i], pack(i), set_pack(i, pack)
@@ -58,6 +59,15 @@ struct Part {
   int begin, end;
   DIA_DEVICE int size() const { return end - begin; }
 };
+
+// The tasks of a block: every step-th from the first on.
+struct Turns {
+  int64_t first, step;
+};
+template <class M>
+DIA_DEVICE Turns turns_of_grid(const M& m) {
+  return {m.block(), m.blocks()};
+}
 
 // Part `number` of `count` entries in `parts`.
 DIA_DEVICE Part part_of(int count, int number, int parts) {

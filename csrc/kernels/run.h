@@ -1,6 +1,7 @@
 // Every kernel, by its arguments' type.
 #pragma once
 
+#include "cluster_step.h"
 #include "sweeps.h"
 #include "tile_cell.h"
 #include "weight_gradients.h"
@@ -29,11 +30,18 @@ DIA_DEVICE void run(M& m, const CellGradients& args) {
 }
 template <class M, class T>
 DIA_DEVICE void run(M& m, const Reduce<T>& args) {
-  reduce(m, args);
+  reduce(m, args, turns_of_grid(m));
 }
 template <class M, class T>
 DIA_DEVICE void run(M& m, const Spread<T>& args) {
-  spread(m, args);
+  if (!args.beside) m.wait_for_kernel();
+  spread(m, args, turns_of_grid(m));
+  // Whoever comes behind waits for this kernel alone.
+  if (args.beside) m.wait_for_kernel();
+}
+template <class M, class T, bool kAffine>
+DIA_DEVICE void run(M& m, const ClusterStep<T, kAffine>& args) {
+  cluster_step(m, args);
 }
 template <class M, int kTile>
 DIA_DEVICE void run(M& m, const WeightGradients<kTile>& args) {
@@ -77,6 +85,8 @@ template <class Args>
 constexpr bool kWaits = false;
 template <class T>
 constexpr bool kWaits<Spread<T>> = true;
+template <class T, bool kAffine>
+constexpr bool kWaits<ClusterStep<T, kAffine>> = true;
 template <>
 constexpr bool kWaits<BottleneckSums> = true;
 template <bool kAffine>
@@ -107,8 +117,20 @@ constexpr bool kHasTiles<CellGradients> = true;
 template <int kTile>
 constexpr bool kHasTiles<WeightGradients<kTile>> = true;
 
-// Threads of a block: of those that sweep over a map, and of others.
+// Whether a kernel sweeps over maps; and whether it does so by clusters of kClusterBlocks blocks.
 template <class Args>
-constexpr int kThreadsOf = requires(Args args) { args.tile; } ? kSweepThreads : kTableThreads;
+constexpr bool kIsSweep = false;
+template <class T>
+constexpr bool kIsSweep<Reduce<T>> = true;
+template <class T>
+constexpr bool kIsSweep<Spread<T>> = true;
+template <class Args>
+constexpr bool kHasClusters = false;
+template <class T, bool kAffine>
+constexpr bool kHasClusters<ClusterStep<T, kAffine>> = true;
+
+// Threads of a block.
+template <class Args>
+constexpr int kThreadsOf = kHasClusters<Args> ? kClusterThreads : kIsSweep<Args> ? kSweepThreads : kTableThreads;
 
 }  // namespace dia::kernels

@@ -54,6 +54,31 @@ struct Spread {
   bool beside;  // the kernel before, of which it needs nothing: both run at once
 };
 
+// The arguments of samples [first, first + count).
+template <class T>
+DIA_DEVICE Reduce<T> of_samples(Reduce<T> reduce, int64_t first, int count) {
+  const int64_t width = reduce.size.channels;
+  reduce.size.samples = count;
+  reduce.x = from_sample(reduce.x, first), reduce.dy = from_sample(reduce.dy, first);
+  reduce.y = from_sample(reduce.y, first), reduce.g = from_sample(reduce.g, first);
+  reduce.mask = from_sample(reduce.mask, first);
+  reduce.means.p = rows_from(reduce.means.p, first, width),
+  reduce.means.off = rows_from(reduce.means.off, first, width);
+  reduce.sum = rows_from(reduce.sum, first, width), reduce.product = rows_from(reduce.product, first, width);
+  return reduce;
+}
+template <class T>
+DIA_DEVICE Spread<T> of_samples(Spread<T> spread, int64_t first, int count) {
+  const int64_t width = spread.size.channels;
+  spread.size.samples = count;
+  spread.dy = from_sample(spread.dy, first), spread.y = from_sample(spread.y, first);
+  spread.x = from_sample(spread.x, first), spread.shortcut = from_sample(spread.shortcut, first);
+  spread.out = from_sample(spread.out, first);
+  spread.mask = from_sample(spread.mask, first), spread.passed = from_sample(spread.passed, first);
+  spread.scale = rows_from(spread.scale, first, width), spread.offset = rows_from(spread.offset, first, width);
+  return spread;
+}
+
 // Tasks of a sweep over these samples. Planar: some rows, each one channel of a sample. Interleaved: of a sample some
 // channels and positions.
 DIA_DEVICE int64_t tasks_of(const MapSize& size, const GpuTile& tile) {
@@ -165,14 +190,14 @@ DIA_DEVICE V row_sum(M& m, int lanes, const Array& scratch, V value) {
   return sum;
 }
 
-// Calls `body(row, there)` for the rows of this block's tasks, as many at once as `lanes` threads each allow; all
+// Calls `body(row, there)` for the rows of a block's tasks, as many at once as `lanes` threads each allow; all
 // threads of the block come along, those for which there is no row beyond all of them. `backwards`: the last task comes
 // first.
 template <class M, class Body>
-DIA_DEVICE void for_rows(M& m, const MapSize& size, const GpuTile& tile, bool backwards, Body body) {
+DIA_DEVICE void for_rows(M& m, const MapSize& size, const GpuTile& tile, Turns turns, bool backwards, Body body) {
   const int at_once = m.threads() / tile.lanes;
   const int64_t rows = static_cast<int64_t>(size.samples) * size.channels, tasks = tasks_of(size, tile);
-  for (int64_t number = m.block(); number < tasks; number += m.blocks()) {
+  for (int64_t number = turns.first; number < tasks; number += turns.step) {
     const int64_t task = backwards ? tasks - 1 - number : number;
     const int64_t begin = task * tile.channels, left = rows - begin;
     const int count = left < tile.channels ? static_cast<int>(left) : tile.channels;
@@ -184,13 +209,13 @@ DIA_DEVICE void for_rows(M& m, const MapSize& size, const GpuTile& tile, bool ba
 }
 
 template <bool kWide, class M, class T>
-DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
+DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args, Turns turns) {
   using W = Walk<T, kWide, false>;
   const int lanes = args.tile.lanes;
   const auto scratch = m.template shared<double>(m.warps());
   RowPhases<T> phases(args.dy);  // not by ?:, which would be an address, and keep the arguments in memory
   if (args.x.data != nullptr) phases = RowPhases<T>(args.x);
-  for_rows(m, args.size, args.tile, false, [&](int64_t row, bool there) {
+  for_rows(m, args.size, args.tile, turns, false, [&](int64_t row, bool there) {
     const W walk = planar_walk<W>(m, args.size, lanes, row, phases);
     const bool writes = there && m.thread() % lanes == 0;
     float shift = 0;
@@ -224,7 +249,7 @@ DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
 template <class W>
 struct MeetingPlace {
   static constexpr int kStep = W::kValues > 1 ? W::kValues + 1 : 1;
-  static constexpr int kCount = kSweepThreads * kStep;
+  DIA_DEVICE static int count(int threads) { return threads * kStep; }
 
   int across;
   DIA_DEVICE int at(int row, int column, int k) const { return (row * across + column) * kStep + k; }
@@ -256,17 +281,17 @@ DIA_DEVICE void sum_of_rows(M& m, const Rows<W>& rows, int owned, const Array& s
 }
 
 template <bool kWide, class M, class T>
-DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
+DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args, Turns turns) {
   using W = Walk<T, kWide, true>;
   const MapSize& size = args.size;
   const int most = args.tile.channels < size.channels ? args.tile.channels : size.channels;
   const bool moments = args.first != nullptr;
-  const auto scratch = m.template shared<double>(moments ? MeetingPlace<W>::kCount : 0);
+  const auto scratch = m.template shared<double>(moments ? MeetingPlace<W>::count(m.threads()) : 0);
   const auto totals = m.template shared<double>(moments ? most : 0);
-  const auto floats = m.template shared<float>(moments ? 0 : MeetingPlace<W>::kCount);
+  const auto floats = m.template shared<float>(moments ? 0 : MeetingPlace<W>::count(m.threads()));
   const int across = args.across();
   const int64_t tasks = static_cast<int64_t>(size.samples) * across;
-  for (int64_t task = m.block(); task < tasks; task += m.blocks()) {
+  for (int64_t task = turns.first; task < tasks; task += turns.step) {
     const int sample = static_cast<int>(task / across);
     const int begin = static_cast<int>(task - static_cast<int64_t>(sample) * across) * args.tile.channels;
     const Part channels{begin, begin + args.tile.channels < size.channels ? begin + args.tile.channels : size.channels};
@@ -309,19 +334,19 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
 }
 
 template <class M, class T>
-DIA_DEVICE void reduce(M& m, const Reduce<T>& args) {
+DIA_DEVICE void reduce(M& m, const Reduce<T>& args, Turns turns) {
   InPacks<T> packs(args.size, args.tile);
   packs.add(args.x), packs.add(args.dy), packs.add(args.y), packs.add(args.g);
   packs.add_mask(args.mask);
   if (args.size.interleaved) {
     if (packs.all())
-      reduce_interleaved<true>(m, args);
+      reduce_interleaved<true>(m, args, turns);
     else
-      reduce_interleaved<false>(m, args);
+      reduce_interleaved<false>(m, args, turns);
   } else if (packs.all()) {
-    reduce_planar<true>(m, args);
+    reduce_planar<true>(m, args, turns);
   } else {
-    reduce_planar<false>(m, args);
+    reduce_planar<false>(m, args, turns);
   }
 }
 
@@ -416,22 +441,22 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
 }
 
 template <bool kWide, class M, class T>
-DIA_DEVICE void spread_planar(M& m, const Spread<T>& args) {
+DIA_DEVICE void spread_planar(M& m, const Spread<T>& args, Turns turns) {
   using W = Walk<T, kWide, false>;
   const RowPhases<T> phases(args.out);
-  for_rows(m, args.size, args.tile, true, [&](int64_t row, bool) {
+  for_rows(m, args.size, args.tile, turns, true, [&](int64_t row, bool) {
     apply<false>(m, args, planar_walk<W>(m, args.size, args.tile.lanes, row, phases));
   });
 }
 
 template <bool kWide, class M, class T>
-DIA_DEVICE void spread_interleaved(M& m, const Spread<T>& args) {
+DIA_DEVICE void spread_interleaved(M& m, const Spread<T>& args, Turns turns) {
   using W = Walk<T, kWide, true>;
   const MapSize& size = args.size;
   const int across = (size.channels + args.tile.channels - 1) / args.tile.channels;
   const int along = (size.positions + args.tile.positions - 1) / args.tile.positions;
   const int64_t tasks = static_cast<int64_t>(size.samples) * along * across;
-  for (int64_t task = m.block(); task < tasks; task += m.blocks()) {
+  for (int64_t task = turns.first; task < tasks; task += turns.step) {
     const int64_t number = tasks - 1 - task, piece = number / across, sample = piece / along;
     const int channel = static_cast<int>(number - piece * across) * args.tile.channels;
     const int position = static_cast<int>(piece - sample * along) * args.tile.positions;
@@ -443,23 +468,20 @@ DIA_DEVICE void spread_interleaved(M& m, const Spread<T>& args) {
 }
 
 template <class M, class T>
-DIA_DEVICE void spread(M& m, const Spread<T>& args) {
-  if (!args.beside) m.wait_for_kernel();
+DIA_DEVICE void spread(M& m, const Spread<T>& args, Turns turns) {
   InPacks<T> packs(args.size, args.tile);
   packs.add(args.out), packs.add(args.dy), packs.add(args.y), packs.add(args.x), packs.add(args.shortcut);
   packs.add_mask(args.mask), packs.add_mask(args.passed);
   if (args.size.interleaved) {
     if (packs.all())
-      spread_interleaved<true>(m, args);
+      spread_interleaved<true>(m, args, turns);
     else
-      spread_interleaved<false>(m, args);
+      spread_interleaved<false>(m, args, turns);
   } else if (packs.all()) {
-    spread_planar<true>(m, args);
+    spread_planar<true>(m, args, turns);
   } else {
-    spread_planar<false>(m, args);
+    spread_planar<false>(m, args, turns);
   }
-  // Whoever comes behind waits for this kernel alone.
-  if (args.beside) m.wait_for_kernel();
 }
 
 }  // namespace dia::kernels

@@ -180,6 +180,27 @@ struct CellStates {
   float *factor, *added;  // y = act((x - shift) factor + added + shortcut)
 };
 
+// The arguments of samples [first, first + count).
+template <bool kAffine>
+DIA_DEVICE CellStates<kAffine> of_samples(CellStates<kAffine> states, int64_t first, int count) {
+  const int64_t width = states.cell.channels;
+  states.cell = of_samples(states.cell, first, count);
+  states.factor = rows_from(states.factor, first, width), states.added = rows_from(states.added, first, width);
+  return states;
+}
+
+// Gates and state of one channel of one sample, and what the second sweep applies.
+template <class M, bool kAffine>
+DIA_DEVICE void put_state(M& m, const CellStates<kAffine>& args, int sample, int channel, float c,
+                          const Gates<float>& u) {
+  const float h = make_state(m, args.cell, sample, channel, c, u);
+  if constexpr (kAffine) {
+    const int64_t at = row_at(sample, args.cell.channels) + channel;
+    m.store(args.factor + at, m.load(args.affine.scale + channel) * h);
+    m.store(args.added + at, added_of(m, args.affine, channel, h));
+  }
+}
+
 template <class M, bool kAffine>
 DIA_DEVICE void cell_states(M& m, const CellStates<kAffine>& args) {
   using Tile = CellTiles::State;
@@ -210,14 +231,8 @@ DIA_DEVICE void cell_states(M& m, const CellStates<kAffine>& args) {
     tile.finish(m, memory, [&](int row, int, const auto& products) {
       const int sample = first + row;
       if (sample >= cell.samples || own >= channels) return;
-      const float h = make_state(
-          m, cell, sample, own,
-          {products[0] + biases[0], products[1] + biases[1], products[2] + biases[2], products[3] + biases[3]});
-      if constexpr (kAffine) {
-        const int64_t at = row_at(sample, channels) + own;
-        m.store(args.factor + at, m.load(args.affine.scale + own) * h);
-        m.store(args.added + at, added_of(m, args.affine, own, h));
-      }
+      put_state(m, args, sample, own, old_c(m, cell, sample, own),
+                {products[0] + biases[0], products[1] + biases[1], products[2] + biases[2], products[3] + biases[3]});
     });
   });
 }

@@ -17,22 +17,30 @@ namespace {
 
 extern __shared__ __align__(16) char shared_memory[];
 
-template <class Args>
-constexpr bool kIsSweep = requires(Args args) { args.tile; };
+using kernels::kHasClusters;
+using kernels::kIsSweep;
+
 // Of 256 threads three blocks of sweeps a multiprocessor, which keep packs of several maps and sums in registers, two
-// of tiles of products, four of others.
+// of tiles of products, four of others; of the 512 threads of clusters one.
 template <class Args>
-constexpr int kResidentOf = kernels::kHasTiles<Args> ? 2
-                            : kIsSweep<Args>         ? kSweepResident
-                                                     : 4;
+constexpr int kResidentOf = kHasClusters<Args>         ? 1
+                            : kernels::kHasTiles<Args> ? 2
+                            : kIsSweep<Args>           ? kSweepResident
+                                                       : 4;
 
 template <class Args>
 __global__ void __launch_bounds__(kernels::kThreadsOf<Args>, kResidentOf<Args>)
     kernel(__grid_constant__ const Args args) {
   // Behind a kernel of tables, which leaves room, the next is launched early. Behind a sweep it would take room of
   // blocks that have not finished.
-  Machine<!kIsSweep<Args>> machine(shared_memory);
-  kernels::run_behind(machine, args);
+#if __CUDA_ARCH__ < 900
+  if constexpr (kHasClusters<Args>) __trap();  // never launched: plans know which GPUs have clusters
+  else
+#endif
+  {
+    Machine<!kIsSweep<Args> && !kHasClusters<Args>> machine(shared_memory);
+    kernels::run_behind(machine, args);
+  }
 }
 
 // Raises with what the runtime says. The error is taken back: the next check must not find it.
@@ -48,27 +56,6 @@ int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, which, device), "an attribute of the device");
   return value;
-}
-
-// Multiprocessors that plans leave to others (a collective's kernels, say): so many of sixty-four.
-constexpr int kHeadroom = 1;
-
-// What the device says of itself; its rates are those of the GPU that is known for its architecture, by
-// multiprocessors.
-GpuLimits limits_of(int device) {
-  const int architecture =
-      10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
-  GpuLimits limits = kGpus[0];
-  for (const GpuLimits& known : kGpus)
-    if (known.architecture <= architecture) limits = known;
-  const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
-  const double share = static_cast<double>(multiprocessors) / limits.multiprocessors;
-  limits.name = "this", limits.architecture = architecture;
-  limits.multiprocessors = multiprocessors - multiprocessors * kHeadroom / 64;
-  limits.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  limits.l2_bytes = attribute(cudaDevAttrL2CacheSize, device);
-  for (double* rate : {&limits.memory, &limits.l2, &limits.flops, &limits.tf32}) *rate *= share;
-  return limits;
 }
 
 // What has to be done for a kernel once on each device; and whether its code waits for the kernel before it, so that it
@@ -98,6 +85,67 @@ Ready ready(const void* function, int device) {
   return found;
 }
 
+// How a kernel is launched.
+template <class Args>
+struct Launch {
+  cudaLaunchConfig_t config{};
+
+  Launch(int blocks, int64_t shared_bytes) {
+    config.gridDim = dim3(blocks), config.blockDim = dim3(kernels::kThreadsOf<Args>);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes), config.attrs = attributes_;
+    if (!kHasClusters<Args>) return;
+    cudaLaunchAttribute& cluster = attributes_[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {kClusterBlocks, 1, 1};
+  }
+  Launch(const Launch&) = delete;
+
+  // While the kernel before still runs.
+  void make_early() {
+    cudaLaunchAttribute& early = attributes_[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+
+ private:
+  cudaLaunchAttribute attributes_[2]{};
+};
+
+// Multiprocessors that plans leave to others (a collective's kernels, say): so many of sixty-four.
+constexpr int kHeadroom = 1;
+
+// How many clusters the device runs at a time, each of whose blocks has a multiprocessor to itself; 0 where there are
+// none.
+int clusters_of(int device) {
+  if (attribute(cudaDevAttrClusterLaunch, device) == 0) return 0;
+  using Args = kernels::ClusterStep<float, false>;
+  const void* function = reinterpret_cast<const void*>(&kernel<Args>);
+  make_ready(function, device);
+  const Launch<Args> launch(kClusterBlocks, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  int count = 0;
+  check(cudaOccupancyMaxActiveClusters(&count, function, &launch.config), "how many clusters run at a time");
+  return count;
+}
+
+// What the device says of itself; its rates are those of the GPU that is known for its architecture, by
+// multiprocessors.
+GpuLimits limits_of(int device) {
+  const int architecture =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
+  GpuLimits limits = kGpus[0];
+  for (const GpuLimits& known : kGpus)
+    if (known.architecture <= architecture) limits = known;
+  const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  const double share = static_cast<double>(multiprocessors) / limits.multiprocessors;
+  limits.name = "this", limits.architecture = architecture;
+  limits.multiprocessors = multiprocessors - multiprocessors * kHeadroom / 64;
+  limits.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  limits.l2_bytes = attribute(cudaDevAttrL2CacheSize, device);
+  limits.clusters = clusters_of(device);
+  for (double* rate : {&limits.memory, &limits.l2, &limits.flops, &limits.tf32}) *rate *= share;
+  return limits;
+}
+
 class CudaGpu final : public Gpu {
  public:
   explicit CudaGpu(cudaStream_t stream) : stream_(stream) { check(cudaGetDevice(&device_), "the current device"); }
@@ -114,15 +162,11 @@ class CudaGpu final : public Gpu {
     std::visit(
         [&]<class Args>(const Args& args) {
           const void* function = reinterpret_cast<const void*>(&kernel<Args>);
-          cudaLaunchAttribute early{};
-          early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-          early.val.programmaticStreamSerializationAllowed = 1;
-          cudaLaunchConfig_t config{};
-          config.gridDim = dim3(blocks), config.blockDim = dim3(kernels::kThreadsOf<Args>);
-          config.dynamicSmemBytes = static_cast<size_t>(shared_bytes), config.stream = stream_;
-          config.attrs = &early, config.numAttrs = ready<Args>(function, device_) == Ready::early ? 1 : 0;
+          Launch<Args> launch(blocks, shared_bytes);
+          launch.config.stream = stream_;
+          if (ready<Args>(function, device_) == Ready::early) launch.make_early();
           void* arguments[] = {const_cast<Args*>(&args)};
-          check(cudaLaunchKernelExC(&config, function, arguments), "a launch");
+          check(cudaLaunchKernelExC(&launch.config, function, arguments), "a launch");
         },
         any);
   }

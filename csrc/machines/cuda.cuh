@@ -60,6 +60,12 @@ class Machine {
 
   __device__ __forceinline__ void sync_warp() { __syncwarp(); }
   __device__ __forceinline__ void sync_block() { __syncthreads(); }
+  // Both halves order all memory, between the blocks of a cluster.
+  __device__ __forceinline__ void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+  }
 
   __device__ __forceinline__ static void wait_for_kernel() {
 #if __CUDA_ARCH__ >= 900

@@ -13,7 +13,8 @@ namespace dia {
 
 // Every kernel, as its arguments: those of a type of maps, and those of tables.
 template <class T>
-using KernelsOfMaps = std::tuple<kernels::Reduce<T>, kernels::Spread<T>>;
+using KernelsOfMaps =
+    std::tuple<kernels::Reduce<T>, kernels::Spread<T>, kernels::ClusterStep<T, false>, kernels::ClusterStep<T, true>>;
 using KernelsOfTables =
     std::tuple<kernels::BottleneckSums, kernels::CellStates<false>, kernels::CellStates<true>, kernels::JoinParts,
                kernels::BottleneckGradientSums, kernels::CellGradients, kernels::SplitGates<false>,

@@ -6,8 +6,8 @@
 //   * accesses out of bounds, misaligned vectors, reads of memory that nothing wrote
 //   * threads that wait at different barriers, and barriers that not all threads come to
 //
-// Blocks run one after the other, and nothing orders them. Blocks and threads run in an order shuffled by a seed, each
-// thread until it waits. What it cannot see (docs/simulated-gpu.md): memory fences, stale caches, contraction of
+// Clusters of blocks run one after the other, and nothing orders them; the blocks of one run together. Clusters and
+// threads run in an order shuffled by a seed, each thread until it waits. What it cannot see (docs/simulated-gpu.md): memory fences, stale caches, contraction of
 // multiply-adds, time.
 #pragma once
 
@@ -41,9 +41,9 @@ constexpr int kWarp = 32;
 constexpr int64_t kSectorBytes = 32;
 
 // What a barrier covers.
-enum Scope { kWarpScope, kBlockScope, kScopes };
+enum Scope { kWarpScope, kBlockScope, kClusterScope, kScopes };
 inline const char* scope_name(int scope) {
-  static const char* names[] = {"warp", "block"};
+  static const char* names[] = {"warp", "block", "cluster"};
   return names[scope];
 }
 
@@ -63,11 +63,11 @@ inline std::string text_of(const Site& site) {
   return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(site.line);
 }
 
-// The shape of a launch.
+// The shape of a launch. Its blocks come in clusters of neighbours.
 struct Grid {
-  int blocks = 1, threads = kWarp;
+  int blocks = 1, threads = kWarp, cluster = 1;
   size_t shared_bytes = 0;
-  uint64_t seed = 0;  // of the order in which blocks and threads run
+  uint64_t seed = 0;  // of the order in which clusters and threads run
   // Whether the launch before may still run: threads have to wait for it before they touch anything of that one's, and
   // one at least by its end.
   bool behind = false;
@@ -80,14 +80,15 @@ struct Grid {
 // Who did something, and how many barriers of each scope that thread had passed.
 struct Moment {
   static constexpr int32_t kNobody = -1, kSeveral = -2;
-  int32_t thread = kNobody, warp = kNobody, block = kNobody;
+  int32_t thread = kNobody, warp = kNobody, block = kNobody, cluster = kNobody;
   std::array<uint32_t, kScopes> epochs{};
 
   // Whether all of this came before `now`: same thread, or a barrier in between that covers both.
   bool before(const Moment& now) const {
     return block == kNobody || thread == now.thread ||
            (warp == now.warp && now.epochs[kWarpScope] > epochs[kWarpScope]) ||
-           (block == now.block && now.epochs[kBlockScope] > epochs[kBlockScope]);
+           (block == now.block && now.epochs[kBlockScope] > epochs[kBlockScope]) ||
+           (cluster == now.cluster && now.epochs[kClusterScope] > epochs[kClusterScope]);
   }
 
   // This and another, neither before the other: what is after both is after the result.
@@ -95,6 +96,7 @@ struct Moment {
     if (thread != other.thread) thread = kSeveral;
     if (warp != other.warp) warp = kSeveral;
     if (block != other.block) block = kSeveral;
+    if (cluster != other.cluster) cluster = kSeveral;
     for (int k = 0; k < kScopes; ++k) epochs[k] = std::max(epochs[k], other.epochs[k]);
   }
 };
@@ -250,6 +252,7 @@ class Thread {
 
   void sync_warp(std::source_location where = std::source_location::current()) { wait(kWarpScope, where); }
   void sync_block(std::source_location where = std::source_location::current()) { wait(kBlockScope, where); }
+  void sync_cluster(std::source_location where = std::source_location::current()) { wait(kClusterScope, where); }
 
   // The sum over the lanes of a group of `width` neighbours that lie a multiple of `stride` apart (powers of two), in
   // each of them: lane l adds that of lane l ^ width / 2, then l ^ width / 4, ... The whole warp comes here together.
@@ -362,6 +365,7 @@ class Thread {
     moment.thread = global_;
     moment.warp = global_ / kWarp;
     moment.block = block_->index;
+    moment.cluster = cluster_;
     moment.epochs = epochs_;
     return moment;
   }
@@ -373,7 +377,7 @@ class Thread {
 
   Run* run_ = nullptr;
   Block* block_ = nullptr;
-  int thread_ = 0, threads_ = 0, blocks_ = 0, global_ = 0;
+  int thread_ = 0, threads_ = 0, blocks_ = 0, cluster_ = 0, global_ = 0;
   std::array<uint32_t, kScopes> epochs_{};
   std::array<int64_t, kScopes> passed_{};
   size_t shared_taken_ = 0;
@@ -454,10 +458,11 @@ class Run {
 
   void all() {
     if (grid.threads % kWarp != 0) throw LaunchError("threads: expected a multiple of 32");
-    std::vector<int> order(grid.blocks);
+    if (grid.blocks % grid.cluster != 0) throw LaunchError("blocks: expected whole clusters");
+    std::vector<int> order(grid.blocks / grid.cluster);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), random_);
-    for (int block : order) run(block);
+    for (int cluster : order) run(cluster);
     // Whoever comes behind waits for this launch alone. That it cannot end sooner, one thread is enough.
     if (grid.behind && !waited_) throw LaunchError("the launch may end before the kernel before: none of it waited");
     for (auto& [key, accesses] : accesses_) {
@@ -478,12 +483,16 @@ class Run {
   }
 
   Meeting& meeting(Thread& thread, int scope) {
+    if (scope == kClusterScope) return meeting_;
     return scope == kWarpScope ? thread.block_->warps[thread.warp()] : thread.block_->meeting;
   }
-  int members(int scope) const { return scope == kWarpScope ? kWarp : grid.threads; }
+  int members(int scope) const {
+    return scope == kWarpScope ? kWarp : scope == kBlockScope ? grid.threads : grid.threads * grid.cluster;
+  }
   // Lets everybody at the barrier of `thread` go on.
   void release(Thread& thread, int scope) {
-    Thread* first = &thread - (scope == kWarpScope ? thread.lane() : thread.thread());
+    Thread* first = scope == kClusterScope ? threads_.data()
+                                           : &thread - (scope == kWarpScope ? thread.lane() : thread.thread());
     for (Thread* other = first; other < first + members(scope); ++other) {
       other->waiting_ = false;
       for (int k = 0; k <= scope; ++k) ++other->epochs_[k];
@@ -491,30 +500,37 @@ class Run {
     }
     meeting(thread, scope) = Meeting();
   }
-  Thread& lane_of(const Thread& thread, int lane) { return threads_[thread.thread() - thread.lane() + lane]; }
+  Thread& lane_of(const Thread& thread, int lane) {
+    return threads_[&thread - threads_.data() - thread.lane() + lane];
+  }
 
   Device& device;
   const Grid& grid;
   Report report;
 
  private:
-  // Runs a block to its end.
-  void run(int number) {
-    block_ = Block();
-    block_.index = number;
-    block_.shared.resize(grid.shared_bytes + 16);
-    block_.cells.resize((grid.shared_bytes + 1) / 2);
-    block_.warps.resize(grid.threads / kWarp);
-    threads_.assign(grid.threads, Thread());
+  // Runs the blocks of a cluster to their ends.
+  void run(int cluster) {
+    blocks_.assign(grid.cluster, Block());
+    threads_.assign(static_cast<size_t>(grid.cluster) * grid.threads, Thread());
+    meeting_ = Meeting();
     while (fibers().size() < threads_.size()) fibers().push_back(std::make_unique<Fiber>());
-    for (int t = 0; t < grid.threads; ++t) {
-      Thread& thread = threads_[t];
-      thread.run_ = this;
-      thread.block_ = &block_;
-      thread.thread_ = t, thread.threads_ = grid.threads, thread.blocks_ = grid.blocks;
-      thread.global_ = number * grid.threads + t;
-      thread.fiber_ = fibers()[t].get();
-      thread.fiber_->reset(&Run::start, &thread);
+    for (int k = 0; k < grid.cluster; ++k) {
+      Block& block = blocks_[k];
+      block.index = cluster * grid.cluster + k;
+      block.shared.resize(grid.shared_bytes + 16);
+      block.cells.resize((grid.shared_bytes + 1) / 2);
+      block.warps.resize(grid.threads / kWarp);
+      for (int t = 0; t < grid.threads; ++t) {
+        const int at = k * grid.threads + t;
+        Thread& thread = threads_[at];
+        thread.run_ = this;
+        thread.block_ = &block;
+        thread.thread_ = t, thread.threads_ = grid.threads, thread.blocks_ = grid.blocks, thread.cluster_ = cluster;
+        thread.global_ = block.index * grid.threads + t;
+        thread.fiber_ = fibers()[at].get();
+        thread.fiber_->reset(&Run::start, &thread);
+      }
     }
     std::vector<Thread*> ready;
     while (true) {
@@ -568,8 +584,9 @@ class Run {
   void (*body_)(void*, Thread&);
   void* kernel_;
   std::mt19937_64 random_;
-  Block block_;  // under way, and its threads
+  std::vector<Block> blocks_;  // under way, a cluster's, and their threads
   std::vector<Thread> threads_;
+  Meeting meeting_;      // of the cluster
   bool waited_ = false;  // whether a thread waited for the launch before
   std::map<std::tuple<TensorMemory*, int, Site, bool>, WarpAccesses> accesses_;
   std::string error_;

@@ -116,31 +116,6 @@ inline std::atomic<GpuLayouts>& layouts() {
   return chosen;
 }
 
-// The arguments of a sweep over samples [first, first + count).
-template <class T>
-kernels::Reduce<T> of_samples(kernels::Reduce<T> reduce, int64_t first, int count) {
-  const int64_t width = reduce.size.channels;
-  reduce.size.samples = count;
-  reduce.x = from_sample(reduce.x, first), reduce.dy = from_sample(reduce.dy, first);
-  reduce.y = from_sample(reduce.y, first), reduce.g = from_sample(reduce.g, first);
-  reduce.mask = from_sample(reduce.mask, first);
-  reduce.means.p = rows_from(reduce.means.p, first, width),
-  reduce.means.off = rows_from(reduce.means.off, first, width);
-  reduce.sum = rows_from(reduce.sum, first, width), reduce.product = rows_from(reduce.product, first, width);
-  return reduce;
-}
-template <class T>
-kernels::Spread<T> of_samples(kernels::Spread<T> spread, int64_t first, int count) {
-  const int64_t width = spread.size.channels;
-  spread.size.samples = count;
-  spread.dy = from_sample(spread.dy, first), spread.y = from_sample(spread.y, first);
-  spread.x = from_sample(spread.x, first), spread.shortcut = from_sample(spread.shortcut, first);
-  spread.out = from_sample(spread.out, first);
-  spread.mask = from_sample(spread.mask, first), spread.passed = from_sample(spread.passed, first);
-  spread.scale = rows_from(spread.scale, first, width), spread.offset = rows_from(spread.offset, first, width);
-  return spread;
-}
-
 // One call of an operator: its device, the sizes, and what it allocates on the way.
 class GpuCall {
  public:
@@ -212,6 +187,20 @@ class GpuCall {
     const Samples<const T> out{args.out.data, args.out.stride};
     args.tile = detail::spread_tile_of(swept<T>(args.size, {args.x, args.shortcut, args.dy, args.y, out}), limits_);
     launch_tasks(args, false, 0);
+  }
+
+  // A step by clusters of `together` samples each.
+  template <class T, bool kAffine>
+  void launch_clusters(kernels::ClusterStep<T, kAffine> args, int64_t together) {
+    if (shape_.samples == 0) return;
+    const kernels::Spread<T>& spread = args.spread;
+    GpuProblem problem = swept<T>(args.reduce.size, {spread.x, spread.shortcut, {spread.out.data, spread.out.stride}});
+    problem.bottleneck = bottleneck_;
+    args.together = static_cast<int>(together);
+    args.reduce.tile = detail::cluster_tile_of(problem, together, true);
+    args.spread.tile = detail::cluster_tile_of(problem, together, false);
+    device_.gpu().launch(args, static_cast<int>(detail::parts(shape_.samples, together) * kClusterBlocks),
+                         detail::cluster_shared_bytes(problem, together));
   }
 
   // A kernel of `count` values of tables, one a thread.
@@ -300,8 +289,8 @@ class GpuCall {
   // Plans are made once for each problem and device.
   GpuPlan known_plan(const GpuProblem& p) {
     static std::mutex mutex;
-    static std::map<std::array<int64_t, 17>, GpuPlan> known;
-    const std::array<int64_t, 17> key{x_.get_device_index(),
+    static std::map<std::array<int64_t, 18>, GpuPlan> known;
+    const std::array<int64_t, 18> key{x_.get_device_index(),
                                       p.samples,
                                       p.channels,
                                       p.positions,
@@ -317,6 +306,7 @@ class GpuCall {
                                       limits_.multiprocessors,
                                       limits_.l2_bytes,
                                       static_cast<int64_t>(limits_.flops),
+                                      limits_.clusters,
                                       static_cast<int64_t>(layouts().load())};
     {
       const std::lock_guard lock(mutex);

@@ -1,7 +1,7 @@
 // The operators on a GPU: checks, plans, workspaces, launches. Included where they are registered: for CUDA
 // (cuda_operators.cpp), and in tests for a simulated GPU, so that all of this runs in every test.
 //
-//     step    by chunks of samples: reduce | cell | spread
+//     step    by chunks of samples: reduce | cell | spread; or by clusters of blocks, as one kernel
 //     tail    reduce: moments | statistics of the batch | cell | spread; of given statistics as the step
 //     and their gradients, with the weights' once over all samples, beside the last spread
 //
@@ -86,6 +86,10 @@ void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, co
   reduce.size = call.size(n), reduce.x = maps.x, reduce.means = {cell.args.tables.p, off, affine};
   if (kAffine) reduce.shift = affine.shift;
   const kernels::Spread<T> spread = spread_of(call, maps, relu, factor, added, reduce.shift);
+  if (plan.cell == GpuCell::clusters) {
+    const kernels::CellStates<kAffine> states{cell.args, affine, factor, added};
+    return call.launch_clusters(kernels::ClusterStep<T, kAffine>{0, reduce, spread, states}, plan.chunk);
+  }
   for (int64_t first = 0; first < n; first += plan.chunk) {
     const int count = static_cast<int>(std::min(plan.chunk, n - first));
     const auto rows = [&](float* table) { return rows_from(table, first, width); };

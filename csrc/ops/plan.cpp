@@ -28,7 +28,8 @@ extern "C" __attribute__((visibility("default"))) const char* dia_kernels_plan(
                        gpu, static_cast<dia::GpuLayouts>(layouts));
     std::ostringstream json;
     json.precision(17);
-    json << "{\"cell\": \"" << (plan.cell == dia::GpuCell::tiles ? "tiles" : "products")
+    static constexpr const char* kCells[] = {"tiles", "products", "clusters"};
+    json << "{\"cell\": \"" << kCells[static_cast<int>(plan.cell)]
          << "\", \"chunk\": " << plan.chunk << ", \"launches\": " << plan.launches << ", \"passes\": " << plan.passes
          << ", \"bytes\": " << plan.bytes << ", \"seconds\": " << plan.seconds << ", \"ideal_seconds\": " << plan.ideal
          << "}";

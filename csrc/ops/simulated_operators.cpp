@@ -15,7 +15,7 @@ namespace dia::simulated {
 namespace {
 
 // What the simulated GPU is like: small, and quick to launch on, so that small problems have several chunks.
-GpuLimits limits{"simulated", 90, 4, 128 << 10, 64 << 10, 90e9, 170e9, 2e12, 9e12, 1e-10};
+GpuLimits limits{"simulated", 90, 4, 128 << 10, 64 << 10, 90e9, 170e9, 2e12, 9e12, 1e-10, 2};
 // Of a block, where the kernel lets the launch choose: fewer than on a card, as a fiber is slow.
 int most_threads = 64;
 uint64_t schedule = 0;  // of the next launch: each has its own
@@ -168,6 +168,12 @@ class Memory {
     table("beta", a.norm.beta, c), table("scale", a.norm.scale, c), table("new_h", a.norm.new_h, area(a.cell));
     table("factor", a.factor, area(a.cell));
   }
+  template <class T, bool kAffine>
+  void of(const kernels::ClusterStep<T, kAffine>& a) {
+    of(a.reduce), of(a.spread), cell(a.states.cell);
+    affine(a.states.affine, a.states.cell.channels);
+    table("factor", a.states.factor, area(a.states.cell)), table("added", a.states.added, area(a.states.cell));
+  }
   template <int kTile>
   void of(const kernels::WeightGradients<kTile>& a) {
     for (int k = 0; k < a.count; ++k) {
@@ -217,6 +223,14 @@ class Memory {
   std::vector<const void*> known_;
 };
 
+// A sweep's tile was chosen for all threads of a card's block: those that share a row, or take its channels, must be
+// there.
+template <class Sweep>
+int least_threads(const Sweep& args, int all) {
+  const int needed = args.size.interleaved ? std::min(args.tile.channels, all) : args.tile.lanes;
+  return static_cast<int>(rounded_up(needed, 32));
+}
+
 class SimulatedGpu final : public Gpu {
  public:
   GpuLimits limits() override { return simulated::limits; }
@@ -230,12 +244,12 @@ class SimulatedGpu final : public Gpu {
           simt::Grid grid;
           grid.blocks = blocks, grid.threads = kernels::kThreadsOf<Args>, grid.seed = schedule++;
           if (!kernels::kHasTiles<Args>) grid.threads = std::min(grid.threads, most_threads);
-          // A sweep's tile was chosen for all threads: those that share a row, or take its channels, must be there.
-          if constexpr (requires { args.tile; })
-            grid.threads = std::max(
-                grid.threads,
-                static_cast<int>(rounded_up(
-                    args.size.interleaved ? std::min(args.tile.channels, kSweepThreads) : args.tile.lanes, 32)));
+          constexpr int kAll = kernels::kThreadsOf<Args>;
+          if constexpr (kernels::kIsSweep<Args>) grid.threads = std::max(grid.threads, least_threads(args, kAll));
+          if constexpr (kernels::kHasClusters<Args>) {
+            grid.cluster = kClusterBlocks;
+            grid.threads = std::max({grid.threads, least_threads(args.reduce, kAll), least_threads(args.spread, kAll)});
+          }
           grid.shared_bytes = static_cast<size_t>(shared_bytes);
           grid.behind = true;
           if (lie.barrier.line != 0 && name_of<Args>() == lie.kernel) grid.without = &lie.barrier;
