@@ -25,8 +25,8 @@ struct GpuLimits {
 };
 
 // One GPU of each supported architecture, by NVIDIA's data sheets; memory and tf32 at 0.87 and 0.6 of the peak. Of the
-// H100 the memory's rate is measured, and with it the time of a launch, which is taken for all. Clusters: two of each of
-// at least eight groups of multiprocessors.
+// H100 the memory's rate is measured, and with it the time of a launch, which is taken for all. Clusters: two of each
+// of at least eight groups of multiprocessors.
 inline constexpr GpuLimits kGpus[] = {
     {"t4", 75, 40, 64 << 10, 4 << 20, 0.28e12, 1.0e12, 8.1e12, 8.1e12, 5e-6, 0},
     {"a100", 80, 108, 164 << 10, 40 << 20, 1.35e12, 4.0e12, 19.5e12, 94e12, 5e-6, 0},
@@ -55,8 +55,8 @@ struct GpuProblem {
 // Who makes the cell: kernels of tiles, or a BLAS, between two sweeps; or clusters, which make the whole step.
 enum class GpuCell { tiles, products, clusters };
 
-// Which plans may be taken: any; or for tests and measurements of one kind alone, sweeps with tiles or with products, or
-// clusters wherever they can make a step.
+// Which plans may be taken: any; or for tests and measurements of one kind alone, sweeps with tiles or with products,
+// or clusters wherever they can make a step.
 enum class GpuLayouts { any, sweeps, products, clusters };
 
 // What a block of a sweep takes at a time, a task (kernels/sweeps.h). Planar: `channels` rows, each one channel of a
@@ -263,8 +263,8 @@ inline int norm_launches(const GpuProblem& p) { return p.norm == GpuNorm::none ?
 
 // --- clusters
 
-// Parts of each of a cluster's samples that are tasks, so that its blocks have as much to do; each costs a meeting of its
-// threads.
+// Parts of each of a cluster's samples that are tasks, so that its blocks have as much to do; each costs a meeting of
+// its threads.
 inline int cluster_split(int64_t together) {
   int best = 1;
   const auto cost = [&](int split) {
@@ -311,7 +311,8 @@ inline int64_t cluster_shared_bytes(const GpuProblem& p, int64_t together) {
 // holds of those under way.
 inline int64_t samples_together(const GpuProblem& p, const GpuLimits& gpu, double sample_bytes) {
   int64_t together = std::clamp<int64_t>(parts(p.samples, gpu.clusters), 1, kMostTogether);
-  while (together > 1 && static_cast<double>(gpu.clusters * together) * sample_bytes > held_by_cache(gpu)) together /= 2;
+  while (together > 1 && static_cast<double>(gpu.clusters * together) * sample_bytes > held_by_cache(gpu))
+    together /= 2;
   return together;
 }
 

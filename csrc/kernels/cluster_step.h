@@ -6,8 +6,8 @@
 // needs, are copied to its shared memory while the map is read. Means, bottlenecks and new state go to where they
 // belong in global memory, and from there, by the second-level cache, to the blocks that need them:
 //
-//     copy weights | reduce | cluster | means: own units of the bottlenecks | cluster | bottlenecks: own channels of the
-//     state | cluster | spread
+//     copy weights | reduce | cluster | means: own units of the bottlenecks | cluster | bottlenecks: own channels of
+//     the state | cluster | spread
 //
 // Bytes: those of the sweeps, the second reading of x from a cache; the weights once a cluster. Barriers: three of the
 // cluster; of a block two, and two for each task of an interleaved map's sums.
@@ -29,29 +29,47 @@ struct ClusterStep {
   CellStates<kAffine> states;
 };
 
-// Begins to copy `count` rows of `width` values to `to` in shared memory, `pitch` apart: from(row) is where one lies, in
-// memory that allows so many values `at_once`. Their ends are filled up to a pack, with zeros.
-template <int kValues, class M, class Array, class From>
-DIA_DEVICE void copy_rows_by(M& m, const Array& memory, int to, int pitch, int count, int width, const From& from) {
-  const int across = (width + 3) / 4 * 4 / kValues;
-  for (int k = m.thread(); k < count * across; k += m.threads()) {
-    const int row = k / across, column = (k - row * across) * kValues, left = width - column;
-    m.template copy<kValues>(memory, to + row * pitch + column, from(row) + column,
-                             left < 0         ? 0
-                             : left < kValues ? left
-                                              : kValues);
+// Rows of `width` values as the threads of a block copy them to shared memory, up to four neighbours at a time: a
+// thread's first item, and how far it is to the next. Rows are filled up to a pack, with zeros.
+class RowCopies {
+ public:
+  // Memory allows so many values `together`.
+  template <class M>
+  DIA_DEVICE RowCopies(const M& m, int width, int together)
+      : together_(together),
+        width_(width),
+        across_((width + 3) / 4 * 4 / together),
+        row_(m.thread() / across_),
+        item_(m.thread() - row_ * across_),
+        rows_(m.threads() / across_),
+        items_(m.threads() - rows_ * across_) {}
+
+  // Begins to copy `count` rows to `to` in shared memory, `pitch` apart: from(row) is where one lies.
+  template <class M, class Array, class From>
+  DIA_DEVICE void copy(M& m, const Array& memory, int to, int pitch, int count, const From& from) const {
+    if (together_ == 4)
+      copy_by<4>(m, memory, to, pitch, count, from);
+    else if (together_ == 2)
+      copy_by<2>(m, memory, to, pitch, count, from);
+    else
+      copy_by<1>(m, memory, to, pitch, count, from);
   }
-}
-template <class M, class Array, class From>
-DIA_DEVICE void copy_rows(M& m, const Array& memory, int to, int pitch, int count, int width, int at_once,
-                          const From& from) {
-  if (at_once == 4)
-    copy_rows_by<4>(m, memory, to, pitch, count, width, from);
-  else if (at_once == 2)
-    copy_rows_by<2>(m, memory, to, pitch, count, width, from);
-  else
-    copy_rows_by<1>(m, memory, to, pitch, count, width, from);
-}
+
+ private:
+  template <int kValues, class M, class Array, class From>
+  DIA_DEVICE void copy_by(M& m, const Array& memory, int to, int pitch, int count, const From& from) const {
+    int row = row_, item = item_;
+    while (row < count) {
+      const int column = item * kValues, left = width_ - column;
+      const int there = left < 0 ? 0 : left < kValues ? left : kValues;
+      m.template copy<kValues>(memory, to + row * pitch + column, from(row) + column, there);
+      row += rows_, item += items_;
+      if (item >= across_) item -= across_, ++row;
+    }
+  }
+
+  int together_, width_, across_, row_, item_, rows_, items_;
+};
 
 // The part of the cell that a block of a cluster makes: own units of both bottlenecks, own channels of the state.
 template <class M, class Array, bool kAffine>
@@ -73,36 +91,34 @@ class ClusterCell {
     for (int path = 0; path < 2; ++path) {
       const float* reduce = path == 0 ? weights.input_reduce : weights.hidden_reduce;
       const float* expand = path == 0 ? weights.input_expand : weights.hidden_expand;
-      copy_rows(m, memory_, place_.reduce_weight(path, 0), place_.reduce_pitch, units_.size(), channels,
-                values_together(reduce, channels),
-                [&](int unit) { return reduce + row_at(units_.begin + unit, channels); });
-      DIA_UNROLL
-      for (int gate = 0; gate < 4; ++gate)
-        copy_rows(m, memory_, place_.expand_weight(path, gate, 0), place_.expand_pitch, own, bottleneck,
-                  values_together(expand, bottleneck),
-                  [&](int row) { return expand + row_at(gate * channels + channels_.begin + row, bottleneck); });
       const float* reduce_bias = path == 0 ? weights.input_reduce_bias : weights.hidden_reduce_bias;
       const float* expand_bias = path == 0 ? weights.input_expand_bias : weights.hidden_expand_bias;
+      const RowCopies of_reduce(m, channels, values_together(reduce, channels));
+      of_reduce.copy(m, memory_, place_.reduce_weight(path, 0), place_.reduce_pitch, units_.size(),
+                     [&](int unit) { return reduce + row_at(units_.begin + unit, channels); });
       for (int k = m.thread(); k < units_.size(); k += m.threads())
         m.template copy<1>(memory_, place_.reduce_bias(path, k), reduce_bias + units_.begin + k, 1);
-      for (int k = m.thread(); k < 4 * own; k += m.threads()) {
-        const int gate = k / own, channel = k - gate * own;
-        m.template copy<1>(memory_, place_.expand_bias(path, gate, channel),
-                           expand_bias + gate * channels + channels_.begin + channel, 1);
+      const RowCopies of_expand(m, bottleneck, values_together(expand, bottleneck));
+      DIA_UNROLL
+      for (int gate = 0; gate < 4; ++gate) {
+        const int begin = gate * channels + channels_.begin;
+        of_expand.copy(m, memory_, place_.expand_weight(path, gate, 0), place_.expand_pitch, own,
+                       [&](int row) { return expand + row_at(begin + row, bottleneck); });
+        for (int k = m.thread(); k < own; k += m.threads())
+          m.template copy<1>(memory_, place_.expand_bias(path, gate, k), expand_bias + begin + k, 1);
       }
     }
   }
 
   // Begins to copy the old state: h of all channels, c of its own.
   DIA_DEVICE void copy_state(M& m) const {
-    const int channels = cell().channels, own = channels_.size();
+    const int channels = cell().channels;
     if (cell().h != nullptr) copy_table(m, 1, cell().h, channels, place_.reduce_pitch);
     if (cell().c == nullptr) return;
-    for (int k = m.thread(); k < cell().samples * own; k += m.threads()) {
-      const int sample = k / own, channel = k - sample * own;
-      m.template copy<1>(memory_, place_.old_c(sample, channel),
-                         cell().c + row_at(sample, channels) + channels_.begin + channel, 1);
-    }
+    for (int sample = m.warp(); sample < cell().samples; sample += m.warps())
+      for (int channel = m.lane(); channel < channels_.size(); channel += 32)
+        m.template copy<1>(memory_, place_.old_c(sample, channel),
+                           cell().c + row_at(sample, channels) + channels_.begin + channel, 1);
   }
 
   // From the means, which all blocks of the cluster have put: the bottlenecks, a unit of one of them to a warp.
@@ -167,7 +183,8 @@ class ClusterCell {
 
   // The samples' rows of a table, of one path.
   DIA_DEVICE void copy_table(M& m, int path, const float* table, int width, int pitch) const {
-    copy_rows(m, memory_, place_.table(path, 0, pitch), pitch, cell().samples, width, values_together(table, width),
+    RowCopies(m, width, values_together(table, width))
+        .copy(m, memory_, place_.table(path, 0, pitch), pitch, cell().samples,
               [&](int sample) { return table + row_at(sample, width); });
   }
   DIA_DEVICE static void wait_for_copies(M& m) {
@@ -220,14 +237,13 @@ DIA_DEVICE void cluster_step(M& m, const ClusterStep<T, kAffine>& args) {
   cell.copy_parameters(m);
   m.wait_for_kernel();
   cell.copy_state(m);
-  reduce(m, of_samples(args.reduce, first, count), {rank, kClusterBlocks});
+  reduce<WithinCluster>(m, of_samples(args.reduce, first, count));
   m.sync_cluster();
   cell.make_bottlenecks(m);
   m.sync_cluster();
   cell.make_states(m);
   m.sync_cluster();
-  // Where there are as many tasks as blocks, of the same sample as before: `spread` begins with the last.
-  spread(m, of_samples(args.spread, first, count), {kClusterBlocks - 1 - rank, kClusterBlocks});
+  spread<WithinCluster>(m, of_samples(args.spread, first, count));
 }
 
 }  // namespace dia::kernels

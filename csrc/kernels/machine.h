@@ -60,15 +60,6 @@ struct Part {
   DIA_DEVICE int size() const { return end - begin; }
 };
 
-// The tasks of a block: every step-th from the first on.
-struct Turns {
-  int64_t first, step;
-};
-template <class M>
-DIA_DEVICE Turns turns_of_grid(const M& m) {
-  return {m.block(), m.blocks()};
-}
-
 // Part `number` of `count` entries in `parts`.
 DIA_DEVICE Part part_of(int count, int number, int parts) {
   return {static_cast<int>(static_cast<int64_t>(count) * number / parts),

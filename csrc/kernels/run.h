@@ -30,12 +30,12 @@ DIA_DEVICE void run(M& m, const CellGradients& args) {
 }
 template <class M, class T>
 DIA_DEVICE void run(M& m, const Reduce<T>& args) {
-  reduce(m, args, turns_of_grid(m));
+  reduce<OwnKernel>(m, args);
 }
 template <class M, class T>
 DIA_DEVICE void run(M& m, const Spread<T>& args) {
   if (!args.beside) m.wait_for_kernel();
-  spread(m, args, turns_of_grid(m));
+  spread<OwnKernel>(m, args);
   // Whoever comes behind waits for this kernel alone.
   if (args.beside) m.wait_for_kernel();
 }
@@ -131,6 +131,8 @@ constexpr bool kHasClusters<ClusterStep<T, kAffine>> = true;
 
 // Threads of a block.
 template <class Args>
-constexpr int kThreadsOf = kHasClusters<Args> ? kClusterThreads : kIsSweep<Args> ? kSweepThreads : kTableThreads;
+constexpr int kThreadsOf = kHasClusters<Args> ? kClusterThreads
+                           : kIsSweep<Args>   ? kSweepThreads
+                                              : kTableThreads;
 
 }  // namespace dia::kernels

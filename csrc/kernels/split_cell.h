@@ -53,8 +53,7 @@ DIA_DEVICE void split_gates(M& m, const SplitGates<kAffine>& args) {
     const auto u = [&](int gate) {
       return m.load(at + static_cast<int64_t>(gate) * channels) + expand_bias(m, args.cell, gate, channel);
     };
-    const float h = 
-        make_state(m, args.cell, row, channel, old_c(m, args.cell, row, channel), {u(0), u(1), u(2), u(3)});
+    const float h = make_state(m, args.cell, row, channel, old_c(m, args.cell, row, channel), {u(0), u(1), u(2), u(3)});
     if constexpr (kAffine) {
       m.store(args.factor + k, m.load(args.affine.scale + channel) * h);
       m.store(args.added + k, added_of(m, args.affine, channel, h));

@@ -88,6 +88,33 @@ DIA_DEVICE int64_t tasks_of(const MapSize& size, const GpuTile& tile) {
   return size.samples * across * (size.positions > 0 ? parts(size.positions, tile.positions) : 1);
 }
 
+// How a sweep is used. By a kernel of its own: for whatever its arguments say, and the tasks belong to all blocks.
+struct OwnKernel {
+  static constexpr bool kForward = false;
+  static constexpr int kThreads = kSweepThreads;
+  template <class M>
+  DIA_DEVICE static int first(const M& m) {
+    return m.block();
+  }
+  template <class M>
+  DIA_DEVICE static int step(const M& m) {
+    return m.blocks();
+  }
+};
+// Within a step by clusters: forward alone, means and what has no g, and the tasks belong to a cluster's blocks.
+struct WithinCluster {
+  static constexpr bool kForward = true;
+  static constexpr int kThreads = kClusterThreads;
+  template <class M>
+  DIA_DEVICE static int first(const M& m) {
+    return m.block() % kClusterBlocks;
+  }
+  template <class M>
+  DIA_DEVICE static int step(const M&) {
+    return kClusterBlocks;
+  }
+};
+
 // --- reduce --------------------------------------------------------------------------------------------------
 
 // Packs that are loaded before the first is used. From sm_100 on the compiler takes more registers for the same, and
@@ -156,6 +183,14 @@ DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums
     sum_up<Summed::x, false>(m, args, walk, sums);
 }
 
+template <class Use, class M, class T, class W>
+DIA_DEVICE void sum_up_for(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
+  if constexpr (Use::kForward)
+    sum_up<Summed::x, false>(m, args, walk, sums);
+  else
+    sum_up(m, args, walk, sums);
+}
+
 // Where the first sum of a channel is put.
 template <class M, class T>
 DIA_DEVICE void put_sum(M& m, const Reduce<T>& args, int channel, int64_t at, float sum) {
@@ -193,11 +228,11 @@ DIA_DEVICE V row_sum(M& m, int lanes, const Array& scratch, V value) {
 // Calls `body(row, there)` for the rows of a block's tasks, as many at once as `lanes` threads each allow; all
 // threads of the block come along, those for which there is no row beyond all of them. `backwards`: the last task comes
 // first.
-template <class M, class Body>
-DIA_DEVICE void for_rows(M& m, const MapSize& size, const GpuTile& tile, Turns turns, bool backwards, Body body) {
+template <class Use, class M, class Body>
+DIA_DEVICE void for_rows(M& m, const MapSize& size, const GpuTile& tile, bool backwards, Body body) {
   const int at_once = m.threads() / tile.lanes;
   const int64_t rows = static_cast<int64_t>(size.samples) * size.channels, tasks = tasks_of(size, tile);
-  for (int64_t number = turns.first; number < tasks; number += turns.step) {
+  for (int64_t number = Use::first(m); number < tasks; number += Use::step(m)) {
     const int64_t task = backwards ? tasks - 1 - number : number;
     const int64_t begin = task * tile.channels, left = rows - begin;
     const int count = left < tile.channels ? static_cast<int>(left) : tile.channels;
@@ -208,39 +243,40 @@ DIA_DEVICE void for_rows(M& m, const MapSize& size, const GpuTile& tile, Turns t
   }
 }
 
-template <bool kWide, class M, class T>
-DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args, Turns turns) {
+template <class Use, bool kWide, class M, class T>
+DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
   using W = Walk<T, kWide, false>;
   const int lanes = args.tile.lanes;
+  const bool moments = !Use::kForward && args.first != nullptr, products = !Use::kForward && args.product != nullptr;
   const auto scratch = m.template shared<double>(m.warps());
   RowPhases<T> phases(args.dy);  // not by ?:, which would be an address, and keep the arguments in memory
-  if (args.x.data != nullptr) phases = RowPhases<T>(args.x);
-  for_rows(m, args.size, args.tile, turns, false, [&](int64_t row, bool there) {
+  if (Use::kForward || args.x.data != nullptr) phases = RowPhases<T>(args.x);
+  for_rows<Use>(m, args.size, args.tile, false, [&](int64_t row, bool there) {
     const W walk = planar_walk<W>(m, args.size, lanes, row, phases);
     const bool writes = there && m.thread() % lanes == 0;
     float shift = 0;
     if (args.shift != nullptr && there) shift = m.load(args.shift + walk.channel);
-    if (args.first != nullptr && there && args.size.positions > 0)
+    if (moments && there && args.size.positions > 0)
       shift = M::widen(
           m.load(args.x.data + walk.sample * args.x.stride + static_cast<int64_t>(walk.channel) * args.size.positions));
     Sums<W> sums;
     DIA_UNROLL
     for (int k = 0; k < W::kValues; ++k) sums.shift[k] = shift;
-    sum_up(m, args, walk, sums);
+    sum_up_for<Use>(m, args, walk, sums);
     float total = 0, product = 0;
     DIA_UNROLL
     for (int k = 0; k < W::kValues; ++k) total += sums.first[k], product += sums.second[k];
-    if (args.first != nullptr) {
+    if (moments) {
       const double all = row_sum(m, lanes, scratch, static_cast<double>(total));
       const double squares = row_sum(m, lanes, scratch, static_cast<double>(product));
       if (writes) put_moments(m, args, row, args.size.positions, shift, all, squares);
       return;
     }
     if (args.sum != nullptr || args.means.p != nullptr) total = row_sum(m, lanes, scratch, total);
-    if (args.product != nullptr) product = row_sum(m, lanes, scratch, product);
+    if (products) product = row_sum(m, lanes, scratch, product);
     if (!writes) return;
     put_sum(m, args, walk.channel, row, total);
-    if (args.product != nullptr) m.store(args.product + row, product);
+    if (products) m.store(args.product + row, product);
   });
 }
 
@@ -249,7 +285,8 @@ DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args, Turns turns) {
 template <class W>
 struct MeetingPlace {
   static constexpr int kStep = W::kValues > 1 ? W::kValues + 1 : 1;
-  DIA_DEVICE static int count(int threads) { return threads * kStep; }
+  template <class Use>
+  static constexpr int kCount = Use::kThreads * kStep;
 
   int across;
   DIA_DEVICE int at(int row, int column, int k) const { return (row * across + column) * kStep + k; }
@@ -280,18 +317,18 @@ DIA_DEVICE void sum_of_rows(M& m, const Rows<W>& rows, int owned, const Array& s
   }
 }
 
-template <bool kWide, class M, class T>
-DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args, Turns turns) {
+template <class Use, bool kWide, class M, class T>
+DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
   using W = Walk<T, kWide, true>;
   const MapSize& size = args.size;
   const int most = args.tile.channels < size.channels ? args.tile.channels : size.channels;
-  const bool moments = args.first != nullptr;
-  const auto scratch = m.template shared<double>(moments ? MeetingPlace<W>::count(m.threads()) : 0);
+  const bool moments = !Use::kForward && args.first != nullptr;
+  const auto scratch = m.template shared<double>(moments ? MeetingPlace<W>::template kCount<Use> : 0);
   const auto totals = m.template shared<double>(moments ? most : 0);
-  const auto floats = m.template shared<float>(moments ? 0 : MeetingPlace<W>::count(m.threads()));
+  const auto floats = m.template shared<float>(moments ? 0 : MeetingPlace<W>::template kCount<Use>);
   const int across = args.across();
   const int64_t tasks = static_cast<int64_t>(size.samples) * across;
-  for (int64_t task = turns.first; task < tasks; task += turns.step) {
+  for (int64_t task = Use::first(m); task < tasks; task += Use::step(m)) {
     const int sample = static_cast<int>(task / across);
     const int begin = static_cast<int>(task - static_cast<int64_t>(sample) * across) * args.tile.channels;
     const Part channels{begin, begin + args.tile.channels < size.channels ? begin + args.tile.channels : size.channels};
@@ -304,11 +341,11 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args, Turns turns) {
       for (int k = 0; k < W::kValues; ++k) {
         if (walk.channel + k >= channels.end) continue;
         if (args.shift != nullptr) sums.shift[k] = m.load(args.shift + walk.channel + k);
-        if (args.first != nullptr && size.positions > 0)
+        if (moments && size.positions > 0)
           sums.shift[k] = M::widen(m.load(args.x.data + sample * args.x.stride + walk.channel + k));
       }
     }
-    sum_up(m, args, walk, sums);
+    sum_up_for<Use>(m, args, walk, sums);
     if (moments) {
       sum_of_rows<W, double>(
           m, rows, channels.size(), scratch, [&](int k) { return sums.first[k]; },
@@ -326,27 +363,27 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args, Turns turns) {
       sum_of_rows<W, float>(
           m, rows, channels.size(), floats, [&](int k) { return sums.first[k]; },
           [&](int j, float sum) { put_sum(m, args, channels.begin + j, table + j, sum); });
-    if (args.product != nullptr)
+    if (!Use::kForward && args.product != nullptr)
       sum_of_rows<W, float>(
           m, rows, channels.size(), floats, [&](int k) { return sums.second[k]; },
           [&](int j, float sum) { m.store(args.product + table + j, sum); });
   }
 }
 
-template <class M, class T>
-DIA_DEVICE void reduce(M& m, const Reduce<T>& args, Turns turns) {
+template <class Use, class M, class T>
+DIA_DEVICE void reduce(M& m, const Reduce<T>& args) {
   InPacks<T> packs(args.size, args.tile);
   packs.add(args.x), packs.add(args.dy), packs.add(args.y), packs.add(args.g);
   packs.add_mask(args.mask);
   if (args.size.interleaved) {
     if (packs.all())
-      reduce_interleaved<true>(m, args, turns);
+      reduce_interleaved<Use, true>(m, args);
     else
-      reduce_interleaved<false>(m, args, turns);
+      reduce_interleaved<Use, false>(m, args);
   } else if (packs.all()) {
-    reduce_planar<true>(m, args, turns);
+    reduce_planar<Use, true>(m, args);
   } else {
-    reduce_planar<false>(m, args, turns);
+    reduce_planar<Use, false>(m, args);
   }
 }
 
@@ -432,55 +469,56 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
   }
 }
 
-template <bool kInterleaved, class M, class T, class W>
-DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
-  if (args.dy.data != nullptr)
+template <class Use, bool kInterleaved, class M, class T, class W>
+DIA_DEVICE void apply_for(M& m, const Spread<T>& args, const W& walk) {
+  if (!Use::kForward && args.dy.data != nullptr)
     apply<kInterleaved, true>(m, args, walk);
   else
     apply<kInterleaved, false>(m, args, walk);
 }
 
-template <bool kWide, class M, class T>
-DIA_DEVICE void spread_planar(M& m, const Spread<T>& args, Turns turns) {
+template <class Use, bool kWide, class M, class T>
+DIA_DEVICE void spread_planar(M& m, const Spread<T>& args) {
   using W = Walk<T, kWide, false>;
   const RowPhases<T> phases(args.out);
-  for_rows(m, args.size, args.tile, turns, true, [&](int64_t row, bool) {
-    apply<false>(m, args, planar_walk<W>(m, args.size, args.tile.lanes, row, phases));
+  for_rows<Use>(m, args.size, args.tile, true, [&](int64_t row, bool) {
+    apply_for<Use, false>(m, args, planar_walk<W>(m, args.size, args.tile.lanes, row, phases));
   });
 }
 
-template <bool kWide, class M, class T>
-DIA_DEVICE void spread_interleaved(M& m, const Spread<T>& args, Turns turns) {
+template <class Use, bool kWide, class M, class T>
+DIA_DEVICE void spread_interleaved(M& m, const Spread<T>& args) {
   using W = Walk<T, kWide, true>;
   const MapSize& size = args.size;
   const int across = (size.channels + args.tile.channels - 1) / args.tile.channels;
   const int along = (size.positions + args.tile.positions - 1) / args.tile.positions;
   const int64_t tasks = static_cast<int64_t>(size.samples) * along * across;
-  for (int64_t task = turns.first; task < tasks; task += turns.step) {
+  for (int64_t task = Use::first(m); task < tasks; task += Use::step(m)) {
     const int64_t number = tasks - 1 - task, piece = number / across, sample = piece / along;
     const int channel = static_cast<int>(number - piece * across) * args.tile.channels;
     const int position = static_cast<int>(piece - sample * along) * args.tile.positions;
     const auto end = [](int begin, int length, int most) { return most - begin > length ? begin + length : most; };
-    apply<true>(m, args,
-                interleaved_walk<W>(m, size, sample, {channel, end(channel, args.tile.channels, size.channels)},
-                                    {position, end(position, args.tile.positions, size.positions)}));
+    apply_for<Use, true>(
+        m, args,
+        interleaved_walk<W>(m, size, sample, {channel, end(channel, args.tile.channels, size.channels)},
+                            {position, end(position, args.tile.positions, size.positions)}));
   }
 }
 
-template <class M, class T>
-DIA_DEVICE void spread(M& m, const Spread<T>& args, Turns turns) {
+template <class Use, class M, class T>
+DIA_DEVICE void spread(M& m, const Spread<T>& args) {
   InPacks<T> packs(args.size, args.tile);
   packs.add(args.out), packs.add(args.dy), packs.add(args.y), packs.add(args.x), packs.add(args.shortcut);
   packs.add_mask(args.mask), packs.add_mask(args.passed);
   if (args.size.interleaved) {
     if (packs.all())
-      spread_interleaved<true>(m, args, turns);
+      spread_interleaved<Use, true>(m, args);
     else
-      spread_interleaved<false>(m, args, turns);
+      spread_interleaved<Use, false>(m, args);
   } else if (packs.all()) {
-    spread_planar<true>(m, args, turns);
+    spread_planar<Use, true>(m, args);
   } else {
-    spread_planar<false>(m, args, turns);
+    spread_planar<Use, false>(m, args);
   }
 }
 

@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kernels::kThreadsOf<Args>, kResidentOf<Args>)
   // Behind a kernel of tables, which leaves room, the next is launched early. Behind a sweep it would take room of
   // blocks that have not finished.
 #if __CUDA_ARCH__ < 900
-  if constexpr (kHasClusters<Args>) __trap();  // never launched: plans know which GPUs have clusters
+  if constexpr (kHasClusters<Args>)
+    __trap();  // never launched: plans know which GPUs have clusters
   else
 #endif
   {

@@ -7,8 +7,8 @@
 //   * threads that wait at different barriers, and barriers that not all threads come to
 //
 // Clusters of blocks run one after the other, and nothing orders them; the blocks of one run together. Clusters and
-// threads run in an order shuffled by a seed, each thread until it waits. What it cannot see (docs/simulated-gpu.md): memory fences, stale caches, contraction of
-// multiply-adds, time.
+// threads run in an order shuffled by a seed, each thread until it waits. What it cannot see (docs/simulated-gpu.md):
+// memory fences, stale caches, contraction of multiply-adds, time.
 #pragma once
 
 #include <algorithm>
@@ -491,8 +491,8 @@ class Run {
   }
   // Lets everybody at the barrier of `thread` go on.
   void release(Thread& thread, int scope) {
-    Thread* first = scope == kClusterScope ? threads_.data()
-                                           : &thread - (scope == kWarpScope ? thread.lane() : thread.thread());
+    Thread* first =
+        scope == kClusterScope ? threads_.data() : &thread - (scope == kWarpScope ? thread.lane() : thread.thread());
     for (Thread* other = first; other < first + members(scope); ++other) {
       other->waiting_ = false;
       for (int k = 0; k <= scope; ++k) ++other->epochs_[k];
@@ -500,9 +500,7 @@ class Run {
     }
     meeting(thread, scope) = Meeting();
   }
-  Thread& lane_of(const Thread& thread, int lane) {
-    return threads_[&thread - threads_.data() - thread.lane() + lane];
-  }
+  Thread& lane_of(const Thread& thread, int lane) { return threads_[&thread - threads_.data() - thread.lane() + lane]; }
 
   Device& device;
   const Grid& grid;
