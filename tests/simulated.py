@@ -27,6 +27,8 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 SHARED_BYTES = 64 << 10
 #: Of a block of kernels that make tables, which are compiled for so many.
 TABLE_THREADS = 256
+#: Blocks of a cluster, and threads of each, of which a card's have 512.
+CLUSTER_BLOCKS, CLUSTER_THREADS = 8, 64
 
 Tensors = dict[str, Tensor]
 
@@ -77,6 +79,7 @@ class Case:
 
     Each kernel has ``blocks``. A sweep's task has ``rows`` channels, and in the second one of an interleaved map
     ``piece`` positions; in a planar one ``lanes`` threads share a row. The bottlenecks' sums come in ``parts``.
+    With ``together`` clusters take so many samples each through the whole step forward, instead of ``blocks``.
     ``phase`` is how many elements past a 32-byte boundary each map begins, in the order of the maps of a direction;
     ``gap`` how many elements lie between its samples.
     """
@@ -100,18 +103,21 @@ class Case:
     piece: int = 20
     lanes: int = 4
     parts: int = 2
+    together: int = 0
     phase: tuple[int, ...] = (0,)
     gap: int = 0
     seed: int = 0
 
-    def numbers(self) -> dict[str, int]:
-        names = ("samples", "channels", "positions", "bottleneck", "interleaved", "relu", "blocks", "parts",
-                 "seed")  # fmt: skip
+    def numbers(self, forward: bool) -> dict[str, int]:
+        names = ("samples", "channels", "positions", "bottleneck", "interleaved", "relu", "parts", "seed")
+        together = self.together if forward else 0
         return {name: int(getattr(self, name)) for name in names} | {
             "tile_channels": self.rows,
             "tile_positions": self.piece,
             "tile_lanes": self.lanes,
-            "threads": TABLE_THREADS,
+            "together": together,
+            "blocks": -(-self.samples // together) * CLUSTER_BLOCKS if together else self.blocks,
+            "threads": CLUSTER_THREADS if together else TABLE_THREADS,
             "tanh_output": int(self.tanh),
             "affine": int(self.affine),
             "shared_bytes": SHARED_BYTES,
@@ -227,7 +233,7 @@ class Problem:
         """Runs ``kernel``; ``shrink`` lies about the extent of tensors, ``without`` leaves a barrier out."""
         shrink = shrink or {}
         arrays = {name: array(t, name in given, shrink.get(name, (0, 0))) for name, t in (given | results).items()}
-        report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, self.case.numbers(), without)
+        report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, self.case.numbers(kernel == "step_forward"), without)
         return Result({k: v for k, v in results.items() if k in self.truth}, self.truth, self.scales, report)
 
     def weights(self) -> Tensors:
@@ -243,7 +249,9 @@ class Problem:
         if case.shortcut:
             given["shortcut"] = self.map("shortcut", 1)
         sizes = {"p": c, "zx": m, "zh": m, "gates": 4 * c, "new_h": c, "new_c": c}
-        results = {name: torch.zeros(n, size) for name, size in sizes.items()} | {"parts": self.parts()}
+        results = {name: torch.zeros(n, size) for name, size in sizes.items()}
+        if not case.together:
+            results["parts"] = self.parts()
         results["y"] = placed(torch.zeros_like(self.maps["x"]), case.phase[2 % len(case.phase)], case.gap)
         if case.affine:
             results |= {name: torch.zeros(n, c) for name in ("off", "factor", "added")}

@@ -16,7 +16,7 @@ from dia_kernels import CELLS, SharedAttention, backends, create_attention, mode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LAYOUTS = ["sweeps", "products"]
+LAYOUTS = ["sweeps", "products", "clusters"]
 
 
 @pytest.fixture(autouse=True)
@@ -253,9 +253,56 @@ def test_launches(norm, forward, backward, channels):
         assert launches() == [name for name in backward if name != "JoinParts" or 4 * channels > 256]
 
 
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [(None, ["ClusterStep"]), ("running", ["GivenStatistics", "ClusterStep"])],
+)
+def test_launches_of_clusters(norm, expected):
+    """One for the step; a batch's statistics and gradients need sweeps, and so do weights beyond a block's memory."""
+    x, s = maps((4, 8, 4, 4))
+    module = None if norm is None else nn.BatchNorm2d(8).eval()
+    with device("clusters"):
+        y, _ = SharedAttention(8, 2, backend="simulated")(x, norm=module, shortcut=s, activation="relu")
+        assert launches() == expected
+        y.sum().backward()
+        assert "Reduce" in launches()
+        SharedAttention(8, 2, backend="simulated")(x, norm=nn.BatchNorm2d(8))
+        assert "Reduce" in launches()
+        SharedAttention(384, 2, backend="simulated")(torch.randn(2, 384, 2, 2))
+        assert "Reduce" in launches()
+
+
+@pytest.mark.parametrize("samples", [1, 2, 7, 16, 33, 40])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_any_number_of_samples_by_clusters(samples, channels_last):
+    """Two clusters at a time: of one sample to sixteen, and more than they take at once; the last one has fewer."""
+    x, s = maps((samples, 24, 3, 3), channels_last=channels_last)
+    with device("clusters", l2=1 << 20):
+        assert_gradients_agree(SharedAttention(24, 3, backend="simulated"), None, x, s)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_clusters_of_as_many_threads_as_on_a_card(channels_last, dtype):
+    """The machine refuses what takes more shared memory than the plan has asked for."""
+    attention = SharedAttention(50, 3, backend="simulated").requires_grad_(False)
+    for norm in (None, nn.BatchNorm2d(50).eval()):
+        for samples in (3, 40):
+            x, s = (t.detach() for t in maps((samples, 50, 5, 5), dtype, channels_last))
+            found = []
+            for kind, threads in (("sweeps", 64), ("clusters", 512)):
+                with device(kind, threads=threads, l2=1 << 20):
+                    y, state = attention(x, norm=norm, shortcut=s, activation="relu")
+                    found.append(attention(y, state, norm=norm, shortcut=s, activation="relu"))
+            (y, state), (other, of_other) = found
+            share = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+            torch.testing.assert_close(y, other, rtol=share, atol=share)
+            torch.testing.assert_close(state, of_other, rtol=share, atol=share)
+
+
 def test_trial_22_no_block_waits_for_another(layouts):
     """Blocks run one after the other, each to its end, in an order drawn anew for each launch; whoever waited would do
-    so for ever."""
+    so for ever. Blocks of a cluster, which a card runs together, wait for each other and for no other cluster."""
     x, s = maps((5, 8, 6, 6))
     with device(layouts, multiprocessors=8):
         for norm in (None, nn.BatchNorm2d(8)):

@@ -47,6 +47,15 @@ def test_forward(shape, dtype, interleaved):
 
 
 @over_shapes_and_types
+def test_forward_by_clusters(shape, dtype, interleaved):
+    """One sample to a cluster, some, all of them and room for more; with a norm in front and without."""
+    for together, options in zip((1, 2, 3, 16), OPTIONS, strict=True):
+        for affine in (False, True):
+            case = case_of(shape, dtype=dtype, interleaved=interleaved, together=together, affine=affine, **options)
+            assert_right(case, Problem(case).forward())
+
+
+@over_shapes_and_types
 def test_backward(shape, dtype, interleaved):
     for grid, options in PAIRS:
         case = case_of(shape, dtype=dtype, interleaved=interleaved, **grid, **options)
@@ -90,7 +99,9 @@ def test_only_what_is_asked_for(options, interleaved):
 def test_orders_of_threads_give_the_same_bits(interleaved):
     case = Case(samples=5, blocks=4, interleaved=interleaved, dtype=torch.bfloat16)
     problems = [Problem(replace(case, seed=seed)) for seed in range(4)]
-    for results in zip(*([p.forward(), p.backward(), p.weight_gradients()] for p in problems), strict=True):
+    by_clusters = [Problem(replace(case, seed=seed, together=2)) for seed in range(4)]
+    runs = ([p.forward(), p.backward(), p.weight_gradients()] for p in problems)
+    for results in [*zip(*runs, strict=True), [p.forward() for p in by_clusters]]:
         for result in results[1:]:
             for name, value in result.found.items():
                 assert torch.equal(value, results[0].found[name]), name
@@ -117,6 +128,9 @@ def test_each_map_is_moved_once_or_twice(blocks, interleaved, dtype, shortcut):
     else:
         reads, writes = {"x": 1, "dy": 2}, {"dx": 1}
     check_traffic(case, backward, reads, writes)
+    check_traffic(
+        case, Problem(replace(case, together=2)).forward().report, {"x": 2, "shortcut": 1 if shortcut else 0}, {"y": 1}
+    )
 
 
 def check_traffic(case: Case, report: dict, reads: dict[str, int], writes: dict[str, int]) -> None:
@@ -142,6 +156,15 @@ def test_a_weight_is_read_once_for_32_samples(samples):
         assert tensors["parts"][:2] == (samples * 2 * 2 * 64 * 4,) * 2
 
 
+@pytest.mark.parametrize("together", [1, 4, 16])
+def test_a_weight_is_read_once_a_cluster(together):
+    case = Case(samples=16, channels=128, bottleneck=64, positions=4, rows=64, together=together)
+    problem = Problem(case)
+    tensors = problem.forward().report["tensors"]
+    for name, weight in problem.weights().items():
+        assert tensors[name][0] == 16 // together * weight.numel() * 4, name
+
+
 # --- tests of the tests ------------------------------------------------------------------------------------
 
 HARD = [
@@ -151,6 +174,8 @@ HARD = [
     Case(samples=4, channels=70, parts=1),
     Case(samples=4, blocks=3, bottleneck=5, affine=True),
     Case(samples=4, blocks=3, interleaved=True, affine=True),
+    Case(samples=5, together=2, channels=40, bottleneck=20),
+    Case(samples=4, together=4, channels=70, bottleneck=20, interleaved=True, rows=16, affine=True),
 ]
 KERNELS = {
     "forward": lambda problem, **options: problem.forward(**options),
@@ -191,11 +216,11 @@ def source_of(path: str) -> list[str]:
     return (ROOT / path).read_text().splitlines()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("kernel", "together"), [*((kernel, 0) for kernel in KERNELS), ("forward", 3)])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_each_tensor_is_used_to_both_ends(kernel, interleaved):
+def test_each_tensor_is_used_to_both_ends(kernel, together, interleaved):
     """A tensor said to be shorter by an element at either end is touched where it is not: every bound is reached."""
-    case = Case(samples=4, interleaved=interleaved, phase=(1, 2, 3, 4, 5))
+    case = Case(samples=4, interleaved=interleaved, phase=(1, 2, 3, 4, 5), together=together)
     run = KERNELS[kernel]
     for name in run(Problem(case)).report["tensors"]:
         if (kernel, name) == ("backward", "p"):

@@ -45,7 +45,7 @@ def run(norm: str) -> None:
 DEVICES = ({"multiprocessors": 8, "flops": 1e10, "l2": 64 << 20}, {"multiprocessors": 2, "l2": 64 << 10})
 
 
-@pytest.fixture(params=["sweeps", "products"])
+@pytest.fixture(params=["sweeps", "products", "clusters"])
 def places(request: pytest.FixtureRequest):
     """Every (norm, kernel, table) and (norm, kernel, barrier), each kernel at the first norm that has it."""
     library()

@@ -18,7 +18,7 @@ def test_a_plan_for_every_gpu():
     for name in names:
         for backward, norm in itertools.product((False, True), plan.NORMS):
             p = plan.plan((32, 256, 56, 56), name, backward=backward, norm=norm)
-            assert p.cell in ("tiles", "products")
+            assert p.cell in ("tiles", "products", "clusters")
             assert p.seconds >= p.ideal_seconds > 0
             assert p.bytes == p.passes * 32 * 256 * 56 * 56 * 2
             if norm == "batch":
@@ -31,6 +31,22 @@ def test_plans_of_one_kind():
     assert (sweeps.cell, products.cell) == ("tiles", "products")
     assert sweeps.launches < products.launches
     assert chosen == min(sweeps, products, key=lambda p: p.seconds)
+
+
+def test_plans_by_clusters():
+    """Where the cache holds the maps, forward, on GPUs that have clusters."""
+    for shape in ((128, 64, 32, 32), (128, 128, 16, 16), (128, 256, 8, 8)):
+        p = plan.plan(shape, channels_last=True)
+        assert (p.cell, p.chunk, p.launches) == ("clusters", 8, 1)
+        assert p.seconds < plan.plan(shape, channels_last=True, layouts="sweeps").seconds
+        assert "clusters of blocks, 8 samples each" in plan.as_text("step forward", p)
+        assert plan.plan(shape, norm="given", layouts="clusters").launches == 2
+        for other in ({"backward": True}, {"norm": "batch"}, {"device": "a100"}):
+            assert plan.plan(shape, **other).cell == "tiles"
+            assert plan.plan(shape, **other, layouts="clusters").cell == "tiles"
+    large = (256, 256, 56, 56)
+    assert plan.plan(large).cell == "tiles"
+    assert plan.plan(large, layouts="clusters").cell == "clusters"
 
 
 PLANS = {"step forward", "step backward", "tail forward", "tail backward"}

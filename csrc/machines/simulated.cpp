@@ -106,6 +106,7 @@ class Arguments {
     grid.shared_bytes = static_cast<size_t>(number("shared_bytes"));
     grid.seed = static_cast<uint64_t>(number("seed"));
     grid.behind = true;
+    if (number("together") > 0) grid.cluster = kClusterBlocks;
     return grid;
   }
 
@@ -141,7 +142,7 @@ class Launches {
   Grid grid_;
 };
 
-// A step of all samples: what csrc/ops launches where the cell is made by tiles.
+// A step of all samples: what csrc/ops launches where the cell is made by tiles, or by clusters.
 template <class T, bool kAffine>
 void forward_step(Arguments& of, Launches& launches) {
   const kernels::CellForward cell = of.cell_forward();
@@ -152,7 +153,6 @@ void forward_step(Arguments& of, Launches& launches) {
   reduce.x = spread.x = of.map<const T>("x"), reduce.means.p = cell.tables.p;
   spread.shortcut = of.map<const T>("shortcut"), spread.out = of.map<T>("y");
   spread.relu = of.number("relu") != 0, spread.scale = cell.new_h;
-  const kernels::JoinParts join = kernels::join_of(cell, parts);
   kernels::CellStates<kAffine> states{};
   states.cell = cell;
   if (kAffine) {
@@ -161,6 +161,11 @@ void forward_step(Arguments& of, Launches& launches) {
     spread.scale = states.factor = of.pointer<float>("factor");
     spread.offset = states.added = of.pointer<float>("added");
   }
+  if (of.number("together") > 0) {
+    const int together = static_cast<int>(of.number("together"));
+    return launches.add(kernels::ClusterStep<T, kAffine>{together, reduce, spread, states});
+  }
+  const kernels::JoinParts join = kernels::join_of(cell, parts);
   launches.add(reduce), launches.add(kernels::BottleneckSums{cell, join});
   if (parts.count > 1) launches.add(join);
   launches.add(states), launches.add(spread);

@@ -6,9 +6,7 @@
 #include <random>
 
 #include "check.h"
-#include "kernels/sweeps.h"
-#include "kernels/tile_cell.h"
-#include "kernels/weight_gradients.h"
+#include "kernels/run.h"
 #include "machines/simt.h"
 
 namespace {
@@ -135,17 +133,26 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of) {
   spread.scale = cell.new_h;
   const kernels::BottleneckParts parts{memory.result("forward parts", 2 * parts_of_sums * kSamples * kBottleneck),
                                        parts_of_sums};
-  memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, reduce); });
+  memory.device.launch(blocks, [&](Thread& m) { kernels::run(m, reduce); });
   const kernels::JoinParts join = kernels::join_of(cell, parts);
   const kernels::BottleneckSums bottlenecks{cell, join};
   memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_sums(m, bottlenecks); });
   if (parts.count > 1) memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, join); });
   const kernels::CellStates<false> states{cell, {}, nullptr, nullptr};
   memory.device.launch(tiles, [&](Thread& m) { kernels::cell_states(m, states); });
-  memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, spread); });
-  check_near(spread.out.data, true_results.y, "y");
-  check_near(cell.new_h, true_results.h, "h");
-  check_near(cell.new_c, true_results.c, "c");
+  memory.device.launch(blocks, [&](Thread& m) { kernels::run(m, spread); });
+  const auto check_forward = [&] {
+    check_near(spread.out.data, true_results.y, "y");
+    check_near(cell.new_h, true_results.h, "h");
+    check_near(cell.new_c, true_results.c, "c");
+  };
+  check_forward();
+  const kernels::ClusterStep<float, false> whole{parts_of_sums, reduce, spread, states};
+  const int clusters = (kSamples + parts_of_sums - 1) / parts_of_sums;
+  memory.device.launch(
+      {.blocks = clusters * kClusterBlocks, .threads = 64, .cluster = kClusterBlocks, .shared_bytes = 32 << 10},
+      [&](Thread& m) { kernels::run(m, whole); });
+  check_forward();
 
   const std::vector<Values> other = draw(100);
   const Values &dy = other[kX], &dh = other[kH], &dc = other[kC];
@@ -172,12 +179,12 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of) {
   last.size = size, last.tile = {1, 4, 4}, last.dy = {sums.g.data, stride};
   last.out = {memory.result("dx", kMap), stride};
   last.scale = gates.factor, last.offset = of_cell.offset;
-  memory.device.launch(blocks, [&](Thread& m) { kernels::reduce(m, sums); });
+  memory.device.launch(blocks, [&](Thread& m) { kernels::run(m, sums); });
   memory.device.launch(blocks, [&](Thread& m) { kernels::split_gate_gradients(m, gates); });
   memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_gradient_sums(m, products); });
   if (parts.count > 1) memory.device.launch(blocks, [&](Thread& m) { kernels::join_parts(m, joined); });
   memory.device.launch(tiles, [&](Thread& m) { kernels::cell_gradients(m, of_cell); });
-  memory.device.launch(blocks, [&](Thread& m) { kernels::spread(m, last); });
+  memory.device.launch(blocks, [&](Thread& m) { kernels::run(m, last); });
 
   kernels::WeightGradients<32> weights{};
   weights.samples = kSamples;
@@ -230,7 +237,7 @@ void sweeps_of_a_tiled_map() {
   reduce.x = {x, stride};
   reduce.sum = memory.result("sum", kTable);
   const simt::Grid grid{.blocks = 2, .threads = 64, .shared_bytes = 16 << 10};
-  memory.device.launch(grid, [&](Thread& m) { kernels::reduce(m, reduce); });
+  memory.device.launch(grid, [&](Thread& m) { kernels::run(m, reduce); });
   Values sum(kTable), scaled(kMap);
   for (int k = 0; k < kMap; ++k) {
     sum[k / kPositions] += in[kX][k];
@@ -241,7 +248,7 @@ void sweeps_of_a_tiled_map() {
   spread.size = size, spread.tile = {1, 4, 4};
   spread.x = {x, stride}, spread.out = {memory.result("out", kMap), stride};
   spread.scale = memory.add("scale", in[kH]), spread.offset = memory.add("offset", in[kC]);
-  memory.device.launch(grid, [&](Thread& m) { kernels::spread(m, spread); });
+  memory.device.launch(grid, [&](Thread& m) { kernels::run(m, spread); });
   check_near(spread.out.data, scaled, "out");
 }
 
@@ -256,7 +263,7 @@ void tables_of_a_norm() {
   reduce.first = memory.result("first", kTable), reduce.sum = memory.result("sum", kTable);
   reduce.product = memory.result("squares", kTable), reduce.rest = memory.result("rest", kTable);
   const simt::Grid grid{.blocks = 2, .threads = 64, .shared_bytes = 16 << 10};
-  memory.device.launch(grid, [&](Thread& m) { kernels::reduce(m, reduce); });
+  memory.device.launch(grid, [&](Thread& m) { kernels::run(m, reduce); });
   kernels::BatchStatistics of{kSamples,     kChannels,  kPositions,  kEps,
                               reduce.first, reduce.sum, reduce.rest, reduce.product};
   of.off = memory.result("means", kTable), of.p = memory.result("p", kTable);

@@ -6,14 +6,45 @@ namespace {
 
 using namespace dia;
 
-// Shared memory that the system keeps of each resident block.
-constexpr int64_t kReservedShared = 1 << 10;
+using detail::kReservedShared;
 
 double least_passes(const GpuProblem& p) { return p.backward ? (p.combined ? 5 : 3) : (p.combined ? 3 : 2); }
+
+// Of the plan that is taken, and of one by clusters wherever they can make the step.
+void check_clusters(const GpuProblem& p, const GpuLimits& gpu, const GpuPlan& plan) {
+  const GpuPlan forced = plan_step(p, gpu, GpuLayouts::clusters);
+  const bool possible = forced.cell == GpuCell::clusters;
+  CHECK_EQUAL(possible, gpu.clusters > 0 && detail::clusters_can(p, gpu));
+  CHECK(!possible || (gpu.architecture >= 90 && !p.backward && p.norm != GpuNorm::batch));
+  if (plan.cell == GpuCell::clusters) {
+    CHECK(possible && plan.chunk == forced.chunk);
+    // All of them run at a time, and the cache holds their maps.
+    CHECK(detail::parts(p.samples, std::max<int64_t>(plan.chunk, 1)) <= gpu.clusters);
+    CHECK(2 * p.samples * p.channels * p.positions * p.element_bytes <= gpu.l2_bytes);
+    CHECK(plan.seconds < plan_step(p, gpu, GpuLayouts::sweeps).seconds);
+  }
+  if (!possible) return;
+  CHECK(forced.chunk <= kMostTogether && forced.chunk >= std::min<int64_t>(p.samples, 1));
+  CHECK(detail::cluster_shared_bytes(p, forced.chunk) + kReservedShared <= gpu.shared_per_multiprocessor);
+  const int64_t pack = 16 / p.element_bytes;
+  for (bool sums : {true, false}) {
+    const GpuTile tile = detail::cluster_tile_of(p, std::max<int64_t>(forced.chunk, 1), sums);
+    CHECK(tile.lanes >= 1 && tile.lanes <= kClusterThreads && (tile.lanes & (tile.lanes - 1)) == 0);
+    if (p.interleaved) {
+      CHECK(tile.channels >= 1 && tile.channels <= std::max<int64_t>(p.channels, 1));
+      CHECK(tile.channels <= kClusterThreads * (p.aligned ? pack : 1));
+      CHECK(tile.channels % pack == 0 || tile.channels >= p.channels);
+    } else {
+      CHECK_EQUAL(tile.channels * tile.lanes, kClusterThreads);
+    }
+    CHECK(tile.positions >= 1);
+  }
+}
 
 // What must hold of any plan: sweeps cover every channel, position and sample, in tiles that fit.
 void check_plan(const GpuProblem& p, const GpuLimits& gpu) {
   const GpuPlan plan = plan_step(p, gpu);
+  check_clusters(p, gpu, plan);
   CHECK(plan.seconds >= 0.999 * plan.ideal);
   const bool twice = p.backward && p.norm == GpuNorm::batch;
   CHECK_EQUAL(plan.passes, least_passes(p) + (twice ? 2 : 1));
@@ -122,12 +153,43 @@ void large_cells_are_left_to_a_blas() {
     const GpuLimits& h100 = kGpus[4];
     CHECK(plan_step({256, 2048, 49, 512, 2, false, false, true, backward, false}, h100).cell == GpuCell::products);
     CHECK(plan_step({256, 256, 3136, 64, 2, false, true, true, backward, false}, h100).cell == GpuCell::tiles);
-    CHECK(plan_step({128, 64, 1024, 16, 2, false, true, true, backward, false}, h100).cell == GpuCell::tiles);
+    const GpuProblem small{128, 64, 1024, 16, 2, false, true, true, backward, false};
+    CHECK(plan_step(small, h100).cell == (backward ? GpuCell::tiles : GpuCell::clusters));
     const GpuPlan tail = plan_step({128, 64, 1024, 16, 2, false, true, true, backward, false, GpuNorm::batch}, h100);
     CHECK(tail.cell == GpuCell::tiles);
     CHECK_EQUAL(tail.launches, backward ? 7 : 5);
     CHECK_EQUAL(tail.passes, backward ? 7 : 4);
   }
+}
+
+// Rows of a block begin packs, and none lies over another.
+void memory_of_a_cluster() {
+  for (int channels : {1, 3, 25, 64, 102, 256, 512})
+    for (int bottleneck : {1, 4, 25, 64, 128})
+      for (int together : {1, 5, 16}) {
+        const ClusterMemory of(channels, bottleneck, together);
+        CHECK(of.units * kClusterBlocks >= bottleneck && of.channels * kClusterBlocks >= channels);
+        CHECK(of.reduce_pitch >= channels && of.expand_pitch >= bottleneck);
+        CHECK(of.reduce_pitch % 4 == 0 && of.expand_pitch % 4 == 0 && of.expand_weight(0, 0, 0) % 4 == 0);
+        CHECK(of.table(0, 0, of.reduce_pitch) % 4 == 0);
+        CHECK(of.reduce_weight(1, of.units - 1) + of.reduce_pitch <= of.expand_weight(0, 0, 0));
+        CHECK(of.expand_weight(1, 3, of.channels - 1) + of.expand_pitch <= of.table(0, 0, of.reduce_pitch));
+        for (int pitch : {of.reduce_pitch, of.expand_pitch})
+          CHECK(of.table(1, together - 1, pitch) + pitch <= of.reduce_bias(0, 0));
+        CHECK(of.reduce_bias(1, of.units - 1) < of.expand_bias(0, 0, 0));
+        CHECK(of.expand_bias(1, 3, of.channels - 1) < of.old_c(0, 0));
+        CHECK(of.old_c(together - 1, of.channels - 1) < of.floats());
+      }
+}
+
+// A cluster's tasks: as many as leave its blocks about as much to do each.
+void tasks_of_a_cluster() {
+  for (int64_t together : {8, 7, 16}) CHECK_EQUAL(detail::cluster_split(together), 1);
+  CHECK_EQUAL(detail::cluster_split(4), 2);
+  CHECK_EQUAL(detail::cluster_split(3), 2);
+  CHECK_EQUAL(detail::cluster_split(2), 4);
+  CHECK_EQUAL(detail::cluster_split(1), 8);
+  CHECK_EQUAL(detail::cluster_split(9), 2);
 }
 
 // Of one kind alone that kind is taken, of any the faster one.
@@ -152,6 +214,8 @@ int main() {
   blocks_of_a_sweep();
   few_multiprocessors_idle();
   large_cells_are_left_to_a_blas();
+  memory_of_a_cluster();
+  tasks_of_a_cluster();
   plans_of_one_kind();
   return dia::test::failures == 0 ? 0 : 1;
 }

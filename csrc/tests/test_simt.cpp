@@ -123,9 +123,11 @@ std::string exchange(Grid grid, int distance, Sync sync) {
 
 void a_barrier_must_cover_both_threads() {
   const Grid warp{.threads = 32}, block{.threads = 64}, blocks{.blocks = 2, .threads = 64};
+  const Grid cluster{.blocks = 2, .threads = 64, .cluster = 2}, clusters{.blocks = 4, .threads = 64, .cluster = 2};
   const auto none = [](Thread&) {};
   const auto by_warp = [](Thread& m) { m.sync_warp(); };
   const auto by_block = [](Thread& m) { m.sync_block(); };
+  const auto by_cluster = [](Thread& m) { m.sync_cluster(); };
   for (uint64_t seed = 0; seed < 5; ++seed) {
     const auto at = [seed](Grid shape) {
       shape.seed = seed;
@@ -136,6 +138,11 @@ void a_barrier_must_cover_both_threads() {
     CHECK(exchange(at(block), 32, by_warp) != "");
     CHECK_EQUAL(exchange(at(block), 32, by_block), "");
     CHECK(exchange(at(blocks), 64, by_block) != "");
+    // Blocks of a cluster run together; others do not.
+    CHECK_EQUAL(exchange(at(cluster), 64, by_cluster), "");
+    CHECK_EQUAL(exchange(at(cluster), 32, by_cluster), "");
+    CHECK(exchange(at(cluster), 64, by_block) != "");
+    CHECK(exchange(at(clusters), 64, by_cluster) != "");
   }
 }
 
@@ -171,6 +178,28 @@ void blocks_do_not_order_each_other() {
     CHECK_EQUAL(run(1, seed), "");
     for (const int blocks : {2, 3}) CHECK(has(run(blocks, seed), "race"));
   }
+}
+
+// A whole cluster has to come to its barrier, and each block has shared memory of its own.
+void blocks_of_a_cluster() {
+  Device device;
+  Buffer<float> y(128);
+  device.tensor("y", y.data, 128, false);
+  const Grid grid{.blocks = 4, .threads = 32, .cluster = 2, .shared_bytes = 128};
+  const Report report = device.launch(grid, [&](Thread& m) {
+    const auto own = m.shared<float>(32);
+    own[m.lane()] = static_cast<float>(m.block());
+    m.sync_cluster();
+    m.store(y.data + 32 * m.block() + m.lane(), static_cast<float>(own[31 - m.lane()]));
+  });
+  CHECK_EQUAL(report.passed[kClusterScope], 1);
+  for (int k = 0; k < 128; ++k) CHECK_EQUAL(y.data[k], static_cast<float>(k / 32));
+  CHECK(has(complaint(device, grid,
+                      [](Thread& m) {
+                        if (m.block() % 2 == 0) m.sync_cluster();
+                      }),
+            "deadlock: 32 threads have finished, 32 wait at the cluster barrier test_simt.cpp"));
+  CHECK(has(complaint(device, {.blocks = 3, .threads = 32, .cluster = 2}, [](Thread&) {}), "whole clusters"));
 }
 
 void two_writes_are_a_race_too() {
@@ -298,6 +327,7 @@ int main() {
   a_barrier_must_cover_both_threads();
   a_place_is_not_written_while_others_may_still_read_it();
   blocks_do_not_order_each_other();
+  blocks_of_a_cluster();
   two_writes_are_a_race_too();
   a_barrier_left_out_is_a_race();
   threads_must_come_to_the_same_barrier();
