@@ -29,15 +29,17 @@ LAYOUTS = ("any", "sweeps", "products", "clusters")
 class Plan:
     """A plan of one direction of the step.
 
-    Sweeps over the map, ``chunk`` samples at a time, and the cell between them; or ``clusters`` of blocks, each of which
-    takes ``chunk`` samples through the whole step.
+    Sweeps over the map, ``chunk`` samples at a time, and the cell between them.
 
-    ``cell`` is what makes the cell: kernels of ``tiles``, ``products``, a BLAS, or ``clusters``. ``passes`` over the map move
+    ``cell`` is what makes the cell: kernels of ``tiles``, ``products``, a BLAS, or ``clusters`` of blocks, which take
+    ``together`` samples each and make the first sweep too, unless a batch's statistics come between, and forward the
+    second. ``passes`` over the map move
     ``bytes``; ``ideal_seconds`` is the time of those passes that nobody can avoid.
     """
 
     cell: str
     chunk: int
+    together: int
     launches: int
     passes: float
     bytes: float
@@ -131,7 +133,7 @@ def plan(
 def as_text(name: str, p: Plan) -> str:
     """A plan for a reader."""
     if p.cell == "clusters":
-        how = f"clusters of blocks, {p.chunk} samples each"
+        how = f"clusters of blocks, {p.together} samples each"
     else:
         cell = {"tiles": "kernels of tiles", "products": "a BLAS"}[p.cell]
         how = f"sweeps, {p.chunk} samples at a time; the cell between them: {cell}"

@@ -52,7 +52,8 @@ struct GpuProblem {
   bool masked = false;  // whether a mask of bits tells the gradient what the activation let through
 };
 
-// Who makes the cell: kernels of tiles, or a BLAS, between two sweeps; or clusters, which make the whole step.
+// Who makes the cell: kernels of tiles, or a BLAS, between two sweeps; or clusters, which take the first sweep along,
+// unless a batch's statistics come between, and forward the second.
 enum class GpuCell { tiles, products, clusters };
 
 // Which plans may be taken: any; or for tests and measurements of one kind alone, sweeps with tiles or with products,
@@ -67,7 +68,8 @@ struct GpuTile {
 
 struct GpuPlan {
   GpuCell cell = GpuCell::tiles;
-  int64_t chunk = 0;  // samples that the sweeps, or a cluster, take at a time
+  int64_t chunk = 0;     // samples that the sweeps take at a time
+  int64_t together = 0;  // samples of a cluster, where there are clusters
   int64_t launches = 0;
   double passes = 0;  // over the map, and their bytes in all
   double bytes = 0;
@@ -95,10 +97,14 @@ DIA_HOST_DEVICE constexpr int64_t rounded_up(int64_t value, int64_t unit) { retu
 
 // Of the sweep that sums: a sum of each value of each thread's packs, and a gap (sweeps.h, MeetingPlace); for moments
 // the totals of a task's channels.
-constexpr int64_t reduce_shared_bytes(const GpuTile& tile, bool interleaved, int element_bytes,
-                                      int threads = kSweepThreads) {
-  if (!interleaved) return 8 * (threads / 32);
-  return 8 * (static_cast<int64_t>(threads) * (16 / element_bytes + 1) + tile.channels);
+constexpr int64_t reduce_shared_bytes(const GpuTile& tile, bool interleaved, int element_bytes) {
+  if (!interleaved) return 8 * (kSweepThreads / 32);
+  return 8 * (static_cast<int64_t>(kSweepThreads) * (16 / element_bytes + 1) + tile.channels);
+}
+// Of one within a cluster, which makes no moments.
+constexpr int64_t cluster_reduce_bytes(bool interleaved, int element_bytes) {
+  if (!interleaved) return 8 * (kClusterThreads / 32);
+  return 4 * static_cast<int64_t>(kClusterThreads) * (16 / element_bytes + 1);
 }
 
 // What a block of a cluster keeps of the cell in shared memory, in floats: the rows of the weights that belong to its
@@ -133,6 +139,37 @@ struct ClusterMemory {
     return expand_bias(2, 0, 0) + sample * channels + channel;
   }
   DIA_HOST_DEVICE constexpr int floats() const { return old_c(samples, 0); }
+};
+
+// The same for a gradient: of its channels the rows of the weights that expand (pre-activations to units) and the
+// columns of those that reduce, the gradients of all units and of its pre-activations, and a place where threads' sums
+// meet.
+struct ClusterGradientMemory {
+  int channels, bottleneck, samples;
+  int expand_pitch, column_pitch, sample_pitch;
+
+  DIA_HOST_DEVICE constexpr ClusterGradientMemory(int of_channels, int units, int together)
+      : channels((of_channels + kClusterBlocks - 1) / kClusterBlocks),
+        bottleneck(units),
+        samples(together),
+        expand_pitch((units + 3) / 4 * 4 + 4),
+        column_pitch((channels + 3) / 4 * 4 + 4),
+        sample_pitch((together + 7) / 8 * 8) {}
+
+  DIA_HOST_DEVICE constexpr int expand_weight(int path, int gate, int channel) const {
+    return ((path * 4 + gate) * channels + channel) * expand_pitch;
+  }
+  DIA_HOST_DEVICE constexpr int reduce_column(int path, int unit) const {
+    return expand_weight(2, 0, 0) + (path * bottleneck + unit) * column_pitch;
+  }
+  DIA_HOST_DEVICE constexpr int dz(int path, int sample) const {
+    return reduce_column(2, 0) + (path * samples + sample) * expand_pitch;
+  }
+  DIA_HOST_DEVICE constexpr int du(int gate, int channel) const {
+    return dz(2, 0) + (gate * channels + channel) * sample_pitch;
+  }
+  DIA_HOST_DEVICE constexpr int meeting() const { return du(4, 0); }
+  DIA_HOST_DEVICE constexpr int floats() const { return meeting() + 8 * kClusterThreads; }
 };
 
 // --- the plan -----------------------------------------------------------------------------------------------
@@ -261,7 +298,8 @@ inline int64_t first_terms(const GpuProblem& p) { return (p.backward ? 4 : 1) * 
 // Of the norm's tables: statistics forward, their gradients backward.
 inline int norm_launches(const GpuProblem& p) { return p.norm == GpuNorm::none ? 0 : 1; }
 
-// --- clusters
+// Passes that read a map again: forward x. Backward g, and with the batch's statistics z too.
+inline double read_again(const GpuProblem& p) { return p.backward && p.norm == GpuNorm::batch ? 2 : 1; }
 
 // Parts of each of a cluster's samples that are tasks, so that its blocks have as much to do; each costs a meeting of
 // its threads.
@@ -289,7 +327,7 @@ inline int cluster_lanes(const GpuProblem& p, int64_t together, int64_t packs) {
 // positions where it is scaled.
 inline GpuTile cluster_tile_of(const GpuProblem& p, int64_t together, bool sums) {
   GpuTile tile;
-  tile.lanes = cluster_lanes(p, together, sums ? kPacksAlone : kPacksOfEach);
+  tile.lanes = cluster_lanes(p, together, !sums ? kPacksOfEach : p.backward ? 2 * kPacksOfEach : kPacksAlone);
   tile.channels = kClusterThreads / tile.lanes;
   if (!p.interleaved) return tile;
   const int split = cluster_split(together);
@@ -302,9 +340,9 @@ inline GpuTile cluster_tile_of(const GpuProblem& p, int64_t together, bool sums)
 
 // Of a block; the sweep's sums come on top of the cell.
 inline int64_t cluster_shared_bytes(const GpuProblem& p, int64_t together) {
-  const ClusterMemory cell(static_cast<int>(p.channels), static_cast<int>(p.bottleneck), static_cast<int>(together));
-  return rounded_up(4 * static_cast<int64_t>(cell.floats()), 16) +
-         reduce_shared_bytes(cluster_tile_of(p, together, true), p.interleaved, p.element_bytes, kClusterThreads);
+  const int c = static_cast<int>(p.channels), m = static_cast<int>(p.bottleneck), n = static_cast<int>(together);
+  const int floats = p.backward ? ClusterGradientMemory(c, m, n).floats() : ClusterMemory(c, m, n).floats();
+  return rounded_up(4 * static_cast<int64_t>(floats), 16) + cluster_reduce_bytes(p.interleaved, p.element_bytes);
 }
 
 // Samples of each cluster: as few as all clusters together can take at once, but not more than the second-level cache
@@ -316,32 +354,33 @@ inline int64_t samples_together(const GpuProblem& p, const GpuLimits& gpu, doubl
   return together;
 }
 
-// Whether clusters can make the step.
+// Whether a block of a cluster has room for its part of the cell.
 inline bool clusters_can(const GpuProblem& p, const GpuLimits& gpu) {
   // Beyond this a row of the weights would not find room.
   constexpr int64_t kMostChannels = 1 << 12;
-  if (gpu.clusters == 0 || p.backward || p.norm == GpuNorm::batch) return false;
-  if (std::max(p.channels, p.bottleneck) > kMostChannels) return false;
+  if (gpu.clusters == 0 || std::max(p.channels, p.bottleneck) > kMostChannels) return false;
   return cluster_shared_bytes(p, kMostTogether) + kReservedShared <= gpu.shared_per_multiprocessor;
 }
 
-// The step by clusters. `all_at_once`: whether all of them run at a time, and the cache holds their maps.
-inline GpuPlan cluster_plan(const GpuProblem& p, const GpuLimits& gpu, const Work& work, bool& all_at_once) {
+// A step or its gradient by clusters. `at_once`: whether all of them run at a time, and the cache holds all maps.
+inline GpuPlan cluster_plan(const GpuProblem& p, const GpuLimits& gpu, const Work& work, bool& at_once) {
   GpuPlan plan;
   plan.cell = GpuCell::clusters;
-  plan.chunk = samples_together(p, gpu, work.sample_bytes);
-  plan.launches = 1 + norm_launches(p);
-  plan.passes = work.passes + 1;
+  plan.chunk = p.samples, plan.together = samples_together(p, gpu, work.sample_bytes);
+  const int64_t groups = parts(p.samples, plan.together), waves = parts(groups, gpu.clusters);
+  // A sweep is left to a kernel of its own behind a batch's statistics, or beside the weights' gradients.
+  const bool batch = p.norm == GpuNorm::batch, whole = !p.backward && !batch;
+  plan.launches = (whole ? 1 : 2) + norm_launches(p) + (p.backward ? 1 : 0);
+  const double again = read_again(p);
+  plan.passes = work.passes + again;
   const double map = static_cast<double>(p.samples) * work.sample_bytes;
   plan.bytes = plan.passes * map;
-  const int64_t groups = parts(p.samples, plan.chunk), waves = parts(groups, gpu.clusters);
+  at_once = waves <= 1 && map <= held_by_cache(gpu);
   const double at_a_time = static_cast<double>(std::min<int64_t>(groups, gpu.clusters));
-  all_at_once = waves <= 1 && at_a_time * static_cast<double>(plan.chunk) * work.sample_bytes <= held_by_cache(gpu);
   const double rate = std::max(1.0, std::min(gpu.memory, at_a_time * kClusterBlocks * kBlockRate));
   plan.seconds = static_cast<double>(plan.launches) * gpu.launch + static_cast<double>(waves) * kClusterCell +
-                 map * (work.passes / rate + 1 / std::min(gpu.l2, rate)) +
-                 static_cast<double>(groups) * work.weight_bytes / gpu.l2;
-  plan.chunk = std::min(plan.chunk, p.samples);
+                 map * (work.passes / rate + again / std::min(gpu.l2, rate)) +
+                 static_cast<double>(groups) * work.weight_bytes / gpu.l2 + work.rest;
   return plan;
 }
 
@@ -349,9 +388,8 @@ inline GpuPlan cluster_plan(const GpuProblem& p, const GpuLimits& gpu, const Wor
 inline void add_sweeps(GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu, const Work& work, double cell_seconds,
                        int cell_launches, double cell_launch) {
   const double map = static_cast<double>(p.samples) * work.sample_bytes;
-  // Read again: forward x. Backward g, and with the batch's statistics z too.
   const bool batch = p.norm == GpuNorm::batch;
-  const double again = p.backward && batch ? 2 : 1;
+  const double again = read_again(p);
   plan.passes = work.passes + again;
   plan.bytes = plan.passes * map;
   // What the second sweep finds in the second-level cache: all of a chunk of samples that is small enough, or the last
@@ -398,9 +436,9 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts l
   if (layouts == GpuLayouts::any)
     if (const GpuPlan blas = sweeps(GpuCell::products); blas.seconds < best.seconds) best = blas;
   if ((layouts == GpuLayouts::any || layouts == GpuLayouts::clusters) && detail::clusters_can(p, gpu)) {
-    bool all_at_once = false;
-    const GpuPlan plan = detail::cluster_plan(p, gpu, work, all_at_once);
-    if (layouts == GpuLayouts::clusters || (all_at_once && plan.seconds < best.seconds)) best = plan;
+    bool at_once = false;
+    const GpuPlan plan = detail::cluster_plan(p, gpu, work, at_once);
+    if (layouts == GpuLayouts::clusters || (at_once && plan.seconds < best.seconds)) best = plan;
   }
   best.ideal = work.passes * static_cast<double>(p.samples) * work.sample_bytes / gpu.memory;
   return best;

@@ -105,10 +105,10 @@ DIA_DEVICE float make_state(M& m, const CellForward& args, int64_t row, int chan
   return new_h;
 }
 
-// The gradient of one channel of one sample, as far as its pre-activations and old c. `map_dh` is what the map sends to
-// h'. Returns h'.
+// The gradient of one channel of one sample, as far as its pre-activations, `du`, and old c. `map_dh` is what the map
+// sends to h'. Returns h'.
 template <class M>
-DIA_DEVICE float gate_gradient(M& m, const CellBackward& args, int64_t row, int channel, float map_dh) {
+DIA_DEVICE float gate_gradient(M& m, const CellBackward& args, int64_t row, int channel, float map_dh, float (&du)[4]) {
   const int channels = args.channels;
   const int64_t at = row_at(row, channels) + channel;
   const float* from = args.tables.gates + row * 4 * channels + channel;
@@ -127,7 +127,10 @@ DIA_DEVICE float gate_gradient(M& m, const CellBackward& args, int64_t row, int 
   else
     keep(Cell<MachineMaths<M>, Output::sigmoid>::backward(gates, old_c, s, dh, dc));
   DIA_UNROLL
-  for (int gate = 0; gate < 4; ++gate) m.store(args.du + (row * 4 + gate) * channels + channel, of[gate]);
+  for (int gate = 0; gate < 4; ++gate) {
+    du[gate] = of[gate];
+    m.store(args.du + (row * 4 + gate) * channels + channel, of[gate]);
+  }
   if (args.old_dc != nullptr) m.store(args.old_dc + at, of[4]);
   return gates.o * s;
 }

@@ -15,6 +15,7 @@
 // The products are plain multiply-adds: of eight samples, 256 channels and a bottleneck of 64 a thread has some 250.
 #pragma once
 
+#include "row_copies.h"
 #include "sweeps.h"
 #include "tile_cell.h"
 
@@ -24,51 +25,9 @@ template <class T, bool kAffine>
 struct ClusterStep {
   int together;  // samples of a cluster
   // Of all samples.
-  Reduce<T> reduce;
+  Reduce<T> reduce;  // no x: the means are there already
   Spread<T> spread;
   CellStates<kAffine> states;
-};
-
-// Rows of `width` values as the threads of a block copy them to shared memory, up to four neighbours at a time: a
-// thread's first item, and how far it is to the next. Rows are filled up to a pack, with zeros.
-class RowCopies {
- public:
-  // Memory allows so many values `together`.
-  template <class M>
-  DIA_DEVICE RowCopies(const M& m, int width, int together)
-      : together_(together),
-        width_(width),
-        across_((width + 3) / 4 * 4 / together),
-        row_(m.thread() / across_),
-        item_(m.thread() - row_ * across_),
-        rows_(m.threads() / across_),
-        items_(m.threads() - rows_ * across_) {}
-
-  // Begins to copy `count` rows to `to` in shared memory, `pitch` apart: from(row) is where one lies.
-  template <class M, class Array, class From>
-  DIA_DEVICE void copy(M& m, const Array& memory, int to, int pitch, int count, const From& from) const {
-    if (together_ == 4)
-      copy_by<4>(m, memory, to, pitch, count, from);
-    else if (together_ == 2)
-      copy_by<2>(m, memory, to, pitch, count, from);
-    else
-      copy_by<1>(m, memory, to, pitch, count, from);
-  }
-
- private:
-  template <int kValues, class M, class Array, class From>
-  DIA_DEVICE void copy_by(M& m, const Array& memory, int to, int pitch, int count, const From& from) const {
-    int row = row_, item = item_;
-    while (row < count) {
-      const int column = item * kValues, left = width_ - column;
-      const int there = left < 0 ? 0 : left < kValues ? left : kValues;
-      m.template copy<kValues>(memory, to + row * pitch + column, from(row) + column, there);
-      row += rows_, item += items_;
-      if (item >= across_) item -= across_, ++row;
-    }
-  }
-
-  int together_, width_, across_, row_, item_, rows_, items_;
 };
 
 // The part of the cell that a block of a cluster makes: own units of both bottlenecks, own channels of the state.
@@ -124,7 +83,7 @@ class ClusterCell {
   // From the means, which all blocks of the cluster have put: the bottlenecks, a unit of one of them to a warp.
   DIA_DEVICE void make_bottlenecks(M& m) const {
     copy_table(m, 0, cell().tables.p, cell().channels, place_.reduce_pitch);
-    wait_for_copies(m);
+    finish_copies(m);
     const int own = units_.size();
     for (int k = m.warp(); k < 2 * own; k += m.warps()) {
       const int path = k / own, unit = k - path * own;
@@ -151,7 +110,7 @@ class ClusterCell {
   DIA_DEVICE void make_states(M& m) const {
     copy_table(m, 0, cell().tables.zx, cell().bottleneck, place_.expand_pitch);
     copy_table(m, 1, cell().tables.zh, cell().bottleneck, place_.expand_pitch);
-    wait_for_copies(m);
+    finish_copies(m);
     const int own = channels_.size();
     int samples = 1, ways = 1;  // lanes for samples, and for terms
     while (samples < cell().samples) samples *= 2;
@@ -186,11 +145,6 @@ class ClusterCell {
     RowCopies(m, width, values_together(table, width))
         .copy(m, memory_, place_.table(path, 0, pitch), pitch, cell().samples,
               [&](int sample) { return table + row_at(sample, width); });
-  }
-  DIA_DEVICE static void wait_for_copies(M& m) {
-    m.commit_copies();
-    m.template wait_copies<0>();
-    m.sync_block();
   }
   // A lane's share of a unit's sums, of kBatch samples.
   DIA_DEVICE void add_unit(M& m, int path, int unit, int first, float (&sums)[kBatch]) const {
@@ -229,7 +183,7 @@ class ClusterCell {
 template <class M, class T, bool kAffine>
 DIA_DEVICE void cluster_step(M& m, const ClusterStep<T, kAffine>& args) {
   const int rank = m.block() % kClusterBlocks, first = m.block() / kClusterBlocks * args.together;
-  const int left = args.reduce.size.samples - first, count = left < args.together ? left : args.together;
+  const int left = args.spread.size.samples - first, count = left < args.together ? left : args.together;
   const CellStates<kAffine> states = of_samples(args.states, first, count);
   const ClusterMemory place(states.cell.channels, states.cell.bottleneck, args.together);
   const auto memory = m.template shared<float>(place.floats());
@@ -237,13 +191,15 @@ DIA_DEVICE void cluster_step(M& m, const ClusterStep<T, kAffine>& args) {
   cell.copy_parameters(m);
   m.wait_for_kernel();
   cell.copy_state(m);
-  reduce<WithinCluster>(m, of_samples(args.reduce, first, count));
-  m.sync_cluster();
+  if (args.reduce.x.data != nullptr) {
+    reduce<WithinCluster<Sweeping::means>>(m, of_samples(args.reduce, first, count));
+    m.sync_cluster();
+  }
   cell.make_bottlenecks(m);
   m.sync_cluster();
   cell.make_states(m);
   m.sync_cluster();
-  spread<WithinCluster>(m, of_samples(args.spread, first, count));
+  spread<WithinCluster<Sweeping::means>>(m, of_samples(args.spread, first, count));
 }
 
 }  // namespace dia::kernels

@@ -1,6 +1,7 @@
 // Every kernel, by its arguments' type.
 #pragma once
 
+#include "cluster_gradient.h"
 #include "cluster_step.h"
 #include "sweeps.h"
 #include "tile_cell.h"
@@ -42,6 +43,10 @@ DIA_DEVICE void run(M& m, const Spread<T>& args) {
 template <class M, class T, bool kAffine>
 DIA_DEVICE void run(M& m, const ClusterStep<T, kAffine>& args) {
   cluster_step(m, args);
+}
+template <class M, class T, bool kAffine>
+DIA_DEVICE void run(M& m, const ClusterGradient<T, kAffine>& args) {
+  cluster_gradient(m, args);
 }
 template <class M, int kTile>
 DIA_DEVICE void run(M& m, const WeightGradients<kTile>& args) {
@@ -87,6 +92,8 @@ template <class T>
 constexpr bool kWaits<Spread<T>> = true;
 template <class T, bool kAffine>
 constexpr bool kWaits<ClusterStep<T, kAffine>> = true;
+template <class T, bool kAffine>
+constexpr bool kWaits<ClusterGradient<T, kAffine>> = true;
 template <>
 constexpr bool kWaits<BottleneckSums> = true;
 template <bool kAffine>
@@ -128,6 +135,8 @@ template <class Args>
 constexpr bool kHasClusters = false;
 template <class T, bool kAffine>
 constexpr bool kHasClusters<ClusterStep<T, kAffine>> = true;
+template <class T, bool kAffine>
+constexpr bool kHasClusters<ClusterGradient<T, kAffine>> = true;
 
 // Threads of a block.
 template <class Args>

@@ -64,7 +64,12 @@ DIA_DEVICE void split_gates(M& m, const SplitGates<kAffine>& args) {
 // What a gradient through a norm needs again of the forward pass: scale = gamma rstd, and h'.
 struct NormAgain {
   const float *d, *rstd, *gamma, *beta;  // (C); gamma, beta null: 1 and 0
-  float *scale, *new_h;                  // (C), (N, C)
+  float *scale, *new_h;                  // (C), written with the first sample's row, or null; (N, C)
+
+  template <class M>
+  DIA_DEVICE float scale_of(M& m, int channel) const {
+    return m.load(rstd + channel) * (gamma != nullptr ? m.load(gamma + channel) : 1.0f);
+  }
 };
 
 template <bool kAffine>
@@ -76,26 +81,45 @@ struct SplitGateGradients {
   float* factor;     // null: not wanted
 };
 
+// The arguments of samples [first, first + count).
+template <bool kAffine>
+DIA_DEVICE SplitGateGradients<kAffine> of_samples(SplitGateGradients<kAffine> gates, int64_t first, int count) {
+  const int64_t width = gates.cell.channels;
+  gates.cell = of_samples(gates.cell, first, count);
+  gates.sum = rows_from(gates.sum, first, width), gates.product = rows_from(gates.product, first, width);
+  gates.factor = rows_from(gates.factor, first, width);
+  gates.norm.new_h = rows_from(gates.norm.new_h, first, width);
+  if (first > 0) gates.norm.scale = nullptr;
+  return gates;
+}
+
+// One channel of one sample; `du` is the gradient of its pre-activations.
+template <class M, bool kAffine>
+DIA_DEVICE void put_gate_gradients(M& m, const SplitGateGradients<kAffine>& args, int64_t row, int channel,
+                                   float (&du)[4]) {
+  const int64_t at = row_at(row, args.cell.channels) + channel;
+  float dh = args.product != nullptr ? m.load(args.product + at) : 0.0f, scale = 1;
+  if constexpr (kAffine) {
+    const NormAgain& norm = args.norm;
+    scale = norm.scale_of(m, channel);
+    if (row == 0 && norm.scale != nullptr) m.store(norm.scale + channel, scale);
+    const float bias = norm.beta != nullptr ? m.load(norm.beta + channel) : 0.0f;
+    float product = dh;
+    dh = map_gradient(m.load(norm.d + channel), scale, bias, m.load(args.sum + at), product);
+    m.store(args.product + at, product);
+  }
+  const float h = gate_gradient(m, args.cell, row, channel, dh, du);
+  if constexpr (kAffine) m.store(args.norm.new_h + at, h);
+  if (args.factor != nullptr) m.store(args.factor + at, h * scale);
+}
+
 template <class M, bool kAffine>
 DIA_DEVICE void split_gate_gradients(M& m, const SplitGateGradients<kAffine>& args) {
   const int channels = args.cell.channels;
   for_elements(m, row_at(args.cell.samples, channels), [&](int64_t k) {
     const int64_t row = k / channels;
-    const int channel = static_cast<int>(k - row * channels);
-    float dh = args.product != nullptr ? m.load(args.product + k) : 0.0f, scale = 1;
-    if constexpr (kAffine) {
-      const NormAgain& norm = args.norm;
-      scale = m.load(norm.rstd + channel);
-      if (norm.gamma != nullptr) scale *= m.load(norm.gamma + channel);
-      if (row == 0) m.store(norm.scale + channel, scale);
-      const float bias = norm.beta != nullptr ? m.load(norm.beta + channel) : 0.0f;
-      float product = dh;
-      dh = map_gradient(m.load(norm.d + channel), scale, bias, m.load(args.sum + k), product);
-      m.store(args.product + k, product);
-    }
-    const float h = gate_gradient(m, args.cell, row, channel, dh);
-    if constexpr (kAffine) m.store(args.norm.new_h + k, h);
-    if (args.factor != nullptr) m.store(args.factor + k, h * scale);
+    float du[4];
+    put_gate_gradients(m, args, row, static_cast<int>(k - row * channels), du);
   });
 }
 

@@ -88,9 +88,12 @@ DIA_DEVICE int64_t tasks_of(const MapSize& size, const GpuTile& tile) {
   return size.samples * across * (size.positions > 0 ? parts(size.positions, tile.positions) : 1);
 }
 
-// How a sweep is used. By a kernel of its own: for whatever its arguments say, and the tasks belong to all blocks.
+// How a sweep is used, and by whom.
+enum class Sweeping { anything, means, gradients };
+
+// By a kernel of its own: for whatever its arguments say, and the tasks belong to all blocks.
 struct OwnKernel {
-  static constexpr bool kForward = false;
+  static constexpr Sweeping kWhat = Sweeping::anything;
   static constexpr int kThreads = kSweepThreads;
   template <class M>
   DIA_DEVICE static int first(const M& m) {
@@ -101,9 +104,11 @@ struct OwnKernel {
     return m.blocks();
   }
 };
-// Within a step by clusters: forward alone, means and what has no g, and the tasks belong to a cluster's blocks.
+// By a cluster, for a part of what a sweep can do: means alone are summed, and spread without g; or g and its products
+// are summed. The tasks belong to the cluster's blocks.
+template <Sweeping kPart>
 struct WithinCluster {
-  static constexpr bool kForward = true;
+  static constexpr Sweeping kWhat = kPart;
   static constexpr int kThreads = kClusterThreads;
   template <class M>
   DIA_DEVICE static int first(const M& m) {
@@ -171,24 +176,17 @@ DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums
     }
   }
 }
-template <class M, class T, class W>
-DIA_DEVICE void sum_up(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
+template <class Use, class M, class T, class W>
+DIA_DEVICE void sum_up_for(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
+  if constexpr (Use::kWhat == Sweeping::means) return sum_up<Summed::x, false>(m, args, walk, sums);
   if (sizeof(T) == 2 && args.mask.data != nullptr)
     sum_up<Summed::masked_g, true>(m, args, walk, sums);
-  else if (args.dy.data != nullptr)
+  else if (Use::kWhat == Sweeping::gradients || args.dy.data != nullptr)
     sum_up<Summed::g, true>(m, args, walk, sums);
   else if (args.product != nullptr)
     sum_up<Summed::x, true>(m, args, walk, sums);
   else
     sum_up<Summed::x, false>(m, args, walk, sums);
-}
-
-template <class Use, class M, class T, class W>
-DIA_DEVICE void sum_up_for(M& m, const Reduce<T>& args, const W& walk, Sums<W>& sums) {
-  if constexpr (Use::kForward)
-    sum_up<Summed::x, false>(m, args, walk, sums);
-  else
-    sum_up(m, args, walk, sums);
 }
 
 // Where the first sum of a channel is put.
@@ -247,10 +245,11 @@ template <class Use, bool kWide, class M, class T>
 DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
   using W = Walk<T, kWide, false>;
   const int lanes = args.tile.lanes;
-  const bool moments = !Use::kForward && args.first != nullptr, products = !Use::kForward && args.product != nullptr;
+  const bool moments = Use::kWhat == Sweeping::anything && args.first != nullptr;
+  const bool products = Use::kWhat != Sweeping::means && args.product != nullptr;
   const auto scratch = m.template shared<double>(m.warps());
   RowPhases<T> phases(args.dy);  // not by ?:, which would be an address, and keep the arguments in memory
-  if (Use::kForward || args.x.data != nullptr) phases = RowPhases<T>(args.x);
+  if (Use::kWhat == Sweeping::means || args.x.data != nullptr) phases = RowPhases<T>(args.x);
   for_rows<Use>(m, args.size, args.tile, false, [&](int64_t row, bool there) {
     const W walk = planar_walk<W>(m, args.size, lanes, row, phases);
     const bool writes = there && m.thread() % lanes == 0;
@@ -322,7 +321,7 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
   using W = Walk<T, kWide, true>;
   const MapSize& size = args.size;
   const int most = args.tile.channels < size.channels ? args.tile.channels : size.channels;
-  const bool moments = !Use::kForward && args.first != nullptr;
+  const bool moments = Use::kWhat == Sweeping::anything && args.first != nullptr;
   const auto scratch = m.template shared<double>(moments ? MeetingPlace<W>::template kCount<Use> : 0);
   const auto totals = m.template shared<double>(moments ? most : 0);
   const auto floats = m.template shared<float>(moments ? 0 : MeetingPlace<W>::template kCount<Use>);
@@ -363,7 +362,7 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
       sum_of_rows<W, float>(
           m, rows, channels.size(), floats, [&](int k) { return sums.first[k]; },
           [&](int j, float sum) { put_sum(m, args, channels.begin + j, table + j, sum); });
-    if (!Use::kForward && args.product != nullptr)
+    if (Use::kWhat != Sweeping::means && args.product != nullptr)
       sum_of_rows<W, float>(
           m, rows, channels.size(), floats, [&](int k) { return sums.second[k]; },
           [&](int j, float sum) { m.store(args.product + table + j, sum); });
@@ -471,7 +470,7 @@ DIA_DEVICE void apply(M& m, const Spread<T>& args, const W& walk) {
 
 template <class Use, bool kInterleaved, class M, class T, class W>
 DIA_DEVICE void apply_for(M& m, const Spread<T>& args, const W& walk) {
-  if (!Use::kForward && args.dy.data != nullptr)
+  if (Use::kWhat != Sweeping::means && args.dy.data != nullptr)
     apply<kInterleaved, true>(m, args, walk);
   else
     apply<kInterleaved, false>(m, args, walk);

@@ -258,9 +258,22 @@ DIA_DEVICE void bottleneck_gradient_sums(M& m, const BottleneckGradientSums& arg
   });
 }
 
+// Where the gradient of the means goes, (N, C) each or null: `dp`, and `offset` = dp scale / HW, which is what the
+// second sweep adds for it.
+struct MeanGradient {
+  float *dp, *offset;
+
+  template <class M>
+  DIA_DEVICE void put(M& m, int64_t at, float value, float scale, int positions) const {
+    if (dp != nullptr) m.store(dp + at, value);
+    if (offset != nullptr) m.store(offset + at, scale * value / static_cast<float>(positions));
+  }
+  DIA_DEVICE bool wanted() const { return dp != nullptr || offset != nullptr; }
+};
+
 struct CellGradients {
   CellBackward cell;
-  float *dp, *offset;  // (N, C), each may be null: offset = dp scale / HW is what the second sweep adds
+  MeanGradient means;
   const float* scale;  // (C), of a norm; or null, for 1
   int positions;
 
@@ -268,7 +281,7 @@ struct CellGradients {
   DIA_DEVICE int tiles() const {
     return tiles_along(cell.samples, CellTiles::kSamples) * tiles_along(cell.channels, CellTiles::kGradients);
   }
-  DIA_DEVICE int inputs() const { return dp != nullptr || offset != nullptr ? tiles() : 0; }
+  DIA_DEVICE int inputs() const { return means.wanted() ? tiles() : 0; }
   DIA_DEVICE int tasks() const { return inputs() + (cell.old_dh != nullptr ? tiles() : 0); }
 };
 
@@ -306,10 +319,7 @@ DIA_DEVICE void cell_gradients(M& m, const CellGradients& args) {
           m.store(cell.old_dh + at, values[k]);
           continue;
         }
-        if (args.dp != nullptr) m.store(args.dp + at, values[k]);
-        if (args.offset == nullptr) continue;
-        const float scale = args.scale != nullptr ? m.load(args.scale + own) : 1.0f;
-        m.store(args.offset + at, scale * values[k] / static_cast<float>(args.positions));
+        args.means.put(m, at, values[k], args.scale != nullptr ? m.load(args.scale + own) : 1.0f, args.positions);
       }
     });
   });

@@ -188,14 +188,14 @@ void backward_step(Arguments& of, Launches& launches) {
   gradients.cell = cell;
   gradients.positions = reduce.size.positions;
   spread.scale = gates.factor = of.pointer<float>("factor");
-  spread.offset = gradients.offset = of.pointer<float>("offset");
+  spread.offset = gradients.means.offset = of.pointer<float>("offset");
   if (kAffine) {
     // Of a norm whose rstd is the scale, without gamma.
     const kernels::ChannelAffine affine = of.affine();
     reduce.shift = affine.shift, gradients.scale = of.pointer<float>("scale again");
     gates.norm = {
         affine.d, affine.scale, nullptr, affine.bias, of.pointer<float>("scale again"), of.pointer<float>("h again")};
-    gates.sum = reduce.sum = of.pointer<float>("sum"), gradients.dp = of.pointer<float>("dp");
+    gates.sum = reduce.sum = of.pointer<float>("sum"), gradients.means.dp = of.pointer<float>("dp");
   }
   const kernels::JoinParts join = kernels::join_of(cell, parts);
   launches.add(reduce), launches.add(gates), launches.add(kernels::BottleneckGradientSums{cell, join});

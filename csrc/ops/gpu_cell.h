@@ -189,18 +189,24 @@ class GpuCall {
     launch_tasks(args, false, 0);
   }
 
-  // A step by clusters of `together` samples each.
+  // A step, or a gradient up to its second sweep, by clusters of `together` samples each.
   template <class T, bool kAffine>
   void launch_clusters(kernels::ClusterStep<T, kAffine> args, int64_t together) {
-    if (shape_.samples == 0) return;
     const kernels::Spread<T>& spread = args.spread;
-    GpuProblem problem = swept<T>(args.reduce.size, {spread.x, spread.shortcut, {spread.out.data, spread.out.stride}});
-    problem.bottleneck = bottleneck_;
-    args.together = static_cast<int>(together);
+    const GpuProblem problem =
+        of_clusters<T>(false, {spread.x, spread.shortcut, {spread.out.data, spread.out.stride}});
     args.reduce.tile = detail::cluster_tile_of(problem, together, true);
     args.spread.tile = detail::cluster_tile_of(problem, together, false);
-    device_.gpu().launch(args, static_cast<int>(detail::parts(shape_.samples, together) * kClusterBlocks),
-                         detail::cluster_shared_bytes(problem, together));
+    launch_clusters(args, problem, together);
+  }
+  template <class T, bool kAffine>
+  void launch_clusters(kernels::ClusterGradient<T, kAffine> args, int64_t together) {
+    const kernels::Reduce<T>& reduce = args.reduce;
+    const GpuProblem problem =
+        of_clusters<T>(true, {reduce.x, reduce.dy, reduce.y, {reduce.g.data, reduce.g.stride}});
+    args.reduce.tile = detail::cluster_tile_of(problem, together, true);
+    args.parts = scratch(kClusterBlocks * shape_.samples * 2 * bottleneck_);
+    launch_clusters(args, problem, together);
   }
 
   // A kernel of `count` values of tables, one a thread.
@@ -250,6 +256,20 @@ class GpuCall {
     if (tasks == 0) return;
     const int64_t most = static_cast<int64_t>(limits_.multiprocessors) * resident;
     device_.gpu().launch(kernel, static_cast<int>(std::min(tasks, most)), shared_bytes);
+  }
+  // A problem of this call, for clusters.
+  template <class T>
+  GpuProblem of_clusters(bool backward, std::initializer_list<Samples<const T>> maps) const {
+    GpuProblem problem = swept<T>(size(shape_.samples), maps);
+    problem.bottleneck = bottleneck_, problem.backward = backward;
+    return problem;
+  }
+  template <class Args>
+  void launch_clusters(Args& args, const GpuProblem& problem, int64_t together) {
+    if (shape_.samples == 0) return;
+    args.together = static_cast<int>(together);
+    device_.gpu().launch(args, static_cast<int>(detail::parts(shape_.samples, together) * kClusterBlocks),
+                         detail::cluster_shared_bytes(problem, together));
   }
   // Whether there were at least so many tiles.
   template <int kTile>
@@ -368,26 +388,21 @@ void run_cell(GpuCall& call, const GpuPlan& plan, const kernels::CellForward& ce
   call.launch_elements(kernels::SplitGates<kAffine>{cell, products, affine, factor, added}, n * c);
 }
 
-// Where the gradient of the means goes, (N, C) each or null: `dp`, and `offset`, what the second sweep adds for it, dp
-// / HW through the norm if there is one.
-struct MeanGradient {
-  float *dp, *offset;
-};
-
 // From the sums of the map's gradient: that of the pre-activations and bottlenecks, of the old state, and of the means.
 template <bool kAffine>
-void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBackward& cell, const float* sum,
-                       float* product, const kernels::NormAgain& norm, MeanGradient means, float* factor) {
+void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::SplitGateGradients<kAffine>& gates,
+                       const kernels::MeanGradient& means) {
+  const kernels::CellBackward& cell = gates.cell;
   const int64_t n = cell.samples, c = cell.channels, m = cell.bottleneck;
-  call.launch_elements(kernels::SplitGateGradients<kAffine>{cell, sum, product, norm, factor}, n * c);
+  call.launch_elements(gates, n * c);
   if (plan.cell == GpuCell::tiles) {
     const kernels::BottleneckParts parts = call.parts_of(n, 4 * c);
     const kernels::JoinParts join = join_of(cell, parts);
     call.launch_tiles(kernels::BottleneckGradientSums{cell, join},
                       parts.count * parts.tiles(cell.samples, cell.bottleneck, true));
     if (parts.count > 1) call.launch_elements(join, 2 * n * m);
-    const float* scale = kAffine && means.offset != nullptr ? norm.scale : nullptr;
-    const kernels::CellGradients gradients{cell, means.dp, means.offset, scale, static_cast<int>(call.positions())};
+    const float* scale = kAffine && means.offset != nullptr ? gates.norm.scale : nullptr;
+    const kernels::CellGradients gradients{cell, means, scale, static_cast<int>(call.positions())};
     call.launch_tiles(gradients, gradients.tasks());
     return;
   }
@@ -406,7 +421,7 @@ void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::CellBa
   if (!kAffine) return gradient(means.offset, share);
   if (means.offset != nullptr)
     call.launch_elements(kernels::MeanGradients{n * c, cell.channels, static_cast<int>(call.positions()), means.dp,
-                                                norm.scale, means.offset},
+                                                gates.norm.scale, means.offset},
                          n * c);
 }
 

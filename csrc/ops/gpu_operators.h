@@ -86,10 +86,9 @@ void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, co
   reduce.size = call.size(n), reduce.x = maps.x, reduce.means = {cell.args.tables.p, off, affine};
   if (kAffine) reduce.shift = affine.shift;
   const kernels::Spread<T> spread = spread_of(call, maps, relu, factor, added, reduce.shift);
-  if (plan.cell == GpuCell::clusters) {
-    const kernels::CellStates<kAffine> states{cell.args, affine, factor, added};
-    return call.launch_clusters(kernels::ClusterStep<T, kAffine>{0, reduce, spread, states}, plan.chunk);
-  }
+  if (plan.cell == GpuCell::clusters)
+    return call.launch_clusters(
+        kernels::ClusterStep<T, kAffine>{0, reduce, spread, {cell.args, affine, factor, added}}, plan.together);
   for (int64_t first = 0; first < n; first += plan.chunk) {
     const int count = static_cast<int>(std::min(plan.chunk, n - first));
     const auto rows = [&](float* table) { return rows_from(table, first, width); };
@@ -245,6 +244,16 @@ kernels::Spread<T> spread_of(const GpuCall& call, const BackwardMaps<T>& maps, c
   return spread;
 }
 
+// The first sweep of a gradient, where something comes from the map, and the cell's.
+template <class T, bool kAffine>
+void run_first_gradients(GpuCall& call, const GpuPlan& plan, const kernels::Reduce<T>& reduce,
+                         const kernels::SplitGateGradients<kAffine>& gates, const kernels::MeanGradient& means) {
+  if (plan.cell == GpuCell::clusters)
+    return call.launch_clusters(kernels::ClusterGradient<T, kAffine>{0, reduce, gates, nullptr, means}, plan.together);
+  if (reduce.dy.data != nullptr) call.launch_sweep(reduce);
+  run_cell_gradient(call, plan, gates, means);
+}
+
 // The gradient of a step by the plan, behind a norm of given statistics if kAffine; the weights' comes with the last
 // sweep.
 template <class T, bool kAffine>
@@ -265,9 +274,10 @@ void run_backward(GpuCall& call, const GpuPlan& plan, const BackwardCell& cell, 
     const auto rows = [&](float* table) { return rows_from(table, first, width); };
     kernels::NormAgain again = norm.again;
     again.new_h = rows(again.new_h);
-    if (has_g) call.launch_sweep(of_samples(reduce, first, count));
-    run_cell_gradient<kAffine>(call, plan, of_samples(cell.args, first, count), rows(norm.sum), rows(product), again,
-                               {rows(norm.dp), rows(offset)}, rows(factor));
+    run_first_gradients<T, kAffine>(
+        call, plan, of_samples(reduce, first, count),
+        {of_samples(cell.args, first, count), rows(norm.sum), rows(product), again, rows(factor)},
+        {rows(norm.dp), rows(offset)});
     if (last) parameters.launch(call, cell.args);
     spread.beside = last && parameters.wanted;
     if (has_dx) call.launch_sweep(of_samples(spread, first, count));
@@ -410,8 +420,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     statistics.var = data_of<float>(batch_var);
     call.launch_sweep(reduce);
     call.launch_channels(statistics);
-    run_cell<true>(call, plan, cell.args, norm.affine(), factor, added);
-    call.launch_sweep(spread);
+    if (plan.cell == GpuCell::clusters) {
+      // The means are there, by the batch's statistics.
+      const kernels::ClusterStep<T, true> rest{
+          0, kernels::Reduce<T>{}, spread, {cell.args, norm.affine(), factor, added}};
+      call.launch_clusters(rest, plan.together);
+    } else {
+      run_cell<true>(call, plan, cell.args, norm.affine(), factor, added);
+      call.launch_sweep(spread);
+    }
     return std::make_tuple(y.tensor, cell.result.h, cell.result.c, cell.result.tables, batch_mean, batch_var, mask);
   });
 }
@@ -451,11 +468,10 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
     const bool has_g = maps.maps.dy.data != nullptr;
     const kernels::Reduce<T> reduce = reduce_of(call, maps.maps, tables.shift, norm.sum, norm.product);
     kernels::Spread<T> spread = spread_of<T>(call, maps.maps, factor, offset, tables.shift, slope);
-    if (has_g)
-      call.launch_sweep(reduce);
-    else
+    if (!has_g)
       for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
-    run_cell_gradient<true>(call, plan, cell.args, norm.sum, norm.product, norm.again, {norm.dp, nullptr}, factor);
+    run_first_gradients<T, true>(call, plan, reduce, {cell.args, norm.sum, norm.product, norm.again, factor},
+                                 {norm.dp, nullptr});
     call.launch_channels(gradients);
     parameters.launch(call, cell.args);
     spread.beside = parameters.wanted;

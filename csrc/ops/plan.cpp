@@ -30,8 +30,9 @@ extern "C" __attribute__((visibility("default"))) const char* dia_kernels_plan(
     json.precision(17);
     static constexpr const char* kCells[] = {"tiles", "products", "clusters"};
     json << "{\"cell\": \"" << kCells[static_cast<int>(plan.cell)] << "\", \"chunk\": " << plan.chunk
-         << ", \"launches\": " << plan.launches << ", \"passes\": " << plan.passes << ", \"bytes\": " << plan.bytes
-         << ", \"seconds\": " << plan.seconds << ", \"ideal_seconds\": " << plan.ideal << "}";
+         << ", \"together\": " << plan.together << ", \"launches\": " << plan.launches
+         << ", \"passes\": " << plan.passes << ", \"bytes\": " << plan.bytes << ", \"seconds\": " << plan.seconds
+         << ", \"ideal_seconds\": " << plan.ideal << "}";
     static thread_local std::string text;
     text = json.str();
     return text.c_str();

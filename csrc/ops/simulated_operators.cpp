@@ -148,7 +148,7 @@ class Memory {
   void of(const kernels::CellGradients& a) {
     const int64_t n = a.cell.samples, c = a.cell.channels, m = a.cell.bottleneck;
     table("dzx", a.cell.dzx, n * m), table("dzh", a.cell.dzh, n * m), reduce_weights(a.cell.weights, c, m);
-    table("old_dh", a.cell.old_dh, n * c), table("dp", a.dp, n * c), table("offset", a.offset, n * c);
+    table("old_dh", a.cell.old_dh, n * c), table("dp", a.means.dp, n * c), table("offset", a.means.offset, n * c);
     table("scale", a.scale, c);
   }
   void of(const kernels::Rectify& a) {
@@ -173,6 +173,13 @@ class Memory {
     of(a.reduce), of(a.spread), cell(a.states.cell);
     affine(a.states.affine, a.states.cell.channels);
     table("factor", a.states.factor, area(a.states.cell)), table("added", a.states.added, area(a.states.cell));
+  }
+  template <class T, bool kAffine>
+  void of(const kernels::ClusterGradient<T, kAffine>& a) {
+    const kernels::CellBackward& of_cell = a.gates.cell;
+    of(a.reduce), of(a.gates);
+    parts({a.parts, kClusterBlocks}, of_cell.samples, of_cell.bottleneck);
+    table("dp", a.means.dp, area(of_cell)), table("offset", a.means.offset, area(of_cell));
   }
   template <int kTile>
   void of(const kernels::WeightGradients<kTile>& a) {
@@ -248,7 +255,9 @@ class SimulatedGpu final : public Gpu {
           if constexpr (kernels::kIsSweep<Args>) grid.threads = std::max(grid.threads, least_threads(args, kAll));
           if constexpr (kernels::kHasClusters<Args>) {
             grid.cluster = kClusterBlocks;
-            grid.threads = std::max({grid.threads, least_threads(args.reduce, kAll), least_threads(args.spread, kAll)});
+            grid.threads = std::max(grid.threads, least_threads(args.reduce, kAll));
+            if constexpr (requires { args.spread; })
+              grid.threads = std::max(grid.threads, least_threads(args.spread, kAll));
           }
           grid.shared_bytes = static_cast<size_t>(shared_bytes);
           grid.behind = true;

@@ -174,11 +174,11 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of) {
   const kernels::JoinParts joined =
       kernels::join_of(back, {memory.result("parts", 2 * parts_of_sums * kSamples * kBottleneck), parts_of_sums});
   const kernels::BottleneckGradientSums products{back, joined};
-  const kernels::CellGradients of_cell{back, nullptr, memory.result("offset", kTable), nullptr, kPositions};
+  const kernels::CellGradients of_cell{back, {nullptr, memory.result("offset", kTable)}, nullptr, kPositions};
   kernels::Spread<float> last{};
   last.size = size, last.tile = {1, 4, 4}, last.dy = {sums.g.data, stride};
   last.out = {memory.result("dx", kMap), stride};
-  last.scale = gates.factor, last.offset = of_cell.offset;
+  last.scale = gates.factor, last.offset = of_cell.means.offset;
   memory.device.launch(blocks, [&](Thread& m) { kernels::run(m, sums); });
   memory.device.launch(blocks, [&](Thread& m) { kernels::split_gate_gradients(m, gates); });
   memory.device.launch(tiles, [&](Thread& m) { kernels::bottleneck_gradient_sums(m, products); });
