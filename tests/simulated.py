@@ -79,7 +79,7 @@ class Case:
 
     Each kernel has ``blocks``. A sweep's task has ``rows`` channels, and in the second one of an interleaved map
     ``piece`` positions; in a planar one ``lanes`` threads share a row. The bottlenecks' sums come in ``parts``.
-    With ``together`` clusters take so many samples each through the whole step forward, instead of ``blocks``.
+    With ``together`` clusters take so many samples each through the step and its gradient, instead of ``blocks``.
     ``phase`` is how many elements past a 32-byte boundary each map begins, in the order of the maps of a direction;
     ``gap`` how many elements lie between its samples.
     """
@@ -108,9 +108,9 @@ class Case:
     gap: int = 0
     seed: int = 0
 
-    def numbers(self, forward: bool) -> dict[str, int]:
+    def numbers(self, kernel: str) -> dict[str, int]:
         names = ("samples", "channels", "positions", "bottleneck", "interleaved", "relu", "parts", "seed")
-        together = self.together if forward else 0
+        together = self.together if kernel.startswith("step") else 0
         return {name: int(getattr(self, name)) for name in names} | {
             "tile_channels": self.rows,
             "tile_positions": self.piece,
@@ -120,7 +120,7 @@ class Case:
             "threads": CLUSTER_THREADS if together else TABLE_THREADS,
             "tanh_output": int(self.tanh),
             "affine": int(self.affine),
-            "shared_bytes": SHARED_BYTES,
+            "shared_bytes": SHARED_BYTES * (2 if together else 1),
         }
 
     @property
@@ -233,14 +233,15 @@ class Problem:
         """Runs ``kernel``; ``shrink`` lies about the extent of tensors, ``without`` leaves a barrier out."""
         shrink = shrink or {}
         arrays = {name: array(t, name in given, shrink.get(name, (0, 0))) for name, t in (given | results).items()}
-        report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, self.case.numbers(kernel == "step_forward"), without)
+        report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, self.case.numbers(kernel), without)
         return Result({k: v for k, v in results.items() if k in self.truth}, self.truth, self.scales, report)
 
     def weights(self) -> Tensors:
         return dict(self.parameters._asdict())
 
     def parts(self) -> Tensor:
-        return torch.zeros(self.case.parts, self.case.samples, 2 * self.case.bottleneck)
+        parts = CLUSTER_BLOCKS if self.case.together else self.case.parts
+        return torch.zeros(parts, self.case.samples, 2 * self.case.bottleneck)
 
     def forward(self, **options) -> Result:
         case = self.case

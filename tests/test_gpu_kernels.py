@@ -47,12 +47,14 @@ def test_forward(shape, dtype, interleaved):
 
 
 @over_shapes_and_types
-def test_forward_by_clusters(shape, dtype, interleaved):
+def test_by_clusters(shape, dtype, interleaved):
     """One sample to a cluster, some, all of them and room for more; with a norm in front and without."""
     for together, options in zip((1, 2, 3, 16), OPTIONS, strict=True):
         for affine in (False, True):
             case = case_of(shape, dtype=dtype, interleaved=interleaved, together=together, affine=affine, **options)
-            assert_right(case, Problem(case).forward())
+            problem = Problem(case)
+            for result in (problem.forward(), problem.backward(), problem.weight_gradients()):
+                assert_right(case, result)
 
 
 @over_shapes_and_types
@@ -85,9 +87,10 @@ def test_a_norm_with_given_statistics_in_front(shape, dtype, interleaved):
         {"need_x": False, "affine": True},
     ],
 )
+@pytest.mark.parametrize("together", [0, 2])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_only_what_is_asked_for(options, interleaved):
-    case = Case(interleaved=interleaved, **options)
+def test_only_what_is_asked_for(options, interleaved, together):
+    case = Case(interleaved=interleaved, together=together, **options)
     result = Problem(case).backward()
     assert_right(case, result)
     # What nobody asked for is not in memory either: the machine would have refused to touch it.
@@ -101,7 +104,7 @@ def test_orders_of_threads_give_the_same_bits(interleaved):
     problems = [Problem(replace(case, seed=seed)) for seed in range(4)]
     by_clusters = [Problem(replace(case, seed=seed, together=2)) for seed in range(4)]
     runs = ([p.forward(), p.backward(), p.weight_gradients()] for p in problems)
-    for results in [*zip(*runs, strict=True), [p.forward() for p in by_clusters]]:
+    for results in [*zip(*runs, strict=True), *zip(*([p.forward(), p.backward()] for p in by_clusters), strict=True)]:
         for result in results[1:]:
             for name, value in result.found.items():
                 assert torch.equal(value, results[0].found[name]), name
@@ -128,9 +131,9 @@ def test_each_map_is_moved_once_or_twice(blocks, interleaved, dtype, shortcut):
     else:
         reads, writes = {"x": 1, "dy": 2}, {"dx": 1}
     check_traffic(case, backward, reads, writes)
-    check_traffic(
-        case, Problem(replace(case, together=2)).forward().report, {"x": 2, "shortcut": 1 if shortcut else 0}, {"y": 1}
-    )
+    problem = Problem(replace(case, together=2))
+    check_traffic(case, problem.forward().report, {"x": 2, "shortcut": 1 if shortcut else 0}, {"y": 1})
+    check_traffic(case, problem.backward().report, reads, writes)
 
 
 def check_traffic(case: Case, report: dict, reads: dict[str, int], writes: dict[str, int]) -> None:
@@ -160,9 +163,10 @@ def test_a_weight_is_read_once_for_32_samples(samples):
 def test_a_weight_is_read_once_a_cluster(together):
     case = Case(samples=16, channels=128, bottleneck=64, positions=4, rows=64, together=together)
     problem = Problem(case)
-    tensors = problem.forward().report["tensors"]
+    forward, backward = problem.forward().report["tensors"], problem.backward().report["tensors"]
     for name, weight in problem.weights().items():
-        assert tensors[name][0] == 16 // together * weight.numel() * 4, name
+        for tensors in (forward, backward) if name.endswith("weight") else (forward,):
+            assert tensors[name][0] == 16 // together * weight.numel() * 4, name
 
 
 # --- tests of the tests ------------------------------------------------------------------------------------
@@ -175,6 +179,7 @@ HARD = [
     Case(samples=4, blocks=3, bottleneck=5, affine=True),
     Case(samples=4, blocks=3, interleaved=True, affine=True),
     Case(samples=5, together=2, channels=40, bottleneck=20),
+    Case(samples=12, together=12, channels=40, bottleneck=5),
     Case(samples=4, together=4, channels=70, bottleneck=20, interleaved=True, rows=16, affine=True),
 ]
 KERNELS = {
@@ -216,7 +221,7 @@ def source_of(path: str) -> list[str]:
     return (ROOT / path).read_text().splitlines()
 
 
-@pytest.mark.parametrize(("kernel", "together"), [*((kernel, 0) for kernel in KERNELS), ("forward", 3)])
+@pytest.mark.parametrize(("kernel", "together"), [*((kernel, 0) for kernel in KERNELS), ("forward", 3), ("backward", 3)])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_each_tensor_is_used_to_both_ends(kernel, together, interleaved):
     """A tensor said to be shorter by an element at either end is touched where it is not: every bound is reached."""

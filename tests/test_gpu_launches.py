@@ -22,6 +22,8 @@ WEIGHTS = {f"{path}_{part}_weight" for path in ("input", "hidden") for part in (
 NOT_USED = {
     "SplitGates<false>": WEIGHTS | {"p", "zx", "zh", "h", "input_reduce_bias", "hidden_reduce_bias"},
     "SplitGates<true>": WEIGHTS | {"p", "zx", "zh", "h", "shift", "input_reduce_bias", "hidden_reduce_bias"},
+    "ClusterGradient<float, false>": {"p"},
+    "ClusterGradient<float, true>": {"p"},
     "SplitGateGradients<false>": WEIGHTS | {"p", "zx", "zh", "dzx", "dzh", "old_dh"},
     "SplitGateGradients<true>": WEIGHTS | {"p", "zx", "zh", "dzx", "dzh", "old_dh", "shift"},
 }

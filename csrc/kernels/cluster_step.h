@@ -25,7 +25,7 @@ template <class T, bool kAffine>
 struct ClusterStep {
   int together;  // samples of a cluster
   // Of all samples.
-  Reduce<T> reduce;  // no x: the means are there already
+  Reduce<T> reduce;  // no p: the means are there already
   Spread<T> spread;
   CellStates<kAffine> states;
 };
@@ -34,9 +34,13 @@ struct ClusterStep {
 template <class M, class Array, bool kAffine>
 class ClusterCell {
  public:
-  // `rank`: the block's, of its cluster; `states`: of the cluster's samples.
-  DIA_DEVICE ClusterCell(const CellStates<kAffine>& states, int rank, const ClusterMemory& place, const Array& memory)
+  // `rank`: the block's, of its cluster, which has `count` samples from `first` on; `states`: of all samples. (Those of
+  // its own are made where they are needed: they would be held in registers while the map is streamed.)
+  DIA_DEVICE ClusterCell(const CellStates<kAffine>& states, int first, int count, int rank, const ClusterMemory& place,
+                         const Array& memory)
       : states_(states),
+        first_(first),
+        count_(count),
         units_(part_of(states.cell.bottleneck, rank, kClusterBlocks)),
         channels_(part_of(states.cell.channels, rank, kClusterBlocks)),
         place_(place),
@@ -44,8 +48,8 @@ class ClusterCell {
 
   // Begins to copy the weights and biases.
   DIA_DEVICE void copy_parameters(M& m) const {
-    const CellWeights& weights = cell().weights;
-    const int channels = cell().channels, bottleneck = cell().bottleneck, own = channels_.size();
+    const CellWeights& weights = states_.cell.weights;
+    const int channels = states_.cell.channels, bottleneck = states_.cell.bottleneck, own = channels_.size();
     DIA_UNROLL
     for (int path = 0; path < 2; ++path) {
       const float* reduce = path == 0 ? weights.input_reduce : weights.hidden_reduce;
@@ -71,27 +75,29 @@ class ClusterCell {
 
   // Begins to copy the old state: h of all channels, c of its own.
   DIA_DEVICE void copy_state(M& m) const {
-    const int channels = cell().channels;
-    if (cell().h != nullptr) copy_table(m, 1, cell().h, channels, place_.reduce_pitch);
-    if (cell().c == nullptr) return;
-    for (int sample = m.warp(); sample < cell().samples; sample += m.warps())
+    const CellForward cell = of_samples(states_.cell, first_, count_);
+    const int channels = cell.channels;
+    if (cell.h != nullptr) copy_table(m, 1, cell.h, channels, place_.reduce_pitch);
+    if (cell.c == nullptr) return;
+    for (int sample = m.warp(); sample < count_; sample += m.warps())
       for (int channel = m.lane(); channel < channels_.size(); channel += 32)
         m.template copy<1>(memory_, place_.old_c(sample, channel),
-                           cell().c + row_at(sample, channels) + channels_.begin + channel, 1);
+                           cell.c + row_at(sample, channels) + channels_.begin + channel, 1);
   }
 
   // From the means, which all blocks of the cluster have put: the bottlenecks, a unit of one of them to a warp.
   DIA_DEVICE void make_bottlenecks(M& m) const {
-    copy_table(m, 0, cell().tables.p, cell().channels, place_.reduce_pitch);
+    const CellForward cell = of_samples(states_.cell, first_, count_);
+    copy_table(m, 0, cell.tables.p, cell.channels, place_.reduce_pitch);
     finish_copies(m);
     const int own = units_.size();
     for (int k = m.warp(); k < 2 * own; k += m.warps()) {
       const int path = k / own, unit = k - path * own;
       const float bias = memory_[place_.reduce_bias(path, unit)];
-      float* z = (path == 0 ? cell().tables.zx : cell().tables.zh) + units_.begin + unit;
-      for (int first = 0; first < cell().samples; first += kBatch) {
+      float* z = (path == 0 ? cell.tables.zx : cell.tables.zh) + units_.begin + unit;
+      for (int first = 0; first < count_; first += kBatch) {
         float sums[kBatch] = {};
-        if (path == 0 || cell().h != nullptr) add_unit(m, path, unit, first, sums);
+        if (path == 0 || cell.h != nullptr) add_unit(m, path, unit, first, sums);
         float sum = 0;
         DIA_UNROLL
         for (int s = 0; s < kBatch; ++s) {
@@ -99,8 +105,7 @@ class ClusterCell {
           if (m.lane() == s) sum = all + bias;
         }
         const int sample = first + m.lane();
-        if (m.lane() < kBatch && sample < cell().samples)
-          m.store(z + row_at(sample, cell().bottleneck), rectified(sum, sum));
+        if (m.lane() < kBatch && sample < count_) m.store(z + row_at(sample, cell.bottleneck), rectified(sum, sum));
       }
     }
   }
@@ -108,18 +113,20 @@ class ClusterCell {
   // From the bottlenecks, likewise: gates and state, a channel of a sample to one thread, or to several that share the
   // terms.
   DIA_DEVICE void make_states(M& m) const {
-    copy_table(m, 0, cell().tables.zx, cell().bottleneck, place_.expand_pitch);
-    copy_table(m, 1, cell().tables.zh, cell().bottleneck, place_.expand_pitch);
+    const CellStates<kAffine> states = of_samples(states_, first_, count_);
+    const CellForward& cell = states.cell;
+    copy_table(m, 0, cell.tables.zx, cell.bottleneck, place_.expand_pitch);
+    copy_table(m, 1, cell.tables.zh, cell.bottleneck, place_.expand_pitch);
     finish_copies(m);
     const int own = channels_.size();
     int samples = 1, ways = 1;  // lanes for samples, and for terms
-    while (samples < cell().samples) samples *= 2;
+    while (samples < count_) samples *= 2;
     while (samples * ways < 32 && 2 * ways * samples * own <= m.threads()) ways *= 2;
     const int lanes = samples * ways, at_once = m.threads() / lanes;
     const int place = m.thread() % lanes, sample = place % samples, way = place / samples;
     for (int first = 0; first < own; first += at_once) {
       const int channel = first + m.thread() / lanes;
-      const bool there = channel < own && sample < cell().samples;
+      const bool there = channel < own && sample < count_;
       float u[4] = {};
       if (there)
         for (int path = 0; path < 2; ++path) add_gates(path, channel, sample, 4 * way, 4 * ways, u);
@@ -130,29 +137,27 @@ class ClusterCell {
           u[gate] += memory_[place_.expand_bias(0, gate, channel)] + memory_[place_.expand_bias(1, gate, channel)];
       }
       if (there && way == 0)
-        put_state(m, states_, sample, channels_.begin + channel,
-                  cell().c != nullptr ? memory_[place_.old_c(sample, channel)] : 0.0f, {u[0], u[1], u[2], u[3]});
+        put_state(m, states, sample, channels_.begin + channel,
+                  cell.c != nullptr ? memory_[place_.old_c(sample, channel)] : 0.0f, {u[0], u[1], u[2], u[3]});
     }
   }
 
  private:
   static constexpr int kBatch = 8;  // samples whose sums a warp makes at once
 
-  DIA_DEVICE const CellForward& cell() const { return states_.cell; }
-
   // The samples' rows of a table, of one path.
   DIA_DEVICE void copy_table(M& m, int path, const float* table, int width, int pitch) const {
     RowCopies(m, width, values_together(table, width))
-        .copy(m, memory_, place_.table(path, 0, pitch), pitch, cell().samples,
+        .copy(m, memory_, place_.table(path, 0, pitch), pitch, count_,
               [&](int sample) { return table + row_at(sample, width); });
   }
   // A lane's share of a unit's sums, of kBatch samples.
   DIA_DEVICE void add_unit(M& m, int path, int unit, int first, float (&sums)[kBatch]) const {
-    for (int k = 4 * m.lane(); k < cell().channels; k += 128) {
+    for (int k = 4 * m.lane(); k < states_.cell.channels; k += 128) {
       const Pack<float> weight = memory_.pack(place_.reduce_weight(path, unit) + k);
       DIA_UNROLL
       for (int s = 0; s < kBatch; ++s) {
-        if (first + s >= cell().samples) continue;
+        if (first + s >= count_) continue;
         const Pack<float> value = memory_.pack(place_.table(path, first + s, place_.reduce_pitch) + k);
         DIA_UNROLL
         for (int j = 0; j < 4; ++j) sums[s] += weight[j] * value[j];
@@ -163,7 +168,7 @@ class ClusterCell {
   DIA_DEVICE void add_gates(int path, int channel, int sample, int term, int step, float (&u)[4]) const {
     const int z_at = place_.table(path, sample, place_.expand_pitch);
     DIA_UNROLL_BY(2)
-    for (int k = term; k < cell().bottleneck; k += step) {
+    for (int k = term; k < states_.cell.bottleneck; k += step) {
       const Pack<float> z = memory_.pack(z_at + k);
       DIA_UNROLL
       for (int gate = 0; gate < 4; ++gate) {
@@ -175,6 +180,7 @@ class ClusterCell {
   }
 
   const CellStates<kAffine>& states_;
+  int first_, count_;
   Part units_, channels_;
   const ClusterMemory& place_;
   Array memory_;
@@ -184,14 +190,14 @@ template <class M, class T, bool kAffine>
 DIA_DEVICE void cluster_step(M& m, const ClusterStep<T, kAffine>& args) {
   const int rank = m.block() % kClusterBlocks, first = m.block() / kClusterBlocks * args.together;
   const int left = args.spread.size.samples - first, count = left < args.together ? left : args.together;
-  const CellStates<kAffine> states = of_samples(args.states, first, count);
-  const ClusterMemory place(states.cell.channels, states.cell.bottleneck, args.together);
+  const ClusterMemory place(args.states.cell.channels, args.states.cell.bottleneck, args.together);
   const auto memory = m.template shared<float>(place.floats());
-  const ClusterCell<M, std::remove_const_t<decltype(memory)>, kAffine> cell(states, rank, place, memory);
+  const ClusterCell<M, std::remove_const_t<decltype(memory)>, kAffine> cell(args.states, first, count, rank, place,
+                                                                            memory);
   cell.copy_parameters(m);
   m.wait_for_kernel();
   cell.copy_state(m);
-  if (args.reduce.x.data != nullptr) {
+  if (args.reduce.means.p != nullptr) {
     reduce<WithinCluster<Sweeping::means>>(m, of_samples(args.reduce, first, count));
     m.sync_cluster();
   }

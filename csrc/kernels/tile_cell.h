@@ -270,6 +270,9 @@ struct MeanGradient {
   }
   DIA_DEVICE bool wanted() const { return dp != nullptr || offset != nullptr; }
 };
+DIA_DEVICE MeanGradient of_samples(const MeanGradient& means, int channels, int64_t first) {
+  return {rows_from(means.dp, first, channels), rows_from(means.offset, first, channels)};
+}
 
 struct CellGradients {
   CellBackward cell;

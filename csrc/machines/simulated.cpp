@@ -99,6 +99,8 @@ class Arguments {
     args.old_dh = pointer<float>("old_dh"), args.old_dc = pointer<float>("old_dc");
     return args;
   }
+  // Samples of a cluster; 0: no clusters.
+  int together() const { return numbers_.count("together") > 0 ? static_cast<int>(number("together")) : 0; }
   Grid grid() const {
     Grid grid;
     grid.blocks = static_cast<int>(number("blocks"));
@@ -106,7 +108,7 @@ class Arguments {
     grid.shared_bytes = static_cast<size_t>(number("shared_bytes"));
     grid.seed = static_cast<uint64_t>(number("seed"));
     grid.behind = true;
-    if (number("together") > 0) grid.cluster = kClusterBlocks;
+    if (together() > 0) grid.cluster = kClusterBlocks;
     return grid;
   }
 
@@ -161,8 +163,7 @@ void forward_step(Arguments& of, Launches& launches) {
     spread.scale = states.factor = of.pointer<float>("factor");
     spread.offset = states.added = of.pointer<float>("added");
   }
-  if (of.number("together") > 0) {
-    const int together = static_cast<int>(of.number("together"));
+  if (const int together = of.together(); together > 0) {
     return launches.add(kernels::ClusterStep<T, kAffine>{together, reduce, spread, states});
   }
   const kernels::JoinParts join = kernels::join_of(cell, parts);
@@ -197,10 +198,14 @@ void backward_step(Arguments& of, Launches& launches) {
         affine.d, affine.scale, nullptr, affine.bias, of.pointer<float>("scale again"), of.pointer<float>("h again")};
     gates.sum = reduce.sum = of.pointer<float>("sum"), gradients.means.dp = of.pointer<float>("dp");
   }
-  const kernels::JoinParts join = kernels::join_of(cell, parts);
-  launches.add(reduce), launches.add(gates), launches.add(kernels::BottleneckGradientSums{cell, join});
-  if (parts.count > 1) launches.add(join);
-  launches.add(gradients);
+  if (const int together = of.together(); together > 0) {
+    launches.add(kernels::ClusterGradient<T, kAffine>{together, reduce, gates, parts.data, gradients.means});
+  } else {
+    const kernels::JoinParts join = kernels::join_of(cell, parts);
+    launches.add(reduce), launches.add(gates), launches.add(kernels::BottleneckGradientSums{cell, join});
+    if (parts.count > 1) launches.add(join);
+    launches.add(gradients);
+  }
   if (spread.out.data != nullptr) launches.add(spread);
 }
 
