@@ -221,7 +221,9 @@ def source_of(path: str) -> list[str]:
     return (ROOT / path).read_text().splitlines()
 
 
-@pytest.mark.parametrize(("kernel", "together"), [*((kernel, 0) for kernel in KERNELS), ("forward", 3), ("backward", 3)])
+@pytest.mark.parametrize(
+    ("kernel", "together"), [*((kernel, 0) for kernel in KERNELS), ("forward", 3), ("backward", 3)]
+)
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_each_tensor_is_used_to_both_ends(kernel, together, interleaved):
     """A tensor said to be shorter by an element at either end is touched where it is not: every bound is reached."""

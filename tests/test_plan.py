@@ -34,16 +34,18 @@ def test_plans_of_one_kind():
 
 
 def test_plans_by_clusters():
-    """Where the cache holds the maps, forward, on GPUs that have clusters."""
+    """Where the cache holds the maps, on GPUs that have clusters."""
     for shape in ((128, 64, 32, 32), (128, 128, 16, 16), (128, 256, 8, 8)):
-        p = plan.plan(shape, channels_last=True)
-        assert (p.cell, p.chunk, p.launches) == ("clusters", 8, 1)
-        assert p.seconds < plan.plan(shape, channels_last=True, layouts="sweeps").seconds
-        assert "clusters of blocks, 8 samples each" in plan.as_text("step forward", p)
-        assert plan.plan(shape, norm="given", layouts="clusters").launches == 2
-        for other in ({"backward": True}, {"norm": "batch"}, {"device": "a100"}):
-            assert plan.plan(shape, **other).cell == "tiles"
-            assert plan.plan(shape, **other, layouts="clusters").cell == "tiles"
+        for norm, launches in (("none", (1, 3)), ("given", (2, 4)), ("batch", (3, 4))):
+            for backward, expected in zip((False, True), launches, strict=True):
+                p = plan.plan(shape, channels_last=True, norm=norm, backward=backward)
+                assert (p.cell, p.together, p.chunk, p.launches) == ("clusters", 8, 128, expected)
+                options = {"channels_last": True, "norm": norm, "backward": backward}
+                sweeps = plan.plan(shape, layouts="sweeps", **options)
+                assert p.seconds < sweeps.seconds
+                assert p.bytes == sweeps.bytes
+                assert "clusters of blocks, 8 samples each" in plan.as_text("step", p)
+        assert plan.plan(shape, "a100", layouts="clusters").cell == "tiles"
     large = (256, 256, 56, 56)
     assert plan.plan(large).cell == "tiles"
     assert plan.plan(large, layouts="clusters").cell == "clusters"

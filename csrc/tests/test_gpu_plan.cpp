@@ -15,20 +15,24 @@ void check_clusters(const GpuProblem& p, const GpuLimits& gpu, const GpuPlan& pl
   const GpuPlan forced = plan_step(p, gpu, GpuLayouts::clusters);
   const bool possible = forced.cell == GpuCell::clusters;
   CHECK_EQUAL(possible, gpu.clusters > 0 && detail::clusters_can(p, gpu));
-  CHECK(!possible || (gpu.architecture >= 90 && !p.backward && p.norm != GpuNorm::batch));
+  CHECK(!possible || gpu.architecture >= 90);
   if (plan.cell == GpuCell::clusters) {
-    CHECK(possible && plan.chunk == forced.chunk);
+    CHECK(possible && plan.together == forced.together);
     // All of them run at a time, and the cache holds their maps.
-    CHECK(detail::parts(p.samples, std::max<int64_t>(plan.chunk, 1)) <= gpu.clusters);
+    CHECK(detail::parts(p.samples, plan.together) <= gpu.clusters);
     CHECK(2 * p.samples * p.channels * p.positions * p.element_bytes <= gpu.l2_bytes);
     CHECK(plan.seconds < plan_step(p, gpu, GpuLayouts::sweeps).seconds);
   }
+  CHECK_EQUAL(forced.together > 0, possible);
   if (!possible) return;
-  CHECK(forced.chunk <= kMostTogether && forced.chunk >= std::min<int64_t>(p.samples, 1));
-  CHECK(detail::cluster_shared_bytes(p, forced.chunk) + kReservedShared <= gpu.shared_per_multiprocessor);
+  CHECK(forced.together <= kMostTogether && forced.chunk == p.samples);
+  CHECK(detail::cluster_shared_bytes(p, forced.together) + kReservedShared <= gpu.shared_per_multiprocessor);
+  // One kernel forward; with its gradient, two more; a norm's tables, and forward the sweep before a batch's.
+  const bool batch = p.norm == GpuNorm::batch;
+  CHECK_EQUAL(forced.launches, (p.backward ? 3 : batch ? 2 : 1) + (p.norm != GpuNorm::none ? 1 : 0));
   const int64_t pack = 16 / p.element_bytes;
   for (bool sums : {true, false}) {
-    const GpuTile tile = detail::cluster_tile_of(p, std::max<int64_t>(forced.chunk, 1), sums);
+    const GpuTile tile = detail::cluster_tile_of(p, forced.together, sums);
     CHECK(tile.lanes >= 1 && tile.lanes <= kClusterThreads && (tile.lanes & (tile.lanes - 1)) == 0);
     if (p.interleaved) {
       CHECK(tile.channels >= 1 && tile.channels <= std::max<int64_t>(p.channels, 1));
@@ -154,8 +158,9 @@ void large_cells_are_left_to_a_blas() {
     CHECK(plan_step({256, 2048, 49, 512, 2, false, false, true, backward, false}, h100).cell == GpuCell::products);
     CHECK(plan_step({256, 256, 3136, 64, 2, false, true, true, backward, false}, h100).cell == GpuCell::tiles);
     const GpuProblem small{128, 64, 1024, 16, 2, false, true, true, backward, false};
-    CHECK(plan_step(small, h100).cell == (backward ? GpuCell::tiles : GpuCell::clusters));
-    const GpuPlan tail = plan_step({128, 64, 1024, 16, 2, false, true, true, backward, false, GpuNorm::batch}, h100);
+    CHECK(plan_step(small, h100).cell == GpuCell::clusters);
+    const GpuPlan tail =
+        plan_step({128, 64, 1024, 16, 2, false, true, true, backward, false, GpuNorm::batch}, h100, GpuLayouts::sweeps);
     CHECK(tail.cell == GpuCell::tiles);
     CHECK_EQUAL(tail.launches, backward ? 7 : 5);
     CHECK_EQUAL(tail.passes, backward ? 7 : 4);
@@ -179,6 +184,23 @@ void memory_of_a_cluster() {
         CHECK(of.reduce_bias(1, of.units - 1) < of.expand_bias(0, 0, 0));
         CHECK(of.expand_bias(1, 3, of.channels - 1) < of.old_c(0, 0));
         CHECK(of.old_c(together - 1, of.channels - 1) < of.floats());
+      }
+}
+
+void memory_of_a_clusters_gradient() {
+  for (int channels : {1, 3, 25, 64, 102, 256, 512})
+    for (int bottleneck : {1, 4, 25, 64, 128})
+      for (int together : {1, 5, 16}) {
+        const ClusterGradientMemory of(channels, bottleneck, together);
+        CHECK(of.channels * kClusterBlocks >= channels && of.sample_pitch >= together && of.sample_pitch % 8 == 0);
+        CHECK(of.expand_pitch >= bottleneck && of.column_pitch >= of.channels);
+        CHECK(of.expand_pitch % 4 == 0 && of.column_pitch % 4 == 0);
+        CHECK(of.expand_weight(1, 3, of.channels - 1) + of.expand_pitch <= of.reduce_column(0, 0));
+        CHECK(of.reduce_column(1, bottleneck - 1) + of.column_pitch <= of.dz(0, 0));
+        CHECK(of.dz(1, together - 1) + of.expand_pitch <= of.du(0, 0));
+        CHECK(of.du(3, of.channels - 1) + of.sample_pitch <= of.meeting());
+        CHECK(of.dz(0, 0) % 4 == 0 && of.du(0, 0) % 4 == 0);
+        CHECK_EQUAL(of.floats(), of.meeting() + 8 * kClusterThreads);
       }
 }
 
@@ -215,6 +237,7 @@ int main() {
   few_multiprocessors_idle();
   large_cells_are_left_to_a_blas();
   memory_of_a_cluster();
+  memory_of_a_clusters_gradient();
   tasks_of_a_cluster();
   plans_of_one_kind();
   return dia::test::failures == 0 ? 0 : 1;
