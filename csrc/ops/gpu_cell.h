@@ -193,8 +193,7 @@ class GpuCall {
   template <class T, bool kAffine>
   void launch_clusters(kernels::ClusterStep<T, kAffine> args, int64_t together) {
     const kernels::Spread<T>& spread = args.spread;
-    const GpuProblem problem =
-        of_clusters<T>(false, {spread.x, spread.shortcut, {spread.out.data, spread.out.stride}});
+    const GpuProblem problem = of_clusters<T>(false, {spread.x, spread.shortcut, {spread.out.data, spread.out.stride}});
     args.reduce.tile = detail::cluster_tile_of(problem, together, true);
     args.spread.tile = detail::cluster_tile_of(problem, together, false);
     launch_clusters(args, problem, together);
@@ -202,8 +201,7 @@ class GpuCall {
   template <class T, bool kAffine>
   void launch_clusters(kernels::ClusterGradient<T, kAffine> args, int64_t together) {
     const kernels::Reduce<T>& reduce = args.reduce;
-    const GpuProblem problem =
-        of_clusters<T>(true, {reduce.x, reduce.dy, reduce.y, {reduce.g.data, reduce.g.stride}});
+    const GpuProblem problem = of_clusters<T>(true, {reduce.x, reduce.dy, reduce.y, {reduce.g.data, reduce.g.stride}});
     args.reduce.tile = detail::cluster_tile_of(problem, together, true);
     args.parts = scratch(kClusterBlocks * shape_.samples * 2 * bottleneck_);
     launch_clusters(args, problem, together);

@@ -87,8 +87,8 @@ void run_forward(GpuCall& call, const GpuPlan& plan, const ForwardCell& cell, co
   if (kAffine) reduce.shift = affine.shift;
   const kernels::Spread<T> spread = spread_of(call, maps, relu, factor, added, reduce.shift);
   if (plan.cell == GpuCell::clusters)
-    return call.launch_clusters(
-        kernels::ClusterStep<T, kAffine>{0, reduce, spread, {cell.args, affine, factor, added}}, plan.together);
+    return call.launch_clusters(kernels::ClusterStep<T, kAffine>{0, reduce, spread, {cell.args, affine, factor, added}},
+                                plan.together);
   for (int64_t first = 0; first < n; first += plan.chunk) {
     const int count = static_cast<int>(std::min(plan.chunk, n - first));
     const auto rows = [&](float* table) { return rows_from(table, first, width); };
