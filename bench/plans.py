@@ -34,7 +34,7 @@ SHAPES = (
 
 def layout(p: Plan) -> str:
     """How the map is swept, and who makes the cell."""
-    return f"sweeps of {p.chunk}, {p.cell}"
+    return f"clusters of {p.together}" if p.cell == "clusters" else f"sweeps of {p.chunk}, {p.cell}"
 
 
 def row(shape: Sequence[int], device: str, dtype: str, channels_last: bool, norm: str) -> list[str]:
@@ -51,7 +51,7 @@ def markdown(device: str, dtype: str) -> str:
     parts = [
         f"# Plans of the GPU step: {device}, {dtype}",
         "With shortcut and ReLU; forward where no gradient is recorded, backward from the ReLU's mask where there is "
-        "one. Sweeps over so many samples, and what makes the cell; launches; passes over the map (the least are 3 "
+        "one. Sweeps over so many samples, and what makes the cell, or clusters of so many samples; launches; passes over the map (the least are 3 "
         "forward, and backward 4 1/16 from a mask, 5 from y); microseconds by the plan's model / of the least passes. "
         "Measured on an H100: gpu-h100.md.",
     ]
