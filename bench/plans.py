@@ -51,9 +51,9 @@ def markdown(device: str, dtype: str) -> str:
     parts = [
         f"# Plans of the GPU step: {device}, {dtype}",
         "With shortcut and ReLU; forward where no gradient is recorded, backward from the ReLU's mask where there is "
-        "one. Sweeps over so many samples, and what makes the cell, or clusters of so many samples; launches; passes over the map (the least are 3 "
-        "forward, and backward 4 1/16 from a mask, 5 from y); microseconds by the plan's model / of the least passes. "
-        "Measured on an H100: gpu-h100.md.",
+        "one. Sweeps over so many samples, and what makes the cell, or clusters of so many samples; launches; passes "
+        "over the map (the least are 3 forward, and backward 4 1/16 from a mask, 5 from y); microseconds by the plan's "
+        "model / of the least passes. Measured on an H100: gpu-h100.md.",
     ]
     columns = ["N x C x HW", *["forward", "launches", "passes", "us", "backward", "launches", "passes", "us"]]
     for what, norm in (("The step", "none"), ("The tail, with its batch norm", "batch")):

@@ -313,12 +313,12 @@ inline int cluster_split(int64_t together) {
   return best;
 }
 
-// Threads that share a planar row, as in lanes_of, where a cluster has so many rows.
+// Threads that share a planar row, as in lanes_of; more where a cluster has so few rows that threads would idle.
 inline int cluster_lanes(const GpuProblem& p, int64_t together, int64_t packs) {
-  const int64_t row = parts(p.positions * p.element_bytes, 16);
+  const int64_t row = parts(p.positions * p.element_bytes, 16), rows = together * p.channels;
+  const auto idle = [&](int lanes) { return rows * lanes < kClusterBlocks * kClusterThreads; };
   int lanes = row > 4 ? 2 : 1;
-  while (lanes < kClusterThreads && lanes * packs < row &&
-         (lanes < 32 || together * p.channels * lanes < kClusterBlocks * kClusterThreads))
+  while (lanes < kClusterThreads && 2 * lanes <= row && (idle(lanes) || (lanes < 32 && lanes * packs < row)))
     lanes *= 2;
   return lanes;
 }
