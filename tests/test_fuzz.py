@@ -132,7 +132,7 @@ def test_any_step_of_the_triton_backend(interpreted, one_thread, case):
     check(case, "interpreted")
 
 
-@pytest.mark.parametrize("plans", ["sweeps", "products"])
+@pytest.mark.parametrize("plans", ["sweeps", "products", "clusters"])
 @examples(8, share=0.05)
 @given(case=SMALL)
 def test_any_step_of_the_simulated_gpu(one_thread, plans, case):

@@ -285,8 +285,8 @@ def test_any_number_of_samples_by_clusters(samples, channels_last):
         assert_gradients_agree(SharedAttention(24, 3, backend="simulated"), None, x, s)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_clusters_of_as_many_threads_as_on_a_card(channels_last, dtype):
     """The machine refuses what takes more shared memory than the plan has asked for."""
     attention = SharedAttention(50, 3, backend="simulated")

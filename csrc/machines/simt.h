@@ -292,12 +292,14 @@ class Thread {
   }
 
   // A copy is made at some time between here and the wait for its group: what was there is gone at once, and what is
-  // to come there last.
+  // to come there last; from memory that is ready now.
   template <int kCount, class Array>
   void copy(const Array& array, int index, const float* from, int there,
             std::source_location where = std::source_location::current()) {
     static_assert(kCount == 1 || kCount == 2 || kCount == 4);
     if (there > 0 && reinterpret_cast<uintptr_t>(from) % (4 * kCount) != 0) fail("a copy: misaligned values");
+    if (there > 0 && too_early(from, there * static_cast<int64_t>(sizeof(float)), false))
+      fail("a copy at " + text_of(site_of(where)) + ": race, the kernel before was not waited for");
     for (int k = 0; k < kCount; ++k) array[index + k] = std::numeric_limits<float>::quiet_NaN();
     copies_.push_back([this, array, index, from, there, where] {
       float values[kCount] = {};
@@ -371,6 +373,8 @@ class Thread {
   }
   void wait(Scope scope, const std::source_location& where);
   void touch_global(const void* at, int count, size_t element_bytes, bool write, const std::source_location& where);
+  // Whether an access would have to wait for the launch before.
+  bool too_early(const void* at, int64_t bytes, bool write) const;
   // `first` and `count` in cells; `what` makes the name for a message.
   template <class Name>
   void touch(Cell* cells, int64_t first, int64_t count, bool write, const Moment& moment, Name what);
@@ -654,6 +658,10 @@ void Thread::touch(Cell* cells, int64_t first, int64_t count, bool write, const 
   }
 }
 
+inline bool Thread::too_early(const void* at, int64_t bytes, bool write) const {
+  return run_->grid.behind && !waited_ && launch_before().concerns(static_cast<const char*>(at), bytes, write);
+}
+
 inline void Thread::touch_global(const void* at, int count, size_t element_bytes, bool write,
                                  const std::source_location& where) {
   const char* address = static_cast<const char*>(at);
@@ -669,7 +677,7 @@ inline void Thread::touch_global(const void* at, int count, size_t element_bytes
     fail(name(first) + ": wrong element type");
   if (first + count > static_cast<int64_t>(memory.cells.size())) fail(name(first) + ": out of bounds");
   if (count > 1 && reinterpret_cast<uintptr_t>(address) % 16 != 0) fail(name(first) + ": misaligned vector");
-  if (run_->grid.behind && !waited_ && launch_before().concerns(address, count * memory.element_bytes, write))
+  if (too_early(address, count * memory.element_bytes, write))
     fail(name(first) + ": race, the kernel before was not waited for");
   touch(memory.cells.data(), first, count, write, now(), name);
   const int64_t bytes = count * memory.element_bytes;

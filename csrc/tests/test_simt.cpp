@@ -288,6 +288,19 @@ void a_launch_waits_for_the_one_before() {
                         }),
               "");
   CHECK(has(complaint(device, behind, [](Thread&) {}), "the launch may end before the kernel before"));
+  // A copy may read as soon as it is begun.
+  const auto copies = [&](const float* from) {
+    CHECK_EQUAL(complaint(device, behind, before), "");
+    return complaint(device, {.threads = 32, .shared_bytes = 128, .behind = true}, [&](Thread& m) {
+      const auto to = m.shared<float>(32);
+      m.copy<1>(to, m.thread(), from + m.thread(), 1);
+      m.wait_for_kernel();
+      m.commit_copies();
+      m.wait_copies<0>();
+    });
+  };
+  CHECK_EQUAL(copies(z.data), "");
+  CHECK(has(copies(y.data), "a copy at test_simt.cpp"));
   // A launch that is not behind another waits for nobody.
   CHECK_EQUAL(complaint(device, {.threads = 32}, [&](Thread& m) { m.load(y.data + m.thread()); }), "");
 }
