@@ -238,7 +238,9 @@ def test_every_kernel_waits_for_the_one_before(compiled, accesses):
 def test_the_cells_weights_are_copied_before_the_wait(compiled, accesses):
     for name, counts in accesses.items():
         if compiled["architecture"] >= 90 and plain(name) in (*TILES, *CLUSTERS):
-            assert (counts["copies before a wait"] > 0) == (plain(name) != "WeightGradients"), name
+            # Not by those that may be the first of an operator: the weights' update may still run.
+            early = plain(name) in TILES and plain(name) != "WeightGradients"
+            assert (counts["copies before a wait"] > 0) == early, name
 
 
 def test_the_report_is_read_right():

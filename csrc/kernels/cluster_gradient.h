@@ -221,7 +221,6 @@ DIA_DEVICE void cluster_gradient(M& m, const ClusterGradient<T, kAffine>& args) 
   const ClusterCellGradient<M, std::remove_const_t<decltype(memory)>, T, kAffine> cell(args, first, count, rank, place,
                                                                                        memory);
   cell.copy_parameters(m);
-  m.wait_for_kernel();
   if (args.reduce.dy.data != nullptr) {
     reduce<WithinCluster<Sweeping::gradients>>(m, of_samples(args.reduce, first, count));
     m.sync_cluster();

@@ -195,7 +195,6 @@ DIA_DEVICE void cluster_step(M& m, const ClusterStep<T, kAffine>& args) {
   const ClusterCell<M, std::remove_const_t<decltype(memory)>, kAffine> cell(args.states, first, count, rank, place,
                                                                             memory);
   cell.copy_parameters(m);
-  m.wait_for_kernel();
   cell.copy_state(m);
   if (args.reduce.means.p != nullptr) {
     reduce<WithinCluster<Sweeping::means>>(m, of_samples(args.reduce, first, count));

@@ -85,15 +85,12 @@ DIA_DEVICE void run(M& m, const SplitGateGradients<kAffine>& args) {
   split_gate_gradients(m, args);
 }
 
-// Kernels that wait for the one before by themselves: they begin with what is there without it.
+// Kernels that wait for the one before by themselves: they begin with what is there without it. None is the first of an
+// operator, before which anybody's may have run and written anything.
 template <class Args>
 constexpr bool kWaits = false;
 template <class T>
 constexpr bool kWaits<Spread<T>> = true;
-template <class T, bool kAffine>
-constexpr bool kWaits<ClusterStep<T, kAffine>> = true;
-template <class T, bool kAffine>
-constexpr bool kWaits<ClusterGradient<T, kAffine>> = true;
 template <>
 constexpr bool kWaits<BottleneckSums> = true;
 template <bool kAffine>

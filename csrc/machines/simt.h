@@ -129,12 +129,13 @@ struct Report {
   size_t shared_bytes = 0;                // the most that a block took
 };
 
-// What the launch before touched: on a GPU it may still run until a thread waits for it.
+// What the launch before touched: on a GPU it may still run until a thread waits for it. It may also be somebody else's,
+// of which nothing is known.
 class LaunchBefore {
  public:
-  void forget() { tensors_.clear(); }
+  void be_unknown() { unknown_ = true; }
   void remember(const std::vector<TensorMemory>& tensors) {
-    forget();
+    tensors_.clear(), unknown_ = false;
     for (const TensorMemory& memory : tensors) {
       Touched touched{memory.begin, memory.element_bytes, std::vector<How>(memory.cells.size(), How::not_at_all)};
       for (size_t k = 0; k < memory.cells.size(); ++k) {
@@ -149,6 +150,7 @@ class LaunchBefore {
   }
   // Whether it matters to whoever reads or writes these bytes when that launch ends.
   bool concerns(const char* begin, int64_t bytes, bool write) const {
+    if (unknown_) return true;
     for (const Touched& touched : tensors_) {
       const int64_t first = std::max<int64_t>(begin - touched.begin, 0) / touched.element_bytes;
       for (int64_t k = first; k < static_cast<int64_t>(touched.how.size()); ++k) {
@@ -167,6 +169,7 @@ class LaunchBefore {
     std::vector<How> how;
   };
   std::vector<Touched> tensors_;
+  bool unknown_ = true;
 };
 
 // Of this process's launches, whatever their devices.

@@ -122,7 +122,7 @@ class Arguments {
 // Launches one after another, counted together.
 class Launches {
  public:
-  Launches(Device& device, const Grid& grid) : device_(device), grid_(grid) { launch_before().forget(); }
+  Launches(Device& device, const Grid& grid) : device_(device), grid_(grid) { launch_before().be_unknown(); }
 
   template <class Args>
   void add(const Args& args) {

@@ -269,6 +269,7 @@ class SimulatedGpu final : public Gpu {
   }
   void clear(void* data, int64_t bytes) override {
     launches += "clear " + std::to_string(bytes) + "\n";
+    simt::launch_before().be_unknown();
     std::memset(data, 0, static_cast<size_t>(bytes));
   }
 };
@@ -323,12 +324,14 @@ struct GpuDevice::State {
   simulated::SimulatedGpu gpu;
 };
 
-GpuDevice::GpuDevice(const Tensor&) : state_(new State) {}
+// Whatever came before the operator on its stream: its first kernel waits for it before it touches anything.
+GpuDevice::GpuDevice(const Tensor&) : state_(new State) { simt::launch_before().be_unknown(); }
 GpuDevice::~GpuDevice() = default;
 Gpu& GpuDevice::gpu() { return state_->gpu; }
 
 void GpuDevice::product(const Tensor& out, const Tensor& left, const Tensor& right, bool add, double factor) {
   simulated::launches += "product\n";
+  simt::launch_before().be_unknown();
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), add ? 1.0 : 0.0, factor));
 }
