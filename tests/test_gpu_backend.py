@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -274,6 +277,25 @@ def test_launches_of_clusters(norm, forward, backward):
         assert launches() == backward
         SharedAttention(384, 2, backend="simulated")(torch.randn(2, 384, 2, 2))
         assert "Reduce" in launches()
+
+
+@pytest.mark.parametrize(("name", "expected"), [("sweeps", "Reduce"), ("clusters", "ClusterStep"), ("teams", None)])
+def test_plans_by_the_environment(name, expected):
+    """``DIA_KERNELS_PLANS``, read at the first call of a process."""
+    code = """
+import torch
+from simulated_backend import launches, library
+from dia_kernels import SharedAttention
+library()
+SharedAttention(6, 2, backend="simulated")(torch.randn(2, 6, 3, 3))
+print(launches()[0])
+"""
+    environment = os.environ | {"DIA_KERNELS_PLANS": name, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    if expected is None:
+        assert "DIA_KERNELS_PLANS: expected one of any, sweeps, products, clusters, got teams" in result.stderr
+    else:
+        assert result.stdout.split() == [expected], result.stderr
 
 
 @pytest.mark.parametrize("samples", [1, 2, 7, 16, 33, 40])

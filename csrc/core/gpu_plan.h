@@ -59,6 +59,7 @@ enum class GpuCell { tiles, products, clusters };
 // Which plans may be taken: any; or for tests and measurements of one kind alone, sweeps with tiles or with products,
 // or clusters wherever they can make a step.
 enum class GpuLayouts { any, sweeps, products, clusters };
+inline constexpr const char* kLayoutNames[] = {"any", "sweeps", "products", "clusters"};
 
 // What a block of a sweep takes at a time, a task (kernels/sweeps.h). Planar: `channels` rows, each one channel of a
 // sample, by `lanes` threads each. Interleaved: channels and positions of a sample.

@@ -129,8 +129,8 @@ struct Report {
   size_t shared_bytes = 0;                // the most that a block took
 };
 
-// What the launch before touched: on a GPU it may still run until a thread waits for it. It may also be somebody else's,
-// of which nothing is known.
+// What the launch before touched: on a GPU it may still run until a thread waits for it. It may also be somebody
+// else's, of which nothing is known.
 class LaunchBefore {
  public:
   void be_unknown() { unknown_ = true; }

@@ -3,8 +3,11 @@
 
 #include <array>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
+#include <string>
 #include <utility>
 
 #include "arguments.h"
@@ -110,9 +113,22 @@ struct GpuWeights {
   }
 };
 
+// What DIA_KERNELS_PLANS names; any where it is not set.
+inline GpuLayouts layouts_of_environment() {
+  const char* name = std::getenv("DIA_KERNELS_PLANS");
+  if (name == nullptr || *name == 0) return GpuLayouts::any;
+  std::string known;
+  for (int k = 0; const char* layout : kLayoutNames) {
+    if (std::strcmp(name, layout) == 0) return static_cast<GpuLayouts>(k);
+    known += (k++ > 0 ? ", " : "") + std::string(layout);
+  }
+  check(false, "DIA_KERNELS_PLANS: expected one of ", known, ", got ", name);
+  return GpuLayouts::any;
+}
+
 // Which plans are taken, in this process.
 inline std::atomic<GpuLayouts>& layouts() {
-  static std::atomic<GpuLayouts> chosen{GpuLayouts::any};
+  static std::atomic<GpuLayouts> chosen{layouts_of_environment()};
   return chosen;
 }
 

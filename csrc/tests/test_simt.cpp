@@ -288,6 +288,15 @@ void a_launch_waits_for_the_one_before() {
                         }),
               "");
   CHECK(has(complaint(device, behind, [](Thread&) {}), "the launch may end before the kernel before"));
+  // Of a launch that is not known anything may have been touched.
+  const auto early = [&](Thread& m) {
+    m.load(z.data + m.thread());
+    m.wait_for_kernel();
+  };
+  CHECK_EQUAL(complaint(device, behind, before), "");
+  CHECK_EQUAL(complaint(device, behind, early), "");
+  launch_before().be_unknown();
+  CHECK(has(complaint(device, behind, early), "z at element"));
   // A copy may read as soon as it is begun.
   const auto copies = [&](const float* from) {
     CHECK_EQUAL(complaint(device, behind, before), "");
