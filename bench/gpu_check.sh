@@ -28,7 +28,13 @@ build() {
     python3 -m dia_kernels info
 }
 
-tests() { python3 -m pytest -q -m gpu tests/test_cuda.py tests/test_triton_gpu.py tests/test_trials.py tests/test_amp.py -p no:cacheprovider; }
+# By four processes where pytest-xdist is there: more would not find room for the largest maps on 80 GB.
+tests() {
+  local parallel=()
+  python3 -c 'import xdist' 2> /dev/null && parallel=(-n 4)
+  python3 -m pytest -q -m gpu "${parallel[@]}" tests/test_cuda.py tests/test_triton_gpu.py tests/test_trials.py \
+    tests/test_amp.py -p no:cacheprovider
+}
 
 # Our kernels alone, and each tensor in an allocation of its own, so that what lies behind it is nobody's.
 sanitize() {
