@@ -59,6 +59,13 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+// The architecture that the code of a kernel was compiled for, as on this device.
+int compiled_for(const void* function) {
+  cudaFuncAttributes of{};
+  check(cudaFuncGetAttributes(&of, function), "the attributes of a kernel");
+  return of.ptxVersion;
+}
+
 // What has to be done for a kernel once on each device; and whether its code waits for the kernel before it, so that it
 // may be launched while that one still runs.
 enum class Ready : signed char { no, yes, early };
@@ -68,12 +75,10 @@ Ready make_ready(const void* function, int device) {
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
         "shared memory of a kernel");
-  cudaFuncAttributes of{};
-  check(cudaFuncGetAttributes(&of, function), "the attributes of a kernel");
   // Drivers before that of CUDA 12.3 cannot capture such a launch.
   int driver = 0;
   check(cudaDriverGetVersion(&driver), "the driver's version");
-  return of.ptxVersion >= 90 && driver >= 12030 ? Ready::early : Ready::yes;
+  return compiled_for(function) >= 90 && driver >= 12030 ? Ready::early : Ready::yes;
 }
 
 template <class Args>
@@ -116,16 +121,18 @@ struct Launch {
 constexpr int kHeadroom = 1;
 
 // How many clusters the device runs at a time, each of whose blocks has a multiprocessor to itself; 0 where there are
-// none.
+// none: on older devices, in code compiled for them, on a part of a device that has no such group of multiprocessors.
 int clusters_of(int device) {
   if (attribute(cudaDevAttrClusterLaunch, device) == 0) return 0;
   using Args = kernels::ClusterStep<float, false>;
   const void* function = reinterpret_cast<const void*>(&kernel<Args>);
+  if (compiled_for(function) < 90) return 0;
   make_ready(function, device);
   const Launch<Args> launch(kClusterBlocks, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   int count = 0;
-  check(cudaOccupancyMaxActiveClusters(&count, function, &launch.config), "how many clusters run at a time");
-  return count;
+  if (cudaOccupancyMaxActiveClusters(&count, function, &launch.config) == cudaSuccess) return count;
+  cudaGetLastError();  // not to be found by the next check
+  return 0;
 }
 
 // What the device says of itself; its rates are those of the GPU that is known for its architecture, by
