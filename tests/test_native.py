@@ -49,8 +49,10 @@ def test_cpp(programs, name):
     run(programs / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
 def test_kernels(programs, instruction_set):
+    build("--target", "test_kernels")
     # A processor without it runs the widest that it has: dispatch.cpp.
     run(programs / "test_kernels", DIA_KERNELS_ISA=instruction_set)
 
