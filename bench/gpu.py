@@ -40,7 +40,6 @@ from torch import Tensor, nn
 from dia_kernels import SharedAttention, backends, models, operators, plan
 from dia_kernels.autograd import keeps_mask
 
-LAYOUTS = ("any", "sweeps", "products", "clusters")
 #: Those that are timed beside torch.compile, and held against the copy and the model.
 SHOWN = ("any",)
 #: N, C, side of the map, r.
@@ -101,7 +100,7 @@ def library() -> ctypes.CDLL | None:
 def choose(layouts: str) -> None:
     """Which plans the library takes from now on."""
     if (found := library()) is not None:
-        found.dia_kernels_gpu_layouts(LAYOUTS.index(layouts))
+        found.dia_kernels_gpu_layouts(plan.LAYOUTS.index(layouts))
 
 
 def predicted(case: Case, card: str) -> dict[str, dict[str, float]]:
@@ -113,10 +112,10 @@ def predicted(case: Case, card: str) -> dict[str, dict[str, float]]:
     options = {"dtype": case.dtype, "reduction": case.reduction, "channels_last": case.channels_last}
     norm = "batch" if case.tail else "none"
     forward, backward = (
-        {kind: plan.plan(shape, name, **options, backward=b, norm=norm, layouts=kind).seconds for kind in LAYOUTS}
+        {kind: plan.plan(shape, name, **options, backward=b, norm=norm, layouts=kind).seconds for kind in plan.LAYOUTS}
         for b in (False, True)
     )
-    return {"forward": forward, "forward + backward": {kind: forward[kind] + backward[kind] for kind in LAYOUTS}}
+    return {"forward": forward, "forward + backward": {kind: forward[kind] + backward[kind] for kind in plan.LAYOUTS}}
 
 
 # --- the step and the tail ---------------------------------------------------------------------------------
@@ -177,7 +176,7 @@ class Problem:
 
     def breach(self) -> str | None:
         """How our results break the accuracy contract, by any kind of plan, on a few samples; None if they do not."""
-        for kind in LAYOUTS:
+        for kind in plan.LAYOUTS:
             choose(kind)
             if (found := self._breach()) is not None:
                 return f"{kind}, {found}"
@@ -218,7 +217,7 @@ def peers(problem: Problem, backward: bool, device: str, modes: Sequence[str]) -
 
     if backends.missing("triton") is None:
         calls["triton"] = problem.call(lambda: problem.forward(problem.triton, problem.norm), backward)
-    calls |= {f"ours, {kind}": with_layouts(kind) for kind in (SHOWN if modes else LAYOUTS)}
+    calls |= {f"ours, {kind}": with_layouts(kind) for kind in (SHOWN if modes else plan.LAYOUTS)}
     if backward:
         calls["ours, no mask"] = without_masks(with_layouts("any"))
     if modes:
@@ -417,7 +416,7 @@ def time_network(case: Network, device: str, rounds: int) -> dict[str, Any]:
 
 def small(device: str) -> None:
     """Every kernel once, forward and backward."""
-    for kind in LAYOUTS:
+    for kind in plan.LAYOUTS:
         choose(kind)
         for dtype in ("float32", "bfloat16"):
             for case in cases([(5, 25, 7, 4), (4, 64, 8, 4)], dtype):
@@ -605,7 +604,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="one small case, few rounds, nothing compiled")
-    parser.add_argument("--layouts", choices=LAYOUTS, default="any", help="plans that `kernels` takes")
+    parser.add_argument("--layouts", choices=plan.LAYOUTS, default="any", help="plans that `kernels` takes")
     parser.add_argument("--modes", nargs="+", choices=COMPILE_MODES, default=COMPILE_MODES, help="of `compile`")
     parser.add_argument("--seconds", type=float, default=450, help="begin no case after so many (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"))

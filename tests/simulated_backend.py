@@ -14,10 +14,8 @@ from functools import cache
 import simulated
 import torch
 
-from dia_kernels import backends, operators
+from dia_kernels import backends, operators, plan
 
-#: Which plans are taken: GpuLayouts of csrc/core/gpu_plan.h.
-LAYOUTS = ("any", "sweeps", "products", "clusters")
 LIBRARY = simulated.BUILD / "libdia_simulated_operators.so"
 
 
@@ -46,7 +44,7 @@ def device(
 ) -> Iterator[None]:
     """A simulated GPU with these limits, which takes these plans and runs at most ``threads`` of a block."""
     library().dia_simulated_limits(multiprocessors, l2, flops, threads)
-    library().dia_kernels_gpu_layouts(LAYOUTS.index(layouts))
+    library().dia_kernels_gpu_layouts(plan.LAYOUTS.index(layouts))
     launches()
     try:
         yield

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from dia_kernels import backends
+from dia_kernels import backends, plan
 
 ROOT = Path(__file__).parents[1]
 BENCH_MODULE = "gpu"
@@ -93,7 +93,7 @@ def test_what_there_is_no_time_for_is_left_out(gpu, tmp_path):
 def test_predictions_are_those_of_the_card(gpu):
     case = gpu.Case(256, 256, 56, 4, True, "bfloat16", tail=True)
     of_h100 = gpu.predicted(case, "NVIDIA H100 80GB HBM3")
-    for kind in gpu.LAYOUTS:
+    for kind in plan.LAYOUTS:
         assert 0 < of_h100["forward"][kind] < of_h100["forward + backward"][kind]
     assert of_h100 != gpu.predicted(case, "NVIDIA A100-SXM4-40GB")
     assert gpu.predicted(case, "an abacus") == {}

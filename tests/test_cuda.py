@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from two_blocks import assert_as_accurate, captured, errors, results
 
-from dia_kernels import CELLS, SharedAttention, backends, create_attention, masks, models, operators
+from dia_kernels import CELLS, SharedAttention, backends, create_attention, masks, models, operators, plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,14 +20,13 @@ pytestmark = [
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(4, 64, 32, 32), (3, 102, 7, 7), (2, 25, 9, 5), (5, 12, 1, 1), (33, 256, 8, 8), (8, 512, 14, 14)]
-LAYOUTS = ("any", "sweeps", "products", "clusters")
 
 
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture(params=plan.LAYOUTS)
 def layouts(request: pytest.FixtureRequest):
     """Each kind of plan (GpuLayouts of csrc/core/gpu_plan.h)."""
     library = ctypes.CDLL(str(operators.LIBRARY_PATH))
-    library.dia_kernels_gpu_layouts(LAYOUTS.index(request.param))
+    library.dia_kernels_gpu_layouts(plan.LAYOUTS.index(request.param))
     yield request.param
     library.dia_kernels_gpu_layouts(0)
 

@@ -108,6 +108,9 @@ constexpr int64_t cluster_reduce_bytes(bool interleaved, int element_bytes) {
   return 4 * static_cast<int64_t>(kClusterThreads) * (16 / element_bytes + 1);
 }
 
+// From one row of so many values to the next: whole packs, and a gap of one.
+DIA_HOST_DEVICE constexpr int pitch_of(int width) { return (width + 3) / 4 * 4 + 4; }
+
 // What a block of a cluster keeps of the cell in shared memory, in floats: the rows of the weights that belong to its
 // units of both bottlenecks (`path` 0: the input's, 1: the hidden one's) and to its channels, biases, its channels' old
 // c, and the samples' rows of a table of each path. Rows of weights and tables begin packs, a gap apart that keeps
@@ -120,8 +123,8 @@ struct ClusterMemory {
       : units((bottleneck + kClusterBlocks - 1) / kClusterBlocks),
         channels((of_channels + kClusterBlocks - 1) / kClusterBlocks),
         samples(together),
-        reduce_pitch((of_channels + 3) / 4 * 4 + 4),
-        expand_pitch((bottleneck + 3) / 4 * 4 + 4) {}
+        reduce_pitch(pitch_of(of_channels)),
+        expand_pitch(pitch_of(bottleneck)) {}
 
   DIA_HOST_DEVICE constexpr int reduce_weight(int path, int unit) const { return (path * units + unit) * reduce_pitch; }
   DIA_HOST_DEVICE constexpr int expand_weight(int path, int gate, int channel) const {
@@ -153,8 +156,8 @@ struct ClusterGradientMemory {
       : channels((of_channels + kClusterBlocks - 1) / kClusterBlocks),
         bottleneck(units),
         samples(together),
-        expand_pitch((units + 3) / 4 * 4 + 4),
-        column_pitch((channels + 3) / 4 * 4 + 4),
+        expand_pitch(pitch_of(units)),
+        column_pitch(pitch_of(channels)),
         sample_pitch((together + 7) / 8 * 8) {}
 
   DIA_HOST_DEVICE constexpr int expand_weight(int path, int gate, int channel) const {
@@ -363,8 +366,8 @@ inline bool clusters_can(const GpuProblem& p, const GpuLimits& gpu) {
   return cluster_shared_bytes(p, kMostTogether) + kReservedShared <= gpu.shared_per_multiprocessor;
 }
 
-// A step or its gradient by clusters. `at_once`: whether all of them run at a time, and the cache holds all maps.
-inline GpuPlan cluster_plan(const GpuProblem& p, const GpuLimits& gpu, const Work& work, bool& at_once) {
+// A step or its gradient by clusters.
+inline GpuPlan cluster_plan(const GpuProblem& p, const GpuLimits& gpu, const Work& work) {
   GpuPlan plan;
   plan.cell = GpuCell::clusters;
   plan.chunk = p.samples, plan.together = samples_together(p, gpu, work.sample_bytes);
@@ -376,13 +379,18 @@ inline GpuPlan cluster_plan(const GpuProblem& p, const GpuLimits& gpu, const Wor
   plan.passes = work.passes + again;
   const double map = static_cast<double>(p.samples) * work.sample_bytes;
   plan.bytes = plan.passes * map;
-  at_once = waves <= 1 && map <= held_by_cache(gpu);
   const double at_a_time = static_cast<double>(std::min<int64_t>(groups, gpu.clusters));
   const double rate = std::max(1.0, std::min(gpu.memory, at_a_time * kClusterBlocks * kBlockRate));
   plan.seconds = static_cast<double>(plan.launches) * gpu.launch + static_cast<double>(waves) * kClusterCell +
                  map * (work.passes / rate + again / std::min(gpu.l2, rate)) +
                  static_cast<double>(groups) * work.weight_bytes / gpu.l2 + work.rest;
   return plan;
+}
+
+// Whether all clusters of a plan run at a time, and the cache holds all maps.
+inline bool at_once(const GpuPlan& plan, const GpuProblem& p, const GpuLimits& gpu, const Work& work) {
+  return parts(p.samples, plan.together) <= gpu.clusters &&
+         static_cast<double>(p.samples) * work.sample_bytes <= held_by_cache(gpu);
 }
 
 // Sweeps with the cell between them, `cell_seconds` for all samples together.
@@ -437,9 +445,9 @@ inline GpuPlan plan_step(const GpuProblem& p, const GpuLimits& gpu, GpuLayouts l
   if (layouts == GpuLayouts::any)
     if (const GpuPlan blas = sweeps(GpuCell::products); blas.seconds < best.seconds) best = blas;
   if ((layouts == GpuLayouts::any || layouts == GpuLayouts::clusters) && detail::clusters_can(p, gpu)) {
-    bool at_once = false;
-    const GpuPlan plan = detail::cluster_plan(p, gpu, work, at_once);
-    if (layouts == GpuLayouts::clusters || (at_once && plan.seconds < best.seconds)) best = plan;
+    const GpuPlan plan = detail::cluster_plan(p, gpu, work);
+    if (layouts == GpuLayouts::clusters || (detail::at_once(plan, p, gpu, work) && plan.seconds < best.seconds))
+      best = plan;
   }
   best.ideal = work.passes * static_cast<double>(p.samples) * work.sample_bytes / gpu.memory;
   return best;

@@ -34,15 +34,15 @@ struct ClusterGradient {
 template <class M, class Array, class T, bool kAffine>
 class ClusterCellGradient {
  public:
-  // `rank`: the block's, of its cluster, which has `count` samples from `first` on; `args`: of all samples. (Those of
-  // its own are made where they are needed: they would be held in registers while the map is streamed.)
-  DIA_DEVICE ClusterCellGradient(const ClusterGradient<T, kAffine>& args, int first, int count, int rank,
+  // `args`: of all samples. (Those of its own are made where they are needed: they would be held in registers while
+  // the map is streamed.)
+  DIA_DEVICE ClusterCellGradient(const ClusterGradient<T, kAffine>& args, const ClusterShare& share,
                                  const ClusterGradientMemory& place, const Array& memory)
       : args_(args),
-        first_(first),
-        count_(count),
-        rank_(rank),
-        channels_(part_of(args.gates.cell.channels, rank, kClusterBlocks)),
+        first_(share.first),
+        count_(share.count),
+        rank_(share.rank),
+        channels_(part_of(args.gates.cell.channels, share.rank, kClusterBlocks)),
         place_(place),
         memory_(memory) {}
 
@@ -114,7 +114,7 @@ class ClusterCellGradient {
     }
     m.sync_block();
     const int own = channels_.size(), all = count_ * own;
-    const MeanGradient means = of_samples(args_.means, cell.channels, first_);
+    const MeanGradient means = from_sample(args_.means, first_, cell.channels);
     for (int k = m.thread(); k < 2 * all; k += m.threads()) {
       const int path = k >= all ? 1 : 0, of_path = k - path * all;
       if (!wanted(path)) continue;
@@ -213,16 +213,13 @@ class ClusterCellGradient {
 
 template <class M, class T, bool kAffine>
 DIA_DEVICE void cluster_gradient(M& m, const ClusterGradient<T, kAffine>& args) {
-  const int rank = m.block() % kClusterBlocks, first = m.block() / kClusterBlocks * args.together;
-  const int samples = args.gates.cell.samples, left = samples - first;
-  const int count = left < args.together ? left : args.together;
+  const ClusterShare share(m, args.gates.cell.samples, args.together);
   const ClusterGradientMemory place(args.gates.cell.channels, args.gates.cell.bottleneck, args.together);
   const auto memory = m.template shared<float>(place.floats());
-  const ClusterCellGradient<M, std::remove_const_t<decltype(memory)>, T, kAffine> cell(args, first, count, rank, place,
-                                                                                       memory);
+  const ClusterCellGradient<M, std::remove_const_t<decltype(memory)>, T, kAffine> cell(args, share, place, memory);
   cell.copy_parameters(m);
   if (args.reduce.dy.data != nullptr) {
-    reduce<WithinCluster<Sweeping::gradients>>(m, of_samples(args.reduce, first, count));
+    reduce<WithinCluster<Sweeping::gradients>>(m, of_samples(args.reduce, share.first, share.count));
     m.sync_cluster();
   }
   cell.make_gates(m);

@@ -34,15 +34,15 @@ struct ClusterStep {
 template <class M, class Array, bool kAffine>
 class ClusterCell {
  public:
-  // `rank`: the block's, of its cluster, which has `count` samples from `first` on; `states`: of all samples. (Those of
-  // its own are made where they are needed: they would be held in registers while the map is streamed.)
-  DIA_DEVICE ClusterCell(const CellStates<kAffine>& states, int first, int count, int rank, const ClusterMemory& place,
+  // `states`: of all samples. (Those of its own are made where they are needed: they would be held in registers while
+  // the map is streamed.)
+  DIA_DEVICE ClusterCell(const CellStates<kAffine>& states, const ClusterShare& share, const ClusterMemory& place,
                          const Array& memory)
       : states_(states),
-        first_(first),
-        count_(count),
-        units_(part_of(states.cell.bottleneck, rank, kClusterBlocks)),
-        channels_(part_of(states.cell.channels, rank, kClusterBlocks)),
+        first_(share.first),
+        count_(share.count),
+        units_(part_of(states.cell.bottleneck, share.rank, kClusterBlocks)),
+        channels_(part_of(states.cell.channels, share.rank, kClusterBlocks)),
         place_(place),
         memory_(memory) {}
 
@@ -188,23 +188,21 @@ class ClusterCell {
 
 template <class M, class T, bool kAffine>
 DIA_DEVICE void cluster_step(M& m, const ClusterStep<T, kAffine>& args) {
-  const int rank = m.block() % kClusterBlocks, first = m.block() / kClusterBlocks * args.together;
-  const int left = args.spread.size.samples - first, count = left < args.together ? left : args.together;
+  const ClusterShare share(m, args.spread.size.samples, args.together);
   const ClusterMemory place(args.states.cell.channels, args.states.cell.bottleneck, args.together);
   const auto memory = m.template shared<float>(place.floats());
-  const ClusterCell<M, std::remove_const_t<decltype(memory)>, kAffine> cell(args.states, first, count, rank, place,
-                                                                            memory);
+  const ClusterCell<M, std::remove_const_t<decltype(memory)>, kAffine> cell(args.states, share, place, memory);
   cell.copy_parameters(m);
   cell.copy_state(m);
   if (args.reduce.means.p != nullptr) {
-    reduce<WithinCluster<Sweeping::means>>(m, of_samples(args.reduce, first, count));
+    reduce<WithinCluster<Sweeping::means>>(m, of_samples(args.reduce, share.first, share.count));
     m.sync_cluster();
   }
   cell.make_bottlenecks(m);
   m.sync_cluster();
   cell.make_states(m);
   m.sync_cluster();
-  spread<WithinCluster<Sweeping::means>>(m, of_samples(args.spread, first, count));
+  spread<WithinCluster<Sweeping::means>>(m, of_samples(args.spread, share.first, share.count));
 }
 
 }  // namespace dia::kernels

@@ -120,6 +120,17 @@ struct WithinCluster {
   }
 };
 
+// A block's number in its cluster, and the samples that the cluster takes.
+struct ClusterShare {
+  int rank, first, count;
+
+  template <class M>
+  DIA_DEVICE ClusterShare(const M& m, int samples, int together)
+      : rank(m.block() % kClusterBlocks), first(m.block() / kClusterBlocks * together), count(samples - first) {
+    if (count > together) count = together;
+  }
+};
+
 // --- reduce --------------------------------------------------------------------------------------------------
 
 // Packs that are loaded before the first is used. From sm_100 on the compiler takes more registers for the same, and

@@ -270,7 +270,7 @@ struct MeanGradient {
   }
   DIA_DEVICE bool wanted() const { return dp != nullptr || offset != nullptr; }
 };
-DIA_DEVICE MeanGradient of_samples(const MeanGradient& means, int channels, int64_t first) {
+DIA_DEVICE MeanGradient from_sample(const MeanGradient& means, int64_t first, int channels) {
   return {rows_from(means.dp, first, channels), rows_from(means.offset, first, channels)};
 }
 

@@ -10,6 +10,20 @@ using detail::kReservedShared;
 
 double least_passes(const GpuProblem& p) { return p.backward ? (p.combined ? 5 : 3) : (p.combined ? 3 : 2); }
 
+// A sweep's tile is one that blocks of so many threads can take.
+void check_tile(const GpuProblem& p, const GpuTile& tile, int threads) {
+  const int64_t pack = 16 / p.element_bytes;
+  if (p.interleaved) {
+    CHECK(tile.channels >= 1 && tile.channels <= std::max<int64_t>(p.channels, 1));
+    CHECK(tile.channels <= threads * (p.aligned ? pack : 1));
+    CHECK(tile.channels % pack == 0 || tile.channels >= p.channels);
+  } else {
+    CHECK_EQUAL(tile.channels * tile.lanes, threads);
+  }
+  CHECK(tile.positions >= 1);
+  CHECK(tile.lanes >= 1 && tile.lanes <= threads && (tile.lanes & (tile.lanes - 1)) == 0);
+}
+
 // Of the plan that is taken, and of one by clusters wherever they can make the step.
 void check_clusters(const GpuProblem& p, const GpuLimits& gpu, const GpuPlan& plan) {
   const GpuPlan forced = plan_step(p, gpu, GpuLayouts::clusters);
@@ -30,19 +44,7 @@ void check_clusters(const GpuProblem& p, const GpuLimits& gpu, const GpuPlan& pl
   // One kernel forward; with its gradient, two more; a norm's tables, and forward the sweep before a batch's.
   const bool batch = p.norm == GpuNorm::batch;
   CHECK_EQUAL(forced.launches, (p.backward ? 3 : batch ? 2 : 1) + (p.norm != GpuNorm::none ? 1 : 0));
-  const int64_t pack = 16 / p.element_bytes;
-  for (bool sums : {true, false}) {
-    const GpuTile tile = detail::cluster_tile_of(p, forced.together, sums);
-    CHECK(tile.lanes >= 1 && tile.lanes <= kClusterThreads && (tile.lanes & (tile.lanes - 1)) == 0);
-    if (p.interleaved) {
-      CHECK(tile.channels >= 1 && tile.channels <= std::max<int64_t>(p.channels, 1));
-      CHECK(tile.channels <= kClusterThreads * (p.aligned ? pack : 1));
-      CHECK(tile.channels % pack == 0 || tile.channels >= p.channels);
-    } else {
-      CHECK_EQUAL(tile.channels * tile.lanes, kClusterThreads);
-    }
-    CHECK(tile.positions >= 1);
-  }
+  for (bool sums : {true, false}) check_tile(p, detail::cluster_tile_of(p, forced.together, sums), kClusterThreads);
 }
 
 // What must hold of any plan: sweeps cover every channel, position and sample, in tiles that fit.
@@ -54,7 +56,6 @@ void check_plan(const GpuProblem& p, const GpuLimits& gpu) {
   CHECK_EQUAL(plan.passes, least_passes(p) + (twice ? 2 : 1));
   CHECK(plan.chunk >= std::min<int64_t>(p.samples, 1) && plan.chunk <= std::max<int64_t>(p.samples, 1));
   CHECK(p.norm != GpuNorm::batch || plan.chunk == p.samples);
-  const int64_t pack = 16 / p.element_bytes;
   for (const GpuTile& tile : {detail::reduce_tile_of(p, gpu, true), detail::reduce_tile_of(p, gpu, false)}) {
     CHECK(!p.interleaved || tile.channels <= kMostSummed);
     CHECK((gpu.architecture == 75 ? 2 : kSweepResident) *
@@ -63,15 +64,7 @@ void check_plan(const GpuProblem& p, const GpuLimits& gpu) {
   }
   for (const GpuTile& tile :
        {detail::reduce_tile_of(p, gpu, true), detail::reduce_tile_of(p, gpu, false), detail::spread_tile_of(p, gpu)}) {
-    if (p.interleaved) {
-      CHECK(tile.channels >= 1 && tile.channels <= std::max<int64_t>(p.channels, 1));
-      CHECK(tile.channels <= kSweepThreads * (p.aligned ? pack : 1));
-      CHECK(tile.channels % pack == 0 || tile.channels >= p.channels);
-    } else {
-      CHECK_EQUAL(tile.channels * tile.lanes, kSweepThreads);
-    }
-    CHECK(tile.positions >= 1);
-    CHECK(tile.lanes >= 1 && tile.lanes <= kSweepThreads && (tile.lanes & (tile.lanes - 1)) == 0);
+    check_tile(p, tile, kSweepThreads);
   }
 }
 
