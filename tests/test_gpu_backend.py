@@ -310,7 +310,7 @@ def test_any_number_of_samples_by_clusters(samples, channels_last):
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels_last", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_clusters_of_as_many_threads_as_on_a_card(channels_last, dtype):
-    """The machine refuses what takes more shared memory than the plan has asked for: most where a map comes in packs."""
+    """The machine refuses what takes more shared memory than the plan asked for, most where a map comes in packs."""
     attention = SharedAttention(56, 3, backend="simulated")
     for norm in (None, nn.BatchNorm2d(56), nn.BatchNorm2d(56).eval()):
         for samples in (3, 33):
