@@ -53,6 +53,16 @@ def exporting_to_onnx() -> bool:
     return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
+def is_plain() -> bool:
+    """Whether a call is eager, and nothing traces or transforms it: the rule begins at 5. Most are, so it is quick."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operation on ``tensors``."""
     if torch.is_grad_enabled():
@@ -74,6 +84,8 @@ def route(
 
     ``recorded`` is whether ``wants_gradient`` of the tensors among ``args``.
     """
+    if is_plain():
+        return run(function, operator, args, recorded, *first)
     if exporting_to_onnx() or forward_ad._current_level >= 0:
         return reference_of(*args)
     transformed = transforms_active()
@@ -81,6 +93,11 @@ def route(
         return reference_of(*args) if transformed else operator(*args)
     if transformed:
         return function.apply(*first, *args)
+    return run(function, operator, args, recorded, *first)
+
+
+def run(function: type[Function], operator: Callable, args: tuple, recorded: bool, *first: Operators) -> Any:
+    """Where no transform is active: the rule's last two lines."""
     if recorded:
         at = getattr(function, "parameters_at", None)
         return apply(function, *first, *args) if at is None else _apply_gathered(function, first, args, at)

@@ -7,6 +7,8 @@ Statistics that are given are constants; the batch's own are functions of z, and
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
@@ -19,6 +21,7 @@ from .autograd import (
     join_if_any,
     keeps_mask,
     route,
+    run,
     saved_tensors,
     wants_gradient,
 )
@@ -197,6 +200,21 @@ class Tail(Function):
         return (y, h, c, h.new_empty(0), mean, var, h.new_empty(0)), (0, 0, 0, None, 0, 0, None)
 
 
+class TrackingTail(Tail):
+    """``operators.tail_tracking_``: the norm's buffers, in one tuple, and the factor lie where ``Tail`` has statistics.
+
+    For calls outside of transforms.
+    """
+
+    @staticmethod
+    def forward(ops, *args):
+        return ops.tail_tracking_(*args[:6], *args[6], *args[7:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        Tail.setup_context(ctx, (*inputs[:7], None, None, *inputs[9:]), output)
+
+
 def register(ops: Operators) -> None:
     """Gives the raw operator its gradient, for ``torch.compile``."""
     torch.library.register_autograd(
@@ -233,3 +251,43 @@ def tail(
     args = (z, shortcut, h, c, gamma, beta, mean, var, eps, *parameters, channel_dim, relu, tanh_output, keep_mask)
     y, h, c, _, mean, var, _ = route(Tail, ops.tail, _reference_tail, args, recorded, ops)
     return y, h, c, mean, var
+
+
+def tracking_tail(
+    ops: Operators,
+    z: Tensor,
+    shortcut: Tensor | None,
+    h: Tensor | None,
+    c: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    buffers: tuple[Tensor, Tensor, Tensor],
+    factor: float,
+    eps: float,
+    parameters: LSTMParameters,
+    channel_dim: int,
+    relu: bool,
+    tanh_output: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, h', c')`` with the statistics of the batch, towards which ``buffers`` are moved; see ``norms.Tracked``."""
+    recorded = wants_gradient(z, shortcut, h, c, gamma, beta, *parameters)
+    keep_mask = recorded and relu and keeps_mask(ops, z, channel_dim)
+    args = (
+        z,
+        shortcut,
+        h,
+        c,
+        gamma,
+        beta,
+        buffers,
+        factor,
+        eps,
+        *parameters,
+        channel_dim,
+        relu,
+        tanh_output,
+        keep_mask,
+    )
+    y, h, c, _, _ = run(TrackingTail, partial(TrackingTail.forward, ops), args, recorded, ops)
+    torch.autograd.graph.increment_version(buffers)
+    return y, h, c

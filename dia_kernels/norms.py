@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .autograd import transforms_active
+from .autograd import is_plain, transforms_active
 from .operators import Operators
 from .schemas import NAMESPACE
 
@@ -24,6 +24,8 @@ from .schemas import NAMESPACE
 Norm = nn.Module | Callable[[Tensor], Tensor] | tuple[Tensor, Tensor]
 
 _BUFFERS = ("num_batches_tracked", "running_mean", "running_var")
+#: Of the buffers, as ``Tracked`` has them.
+_DTYPES = (torch.float32, torch.float32, torch.int64)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -126,24 +128,52 @@ def _own(norm: nn.Module, name: str) -> Tensor | None:
     return getattr(norm, name) if found is None else found
 
 
-def update_buffers(
-    norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor, ops: Operators | None = None
-) -> None:
+class Tracked(NamedTuple):
+    """The buffers that an operator moves by itself: running mean, running variance, count; and by which factor."""
+
+    buffers: tuple[Tensor, Tensor, Tensor]
+    factor: float
+
+
+def tracked_by(ops: Operators, norm: _BatchNorm, z: Tensor) -> Tracked | None:
+    """What ``ops.tail_tracking_`` moves of a norm that takes the statistics of the batch ``z``.
+
+    None: nothing is moved, or by ``update_buffers``. The operator moves buffers such as a norm begins with, in eager
+    calls that nothing transforms or exports, of implementers that have a kernel for it.
+    """
+    if not norm.track_running_stats or norm.momentum is None or type(z) is not Tensor or z.dtype is torch.float64:
+        return None
+    if not is_plain():
+        return None
+    device = z.device
+    if not _tracks(ops, device.type):
+        return None
+    own = norm._buffers
+    buffers = own["running_mean"], own["running_var"], own["num_batches_tracked"]
+    for buffer, dtype in zip(buffers, _DTYPES, strict=True):
+        if type(buffer) is not Tensor or buffer.dtype is not dtype or buffer.device != device:
+            return None
+        if not buffer.is_contiguous():
+            return None
+    return Tracked(buffers, norm.momentum)  # type: ignore[arg-type]
+
+
+@cache
+def _tracks(ops: Operators, device: str) -> bool:
+    """Whether ``ops`` has a kernel of its own that moves buffers on a device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    name = f"{NAMESPACE}::tail_tracking_{ops.suffix}"
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
     """What the norm does to its buffers, from a batch's mean and biased variance over ``count`` values.
 
-    No gradient flows through ``mean`` and ``var``. In eager ``ops`` does it at once, if it has a kernel for that: the
-    four operations of PyTorch that it takes otherwise cost a small step more than its norm does.
+    No gradient flows through ``mean`` and ``var``.
     """
     if not norm.track_running_stats:
         return
-    buffers = batches, running_mean, running_var = tuple(norm._buffers[name] for name in _BUFFERS)
-    if ops is not None and norm.momentum is not None and isinstance(count, int) and _are_plain(buffers, mean, ops):
-        with torch._C._AutoDispatchBelowAutograd():
-            ops.track_statistics_(
-                running_mean, running_var, batches, mean, var, norm.momentum, count / max(count - 1, 1)
-            )
-        torch.autograd.graph.increment_version(buffers)  # type: ignore[arg-type]
-        return
+    batches, running_mean, running_var = (norm._buffers[name] for name in _BUFFERS)
     move = _move
     if transforms_active():
         _check_mapped(mean, running_mean)
@@ -159,27 +189,6 @@ def update_buffers(
         rest = count - 1
         unbiased = var * (count / (rest.clamp(min=1) if isinstance(rest, Tensor) else max(rest, 1)))
         move(running_var, unbiased, factor)
-
-
-@cache
-def _tracks(ops: Operators, device: str) -> bool:
-    """Whether ``ops`` has a kernel of its own for buffers on a device; the reference is slower than PyTorch's four."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    name = f"{NAMESPACE}::track_statistics_{ops.suffix}"
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
-
-
-def _are_plain(buffers: tuple[Tensor | None, ...], mean: Tensor, ops: Operators) -> bool:
-    """Whether ``ops`` moves these: a norm's buffers as they begin, and no graph or transform is made of the call."""
-    if torch.compiler.is_compiling() or transforms_active() or type(mean) is not Tensor:
-        return False
-    device = mean.device
-    for buffer, dtype in zip(buffers, (torch.int64, torch.float32, torch.float32), strict=True):
-        if type(buffer) is not Tensor or buffer.dtype is not dtype or buffer.device != device:
-            return False
-        if not buffer.is_contiguous():
-            return False
-    return mean.dtype is torch.float32 and _tracks(ops, device.type)
 
 
 def _check_mapped(mean: Tensor, running_mean: Tensor | None) -> None:

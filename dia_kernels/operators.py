@@ -20,6 +20,10 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
                         ``mean`` and ``var`` (C,) are the statistics to use, in the compute
                         dtype or float64; None for those of this batch, which come back (else
                         empty tensors do).
+``tail_tracking_``      ``(y, h', c', tables, mask)``: the same with the statistics of the batch, towards which the
+                        norm's buffers are moved by ``factor``, as PyTorch does it: ``running_mean`` and
+                        ``running_var``, float32 (C,), and ``batches``, its count in int64. For maps of at most
+                        32 bits. Neither autograd nor tensor versions know of what is written: for ``norms``.
 ``tail_backward``       gradients of z, shortcut, h, c, the norm's weight and bias and the eight
                         parameters (in one), by the five ``need_*`` flags
 ``statistics``          ``(mean, var)`` of each channel of z over samples and positions, (C,),
@@ -30,9 +34,6 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 ``tail_spread``         the second half: dz, from dy, y and z (or from the shortcut's gradient and
                         z), ``dp`` and ``shares``: sums over all processes, divided by the
                         number of values of a channel
-``track_statistics_``   moves a batch norm's buffers, float32 (C,), by ``factor`` towards ``mean`` and ``correction
-                        * var``, and adds one to ``batches``, its count in int64. Neither autograd nor tensor
-                        versions know of it: for ``norms``.
 ``pool``                mean over positions, (N, C), in the compute dtype
 ``rescale``             ``act(x * scale + shortcut)``
 ``rescale_backward``    gradients of x, scale and shortcut
@@ -169,6 +170,16 @@ def _reference_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
     return y, trace.h, trace.c, tables, *statistics, _mask(y, channel_dim, relu and keep_mask)
 
 
+def _reference_tail_tracking_(z, shortcut, h, c, gamma, beta, running_mean, running_var, batches, factor, eps, *rest):
+    y, new_h, new_c, tables, mean, var, mask = _reference_tail(z, shortcut, h, c, gamma, beta, None, None, eps, *rest)
+    count = z.numel() // max(running_mean.numel(), 1)
+    unbiased = var * (count / max(count - 1, 1))
+    moved = running_mean.lerp(mean, factor), running_var.lerp(unbiased, factor), batches + 1
+    for buffer, value in zip((running_mean, running_var, batches), moved, strict=True):
+        buffer.copy_(value)
+    return y, new_h, new_c, tables, mask
+
+
 def _norm_tables(z, tables, channel_dim):
     """The cell's part of ``tables``, and the norm's mean and rstd."""
     n, width = z.shape[0], channels(z, channel_dim)
@@ -247,12 +258,6 @@ def _reference_tail_spread(dy, y, z, new_h, dp, tables, gamma, shares, channel_d
     return _in_format(dz.to(z.dtype), z, channel_dim)
 
 
-def _reference_track_statistics_(running_mean, running_var, batches, mean, var, factor, correction):
-    moved = running_mean.lerp(mean, factor), running_var.lerp(var * correction, factor), batches + 1
-    for buffer, value in zip((running_mean, running_var, batches), moved, strict=True):
-        buffer.copy_(value)
-
-
 def _reference_pool(x, channel_dim):
     return reference.pool(x, channel_dim)
 
@@ -313,6 +318,11 @@ def _fake_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
     return y, table, torch.empty_like(table), tables, table.new_empty(own), table.new_empty(own), mask
 
 
+def _fake_tail_tracking_(z, shortcut, h, c, gamma, beta, running_mean, running_var, batches, factor, eps, *rest):
+    y, new_h, new_c, tables, *_, mask = _fake_tail(z, shortcut, h, c, gamma, beta, None, None, eps, *rest)
+    return y, new_h, new_c, tables, mask
+
+
 def _fake_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
     *weights, channel_dim, _relu, _tanh, _batch, need_z, need_shortcut, need_state, need_parameters, need_affine = rest
     nothing, width = new_c.new_empty, channels(z, channel_dim)
@@ -344,10 +354,6 @@ def _fake_tail_reduce(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest)
 
 def _fake_tail_spread(dy, y, z, new_h, dp, tables, gamma, shares, channel_dim):
     return empty_map(z, channel_dim)
-
-
-def _fake_track_statistics_(running_mean, running_var, batches, mean, var, factor, correction):
-    return None
 
 
 def _fake_pool(x, channel_dim):
@@ -389,11 +395,11 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "step_": (_reference_step_, _fake_step_),
     "step_backward": (_reference_step_backward, _fake_step_backward),
     "tail": (_reference_tail, _fake_tail),
+    "tail_tracking_": (_reference_tail_tracking_, _fake_tail_tracking_),
     "tail_backward": (_reference_tail_backward, _fake_tail_backward),
     "statistics": (_reference_statistics, _fake_statistics),
     "tail_reduce": (_reference_tail_reduce, _fake_tail_reduce),
     "tail_spread": (_reference_tail_spread, _fake_tail_spread),
-    "track_statistics_": (_reference_track_statistics_, _fake_track_statistics_),
     "pool": (_reference_pool, _fake_pool),
     "rescale": (_reference_rescale, _fake_rescale),
     "rescale_backward": (_reference_rescale_backward, _fake_rescale_backward),
@@ -410,11 +416,11 @@ class Operators:
     step_: Operator
     step_backward: Operator
     tail: Operator
+    tail_tracking_: Operator
     tail_backward: Operator
     statistics: Operator
     tail_reduce: Operator
     tail_spread: Operator
-    track_statistics_: Operator
     pool: Operator
     rescale: Operator
     rescale_backward: Operator

@@ -31,6 +31,9 @@ SCHEMAS = {
     "tail": "(Tensor z, Tensor? shortcut, Tensor? h, Tensor? c, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var,"
     f" float eps, {_PARAMETERS}, {_FLAGS}, bool keep_mask)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "tail_tracking_": "(Tensor z, Tensor? shortcut, Tensor? h, Tensor? c, Tensor? gamma, Tensor? beta,"
+    " Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) batches, float factor, float eps,"
+    f" {_PARAMETERS}, {_FLAGS}, bool keep_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "tail_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor z, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
     f" Tensor tables, Tensor? gamma, Tensor? beta, {_WEIGHTS}, {_FLAGS}, bool batch, bool need_z, bool need_shortcut,"
     f" bool need_state, bool need_parameters, bool need_affine) -> ({_GRADIENTS}, Tensor, Tensor)",
@@ -40,8 +43,6 @@ SCHEMAS = {
     f" bool need_parameters) -> ({_GRADIENTS}, Tensor)",
     "tail_spread": "(Tensor? dy, Tensor? y, Tensor z, Tensor new_h, Tensor dp, Tensor tables, Tensor? gamma,"
     " Tensor shares, int channel_dim) -> Tensor",
-    "track_statistics_": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) batches, Tensor mean,"
-    " Tensor var, float factor, float correction) -> ()",
     "pool": "(Tensor x, int channel_dim) -> Tensor",
     "rescale": "(Tensor x, Tensor scale, Tensor? shortcut, int channel_dim, bool relu) -> Tensor",
     "rescale_backward": "(Tensor dy, Tensor x, Tensor scale, Tensor? y, int channel_dim, bool need_x,"

@@ -202,6 +202,9 @@ def test_operators_keep_their_promises(channels_last):
     torch.library.opcheck(operators.native.rescale, (x, scale, s, 1, True))
     statistics = (None, None, None, None)
     torch.library.opcheck(operators.native.tail, (x, s, None, None, *statistics, 1e-5, *weights, 1, True, False, False))
+    buffers = torch.zeros(12, device="cuda"), torch.ones(12, device="cuda"), torch.tensor(0, device="cuda")
+    tracking = (x.detach(), s.detach(), *statistics, *buffers, 0.1, 1e-5, *weights, 1, True, False, False)
+    torch.library.opcheck(operators.native.tail_tracking_, tracking)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -151,7 +151,21 @@ def operator_calls() -> dict[str, tuple]:
         "step": (MAP, MAP, *STATE, *weights, 1, True, False, True, False),
         "step_": (MAP.clone(), MAP, *STATE, *weights, 1, True, False),
         "step_backward": (MAP, h, c, MAP, y, *STATE, c, tables, *weights[::2], 1, True, False, *(True,) * 4),
-        "track_statistics_": (*(torch.rand(8) for _ in range(2)), torch.tensor(3), *torch.rand(2, 8), 0.1, 1.5),
+        "tail_tracking_": (
+            MAP,
+            MAP,
+            *STATE,
+            *torch.rand(2, 8),
+            *(torch.rand(8) for _ in range(2)),
+            torch.tensor(3),
+            0.1,
+            1e-5,
+            *weights,
+            1,
+            True,
+            False,
+            False,
+        ),
         "pool": (MAP, 1),
         "rescale": (MAP, STATE[0], MAP, 1, True),
         "rescale_backward": (MAP, MAP, STATE[0], y, 1, True, True, True),
@@ -190,7 +204,19 @@ def test_a_native_operator_refuses_a_wrong_tensor_and_writes_nothing(name, index
 
 
 @pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
-@pytest.mark.parametrize("name", [name for name in operator_calls() if name != "track_statistics_"])
+@pytest.mark.parametrize("other", [0, 1, 5, 7, 11, 14])
+def test_buffers_that_share_memory_are_refused(other):
+    arguments = list(operator_calls()["tail_tracking_"])
+    memory = arguments[other].reshape(-1)
+    arguments[6] = memory[:8]
+    before = memory.clone()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="running_mean, running_var, batches: share memory"):
+        operators.native.tail_tracking_(*arguments)
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
+@pytest.mark.parametrize("name", list(operator_calls()))
 def test_a_native_operator_refuses_a_wrong_channel_dim(name):
     arguments = list(operator_calls()[name])
     arguments[next(k for k, a in enumerate(arguments) if type(a) is int)] = 2

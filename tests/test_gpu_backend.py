@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from two_blocks import assert_a_far_first_value_spoils_no_variance, assert_gradients_at_a_far_mean
 
-from dia_kernels import CELLS, SharedAttention, backends, create_attention, models, operators
+from dia_kernels import CELLS, SharedAttention, backends, create_attention, models, norms, operators
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -235,7 +235,7 @@ def test_only_what_is_asked_for(layouts):
          ["Reduce", "SplitGateGradients", "BottleneckGradientSums", "JoinParts", "CellGradients", "clear",
           "WeightGradients", "Spread"]),
         ("batch",
-         ["Reduce", "BatchStatistics", "BottleneckSums", "JoinParts", "CellStates", "Spread", "TrackStatistics"],
+         ["Reduce", "BatchStatistics", "BottleneckSums", "JoinParts", "CellStates", "Spread"],
          ["Reduce", "SplitGateGradients", "BottleneckGradientSums", "JoinParts", "CellGradients", "NormGradients",
           "clear", "WeightGradients", "Spread"]),
         ("running",
@@ -262,7 +262,7 @@ def test_launches(norm, forward, backward, channels):
         (None, ["ClusterStep"], ["ClusterGradient", "clear", "WeightGradients", "Spread"]),
         ("running", ["GivenStatistics", "ClusterStep"],
          ["ClusterGradient", "clear", "WeightGradients", "Spread", "NormGradients"]),
-        ("batch", ["Reduce", "BatchStatistics", "ClusterStep", "TrackStatistics"],
+        ("batch", ["Reduce", "BatchStatistics", "ClusterStep"],
          ["ClusterGradient", "NormGradients", "clear", "WeightGradients", "Spread"]),
     ],
 )  # fmt: skip
@@ -471,9 +471,31 @@ def test_results_are_as_the_fakes_promise(layouts, channels_last):
         opcheck(simulated.tail, (x, s, *state, *norm, 1e-5, *frozen, 1, True, False, False))
         given = (torch.randn_like(y), None, None, x, y, *state, c, tables, *norm[:2], *frozen[::2], 1, True, False)
         opcheck(simulated.tail_backward, (*given, statistics[0] is None, True, True, True, True, True))
+    buffers = torch.zeros(6), torch.ones(6), torch.tensor(0)
+    opcheck(simulated.tail_tracking_, (x, s, *state, *norm[:2], *buffers, 0.1, 1e-5, *frozen, 1, True, False, False))
     opcheck(simulated.pool, (x, 1))
     opcheck(simulated.rescale, (x, torch.rand(3, 6), s, 1, True))
     opcheck(simulated.rescale_backward, (y, x, torch.rand(3, 6), y, 1, True, True, True))
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.9])
+@pytest.mark.parametrize("shape", [(1, 1, 2), (5, 12, 3), (2, 25, 3), (3, 102, 1)])
+def test_the_statistics_of_a_batch_move_the_buffers_as_pytorch_does(layouts, shape, factor):
+    """To the bits, from the mean and the variance that the operator gives where it moves nothing."""
+    simulated = backends._backends["simulated"].operators
+    x, channels = torch.randn(shape), shape[1]
+    weights = [p.detach() for p in SharedAttention(channels, min(channels, 4)).lstm_parameters()]
+    before, after = (x, *(None,) * 5), (1e-5, *weights, 1, True, False, False)
+    *results, mean, var, mask = simulated.tail(*before, None, None, *after)
+    norm = nn.BatchNorm1d(channels, momentum=factor)
+    norm.running_mean, norm.running_var = torch.randn(2, channels)
+    buffers = norm.running_mean.clone(), norm.running_var.clone(), torch.tensor(7)
+    norms.update_buffers(norm, mean, var, shape[0] * shape[2])
+    found = simulated.tail_tracking_(*before, *buffers, factor, *after)
+    assert all(map(torch.equal, found, (*results, mask)))
+    assert torch.equal(buffers[0], norm.running_mean)
+    assert torch.equal(buffers[1], norm.running_var)
+    assert buffers[2] == 8
 
 
 @pytest.mark.parametrize("name", ["simulated", "reference"])

@@ -27,7 +27,7 @@ NAMES = (
     *("ClusterStep", "ClusterGradient", "Reduce", "Spread", "WeightGradients"),
     *("BottleneckSums", "JoinParts", "CellStates", "BottleneckGradientSums", "CellGradients"),
     *("BatchStatistics", "GivenStatistics", "MeanGradients", "NormGradients", "Rectify"),
-    *("SplitGateGradients", "SplitGates", "TrackStatistics"),
+    *("SplitGateGradients", "SplitGates"),
 )
 SWEEPS = ("Reduce", "Spread")
 #: By clusters of blocks, which GPUs have from sm_90 on.

@@ -273,33 +273,54 @@ def test_buffers_are_those_of_the_norm_itself(number):
 
 @pytest.mark.parametrize("factor", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_what_moves_the_buffers_has_the_bits_of_pytorch(factor):
-    mean, var, *given = torch.randn(4, 37)
-    found = []
-    for ops in (operators.native, operators.plain):
-        buffers = [t.clone() for t in given] + [torch.tensor(3)]
-        ops.track_statistics_(*buffers, mean, var, factor, 1.25)
-        found.append(buffers)
-    assert found[0][2] == found[1][2] == 4
-    assert all(map(torch.equal, *found))
+    z, weights = torch.randn(3, 37, 2, 1), [p.detach() for p in SharedAttention(37, 4).lstm_parameters()]
+    before, (mean_moved, var_moved, batches) = (z, *(None,) * 5), [*torch.randn(2, 37), torch.tensor(3)]
+    *expected, mean, var, mask = operators.native.tail(*before, None, None, 1e-5, *weights, 1, True, False, False)
+    norm_of_buffers = nn.BatchNorm2d(37, momentum=factor)
+    norm_of_buffers.running_mean, norm_of_buffers.running_var = mean_moved.clone(), var_moved.clone()
+    norms_.update_buffers(norm_of_buffers, mean, var, 6)
+    found = operators.native.tail_tracking_(
+        *before, mean_moved, var_moved, batches, factor, 1e-5, *weights, 1, True, False, False
+    )
+    assert all(map(torch.equal, found, (*expected, mask)))
+    assert batches == 4
+    assert torch.equal(mean_moved, norm_of_buffers.running_mean)
+    assert torch.equal(var_moved, norm_of_buffers.running_var)
 
 
-def test_the_buffers_are_moved_by_one_operator():
+def test_the_tail_moves_the_buffers_itself():
     norm = nn.BatchNorm2d(6)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         SharedAttention(6, 2)(torch.randn(3, 6, 4, 5), norm=norm)
     names = {event.name for event in profiler.events()}
-    assert "dia_kernels::track_statistics_" in names
+    assert "dia_kernels::tail_tracking_" in names
     assert not {"aten::lerp_", "aten::add_"} & names
 
 
+def untracked_norms() -> dict[str, nn.Module]:
+    """Norms whose buffers the operator does not move."""
+    strided, none = nn.BatchNorm2d(6), nn.BatchNorm2d(6, track_running_stats=False)
+    strided.running_var = torch.ones(12)[::2]
+    return {"strided": strided, "cumulative": nn.BatchNorm2d(6, momentum=None), "none": none}
+
+
+@pytest.mark.parametrize("name", list(untracked_norms()))
+def test_other_buffers_are_left_to_pytorch(name):
+    norm, expected, x = untracked_norms()[name], untracked_norms()[name], torch.randn(3, 6, 4, 5)
+    assert norms_.tracked_by(operators.native, norm, x) is None
+    SharedAttention(6, 2)(x, norm=norm)
+    expected(x)
+    for found, buffer in zip(norm.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(found, buffer)
+
+
 def test_operators_without_a_kernel_for_the_buffers_leave_them_to_pytorch():
-    norm, expected = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
-    mean, var = torch.rand(2, 6)
-    norms_.update_buffers(expected, mean, var, 5)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        norms_.update_buffers(norm, mean, var, 5, operators.plain)
-    assert "aten::lerp_" in {event.name for event in profiler.events()}
-    assert all(map(torch.equal, norm.buffers(), expected.buffers()))
+    norm, x = nn.BatchNorm2d(6), torch.randn(3, 6, 4, 5)
+    assert norms_.tracked_by(operators.native, norm, x) is not None
+    assert norms_.tracked_by(operators.plain, norm, x) is None
+    assert norms_.tracked_by(operators.native, norm, x.double()) is None
+    with torch.autograd.forward_ad.dual_level():
+        assert norms_.tracked_by(operators.native, norm, x) is None
 
 
 def test_autograd_sees_that_buffers_change():
@@ -394,6 +415,9 @@ def test_operators(training):
     grads = [a.clone().requires_grad_() if isinstance(a, Tensor) and k not in (6, 7) else a for k, a in enumerate(args)]
     torch.library.opcheck(torch.ops.dia_kernels.tail.default, tuple(grads))
     torch.library.opcheck(torch.ops.dia_kernels.tail_backward.default, backward)
+    if training:
+        buffers = torch.zeros(4), torch.ones(4), torch.tensor(0)
+        torch.library.opcheck(operators.native.tail_tracking_, (*args[:6], *buffers, 0.1, *args[8:]))
 
 
 def test_raw_operators_refuse_wrong_sizes():

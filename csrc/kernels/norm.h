@@ -88,13 +88,31 @@ DIA_DEVICE V sum_of_channel(M& m, const Array& scratch, V value) {
 // Shared memory of a block of so many threads.
 constexpr int64_t norm_shared_bytes(int threads) { return threads / 32 * kNormChannels * 8; }
 
+// What a norm keeps of a batch: its buffers, moved by `factor` towards the mean and, `correction` times the biased one,
+// the variance.
+struct Tracked {
+  float factor, correction;
+  float *running_mean, *running_var;  // (C), or null
+  int64_t* batches;                   // one more
+};
+
+template <class M>
+DIA_DEVICE void track(M& m, const Tracked& of, int channel, float mean, float var) {
+  m.store(of.running_mean + channel, moved(m.load(of.running_mean + channel), mean, of.factor));
+  const float unbiased = scaled(var, of.correction);
+  m.store(of.running_var + channel, moved(m.load(of.running_var + channel), unbiased, of.factor));
+  if (channel == 0) m.store(of.batches, m.load(of.batches) + 1);
+}
+
 struct BatchStatistics {
   int samples, channels, positions;
   float eps;
-  const float *first, *sum, *rest, *squares;            // (N, C): f_n, the sum about it, what rounding took off, m2_n
-  const float *gamma, *beta;                            // (C), or null for 1 and 0
-  float *off, *p;                                       // (N, C): the means of (z - shift) - d, and of x
-  float *shift, *d, *scale, *bias, *rstd, *mean, *var;  // (C)
+  const float *first, *sum, *rest, *squares;  // (N, C): f_n, the sum about it, what rounding took off, m2_n
+  const float *gamma, *beta;                  // (C), or null for 1 and 0
+  float *off, *p;                             // (N, C): the means of (z - shift) - d, and of x
+  float *shift, *d, *scale, *bias, *rstd;     // (C)
+  float *mean, *var;                          // (C), or null
+  Tracked tracked;
 };
 
 // Tasks of kernels whose blocks have some channels each.
@@ -139,8 +157,8 @@ DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
     m.store(args.rstd + channel, rstd);
     m.store(args.scale + channel, scale);
     m.store(args.bias + channel, bias);
-    m.store(args.mean + channel, shift);
-    m.store(args.var + channel, var);
+    if (args.mean != nullptr) m.store(args.mean + channel, shift), m.store(args.var + channel, var);
+    if (args.tracked.running_mean != nullptr) track(m, args.tracked, channel, shift, var);
   });
 }
 
@@ -169,25 +187,6 @@ DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
     m.store(args.scale + channel, args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd);
     m.store(args.bias + channel, args.beta != nullptr ? m.load(args.beta + channel) : 0.0f);
   }
-}
-
-// What a norm keeps of a batch: its buffers, moved by `factor` towards the mean and the unbiased variance.
-struct TrackStatistics {
-  int channels;
-  float factor, correction;
-  const float *mean, *var;            // (C)
-  float *running_mean, *running_var;  // (C)
-  int64_t* batches;                   // one more
-};
-
-template <class M>
-DIA_DEVICE void track_statistics(M& m, const TrackStatistics& args) {
-  for (int64_t k = m.block() * m.threads() + m.thread(); k < args.channels; k += m.blocks() * m.threads()) {
-    m.store(args.running_mean + k, moved(m.load(args.running_mean + k), m.load(args.mean + k), args.factor));
-    m.store(args.running_var + k,
-            moved(m.load(args.running_var + k), scaled(m.load(args.var + k), args.correction), args.factor));
-  }
-  if (m.block() == 0 && m.thread() == 0) m.store(args.batches, m.load(args.batches) + 1);
 }
 
 // Gradients of gamma and beta; and with the statistics of a batch, through which all samples are tied together, what

@@ -61,10 +61,6 @@ DIA_DEVICE void run(M& m, const GivenStatistics& args) {
   given_statistics(m, args);
 }
 template <class M>
-DIA_DEVICE void run(M& m, const TrackStatistics& args) {
-  track_statistics(m, args);
-}
-template <class M>
 DIA_DEVICE void run(M& m, const MeanGradients& args) {
   mean_gradients(m, args);
 }

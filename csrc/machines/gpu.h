@@ -21,8 +21,7 @@ using KernelsOfTables =
                kernels::BottleneckGradientSums, kernels::CellGradients, kernels::SplitGates<false>,
                kernels::SplitGates<true>, kernels::SplitGateGradients<false>, kernels::SplitGateGradients<true>,
                kernels::WeightGradients<32>, kernels::WeightGradients<64>, kernels::BatchStatistics,
-               kernels::GivenStatistics, kernels::MeanGradients, kernels::TrackStatistics, kernels::NormGradients,
-               kernels::Rectify>;
+               kernels::GivenStatistics, kernels::MeanGradients, kernels::NormGradients, kernels::Rectify>;
 template <class... Tuples>
 struct AnyOf;
 template <class... A, class... B, class... Rest>

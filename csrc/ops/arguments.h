@@ -1,6 +1,7 @@
 // The operators' arguments on any device: their checks, and the parts of the tables that forward hands to backward.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 
@@ -85,14 +86,15 @@ struct Span {
         end(begin + extent(t) * static_cast<int64_t>(t.element_size())) {}
 };
 
-inline bool overlap(const Tensor& a, const Tensor& b) {
-  const Span first(a), second(b);
-  return first.begin < second.end && second.begin < first.end;
+inline bool overlap(const Span& a, const Span& b) {
+  return a.begin < b.end && b.begin < a.end && a.begin < a.end && b.begin < b.end;
 }
 
 // --- what a step that is to be written over x reads: where it shares memory with x, a copy ---
 
-inline Tensor apart(const Tensor& t, const Tensor& x) { return overlap(t, x) ? torch::stable::clone(t) : t; }
+inline Tensor apart(const Tensor& t, const Tensor& x) {
+  return overlap(Span(t), Span(x)) ? torch::stable::clone(t) : t;
+}
 inline OptionalTensor apart(const OptionalTensor& t, const Tensor& x) { return t ? OptionalTensor(apart(*t, x)) : t; }
 inline Parameters apart(const Parameters& w, const Tensor& x) {
   return {apart(w.input_reduce_weight, x),  apart(w.input_reduce_bias, x),    apart(w.input_expand_weight, x),
@@ -196,25 +198,36 @@ inline void check_norm(const Tensor& z, const MapInfo& info, const OptionalTenso
   check(mean.has_value() == var.has_value(), "norm: expected both of a mean and a variance, or neither");
 }
 
-// The buffers of a norm, and what they are moved towards.
-inline void check_tracked(const Tensor& running_mean, const Tensor& running_var, const Tensor& batches,
-                          const Tensor& mean, const Tensor& var, double factor, double correction) {
-  for (const double value : {factor, correction})
-    check(std::isinf(value) || !std::isinf(static_cast<float>(value)), "factor, correction: expected floats, got ",
-          value);
-  check(mean.dim() == 1, "mean: expected 1 dimension, got ", sizes_text(mean));
-  const auto check_values = [&](const char* name, const Tensor& t) {
-    check_table(name, t, {mean.size(0)}, ScalarType::Float, mean);
-  };
-  check_values("mean", mean), check_values("var", var);
-  check_values("running_mean", running_mean), check_values("running_var", running_var);
-  check_table("batches", batches, {}, ScalarType::Long, mean);
-  check(running_mean.is_contiguous(), "running_mean: expected a contiguous tensor");
-  check(running_var.is_contiguous(), "running_var: expected a contiguous tensor");
-  const Tensor* const all[] = {&running_mean, &running_var, &batches, &mean, &var};
-  for (int written = 0; written < 3; ++written)
-    for (int other = written + 1; other < 5; ++other)
-      check(!overlap(*all[written], *all[other]), "running_mean, running_var, batches: share memory");
+// The buffers of a norm that are moved by `factor` towards the statistics of a batch, and its count of batches.
+struct TrackedBuffers {
+  Tensor running_mean, running_var, batches;
+  double factor;
+};
+
+// The unbiased variance over a biased one, of `count` values.
+inline double correction_of(double count) { return count / std::max(count - 1, 1.0); }
+
+// Whoever writes the buffers may run beside whoever reads the rest of a tail's arguments.
+inline void check_tracked(const TrackedBuffers& of, const Tensor& z, const MapInfo& info,
+                          std::initializer_list<OptionalTensor> others) {
+  check(z.scalar_type() != ScalarType::Double, "z: buffers are moved for maps of at most 32 bits, got float64");
+  check(std::isinf(of.factor) || !std::isinf(static_cast<float>(of.factor)), "factor: expected a float, got ",
+        of.factor);
+  check_table("running_mean", of.running_mean, {info.shape.channels}, ScalarType::Float, z);
+  check_table("running_var", of.running_var, {info.shape.channels}, ScalarType::Float, z);
+  check_table("batches", of.batches, {}, ScalarType::Long, z);
+  check(of.running_mean.is_contiguous(), "running_mean: expected a contiguous tensor");
+  check(of.running_var.is_contiguous(), "running_var: expected a contiguous tensor");
+  const Span written[] = {Span(of.running_mean), Span(of.running_var), Span(of.batches)};
+  for (int a = 0; a < 3; ++a)
+    for (int b = 0; b < a; ++b)
+      check(!overlap(written[a], written[b]), "running_mean, running_var, batches: share memory");
+  for (const OptionalTensor& other : others) {
+    if (!other) continue;
+    const Span read(*other);
+    for (const Span& span : written)
+      check(!overlap(span, read), "running_mean, running_var, batches: share memory with another argument");
+  }
 }
 
 }  // namespace dia::ops

@@ -179,6 +179,30 @@ TailResult tail(Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTen
   });
 }
 
+// With the statistics of the batch, towards which the norm's buffers are moved.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_tracking(
+    Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c, OptionalTensor gamma, OptionalTensor beta,
+    Tensor running_mean, Tensor running_var, Tensor batches, double factor, double eps, Tensor w1, Tensor b1, Tensor w2,
+    Tensor b2, Tensor v1, Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output,
+    bool keep_mask) {
+  const MapInfo info = map_info(z, channel_dim);
+  check_tracked({running_mean, running_var, batches, factor}, z, info,
+                {z, shortcut, h, c, gamma, beta, w1, b1, w2, b2, v1, a1, v2, a2});
+  const auto [y, new_h, new_c, tables, mean, var, mask] =
+      tail(z, shortcut, h, c, gamma, beta, std::nullopt, std::nullopt, eps, w1, b1, w2, b2, v1, a1, v2, a2, channel_dim,
+           relu, tanh_output, keep_mask);
+  const auto move = [&](const Tensor& buffer, const Tensor& to, float scale) {
+    float* at = data_of<float>(buffer);
+    const float* values = data_of<float>(to);
+    for (int64_t k = 0; k < buffer.numel(); ++k)
+      at[k] = moved(at[k], scaled(values[k], scale), static_cast<float>(factor));
+  };
+  const double count = static_cast<double>(info.shape.samples) * static_cast<double>(info.shape.positions);
+  move(running_mean, mean, 1.0f), move(running_var, var, static_cast<float>(correction_of(count)));
+  ++*data_of<int64_t>(batches);
+  return {y, new_h, new_c, tables, mask};
+}
+
 // What the gradient starts from: what came with the forward pass, and what came in from the layers after it.
 struct GivenGradient {
   OptionalTensor dy, dh, dc;
@@ -478,21 +502,6 @@ std::tuple<Tensor, Tensor> run_statistics(const Tensor& z, const MapInfo& info) 
   return {mean, var};
 }
 
-// What a norm keeps of a batch.
-void track_statistics(Tensor running_mean, Tensor running_var, Tensor batches, Tensor mean, Tensor var, double factor,
-                      double correction) {
-  check_tracked(running_mean, running_var, batches, mean, var, factor, correction);
-  const Tensor means = dense(mean), vars = dense(var);
-  const auto move = [&](const Tensor& buffer, const Tensor& to, float scale) {
-    float* at = data_of<float>(buffer);
-    const float* values = static_cast<const float*>(to.const_data_ptr());
-    for (int64_t k = 0; k < buffer.numel(); ++k)
-      at[k] = moved(at[k], scaled(values[k], scale), static_cast<float>(factor));
-  };
-  move(running_mean, means, 1.0f), move(running_var, vars, static_cast<float>(correction));
-  ++*data_of<int64_t>(batches);
-}
-
 std::tuple<Tensor, Tensor> statistics(Tensor z, int64_t channel_dim) {
   const MapInfo info = map_info(z, channel_dim);
   return with_map_type(z, [&]<class T>() { return run_statistics<T>(z, info); });
@@ -550,11 +559,11 @@ Tensor tail_spread(OptionalTensor dy, OptionalTensor y, Tensor z, Tensor new_h, 
 
 STABLE_TORCH_LIBRARY_IMPL(dia_kernels, CPU, m) {
   m.impl("tail", TORCH_BOX(&tail));
+  m.impl("tail_tracking_", TORCH_BOX(&tail_tracking));
   m.impl("tail_backward", TORCH_BOX(&tail_backward));
   m.impl("statistics", TORCH_BOX(&statistics));
   m.impl("tail_reduce", TORCH_BOX(&tail_reduce));
   m.impl("tail_spread", TORCH_BOX(&tail_spread));
-  m.impl("track_statistics_", TORCH_BOX(&track_statistics));
 }
 
 }  // namespace dia::ops

@@ -373,63 +373,120 @@ struct ForwardNorm {
   kernels::ChannelAffine affine() const { return {shift, d, scale, bias}; }
 };
 
+// What goes into a tail.
+struct TailArguments {
+  Tensor z;
+  OptionalTensor shortcut, h, c, gamma, beta, mean, var;
+  double eps;
+  Parameters weights;
+  bool relu, tanh_output, keep_mask;
+};
+
+struct TailResult {
+  Tensor y;
+  StepResult cell;
+  OptionalTensor mean, var;  // of the batch; empty where they were given, none where they went into buffers
+  Tensor mask;
+};
+
+// The first sweep, and the statistics of the batch; the buffers of the norm are moved with them.
+template <class T>
+void run_batch_statistics(GpuCall& call, const Samples<const T>& z, const ForwardNorm& norm, double eps, float* off,
+                          float* p, float* mean, float* var, const kernels::Tracked& tracked) {
+  const int64_t n = call.samples(), width = call.channels();
+  kernels::Reduce<T> reduce{};
+  reduce.size = call.size(n), reduce.x = z;
+  reduce.first = call.scratch(n * width), reduce.rest = call.scratch(n * width);
+  reduce.sum = call.scratch(n * width), reduce.product = call.scratch(n * width);
+  kernels::BatchStatistics statistics{};
+  statistics.samples = static_cast<int>(n), statistics.channels = static_cast<int>(width);
+  statistics.positions = static_cast<int>(call.positions()), statistics.eps = static_cast<float>(eps);
+  statistics.first = reduce.first, statistics.squares = reduce.product;
+  statistics.sum = reduce.sum, statistics.rest = reduce.rest;
+  statistics.off = off, statistics.p = p;
+  statistics.gamma = data_of<float>(norm.gamma), statistics.beta = data_of<float>(norm.beta);
+  statistics.shift = norm.shift, statistics.d = norm.d, statistics.scale = norm.scale, statistics.bias = norm.bias;
+  statistics.rstd = norm.rstd, statistics.mean = mean, statistics.var = var, statistics.tracked = tracked;
+  call.launch_sweep(reduce);
+  call.launch_channels(statistics);
+}
+
+template <class T>
+TailResult run_tail(const TailArguments& given, const MapInfo& info, const kernels::Tracked& tracked) {
+  const Tensor& z = given.z;
+  GpuCall call(z, info, given.weights.input_reduce_weight.size(0));
+  const int64_t n = call.samples(), width = call.channels(), m = call.bottleneck();
+  const Tensor mask = gpu_mask<T>(given.relu && given.keep_mask, z, info);
+  const bool packs = mask.numel() > 0;
+  const GpuMap<T> z_map(z, info, packs);
+  const OptionalGpuMap<T> s_map(given.shortcut, info, packs);
+  const GpuResult<T> y(true, z, info);
+  ForwardCell cell(call, given.weights, given.h, given.c, given.tanh_output, NormTables<float>::count(n, width));
+  const NormTables<float> tables(data_of<float>(cell.result.tables) + Tables<float>::count(n, width, m), n, width);
+  ForwardNorm norm(call, given.gamma, given.beta, tables);
+  const ForwardMaps<T> maps{z_map.samples, s_map.samples, y.samples, mask_samples<uint8_t>(mask, info)};
+  if (given.mean) {
+    norm.given(call, *given.mean, *given.var, given.eps);
+    run_forward<T, true>(call, forward_plan<T>(call, info, maps, given.relu, GpuNorm::given), cell, maps, given.relu,
+                         norm.affine(), tables.off);
+    return {y.tensor, cell.result, call.table({0}), call.table({0}), mask};
+  }
+  const GpuPlan plan = forward_plan<T>(call, info, maps, given.relu, GpuNorm::batch);
+  OptionalTensor mean, var;
+  if (tracked.running_mean == nullptr) mean = call.table({width}), var = call.table({width});
+  const auto values_of = [](const OptionalTensor& t) { return t ? data_of<float>(*t) : nullptr; };
+  run_batch_statistics<T>(call, maps.x, norm, given.eps, tables.off, cell.args.tables.p, values_of(mean),
+                          values_of(var), tracked);
+  float *factor = call.scratch(n * width), *added = call.scratch(n * width);
+  const kernels::Spread<T> spread = spread_of(call, maps, given.relu, factor, added, norm.shift);
+  if (plan.cell == GpuCell::clusters) {
+    // The means are there, by the batch's statistics.
+    const kernels::ClusterStep<T, true> rest{
+        0, kernels::Reduce<T>{}, spread, {cell.args, norm.affine(), factor, added}};
+    call.launch_clusters(rest, plan.together);
+  } else {
+    run_cell<true>(call, plan, cell.args, norm.affine(), factor, added);
+    call.launch_sweep(spread);
+  }
+  return {y.tensor, cell.result, mean, var, mask};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c, OptionalTensor gamma, OptionalTensor beta,
     OptionalTensor mean, OptionalTensor var, double eps, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1,
     Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output, bool keep_mask) {
-  const Parameters w{w1, b1, w2, b2, v1, a1, v2, a2};
+  const TailArguments given{
+      z, shortcut, h, c, gamma, beta, mean, var, eps, {w1, b1, w2, b2, v1, a1, v2, a2}, relu, tanh_output, keep_mask};
   const MapInfo info = map_info(z, channel_dim);
-  check_step(z, info, shortcut, h, c, w);
+  check_step(z, info, shortcut, h, c, given.weights);
   check_norm(z, info, gamma, beta, mean, var);
   return with_gpu_type(z, [&]<class T>() {
-    GpuCall call(z, info, w1.size(0));
-    const int64_t n = call.samples(), width = call.channels(), m = call.bottleneck();
-    const Tensor mask = gpu_mask<T>(relu && keep_mask, z, info);
-    const bool packs = mask.numel() > 0;
-    const GpuMap<T> z_map(z, info, packs);
-    const OptionalGpuMap<T> s_map(shortcut, info, packs);
-    const GpuResult<T> y(true, z, info);
-    ForwardCell cell(call, w, h, c, tanh_output, NormTables<float>::count(n, width));
-    const NormTables<float> tables(data_of<float>(cell.result.tables) + Tables<float>::count(n, width, m), n, width);
-    ForwardNorm norm(call, gamma, beta, tables);
-    const ForwardMaps<T> maps{z_map.samples, s_map.samples, y.samples, mask_samples<uint8_t>(mask, info)};
-    if (mean) {
-      norm.given(call, *mean, *var, eps);
-      run_forward<T, true>(call, forward_plan<T>(call, info, maps, relu, GpuNorm::given), cell, maps, relu,
-                           norm.affine(), tables.off);
-      return std::make_tuple(y.tensor, cell.result.h, cell.result.c, cell.result.tables, call.table({0}),
-                             call.table({0}), mask);
-    }
-    const Tensor batch_mean = call.table({width}), batch_var = call.table({width});
-    const GpuPlan plan = forward_plan<T>(call, info, maps, relu, GpuNorm::batch);
-    float *sum = call.scratch(n * width), *rest = call.scratch(n * width);
-    float *squares = call.scratch(n * width), *first = call.scratch(n * width);
-    float *factor = call.scratch(n * width), *added = call.scratch(n * width);
-    kernels::Reduce<T> reduce{};
-    reduce.size = call.size(n);
-    reduce.x = maps.x, reduce.first = first, reduce.rest = rest, reduce.sum = sum, reduce.product = squares;
-    const kernels::Spread<T> spread = spread_of(call, maps, relu, factor, added, norm.shift);
-    kernels::BatchStatistics statistics{};
-    statistics.samples = static_cast<int>(n), statistics.channels = static_cast<int>(width);
-    statistics.positions = static_cast<int>(call.positions()), statistics.eps = static_cast<float>(eps);
-    statistics.first = first, statistics.squares = squares, statistics.sum = sum, statistics.rest = rest;
-    statistics.off = tables.off, statistics.p = cell.args.tables.p;
-    statistics.gamma = data_of<float>(norm.gamma), statistics.beta = data_of<float>(norm.beta);
-    statistics.shift = norm.shift, statistics.d = norm.d, statistics.scale = norm.scale, statistics.bias = norm.bias;
-    statistics.rstd = norm.rstd, statistics.mean = data_of<float>(batch_mean),
-    statistics.var = data_of<float>(batch_var);
-    call.launch_sweep(reduce);
-    call.launch_channels(statistics);
-    if (plan.cell == GpuCell::clusters) {
-      // The means are there, by the batch's statistics.
-      const kernels::ClusterStep<T, true> rest{
-          0, kernels::Reduce<T>{}, spread, {cell.args, norm.affine(), factor, added}};
-      call.launch_clusters(rest, plan.together);
-    } else {
-      run_cell<true>(call, plan, cell.args, norm.affine(), factor, added);
-      call.launch_sweep(spread);
-    }
-    return std::make_tuple(y.tensor, cell.result.h, cell.result.c, cell.result.tables, batch_mean, batch_var, mask);
+    const TailResult result = run_tail<T>(given, info, {});
+    return std::make_tuple(result.y, result.cell.h, result.cell.c, result.cell.tables, *result.mean, *result.var,
+                           result.mask);
+  });
+}
+
+// With the statistics of the batch, towards which the norm's buffers are moved.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_tracking(
+    Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c, OptionalTensor gamma, OptionalTensor beta,
+    Tensor running_mean, Tensor running_var, Tensor batches, double factor, double eps, Tensor w1, Tensor b1, Tensor w2,
+    Tensor b2, Tensor v1, Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output,
+    bool keep_mask) {
+  const TailArguments given{
+      z,    shortcut,    h,        c, gamma, beta, std::nullopt, std::nullopt, eps, {w1, b1, w2, b2, v1, a1, v2, a2},
+      relu, tanh_output, keep_mask};
+  const MapInfo info = map_info(z, channel_dim);
+  check_step(z, info, shortcut, h, c, given.weights);
+  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+  check_tracked({running_mean, running_var, batches, factor}, z, info,
+                {z, shortcut, h, c, gamma, beta, w1, b1, w2, b2, v1, a1, v2, a2});
+  const double count = static_cast<double>(info.shape.samples) * static_cast<double>(info.shape.positions);
+  const kernels::Tracked tracked{static_cast<float>(factor), static_cast<float>(correction_of(count)),
+                                 data_of<float>(running_mean), data_of<float>(running_var), data_of<int64_t>(batches)};
+  return with_gpu_type(z, [&]<class T>() {
+    const TailResult result = run_tail<T>(given, info, tracked);
+    return std::make_tuple(result.y, result.cell.h, result.cell.c, result.cell.tables, result.mask);
   });
 }
 
@@ -511,23 +568,6 @@ TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
   });
 }
 
-// What the norm keeps of a batch.
-inline void track_statistics(Tensor running_mean, Tensor running_var, Tensor batches, Tensor mean, Tensor var,
-                             double factor, double correction) {
-  check_tracked(running_mean, running_var, batches, mean, var, factor, correction);
-  const Tensor means = dense(mean), vars = dense(var);
-  const kernels::TrackStatistics args{static_cast<int>(mean.numel()),
-                                      static_cast<float>(factor),
-                                      static_cast<float>(correction),
-                                      static_cast<const float*>(means.const_data_ptr()),
-                                      static_cast<const float*>(vars.const_data_ptr()),
-                                      data_of<float>(running_mean),
-                                      data_of<float>(running_var),
-                                      data_of<int64_t>(batches)};
-  GpuDevice device(mean);
-  device.gpu().launch(args, std::max(1, kernels::tiles_along(args.channels, kernels::kTableThreads)), 0);
-}
-
 // --- the parts: pool and rescale -----------------------------------------------------------------------------
 
 Tensor pool(Tensor x, int64_t channel_dim) {
@@ -600,13 +640,13 @@ extern "C" __attribute__((visibility("default"), used)) inline void dia_kernels_
 }
 
 // Registers them, by their names and a suffix.
-#define DIA_REGISTER_GPU_OPERATORS(m, suffix)                                 \
-  m.impl("step" suffix, TORCH_BOX(&dia::ops::step));                          \
-  m.impl("step_" suffix, TORCH_BOX(&dia::ops::step_in_place));                \
-  m.impl("step_backward" suffix, TORCH_BOX(&dia::ops::step_backward));        \
-  m.impl("tail" suffix, TORCH_BOX(&dia::ops::tail));                          \
-  m.impl("tail_backward" suffix, TORCH_BOX(&dia::ops::tail_backward));        \
-  m.impl("track_statistics_" suffix, TORCH_BOX(&dia::ops::track_statistics)); \
-  m.impl("pool" suffix, TORCH_BOX(&dia::ops::pool));                          \
-  m.impl("rescale" suffix, TORCH_BOX(&dia::ops::rescale));                    \
+#define DIA_REGISTER_GPU_OPERATORS(m, suffix)                           \
+  m.impl("step" suffix, TORCH_BOX(&dia::ops::step));                    \
+  m.impl("step_" suffix, TORCH_BOX(&dia::ops::step_in_place));          \
+  m.impl("step_backward" suffix, TORCH_BOX(&dia::ops::step_backward));  \
+  m.impl("tail" suffix, TORCH_BOX(&dia::ops::tail));                    \
+  m.impl("tail_tracking_" suffix, TORCH_BOX(&dia::ops::tail_tracking)); \
+  m.impl("tail_backward" suffix, TORCH_BOX(&dia::ops::tail_backward));  \
+  m.impl("pool" suffix, TORCH_BOX(&dia::ops::pool));                    \
+  m.impl("rescale" suffix, TORCH_BOX(&dia::ops::rescale));              \
   m.impl("rescale_backward" suffix, TORCH_BOX(&dia::ops::rescale_backward))

@@ -196,6 +196,8 @@ class Memory {
     table("gamma", a.gamma, c), table("beta", a.beta, c), table("shift", a.shift, c), table("d", a.d, c);
     table("scale", a.scale, c), table("bias", a.bias, c), table("rstd", a.rstd, c);
     table("mean", a.mean, c), table("var", a.var, c), table("off", a.off, nc), table("p", a.p, nc);
+    table("running_mean", a.tracked.running_mean, c), table("running_var", a.tracked.running_var, c);
+    table("batches", a.tracked.batches, 1);
   }
   void of(const kernels::GivenStatistics& a) {
     const int64_t c = a.channels;
@@ -203,10 +205,6 @@ class Memory {
     table("mean", a.mean, c), table("var", a.var, c), table("gamma", a.gamma, c), table("beta", a.beta, c);
     table("shift", a.shift, c), table("d", a.d, c), table("scale", a.scale, c), table("bias", a.bias, c);
     table("rstd", a.rstd, c);
-  }
-  void of(const kernels::TrackStatistics& a) {
-    table("mean", a.mean, a.channels), table("var", a.var, a.channels), table("batches", a.batches, 1);
-    table("running_mean", a.running_mean, a.channels), table("running_var", a.running_var, a.channels);
   }
   void of(const kernels::MeanGradients& a) {
     table("dp", a.dp, a.count), table("scale", a.scale, a.channels), table("offset", a.offset, a.count);
