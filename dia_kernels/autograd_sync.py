@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import Function
 
-from . import reference
-from .autograd import saved_tensors
+from . import masks, reference
+from .autograd import keeps_mask, saved_tensors
 from .cells import LSTMParameters, split_parameters
 from .layout import broadcast, channels, compute_dtype, spatial_dims
 from .operators import Operators
@@ -46,10 +46,12 @@ class SyncTail(Function):
         mean, var = ops.statistics(z, channel_dim)
         mean, var, total = _over_processes(mean, var, count, group)
         ctx.ops, ctx.flags, ctx.eps, ctx.group = ops, (channel_dim, relu, tanh_output), eps, group
-        y, new_h, new_c, tables, *_ = ops.tail(
-            z, shortcut, h, c, gamma, beta, mean, var, eps, *parameters, *ctx.flags, False
+        keep_mask = relu and any(ctx.needs_input_grad) and keeps_mask(ops, z, channel_dim)
+        y, new_h, new_c, tables, *_, mask = ops.tail(
+            z, shortcut, h, c, gamma, beta, mean, var, eps, *parameters, *ctx.flags, keep_mask
         )
-        ctx.save_for_backward(z, y if relu else None, h, c, new_h, new_c, tables, gamma, beta, total, *parameters)
+        passed = mask if keep_mask else y if relu else None
+        ctx.save_for_backward(z, passed, h, c, new_h, new_c, tables, gamma, beta, total, *parameters)
         ctx.mark_non_differentiable(mean, var, total)
         ctx.set_materialize_grads(False)
         return y, new_h, new_c, mean, var, total
@@ -87,7 +89,7 @@ def _differentiable_gradients(ctx, grads, y, inputs) -> tuple:
     """The gradients of ``SyncTail`` with a graph of their own, by the reference; the ReLU's mask is a constant."""
     channel_dim, _, tanh_output = ctx.flags
     dy, dh, dc = grads
-    g = dy if dy is None or y is None else reference.unrelu(dy, y)
+    g = dy if dy is None or y is None else reference.unrelu(dy, masks.as_result(y, inputs[0], channel_dim))
     # Views, as an input may itself depend on another (z on h, through the blocks before).
     views = tuple(None if t is None else t.view_as(t) for t in inputs)
     z, h, c, gamma, beta, *parameters = views

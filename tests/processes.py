@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import simulated_backend
 import torch
 from torch import Tensor, distributed, nn
 
@@ -76,6 +77,8 @@ def run(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = []
     for case in torch.load(Path(folder) / "cases.pt"):
+        if case["backend"] == "simulated":
+            simulated_backend.load()
         cut, total = case["cut"], len(case["tensors"]["z"])
         part = share(case, 0, cut) if rank == 0 else share(case, cut, total)
         results.append(solve(part, backend=case["backend"], compiled=case["compiled"]))

@@ -19,10 +19,15 @@ from dia_kernels import backends, operators, plan
 LIBRARY = simulated.BUILD / "libdia_simulated_operators.so"
 
 
-@cache
 def library() -> ctypes.CDLL:
     """Makes ``"simulated"`` a backend of this process, and returns the library behind it."""
     simulated.machine()  # builds both, or skips
+    return load()
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """``library``, which another process has built."""
     backends.add("simulated", "cpu", {}, float64=False, masked=operators.GPU_MASKED_DTYPES)
     torch.ops.load_library(LIBRARY)
     loaded = ctypes.CDLL(str(LIBRARY))

@@ -9,7 +9,7 @@ import pytest
 import sharing_processes
 import torch
 from torch import nn
-from two_blocks import assert_as_accurate, captured, errors, results
+from two_blocks import assert_as_accurate, assert_halves_are_the_whole_on_a_gpu, captured, errors, results
 
 from dia_kernels import CELLS, SharedAttention, backends, create_attention, masks, models, operators, plan
 
@@ -179,6 +179,12 @@ def test_a_gradient_from_a_mask(dtype, channels_last, norm, layouts, monkeypatch
     monkeypatch.setattr(operators.native, "masked_dtypes", {})
     for name, value in results(attention, copy.deepcopy(module), *maps(shape, dtype, channels_last)).items():
         assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_halves_of_a_gradient_over_processes(dtype, channels_last, layouts):
+    assert_halves_are_the_whole_on_a_gpu(operators.native, "cuda", dtype, channels_last)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -13,7 +13,11 @@ import torch
 from simulated_backend import device, launches, library
 from torch import nn
 from torch.nn import functional as F
-from two_blocks import assert_a_far_first_value_spoils_no_variance, assert_gradients_at_a_far_mean
+from two_blocks import (
+    assert_a_far_first_value_spoils_no_variance,
+    assert_gradients_at_a_far_mean,
+    assert_halves_are_the_whole_on_a_gpu,
+)
 
 from dia_kernels import CELLS, SharedAttention, backends, create_attention, models, norms, operators
 
@@ -473,9 +477,20 @@ def test_results_are_as_the_fakes_promise(layouts, channels_last):
         opcheck(simulated.tail_backward, (*given, statistics[0] is None, True, True, True, True, True))
     buffers = torch.zeros(6), torch.ones(6), torch.tensor(0)
     opcheck(simulated.tail_tracking_, (x, s, *state, *norm[:2], *buffers, 0.1, 1e-5, *frozen, 1, True, False, False))
+    opcheck(simulated.statistics, (x, 1))
+    opcheck(simulated.tail_reduce, (*given, True, True, True))
+    sums, g, dp, *_ = simulated.tail_reduce(*given, True, True, True)
+    opcheck(simulated.tail_spread, (g, None, x, torch.rand(3, 6), dp, tables, norm[0], sums, 1))
     opcheck(simulated.pool, (x, 1))
     opcheck(simulated.rescale, (x, torch.rand(3, 6), s, 1, True))
     opcheck(simulated.rescale_backward, (y, x, torch.rand(3, 6), y, 1, True, True, True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_halves_of_the_gradient_are_the_whole(layouts, dtype, channels_last):
+    simulated = backends._backends["simulated"].operators
+    assert_halves_are_the_whole_on_a_gpu(simulated, "cpu", dtype, channels_last)
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.9])

@@ -11,8 +11,9 @@ import simulated
 import torch
 from simulated_backend import device, library, lie, seen
 from torch import nn
+from two_blocks import gradient_in_halves
 
-from dia_kernels import SharedAttention
+from dia_kernels import SharedAttention, backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,12 +30,16 @@ NOT_USED = {
 }
 
 
-#: A batch norm in front, one of running statistics, none.
-NORMS = {"batch": nn.BatchNorm2d(40), "running": nn.BatchNorm2d(40).eval(), "none": None}
+#: A batch norm in front, one of running statistics, none; and one over several processes, by its operators.
+NORMS = {"batch": nn.BatchNorm2d(40), "running": nn.BatchNorm2d(40).eval(), "none": None, "processes": None}
 
 
 def run(norm: str) -> None:
     """Two blocks, forward and backward."""
+    if norm == "processes":
+        ops = backends._backends["simulated"].operators
+        gradient_in_halves(ops, "cpu", torch.float32, False, relu=True, need_shortcut=False, mask=False)
+        return
     torch.manual_seed(0)
     x, s = (torch.randn(5, 40, 3, 3, requires_grad=True) for _ in range(2))
     attention = SharedAttention(40, 8, backend="simulated")

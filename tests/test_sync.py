@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import simulated_backend
 import torch
 from problems import lstm_parameters, tail_arguments
 from processes import PER_SAMPLE, run, share, solve
 from torch import multiprocessing, nn
+from two_blocks import gradient_in_halves
 
 from dia_kernels import LSTMParameters, operators
 
@@ -66,12 +68,27 @@ CASES = {
     "compiled": make((4, 8, 5, 7), 2, compiled=True),
     "float32": make((6, 12, 7, 7), 2, dtype=torch.float32),
     "bfloat16": make((6, 12, 7, 7), 3, dtype=torch.bfloat16),
+    "simulated": make((5, 25, 4, 4), 1, dtype=torch.float32, backend="simulated"),
+    "simulated, channels_last, a mask": make((6, 16, 3, 5), 2, last=True, dtype=torch.bfloat16, backend="simulated"),
+    "simulated, a mask, shortcut without gradient": make(
+        (4, 6, 4, 4), 1, dtype=torch.float16, backend="simulated", frozen=("shortcut",)
+    ),
+    "simulated, no shortcut, no state, not affine": make(
+        (4, 6, 3, 5), 2, dtype=torch.float32, backend="simulated", shortcut=False, state=False, affine=False
+    ),
+    "simulated, one has no samples": make((3, 6, 3, 5), 3, dtype=torch.float32, backend="simulated"),
+    "simulated, no gradient of y": make((4, 6, 3, 5), 2, dtype=torch.float32, backend="simulated", outputs=("h", "c")),
+    "simulated, no ReLU": make((4, 6, 9), 2, dtype=torch.float32, backend="simulated", relu=False),
+    "simulated, second derivatives, a mask": make(
+        (4, 8, 3, 5), 1, dtype=torch.bfloat16, last=True, backend="simulated", twice=True
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[list]:
     """What each of two processes found, for every case."""
+    simulated_backend.library()
     folder = tmp_path_factory.mktemp("processes")
     torch.save(list(CASES.values()), folder / "cases.pt")
     multiprocessing.spawn(run, (str(folder),), nprocs=2)
@@ -103,14 +120,14 @@ def test_two_processes_are_one(name, results, one_thread):
     expected = {k: v for k, v in expected.items() if k in found or v.any()}
     assert found.keys() == expected.keys()
     dtype = case["tensors"]["z"].dtype
-    # Sums over all of the batch, in another order; a map in bfloat16 is rounded once by each.
+    # Sums over all of the batch, in another order; a map of 16 bits is rounded once by each.
     eps = EPS if dtype == torch.float64 else torch.finfo(torch.float32).eps
     terms = case["tensors"]["z"].numel()
     for key, value in found.items():
         scale = max(expected[key].double().abs().max().item(), 1e-3)
         bound = 64 * terms**0.5 * eps * scale
-        if value.dtype == torch.bfloat16:
-            bound += torch.finfo(torch.bfloat16).eps * scale
+        if value.dtype in (torch.bfloat16, torch.float16):
+            bound += torch.finfo(value.dtype).eps * scale
         error = (value.double() - expected[key].double()).abs().max().item()
         assert error <= bound, (key, error / bound)
 
@@ -126,27 +143,10 @@ def test_alone_it_is_a_batch_norm(one_thread):
 @pytest.mark.parametrize("need_shortcut", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("last", [False, True])
-def test_the_halves_of_the_gradient_are_the_whole(relu, need_shortcut, last, backend):
-    if backend == "reference":
-        pytest.skip("the operators are not called there")
-    case = make((3, 12, 5, 5), 0, last=last, dtype=torch.float32)
-    t, incoming = case["tensors"], case["incoming"]
-    parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
-    mean, var = operators.native.statistics(t["z"], 1)
-    y, h, c, tables, *_ = operators.native.tail(*tail_arguments(t, None, None, relu))
-    again = operators.native.tail(*tail_arguments(t, mean, var, relu))
-    torch.testing.assert_close(again[0], y)
-    given = (
-        incoming["y"], incoming["h"], incoming["c"], t["z"], y, t["h"], t["c"], c, tables, t["gamma"], t["beta"],
-        *parameters[::2], 1, relu, False,
-    )  # fmt: skip
-    whole = operators.native.tail_backward(*given, True, True, need_shortcut, True, True, True)
-    sums, g, dp, *others = operators.native.tail_reduce(*given, need_shortcut, True, True)
-    source, mask = (g, None) if need_shortcut else (incoming["y"], y if relu else None)
-    dz = operators.native.tail_spread(source, mask, t["z"], h, dp, tables, t["gamma"], sums / (3 * 5 * 5), 1)
-    halves = (dz, g, *others[:2], sums[1], sums[0], *others[2:])
-    for a, b in zip(whole, halves, strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("ops", [operators.native, operators.plain], ids=str)
+def test_the_halves_of_the_gradient_are_the_whole(ops, relu, need_shortcut, last, one_thread):
+    for whole, halves in gradient_in_halves(ops, "cpu", torch.float32, last, relu, need_shortcut, False):
+        assert torch.equal(whole, halves)
 
 
 def test_operators():

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
-from dia_kernels import CellAttention, SharedAttention
+from dia_kernels import CellAttention, SharedAttention, reference
+from dia_kernels.operators import Operators
 
 #: Error of a result of ours, that of eager PyTorch's, and the largest true value.
 Errors = dict[str, tuple[float, float, float]]
@@ -87,6 +89,56 @@ def assert_gradients_at_a_far_mean(backend: str) -> None:
         gradients.append(torch.autograd.grad((y * weight.to(dtype)).sum(), [z, of.weight, of.bias]))
     for found, true in zip(*gradients, strict=True):
         assert (found.double() - true).abs().max() <= 1e-3 * true.abs().max()
+
+
+def gradient_in_halves(
+    ops: Operators, device: str, dtype: torch.dtype, channels_last: bool, relu: bool, need_shortcut: bool, mask: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Each gradient of a tail of batch statistics, and the same by ``tail_reduce`` and ``tail_spread``; dz first.
+
+    ``mask``: from the ReLU's. The statistics of ``statistics`` are checked on the way.
+    """
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*size: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(size, generator=g).to(device=device, dtype=of)
+
+    n, c, m, spatial = 3, 16, 4, (5, 8)
+    z, shortcut, dy = (draw(n, c, *spatial, of=dtype) for _ in range(3))
+    z = z * 2 + 5
+    if channels_last:
+        z, shortcut, dy = (t.contiguous(memory_format=torch.channels_last) for t in (z, shortcut, dy))
+    old_h, old_c, dh, dc = (draw(n, c) for _ in range(4))
+    gamma, beta = draw(c), draw(c)
+    weights = [draw(*size) / 2 for size in ((m, c), (m,), (4 * c, m), (4 * c,)) * 2]
+    state, flags = (old_h, old_c), (1, relu, False)
+    mean, var = ops.statistics(z, 1)
+    for found, expected in zip((mean, var), reference.statistics(z.double(), 1), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    y, h, new_c, tables, *_, bits = ops.tail(z, shortcut, *state, gamma, beta, None, None, 1e-5, *weights, *flags, mask)
+    again, *_ = ops.tail(z, shortcut, *state, gamma, beta, mean, var, 1e-5, *weights, *flags, False)
+    torch.testing.assert_close(again, y)
+    passed = bits if mask else y
+    given = (dy, dh, dc, z, passed, *state, new_c, tables, gamma, beta, *weights[::2], *flags)
+    whole = ops.tail_backward(*given, True, True, need_shortcut, True, True, True)
+    sums, dshortcut, dp, *others = ops.tail_reduce(*given, need_shortcut, True, True)
+    source, masked = (dshortcut, None) if need_shortcut else (dy, passed if relu else None)
+    count = n * spatial[0] * spatial[1]
+    dz = ops.tail_spread(source, masked, z, h, dp, tables, gamma, sums / count, 1)
+    return list(zip(whole, (dz, dshortcut, *others[:2], sums[1], sums[0], *others[2:]), strict=True))
+
+
+def assert_halves_are_the_whole_on_a_gpu(ops: Operators, device: str, dtype: torch.dtype, channels_last: bool) -> None:
+    """To the bits; dz but for the sums, which are divided before they are multiplied, and its rounding."""
+    masks_kept = (False,) if dtype == torch.float32 else (False, True)
+    for relu, need_shortcut, mask in product((True, False), (True, False), masks_kept):
+        (whole, halves), *rest = gradient_in_halves(
+            ops, device, dtype, channels_last, relu, need_shortcut, mask and relu
+        )
+        error = (whole.double() - halves.double()).abs().max()
+        assert error <= 2 * torch.finfo(dtype).eps * whole.double().abs().max(), (relu, need_shortcut, mask)
+        for a, b in rest:
+            assert torch.equal(a, b), (relu, need_shortcut, mask)
 
 
 def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

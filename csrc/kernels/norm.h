@@ -88,6 +88,40 @@ DIA_DEVICE V sum_of_channel(M& m, const Array& scratch, V value) {
 // Shared memory of a block of so many threads.
 constexpr int64_t norm_shared_bytes(int threads) { return threads / 32 * kNormChannels * 8; }
 
+// The moments of each sample's channels, (N, C): f_n, the sum about it, what rounding took off that sum, m2_n.
+struct SampleMoments {
+  const float *first, *sum, *rest, *squares;
+};
+
+// A channel's moments over all samples: f_0, what the mean is more than that, and the mean of the squares about it.
+struct ChannelMoments {
+  double origin, off, var;
+};
+
+// Joins those of `samples` over a block's threads, which all get them. `put(at, apart)` takes what each sample's mean
+// is more than the mean.
+template <class M, class Array, class Put>
+DIA_DEVICE ChannelMoments join_moments(M& m, const Array& scratch, const SampleMoments& of, int all, int channels,
+                                       int positions_of_one, int channel, Part samples, Put put) {
+  const double positions = positions_of_one, count = positions * all;
+  const double origin = channel < channels && all > 0 ? m.load(of.first + channel) : 0.0f;
+  const auto about_origin = [&](int64_t at) {
+    return static_cast<double>(m.load(of.sum + at)) + static_cast<double>(m.load(of.rest + at)) +
+           positions * (static_cast<double>(m.load(of.first + at)) - origin);
+  };
+  double sum = 0;
+  for (int n = samples.begin; n < samples.end; ++n) sum += about_origin(row_at(n, channels) + channel);
+  const double off = sum_of_channel(m, scratch, sum) / count;
+  double squares = 0;
+  for (int n = samples.begin; n < samples.end; ++n) {
+    const int64_t at = row_at(n, channels) + channel;
+    const double about = about_origin(at), apart = about / positions - off;
+    squares += static_cast<double>(m.load(of.squares + at)) + positions * apart * apart;
+    put(at, apart);
+  }
+  return {origin, off, sum_of_channel(m, scratch, squares) / count};
+}
+
 // What a norm keeps of a batch: its buffers, moved by `factor` towards the mean and, `correction` times the biased one,
 // the variance.
 struct Tracked {
@@ -104,46 +138,31 @@ DIA_DEVICE void track(M& m, const Tracked& of, int channel, float mean, float va
   if (channel == 0) m.store(of.batches, m.load(of.batches) + 1);
 }
 
+// Tasks of kernels whose blocks have some channels each.
+DIA_DEVICE int tasks_of_channels(int channels) { return (channels + kNormChannels - 1) / kNormChannels; }
+
 struct BatchStatistics {
   int samples, channels, positions;
   float eps;
-  const float *first, *sum, *rest, *squares;  // (N, C): f_n, the sum about it, what rounding took off, m2_n
-  const float *gamma, *beta;                  // (C), or null for 1 and 0
-  float *off, *p;                             // (N, C): the means of (z - shift) - d, and of x
-  float *shift, *d, *scale, *bias, *rstd;     // (C)
-  float *mean, *var;                          // (C), or null
+  SampleMoments moments;
+  const float *gamma, *beta;               // (C), or null for 1 and 0
+  float *off, *p;                          // (N, C): the means of (z - shift) - d, and of x
+  float *shift, *d, *scale, *bias, *rstd;  // (C)
+  float *mean, *var;                       // (C), or null
   Tracked tracked;
 };
-
-// Tasks of kernels whose blocks have some channels each.
-DIA_DEVICE int tasks_of_channels(int channels) { return (channels + kNormChannels - 1) / kNormChannels; }
 
 template <class M>
 DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
   const auto scratch = m.template shared<double>(m.warps() * kNormChannels);
-  const double positions = args.positions, count = positions * args.samples;
   for_channels(m, args.samples, args.channels, [&](int channel, Part samples) {
-    const bool there = channel < args.channels;
-    const double origin = there && args.samples > 0 ? m.load(args.first + channel) : 0.0f;
-    const auto about_origin = [&](int64_t at) {
-      return static_cast<double>(m.load(args.sum + at)) + static_cast<double>(m.load(args.rest + at)) +
-             positions * (static_cast<double>(m.load(args.first + at)) - origin);
-    };
-    double sum = 0;
-    for (int n = samples.begin; n < samples.end; ++n) sum += about_origin(row_at(n, args.channels) + channel);
-    const double off = sum_of_channel(m, scratch, sum) / count, mean = origin + off;
-    const float shift = static_cast<float>(mean);
+    const ChannelMoments of =
+        join_moments(m, scratch, args.moments, args.samples, args.channels, args.positions, channel, samples,
+                     [&](int64_t at, double apart) { m.store(args.off + at, static_cast<float>(apart)); });
+    if (channel >= args.channels) return;
+    const float shift = static_cast<float>(of.origin + of.off), var = static_cast<float>(of.var);
     // origin + off may itself be rounded: d from the differences.
-    const double d = origin - static_cast<double>(shift) + off;
-    double squares = 0;
-    for (int n = samples.begin; n < samples.end; ++n) {
-      const int64_t at = row_at(n, args.channels) + channel;
-      const double about = about_origin(at), apart = about / positions - off;
-      squares += static_cast<double>(m.load(args.squares + at)) + positions * apart * apart;
-      m.store(args.off + at, static_cast<float>(apart));
-    }
-    const float var = static_cast<float>(sum_of_channel(m, scratch, squares) / count);
-    if (!there) return;
+    const double d = of.origin - static_cast<double>(shift) + of.off;
     const float rstd = 1.0f / M::sqrt(var + args.eps);
     const float scale = args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd;
     const float bias = args.beta != nullptr ? m.load(args.beta + channel) : 0.0f;
@@ -159,6 +178,25 @@ DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
     m.store(args.bias + channel, bias);
     if (args.mean != nullptr) m.store(args.mean + channel, shift), m.store(args.var + channel, var);
     if (args.tracked.running_mean != nullptr) track(m, args.tracked, channel, shift, var);
+  });
+}
+
+// The statistics of a batch alone, for several processes to join.
+struct ChannelStatistics {
+  int samples, channels, positions;
+  SampleMoments moments;
+  double *mean, *var;  // (C)
+};
+
+template <class M>
+DIA_DEVICE void channel_statistics(M& m, const ChannelStatistics& args) {
+  const auto scratch = m.template shared<double>(m.warps() * kNormChannels);
+  for_channels(m, args.samples, args.channels, [&](int channel, Part samples) {
+    const ChannelMoments of = join_moments(m, scratch, args.moments, args.samples, args.channels, args.positions,
+                                           channel, samples, [](int64_t, double) {});
+    if (channel >= args.channels || !writes_channel(m)) return;
+    m.store(args.mean + channel, of.origin + of.off);
+    m.store(args.var + channel, of.var);
   });
 }
 
@@ -228,6 +266,31 @@ DIA_DEVICE void norm_gradients(M& m, const NormGradients& args) {
       m.store(args.offset + at, scale * m.load(args.dp + at) / positions + common);
     }
   });
+}
+
+// What the second sweep of a gradient applies, dz = g factor + (z - shift) slope + offset, behind a norm of several
+// processes: from the gradients of beta and gamma by all of them, divided by the number of values.
+struct SharedNormGradients {
+  int samples, channels, positions;
+  const float *new_h, *dp;          // (N, C)
+  const float *d, *rstd, *gamma;    // (C); gamma null: 1
+  const float *of_beta, *of_gamma;  // (C)
+  float *factor, *offset, *slope;   // (N, C), (N, C), (C)
+};
+
+template <class M>
+DIA_DEVICE void shared_norm_gradients(M& m, const SharedNormGradients& args) {
+  const int64_t count = row_at(args.samples, args.channels), step = static_cast<int64_t>(m.blocks()) * m.threads();
+  for (int64_t k = static_cast<int64_t>(m.block()) * m.threads() + m.thread(); k < count; k += step) {
+    const int channel = static_cast<int>(k % args.channels);
+    const float rstd = m.load(args.rstd + channel);
+    const float scale = args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd;
+    const float slope = -scale * rstd * m.load(args.of_gamma + channel);
+    const float common = -scale * m.load(args.of_beta + channel) - slope * m.load(args.d + channel);
+    m.store(args.factor + k, scale * m.load(args.new_h + k));
+    m.store(args.offset + k, scale * m.load(args.dp + k) / static_cast<float>(args.positions) + common);
+    if (k < args.channels) m.store(args.slope + channel, slope);
+  }
 }
 
 }  // namespace dia::kernels

@@ -57,6 +57,14 @@ DIA_DEVICE void run(M& m, const BatchStatistics& args) {
   batch_statistics(m, args);
 }
 template <class M>
+DIA_DEVICE void run(M& m, const ChannelStatistics& args) {
+  channel_statistics(m, args);
+}
+template <class M>
+DIA_DEVICE void run(M& m, const SharedNormGradients& args) {
+  shared_norm_gradients(m, args);
+}
+template <class M>
 DIA_DEVICE void run(M& m, const GivenStatistics& args) {
   given_statistics(m, args);
 }

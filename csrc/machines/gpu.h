@@ -21,7 +21,8 @@ using KernelsOfTables =
                kernels::BottleneckGradientSums, kernels::CellGradients, kernels::SplitGates<false>,
                kernels::SplitGates<true>, kernels::SplitGateGradients<false>, kernels::SplitGateGradients<true>,
                kernels::WeightGradients<32>, kernels::WeightGradients<64>, kernels::BatchStatistics,
-               kernels::GivenStatistics, kernels::MeanGradients, kernels::NormGradients, kernels::Rectify>;
+               kernels::ChannelStatistics, kernels::GivenStatistics, kernels::MeanGradients, kernels::NormGradients,
+               kernels::SharedNormGradients, kernels::Rectify>;
 template <class... Tuples>
 struct AnyOf;
 template <class... A, class... B, class... Rest>

@@ -179,6 +179,9 @@ struct NormTables {
 
   static int64_t count(int64_t n, int64_t c) { return n * c + 3 * c; }
   NormTables(A* data, int64_t n, int64_t c) : off(data), shift(data + n * c), d(shift + c), rstd(d + c) {}
+  // Those at the end of all `tables`.
+  NormTables(const Tensor& tables, int64_t n, int64_t c)
+      : NormTables(data_of<A>(tables) + (tables.numel() - count(n, c)), n, c) {}
 };
 
 // What a norm adds to a step's arguments.
@@ -196,6 +199,26 @@ inline void check_norm(const Tensor& z, const MapInfo& info, const OptionalTenso
   };
   check_statistics("running_mean", mean), check_statistics("running_var", var);
   check(mean.has_value() == var.has_value(), "norm: expected both of a mean and a variance, or neither");
+}
+
+// What the second half of a gradient behind a norm of several processes takes.
+inline void check_spread(const OptionalTensor& dy, const OptionalTensor& y, const Tensor& z, const MapInfo& info,
+                         const Tensor& new_h, const Tensor& dp, const Tensor& tables, const OptionalTensor& gamma,
+                         const Tensor& shares, bool masks) {
+  const ScalarType dtype = compute_scalar_type(z);
+  const int64_t n = info.shape.samples, width = info.shape.channels;
+  if (dy) check_map("dy", *dy, z);
+  if (masks)
+    check_relu_result(y, z, info);
+  else if (y)
+    check_map("y", *y, z);
+  check_table("new_h", new_h, {n, width}, dtype, z);
+  check_table("dp", dp, {n, width}, dtype, z);
+  check_table("shares", shares, {2, width}, dtype, z);
+  check(tables.dim() == 1 && tables.size(0) >= NormTables<float>::count(n, width),
+        "tables: expected those of the tail");
+  check_table("tables", tables, {tables.size(0)}, dtype, z);
+  check_norm(z, info, gamma, std::nullopt, std::nullopt, std::nullopt);
 }
 
 // The buffers of a norm that are moved by `factor` towards the statistics of a batch, and its count of batches.

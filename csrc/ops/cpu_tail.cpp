@@ -223,12 +223,6 @@ struct GivenGradient {
   }
 };
 
-// The norm's part of the operator's `tables`.
-template <class A>
-NormTables<A> norm_tables(const Tensor& tables, int64_t n, int64_t width) {
-  return {data_of<A>(tables) + (tables.numel() - NormTables<A>::count(n, width)), n, width};
-}
-
 // The map where it is wanted, else an empty tensor.
 Tensor map_if(bool wanted, const Tensor& like, const MapInfo& info) {
   return wanted ? empty_map(like, info) : empty_strided({0}, {1}, like, dtype_code(like));
@@ -256,7 +250,7 @@ class Reduction {
         has_positions_(given.info.shape.positions > 0),
         samples_(given.samples()),
         width_(given.width()),
-        norm_(norm_tables<A>(given.tables, samples_, width_)),
+        norm_(given.tables, samples_, width_),
         affine_(given.gamma, given.beta),
         dy_(given.dy, given.info),
         y_(has_dy_ ? given.y : std::nullopt, given.info),
@@ -345,7 +339,7 @@ class Spreading {
         new_h_(new_h),
         dp_(dp),
         shares_(shares),
-        norm_(norm_tables<A>(tables, shape_.samples, shape_.channels)),
+        norm_(tables, shape_.samples, shape_.channels),
         affine_(gamma, std::nullopt),
         scratch_(empty_table<A>(z, {2 * shape_.samples * shape_.channels + shape_.channels})),
         scale_(data_of<A>(scratch_)),
@@ -531,17 +525,7 @@ ReducedGradients tail_reduce(OptionalTensor dy, OptionalTensor dh, OptionalTenso
 Tensor tail_spread(OptionalTensor dy, OptionalTensor y, Tensor z, Tensor new_h, Tensor dp, Tensor tables,
                    OptionalTensor gamma, Tensor shares, int64_t channel_dim) {
   const MapInfo info = map_info(z, channel_dim);
-  const ScalarType dtype = compute_scalar_type(z);
-  const int64_t n = info.shape.samples, width = info.shape.channels;
-  if (dy) check_map("dy", *dy, z);
-  if (y) check_map("y", *y, z);
-  check_table("new_h", new_h, {n, width}, dtype, z);
-  check_table("dp", dp, {n, width}, dtype, z);
-  check_table("shares", shares, {2, width}, dtype, z);
-  check(tables.dim() == 1 && tables.size(0) >= NormTables<float>::count(n, width),
-        "tables: expected those of the tail");
-  check_table("tables", tables, {tables.size(0)}, dtype, z);
-  check_norm(z, info, gamma, std::nullopt, std::nullopt, std::nullopt);
+  check_spread(dy, y, z, info, new_h, dp, tables, gamma, shares, false);
   return with_map_type(z, [&]<class T>() {
     using A = Compute<T>;
     const Tensor h = dense(new_h), p = dense(dp), all = dense(tables), share = dense(shares);
@@ -550,7 +534,7 @@ Tensor tail_spread(OptionalTensor dy, OptionalTensor y, Tensor z, Tensor new_h, 
     Spreading<T> spreading({dy_reader.map, y_reader.map, z_reader.map}, z, info, all, gamma, data_of<A>(h),
                            data_of<A>(p), data_of<A>(share));
     spreading.start();
-    for_chunks(n, 0, 0, [&](Chunk chunk) { spreading.run(chunk); });
+    for_chunks(info.shape.samples, 0, 0, [&](Chunk chunk) { spreading.run(chunk); });
     return spreading.dz;
   });
 }

@@ -370,6 +370,18 @@ struct ForwardNorm {
     args.shift = shift, args.d = d, args.scale = scale, args.bias = bias, args.rstd = rstd;
     call.launch_elements(args, call.channels());
   }
+  // The buffers are moved with it.
+  void of_batch(GpuCall& call, const kernels::SampleMoments& moments, double eps, float* off, float* p, float* mean,
+                float* var, const kernels::Tracked& tracked) const {
+    kernels::BatchStatistics args{};
+    args.samples = static_cast<int>(call.samples()), args.channels = static_cast<int>(call.channels());
+    args.positions = static_cast<int>(call.positions()), args.eps = static_cast<float>(eps);
+    args.moments = moments, args.gamma = data_of<float>(gamma), args.beta = data_of<float>(beta);
+    args.off = off, args.p = p;
+    args.shift = shift, args.d = d, args.scale = scale, args.bias = bias, args.rstd = rstd;
+    args.mean = mean, args.var = var, args.tracked = tracked;
+    call.launch_channels(args);
+  }
   kernels::ChannelAffine affine() const { return {shift, d, scale, bias}; }
 };
 
@@ -389,26 +401,16 @@ struct TailResult {
   Tensor mask;
 };
 
-// The first sweep, and the statistics of the batch; the buffers of the norm are moved with them.
+// The first sweep: the moments of every sample.
 template <class T>
-void run_batch_statistics(GpuCall& call, const Samples<const T>& z, const ForwardNorm& norm, double eps, float* off,
-                          float* p, float* mean, float* var, const kernels::Tracked& tracked) {
-  const int64_t n = call.samples(), width = call.channels();
+kernels::SampleMoments run_moments(GpuCall& call, const Samples<const T>& z) {
+  const int64_t count = call.samples() * call.channels();
   kernels::Reduce<T> reduce{};
-  reduce.size = call.size(n), reduce.x = z;
-  reduce.first = call.scratch(n * width), reduce.rest = call.scratch(n * width);
-  reduce.sum = call.scratch(n * width), reduce.product = call.scratch(n * width);
-  kernels::BatchStatistics statistics{};
-  statistics.samples = static_cast<int>(n), statistics.channels = static_cast<int>(width);
-  statistics.positions = static_cast<int>(call.positions()), statistics.eps = static_cast<float>(eps);
-  statistics.first = reduce.first, statistics.squares = reduce.product;
-  statistics.sum = reduce.sum, statistics.rest = reduce.rest;
-  statistics.off = off, statistics.p = p;
-  statistics.gamma = data_of<float>(norm.gamma), statistics.beta = data_of<float>(norm.beta);
-  statistics.shift = norm.shift, statistics.d = norm.d, statistics.scale = norm.scale, statistics.bias = norm.bias;
-  statistics.rstd = norm.rstd, statistics.mean = mean, statistics.var = var, statistics.tracked = tracked;
+  reduce.size = call.size(call.samples()), reduce.x = z;
+  reduce.first = call.scratch(count), reduce.rest = call.scratch(count);
+  reduce.sum = call.scratch(count), reduce.product = call.scratch(count);
   call.launch_sweep(reduce);
-  call.launch_channels(statistics);
+  return {reduce.first, reduce.sum, reduce.rest, reduce.product};
 }
 
 template <class T>
@@ -435,8 +437,8 @@ TailResult run_tail(const TailArguments& given, const MapInfo& info, const kerne
   OptionalTensor mean, var;
   if (tracked.running_mean == nullptr) mean = call.table({width}), var = call.table({width});
   const auto values_of = [](const OptionalTensor& t) { return t ? data_of<float>(*t) : nullptr; };
-  run_batch_statistics<T>(call, maps.x, norm, given.eps, tables.off, cell.args.tables.p, values_of(mean),
-                          values_of(var), tracked);
+  norm.of_batch(call, run_moments(call, maps.x), given.eps, tables.off, cell.args.tables.p, values_of(mean),
+                values_of(var), tracked);
   float *factor = call.scratch(n * width), *added = call.scratch(n * width);
   const kernels::Spread<T> spread = spread_of(call, maps, given.relu, factor, added, norm.shift);
   if (plan.cell == GpuCell::clusters) {
@@ -490,65 +492,99 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_tracking(
   });
 }
 
+// The gradient of a tail, up to where all samples of a batch meet.
+template <class T>
+struct TailBackward {
+  GpuCall call;
+  GradientMaps<T> maps;
+  BackwardCell cell;
+  NormTables<float> tables;
+  OptionalTensor gamma, beta;
+  NormOfGradient norm;
+  ParameterGradients parameters;
+
+  TailBackward(const GradientArguments& given, const MapInfo& info, const OptionalTensor& gamma_tensor,
+               const OptionalTensor& beta_tensor, const Weights& w, bool tanh_output, const WantedGradients& wanted)
+      : call(given.x, info, w.input_reduce.size(0)),
+        maps(given, info, wanted),
+        cell(call, given, w, tanh_output, wanted.state),
+        tables(cell.tables, call.samples(), call.channels()),
+        gamma(dense(gamma_tensor)),
+        beta(dense(beta_tensor)),
+        parameters(call, given.h, wanted.parameters) {
+    const int64_t width = call.channels(), count = call.samples() * width;
+    norm.shift = tables.shift;
+    norm.again = {tables.d,           tables.rstd, data_of<float>(gamma), data_of<float>(beta), call.scratch(width),
+                  call.scratch(count)};
+    norm.sum = call.scratch(count), norm.product = call.scratch(count), norm.dp = call.scratch(count);
+  }
+
+  // The gradients of gamma and beta, behind what is computed before.
+  kernels::NormGradients of_norm(float* dgamma, float* dbeta) const {
+    kernels::NormGradients args{};
+    args.samples = static_cast<int>(call.samples()), args.channels = static_cast<int>(call.channels());
+    args.positions = static_cast<int>(call.positions());
+    args.sum = norm.sum, args.product = norm.product, args.dp = norm.dp, args.off = tables.off;
+    args.new_h = norm.again.new_h, args.rstd = tables.rstd;
+    args.dgamma = dgamma, args.dbeta = dbeta;
+    return args;
+  }
+
+  // Of a batch: the first sweep and the cell's gradient. `factor`: for the last sweep, or null.
+  void run_first(const MapInfo& info, float* factor) {
+    const int64_t count = call.samples() * call.channels();
+    if (maps.maps.dy.data == nullptr)
+      for (float* table : {norm.sum, norm.product}) call.clear(table, count);
+    run_first_gradients<T, true>(call, backward_plan<T>(call, info, maps.maps, GpuNorm::batch),
+                                 reduce_of(call, maps.maps, tables.shift, norm.sum, norm.product),
+                                 {cell.args, norm.sum, norm.product, norm.again, factor}, {norm.dp, nullptr});
+  }
+};
+
 using TailGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
 TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& info, const OptionalTensor& gamma,
                                 const OptionalTensor& beta, const Weights& w, bool tanh_output, bool batch,
                                 const WantedGradients& wanted) {
-  const Tensor& z = given.x;
-  GpuCall call(z, info, w.input_reduce.size(0));
-  const int64_t n = call.samples(), width = call.channels(), m = call.bottleneck();
-  const GradientMaps<T> maps(given, info, wanted);
-  const BackwardCell cell(call, given, w, tanh_output, wanted.state);
-  const NormTables<float> tables(data_of<float>(cell.tables) + Tables<float>::count(n, width, m), n, width);
-  const OptionalTensor gammas = dense(gamma), betas = dense(beta);
-  const NormOfGradient norm{tables.shift,
-                            {tables.d, tables.rstd, data_of<float>(gammas), data_of<float>(betas), call.scratch(width),
-                             call.scratch(n * width)},
-                            call.scratch(n * width),
-                            call.scratch(n * width),
-                            call.scratch(n * width)};
-  const ParameterGradients parameters(call, given.h, wanted.parameters);
+  TailBackward<T> of(given, info, gamma, beta, w, tanh_output, wanted);
+  GpuCall& call = of.call;
+  const int64_t n = call.samples(), width = call.channels();
+  const BackwardMaps<T>& maps = of.maps.maps;
   const Tensor dgamma = call.table({width}), dbeta = call.table({width});
-  kernels::NormGradients gradients{};
-  gradients.samples = static_cast<int>(n), gradients.channels = static_cast<int>(width);
-  gradients.positions = static_cast<int>(call.positions());
-  gradients.sum = norm.sum, gradients.product = norm.product, gradients.dp = norm.dp, gradients.off = tables.off;
-  gradients.new_h = norm.again.new_h, gradients.rstd = tables.rstd;
-  gradients.dgamma = data_of<float>(dgamma), gradients.dbeta = data_of<float>(dbeta);
+  kernels::NormGradients gradients = of.of_norm(data_of<float>(dgamma), data_of<float>(dbeta));
   if (batch) {
-    const GpuPlan plan = backward_plan<T>(call, info, maps.maps, GpuNorm::batch);
     float *factor = nullptr, *offset = nullptr, *slope = nullptr;
     if (wanted.x) factor = call.scratch(n * width), offset = call.scratch(n * width), slope = call.scratch(width);
-    gradients.d = tables.d, gradients.scale = norm.again.scale, gradients.offset = offset, gradients.slope = slope;
-    const bool has_g = maps.maps.dy.data != nullptr;
-    const kernels::Reduce<T> reduce = reduce_of(call, maps.maps, tables.shift, norm.sum, norm.product);
-    kernels::Spread<T> spread = spread_of<T>(call, maps.maps, factor, offset, tables.shift, slope);
-    if (!has_g)
-      for (float* table : {norm.sum, norm.product}) call.clear(table, n * width);
-    run_first_gradients<T, true>(call, plan, reduce, {cell.args, norm.sum, norm.product, norm.again, factor},
-                                 {norm.dp, nullptr});
+    gradients.d = of.tables.d, gradients.scale = of.norm.again.scale;
+    gradients.offset = offset, gradients.slope = slope;
+    of.run_first(info, factor);
     call.launch_channels(gradients);
-    parameters.launch(call, cell.args);
-    spread.beside = parameters.wanted;
+    of.parameters.launch(call, of.cell.args);
+    kernels::Spread<T> spread = spread_of<T>(call, maps, factor, offset, of.tables.shift, slope);
+    spread.beside = of.parameters.wanted;
     if (wanted.x) call.launch_sweep(spread);
   } else {
-    run_backward<T, true>(call, backward_plan<T>(call, info, maps.maps, GpuNorm::given), cell, maps.maps, norm,
-                          parameters);
+    run_backward<T, true>(call, backward_plan<T>(call, info, maps, GpuNorm::given), of.cell, maps, of.norm,
+                          of.parameters);
     if (wanted.affine) call.launch_channels(gradients);
   }
   // Sums over no values, whatever the mean and the deviation of none are.
-  if (z.numel() == 0)
+  if (given.x.numel() == 0)
     for (const Tensor& sums : {dgamma, dbeta}) torch::stable::fill_(sums, 0.0);
   const Tensor nothing = call.table({0});
-  return {maps.dx.tensor,
-          maps.dshortcut.tensor,
-          cell.old_dh,
-          cell.old_dc,
-          wanted.affine ? dgamma : nothing,
-          wanted.affine ? dbeta : call.table({0}),
-          parameters.flat};
+  return {of.maps.dx.tensor, of.maps.dshortcut.tensor,         of.cell.old_dh,
+          of.cell.old_dc,    wanted.affine ? dgamma : nothing, wanted.affine ? dbeta : call.table({0}),
+          of.parameters.flat};
+}
+
+void check_tail_gradient(const OptionalTensor& dy, const OptionalTensor& dh, const OptionalTensor& dc, const Tensor& z,
+                         const MapInfo& info, const OptionalTensor& y, const OptionalTensor& h, const OptionalTensor& c,
+                         const Tensor& new_c, const Tensor& tables, const OptionalTensor& gamma,
+                         const OptionalTensor& beta, const Weights& w, bool relu) {
+  check_step_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables,
+                      NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu, true);
+  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
 }
 
 TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor z, OptionalTensor y,
@@ -558,13 +594,77 @@ TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
                             bool need_parameters, bool need_affine) {
   const MapInfo info = map_info(z, channel_dim);
   const Weights w{w1, w2, v1, v2};
-  check_step_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables,
-                      NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu, true);
-  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+  check_tail_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables, gamma, beta, w, relu);
   const GradientArguments given{dy, dh, dc, z, ReluResult(relu ? y : std::nullopt), h, c, new_c, tables};
   return with_gpu_type(z, [&]<class T>() {
     return run_tail_backward<T>(given, info, gamma, beta, w, tanh_output, batch,
                                 {need_z, need_shortcut, need_state, need_parameters, need_affine});
+  });
+}
+
+// --- the tail with statistics over several processes: what goes from one to the other lies between these --------
+
+std::tuple<Tensor, Tensor> statistics(Tensor z, int64_t channel_dim) {
+  const MapInfo info = map_info(z, channel_dim);
+  return with_gpu_type(z, [&]<class T>() {
+    GpuCall call(z, info, 1);
+    const GpuMap<T> map(z, info);
+    const Tensor mean = empty_table<double>(z, {call.channels()}), var = empty_table<double>(z, {call.channels()});
+    const kernels::SampleMoments moments = run_moments(call, map.samples);
+    call.launch_channels(kernels::ChannelStatistics{static_cast<int>(call.samples()), static_cast<int>(call.channels()),
+                                                    static_cast<int>(call.positions()), moments, data_of<double>(mean),
+                                                    data_of<double>(var)});
+    return std::make_tuple(mean, var);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail_reduce(
+    OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor z, OptionalTensor y, OptionalTensor h,
+    OptionalTensor c, Tensor new_c, Tensor tables, OptionalTensor gamma, OptionalTensor beta, Tensor w1, Tensor w2,
+    Tensor v1, Tensor v2, int64_t channel_dim, bool relu, bool tanh_output, bool need_shortcut, bool need_state,
+    bool need_parameters) {
+  const MapInfo info = map_info(z, channel_dim);
+  const Weights w{w1, w2, v1, v2};
+  check_tail_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables, gamma, beta, w, relu);
+  const GradientArguments given{dy, dh, dc, z, ReluResult(relu ? y : std::nullopt), h, c, new_c, tables};
+  return with_gpu_type(z, [&]<class T>() {
+    TailBackward<T> of(given, info, gamma, beta, w, tanh_output,
+                       {false, need_shortcut, need_state, need_parameters, false});
+    GpuCall& call = of.call;
+    const int64_t n = call.samples(), width = call.channels();
+    const Tensor sums = call.table({2, width}), dp = call.table({n, width});
+    float* const of_beta = data_of<float>(sums);
+    of.norm.dp = data_of<float>(dp);
+    of.run_first(info, nullptr);
+    call.launch_channels(of.of_norm(of_beta + width, of_beta));
+    of.parameters.launch(call, of.cell.args);
+    if (z.numel() == 0) torch::stable::fill_(sums, 0.0);
+    return std::make_tuple(sums, of.maps.dshortcut.tensor, dp, of.cell.old_dh, of.cell.old_dc, of.parameters.flat);
+  });
+}
+
+Tensor tail_spread(OptionalTensor dy, OptionalTensor y, Tensor z, Tensor new_h, Tensor dp, Tensor tables,
+                   OptionalTensor gamma, Tensor shares, int64_t channel_dim) {
+  const MapInfo info = map_info(z, channel_dim);
+  check_spread(dy, y, z, info, new_h, dp, tables, gamma, shares, true);
+  return with_gpu_type(z, [&]<class T>() {
+    GpuCall call(z, info, 1);
+    const int64_t n = call.samples(), width = call.channels();
+    const Tensor h = dense(new_h), p = dense(dp), all = dense(tables), share = dense(shares);
+    const OptionalTensor weight = dense(gamma);
+    const NormTables<float> norm(all, n, width);
+    const GradientMaps<T> maps({dy, {}, {}, z, ReluResult(y), {}, {}, h, all}, info,
+                               {true, false, false, false, false});
+    kernels::SharedNormGradients args{};
+    args.samples = static_cast<int>(n), args.channels = static_cast<int>(width);
+    args.positions = static_cast<int>(call.positions());
+    args.new_h = data_of<float>(h), args.dp = data_of<float>(p);
+    args.d = norm.d, args.rstd = norm.rstd, args.gamma = data_of<float>(weight);
+    args.of_beta = data_of<float>(share), args.of_gamma = args.of_beta + width;
+    args.factor = call.scratch(n * width), args.offset = call.scratch(n * width), args.slope = call.scratch(width);
+    call.launch_elements(args, n * width);
+    call.launch_sweep(spread_of<T>(call, maps.maps, args.factor, args.offset, norm.shift, args.slope));
+    return maps.dx.tensor;
   });
 }
 
@@ -647,6 +747,9 @@ extern "C" __attribute__((visibility("default"), used)) inline void dia_kernels_
   m.impl("tail" suffix, TORCH_BOX(&dia::ops::tail));                    \
   m.impl("tail_tracking_" suffix, TORCH_BOX(&dia::ops::tail_tracking)); \
   m.impl("tail_backward" suffix, TORCH_BOX(&dia::ops::tail_backward));  \
+  m.impl("statistics" suffix, TORCH_BOX(&dia::ops::statistics));        \
+  m.impl("tail_reduce" suffix, TORCH_BOX(&dia::ops::tail_reduce));      \
+  m.impl("tail_spread" suffix, TORCH_BOX(&dia::ops::tail_spread));      \
   m.impl("pool" suffix, TORCH_BOX(&dia::ops::pool));                    \
   m.impl("rescale" suffix, TORCH_BOX(&dia::ops::rescale));              \
   m.impl("rescale_backward" suffix, TORCH_BOX(&dia::ops::rescale_backward))

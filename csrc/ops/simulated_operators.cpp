@@ -190,14 +190,28 @@ class Memory {
       table("gradient", p.out, static_cast<int64_t>(p.rows) * std::max(p.columns, 1));
     }
   }
+  void moments(const kernels::SampleMoments& of, int64_t nc) {
+    table("first", of.first, nc), table("rest", of.rest, nc), table("squares", of.squares, nc),
+        table("sum", of.sum, nc);
+  }
   void of(const kernels::BatchStatistics& a) {
     const int64_t c = a.channels, nc = a.samples * c;
-    table("first", a.first, nc), table("rest", a.rest, nc), table("squares", a.squares, nc), table("sum", a.sum, nc);
+    moments(a.moments, nc);
     table("gamma", a.gamma, c), table("beta", a.beta, c), table("shift", a.shift, c), table("d", a.d, c);
     table("scale", a.scale, c), table("bias", a.bias, c), table("rstd", a.rstd, c);
     table("mean", a.mean, c), table("var", a.var, c), table("off", a.off, nc), table("p", a.p, nc);
     table("running_mean", a.tracked.running_mean, c), table("running_var", a.tracked.running_var, c);
     table("batches", a.tracked.batches, 1);
+  }
+  void of(const kernels::ChannelStatistics& a) {
+    moments(a.moments, static_cast<int64_t>(a.samples) * a.channels);
+    table("mean", a.mean, a.channels), table("var", a.var, a.channels);
+  }
+  void of(const kernels::SharedNormGradients& a) {
+    const int64_t c = a.channels, nc = a.samples * c;
+    table("new_h", a.new_h, nc), table("dp", a.dp, nc), table("d", a.d, c), table("rstd", a.rstd, c);
+    table("gamma", a.gamma, c), table("of_beta", a.of_beta, c), table("of_gamma", a.of_gamma, c);
+    table("factor", a.factor, nc), table("offset", a.offset, nc), table("slope", a.slope, c);
   }
   void of(const kernels::GivenStatistics& a) {
     const int64_t c = a.channels;

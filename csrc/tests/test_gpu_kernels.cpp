@@ -264,8 +264,9 @@ void tables_of_a_norm() {
   reduce.product = memory.result("squares", kTable), reduce.rest = memory.result("rest", kTable);
   const simt::Grid grid{.blocks = 2, .threads = 64, .shared_bytes = 16 << 10};
   memory.device.launch(grid, [&](Thread& m) { kernels::run(m, reduce); });
-  kernels::BatchStatistics of{kSamples,     kChannels,  kPositions,  kEps,
-                              reduce.first, reduce.sum, reduce.rest, reduce.product};
+  kernels::BatchStatistics of{};
+  of.samples = kSamples, of.channels = kChannels, of.positions = kPositions, of.eps = kEps;
+  of.moments = {reduce.first, reduce.sum, reduce.rest, reduce.product};
   of.off = memory.result("means", kTable), of.p = memory.result("p", kTable);
   const Values &gamma = in[kB2], &beta = in[kA2];
   of.gamma = memory.add("gamma", gamma), of.beta = memory.add("beta", beta);
@@ -311,8 +312,25 @@ void tables_of_a_norm() {
   }
   check_near(gradients.dgamma, dgamma, "dgamma");
   check_near(gradients.dbeta, dbeta, "dbeta");
-  const std::vector<float> narrow(found.begin(), found.end());
+  std::vector<float> narrow(found.begin(), found.end());
   check_near(narrow.data(), dz, "dz");
+
+  // The same where the sums are those of several processes.
+  Values of_beta(dbeta), of_gamma(dgamma);
+  for (int c = 0; c < kChannels; ++c) of_beta[c] /= kCount, of_gamma[c] /= kCount;
+  kernels::SharedNormGradients shared{kSamples, kChannels, kPositions};
+  shared.new_h = gradients.new_h, shared.dp = gradients.dp;
+  shared.d = of.d, shared.rstd = of.rstd, shared.gamma = of.gamma;
+  shared.of_beta = memory.add("shares of beta", of_beta), shared.of_gamma = memory.add("shares of gamma", of_gamma);
+  shared.factor = memory.result("factor", kTable), shared.offset = memory.result("shared offset", kTable);
+  shared.slope = memory.result("shared slope", kChannels);
+  memory.device.launch(grid, [&](Thread& m) { kernels::shared_norm_gradients(m, shared); });
+  for (int k = 0; k < kMap; ++k) {
+    const int c = channel(k), at = k / kPositions;
+    narrow[k] =
+        static_cast<float>(g[k] * shared.factor[at] + (in[kX][k] - of.shift[c]) * shared.slope[c] + shared.offset[at]);
+  }
+  check_near(narrow.data(), dz, "dz of several processes");
 }
 
 }  // namespace
