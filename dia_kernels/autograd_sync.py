@@ -1,6 +1,6 @@
 """The tail whose batch norm is over several processes (``nn.SyncBatchNorm``): sums are exchanged between the sweeps.
 
-Forward: ``statistics`` | all-gather | ``tail`` on the statistics of all. Backward: ``tail_reduce`` | all-reduce |
+Forward: ``statistics`` | all-gather | ``tail_join`` on the statistics of all. Backward: ``tail_reduce`` | all-reduce |
 ``tail_spread``. The exchange is 2 C + 1 float64 values a process forward and 2 C values of the compute dtype backward,
 and lies outside of every operator. The gradients of the norm's weight and bias stay those of this process's samples,
 for DistributedDataParallel to add up, as ``nn.SyncBatchNorm`` leaves them.
@@ -43,12 +43,12 @@ class SyncTail(Function):
     def forward(ctx, ops, z, shortcut, h, c, gamma, beta, eps, *rest):
         *parameters, channel_dim, relu, tanh_output, group = rest
         count = z.numel() // max(channels(z, channel_dim), 1)
-        mean, var = ops.statistics(z, channel_dim)
+        mean, var, means = ops.statistics(z, channel_dim)
         mean, var, total = _over_processes(mean, var, count, group)
         ctx.ops, ctx.flags, ctx.eps, ctx.group = ops, (channel_dim, relu, tanh_output), eps, group
         keep_mask = relu and any(ctx.needs_input_grad) and keeps_mask(ops, z, channel_dim)
-        y, new_h, new_c, tables, *_, mask = ops.tail(
-            z, shortcut, h, c, gamma, beta, mean, var, eps, *parameters, *ctx.flags, keep_mask
+        y, new_h, new_c, tables, mask = ops.tail_join(
+            z, shortcut, h, c, gamma, beta, mean, var, means, eps, *parameters, *ctx.flags, keep_mask
         )
         passed = mask if keep_mask else y if relu else None
         ctx.save_for_backward(z, passed, h, c, new_h, new_c, tables, gamma, beta, total, *parameters)

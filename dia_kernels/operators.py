@@ -26,8 +26,10 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
                         32 bits. Neither autograd nor tensor versions know of what is written: for ``norms``.
 ``tail_backward``       gradients of z, shortcut, h, c, the norm's weight and bias and the eight
                         parameters (in one), by the five ``need_*`` flags
-``statistics``          ``(mean, var)`` of each channel of z over samples and positions, (C,),
-                        the variance biased, in float64
+``statistics``          ``(mean, var, means)``: of each channel of z over samples and positions, (C,), the
+                        variance biased; and the means of each sample, (N, C). All in float64.
+``tail_join``           ``(y, h', c', tables, mask)``: ``tail`` on the statistics of several processes and the
+                        ``means`` of these samples, so that z is read once
 ``tail_reduce``         the first half of ``tail_backward`` on batch statistics: ``(sums,
                         dshortcut, dp)`` and the gradients of h, c and the parameters (in one). ``sums``
                         (2, C): the gradients of the norm's bias and weight.
@@ -150,24 +152,43 @@ def _with_weights(weights: list[Tensor]) -> LSTMParameters:
 # rstd (C each), with which zn = ((z - shift) - d) * rstd. Here the shift is the mean itself, and d is 0.
 
 
+def _affine(values, gamma, beta):
+    """``values`` (N, C) by gamma and beta, where they are there."""
+    values = values if gamma is None else values * gamma
+    return values if beta is None else values + beta
+
+
 def _reference_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
+    return _reference_normed(z, shortcut, h, c, gamma, beta, mean, var, None, eps, *rest)
+
+
+def _reference_normed(z, shortcut, h, c, gamma, beta, mean, var, means, eps, *rest):
     *parameters, channel_dim, relu, tanh_output, keep_mask = rest
     batch = mean is None
     with torch.autocast(z.device.type, enabled=False):
         if batch:
             mean, var = reference.statistics(z, channel_dim)
+        own = None if means is None else (means - mean.double()).to(compute_dtype(z.dtype))
         mean, var = (t.to(compute_dtype(z.dtype)) for t in (mean, var))
         rstd = (var + eps).rsqrt()
         _, x = reference.normalise(z, mean, rstd, gamma, beta, channel_dim)
         wide = None if shortcut is None else shortcut.to(x.dtype)
+        off = reference.pool(z, channel_dim) - mean if own is None else own
         y, p, trace = reference.traced_step(
-            x, wide, h, c, LSTMParameters(*parameters), channel_dim, relu, _output(tanh_output)
-        )
-        off = reference.pool(z, channel_dim) - mean
+            x, wide, h, c, LSTMParameters(*parameters), channel_dim, relu, _output(tanh_output),
+            None if own is None else _affine(own * rstd, gamma, beta),
+        )  # fmt: skip
         tables = torch.cat([_pack(p, trace), off.reshape(-1), mean, torch.zeros_like(mean), rstd])
     statistics = (mean, var) if batch else (mean.new_empty(0), mean.new_empty(0))
     y = _in_format(y.to(z.dtype), z, channel_dim)
     return y, trace.h, trace.c, tables, *statistics, _mask(y, channel_dim, relu and keep_mask)
+
+
+def _reference_tail_join(z, shortcut, h, c, gamma, beta, mean, var, means, eps, *rest):
+    y, new_h, new_c, tables, _, _, mask = _reference_normed(
+        z, shortcut, h, c, gamma, beta, mean, var, means, eps, *rest
+    )
+    return y, new_h, new_c, tables, mask
 
 
 def _reference_tail_tracking_(z, shortcut, h, c, gamma, beta, running_mean, running_var, batches, factor, eps, *rest):
@@ -229,7 +250,8 @@ def _reference_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta,
 
 
 def _reference_statistics(z, channel_dim):
-    return reference.statistics(z.double(), channel_dim)
+    wide = z.double()
+    return *reference.statistics(wide, channel_dim), reference.pool(wide, channel_dim)
 
 
 def _reference_tail_reduce(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
@@ -337,7 +359,12 @@ def _fake_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *res
 
 def _fake_statistics(z, channel_dim):
     mean = z.new_empty(channels(z, channel_dim), dtype=torch.float64)
-    return mean, torch.empty_like(mean)
+    return mean, torch.empty_like(mean), mean.new_empty((z.shape[0], len(mean)))
+
+
+def _fake_tail_join(z, shortcut, h, c, gamma, beta, mean, var, means, eps, *rest):
+    y, new_h, new_c, tables, *_, mask = _fake_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest)
+    return y, new_h, new_c, tables, mask
 
 
 def _fake_tail_reduce(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
@@ -398,6 +425,7 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "tail_tracking_": (_reference_tail_tracking_, _fake_tail_tracking_),
     "tail_backward": (_reference_tail_backward, _fake_tail_backward),
     "statistics": (_reference_statistics, _fake_statistics),
+    "tail_join": (_reference_tail_join, _fake_tail_join),
     "tail_reduce": (_reference_tail_reduce, _fake_tail_reduce),
     "tail_spread": (_reference_tail_spread, _fake_tail_spread),
     "pool": (_reference_pool, _fake_pool),
@@ -419,6 +447,7 @@ class Operators:
     tail_tracking_: Operator
     tail_backward: Operator
     statistics: Operator
+    tail_join: Operator
     tail_reduce: Operator
     tail_spread: Operator
     pool: Operator

@@ -43,9 +43,10 @@ def traced_step(
     channel_dim: int,
     relu: bool,
     output: str,
+    p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, LSTMTrace]:
-    """The whole step: y, the pooled p, and the trace of the cell (which holds the new state)."""
-    p = pool(x, channel_dim)
+    """The whole step: y, the pooled p (unless it is given), and the trace of the cell (which holds the new state)."""
+    p = pool(x, channel_dim) if p is None else p
     trace = lstm(p, *initial_state(p, h, c), parameters, output)
     y = rescale(x, trace.h, shortcut, channel_dim, relu)
     return y, p, trace

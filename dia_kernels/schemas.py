@@ -37,7 +37,10 @@ SCHEMAS = {
     "tail_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor z, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
     f" Tensor tables, Tensor? gamma, Tensor? beta, {_WEIGHTS}, {_FLAGS}, bool batch, bool need_z, bool need_shortcut,"
     f" bool need_state, bool need_parameters, bool need_affine) -> ({_GRADIENTS}, Tensor, Tensor)",
-    "statistics": "(Tensor z, int channel_dim) -> (Tensor, Tensor)",
+    "statistics": "(Tensor z, int channel_dim) -> (Tensor, Tensor, Tensor)",
+    "tail_join": "(Tensor z, Tensor? shortcut, Tensor? h, Tensor? c, Tensor? gamma, Tensor? beta, Tensor mean,"
+    f" Tensor var, Tensor means, float eps, {_PARAMETERS}, {_FLAGS}, bool keep_mask)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "tail_reduce": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor z, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
     f" Tensor tables, Tensor? gamma, Tensor? beta, {_WEIGHTS}, {_FLAGS}, bool need_shortcut, bool need_state,"
     f" bool need_parameters) -> ({_GRADIENTS}, Tensor)",

@@ -478,6 +478,8 @@ def test_results_are_as_the_fakes_promise(layouts, channels_last):
     buffers = torch.zeros(6), torch.ones(6), torch.tensor(0)
     opcheck(simulated.tail_tracking_, (x, s, *state, *norm[:2], *buffers, 0.1, 1e-5, *frozen, 1, True, False, False))
     opcheck(simulated.statistics, (x, 1))
+    joined = (x, s, *state, *norm[:2], *simulated.statistics(x, 1), 1e-5, *frozen, 1, True, False, False)
+    opcheck(simulated.tail_join, joined)
     opcheck(simulated.tail_reduce, (*given, True, True, True))
     sums, g, dp, *_ = simulated.tail_reduce(*given, True, True, True)
     opcheck(simulated.tail_spread, (g, None, x, torch.rand(3, 6), dp, tables, norm[0], sums, 1))

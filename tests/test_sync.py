@@ -155,6 +155,9 @@ def test_operators():
     parameters = [t[k] for k in type(lstm_parameters(4, 1))._fields]
     y, h, c, tables, *_ = operators.native.tail(*tail_arguments(t, None, None, True))
     torch.library.opcheck(operators.native.statistics, (t["z"], 1))
+    arguments = tail_arguments(t, *operators.native.statistics(t["z"], 1)[:2], True)
+    means = operators.native.statistics(t["z"], 1)[2]
+    torch.library.opcheck(operators.native.tail_join, (*arguments[:8], means, *arguments[8:]))
     reduce = (
         incoming["y"], incoming["h"], incoming["c"], t["z"], y, t["h"], t["c"], c, tables, t["gamma"], t["beta"],
         *parameters[::2], 1, True, False, True, True, True,

@@ -112,12 +112,16 @@ def gradient_in_halves(
     gamma, beta = draw(c), draw(c)
     weights = [draw(*size) / 2 for size in ((m, c), (m,), (4 * c, m), (4 * c,)) * 2]
     state, flags = (old_h, old_c), (1, relu, False)
-    mean, var = ops.statistics(z, 1)
-    for found, expected in zip((mean, var), reference.statistics(z.double(), 1), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    mean, var, means = ops.statistics(z, 1)
+    expected = *reference.statistics(z.double(), 1), reference.pool(z.double(), 1)
+    for a, b in zip((mean, var, means), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
     y, h, new_c, tables, *_, bits = ops.tail(z, shortcut, *state, gamma, beta, None, None, 1e-5, *weights, *flags, mask)
     again, *_ = ops.tail(z, shortcut, *state, gamma, beta, mean, var, 1e-5, *weights, *flags, False)
     torch.testing.assert_close(again, y)
+    joined = ops.tail_join(z, shortcut, *state, gamma, beta, mean, var, means, 1e-5, *weights, *flags, mask)
+    for a, b in zip(joined, (y, h, new_c, tables, bits), strict=True):
+        torch.testing.assert_close(a, b)
     passed = bits if mask else y
     given = (dy, dh, dc, z, passed, *state, new_c, tables, gamma, beta, *weights[::2], *flags)
     whole = ops.tail_backward(*given, True, True, need_shortcut, True, True, True)

@@ -186,44 +186,65 @@ struct ChannelStatistics {
   int samples, channels, positions;
   SampleMoments moments;
   double *mean, *var;  // (C)
+  double* means;       // (N, C): each sample's
 };
 
 template <class M>
 DIA_DEVICE void channel_statistics(M& m, const ChannelStatistics& args) {
   const auto scratch = m.template shared<double>(m.warps() * kNormChannels);
   for_channels(m, args.samples, args.channels, [&](int channel, Part samples) {
-    const ChannelMoments of = join_moments(m, scratch, args.moments, args.samples, args.channels, args.positions,
-                                           channel, samples, [](int64_t, double) {});
-    if (channel >= args.channels || !writes_channel(m)) return;
+    const ChannelMoments of =
+        join_moments(m, scratch, args.moments, args.samples, args.channels, args.positions, channel, samples,
+                     [&](int64_t at, double apart) { m.store(args.means + at, apart); });
+    if (channel >= args.channels) return;
+    for (int n = samples.begin; n < samples.end; ++n) {
+      const int64_t at = row_at(n, args.channels) + channel;
+      m.store(args.means + at, of.origin + of.off + m.load(args.means + at));
+    }
+    if (!writes_channel(m)) return;
     m.store(args.mean + channel, of.origin + of.off);
     m.store(args.var + channel, of.var);
   });
 }
 
-// The same of statistics that are given, in float or in double.
+// The same of statistics that are given, in float or in double; and of each sample's means, where they are.
 struct GivenStatistics {
-  int channels;
+  int samples, channels;
   float eps;
   const float *mean, *var;             // (C), or null:
   const double *wide_mean, *wide_var;  // (C)
+  const double* means;                 // (N, C), or null
   const float *gamma, *beta;           // (C), or null for 1 and 0
   float *shift, *d, *scale, *bias, *rstd;
+  float *off, *p;  // (N, C), as in BatchStatistics, with `means`
+
+  // Values that a thread each makes.
+  DIA_DEVICE int64_t count() const { return means != nullptr ? row_at(samples, channels) : channels; }
 };
 
 template <class M>
 DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
-  const int step = m.blocks() * m.threads();
-  for (int channel = m.block() * m.threads() + m.thread(); channel < args.channels; channel += step) {
+  const int64_t step = static_cast<int64_t>(m.blocks()) * m.threads();
+  for (int64_t k = static_cast<int64_t>(m.block()) * m.threads() + m.thread(); k < args.count(); k += step) {
+    const int channel = static_cast<int>(k % args.channels);
     const bool wide = args.wide_mean != nullptr;
     const double mean = wide ? m.load(args.wide_mean + channel) : static_cast<double>(m.load(args.mean + channel));
     const double var = wide ? m.load(args.wide_var + channel) : static_cast<double>(m.load(args.var + channel));
-    const float shift = static_cast<float>(mean);
     const float rstd = 1.0f / M::sqrt(static_cast<float>(var + static_cast<double>(args.eps)));
+    const float scale = args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd;
+    const float bias = args.beta != nullptr ? m.load(args.beta + channel) : 0.0f;
+    if (args.means != nullptr) {
+      const float off = static_cast<float>(m.load(args.means + k) - mean);
+      m.store(args.off + k, off);
+      m.store(args.p + k, off * scale + bias);
+    }
+    if (k >= args.channels) continue;
+    const float shift = static_cast<float>(mean);
     m.store(args.shift + channel, shift);
     m.store(args.d + channel, static_cast<float>(mean - static_cast<double>(shift)));
     m.store(args.rstd + channel, rstd);
-    m.store(args.scale + channel, args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd);
-    m.store(args.bias + channel, args.beta != nullptr ? m.load(args.beta + channel) : 0.0f);
+    m.store(args.scale + channel, scale);
+    m.store(args.bias + channel, bias);
   }
 }
 

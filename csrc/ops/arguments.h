@@ -201,6 +201,11 @@ inline void check_norm(const Tensor& z, const MapInfo& info, const OptionalTenso
   check(mean.has_value() == var.has_value(), "norm: expected both of a mean and a variance, or neither");
 }
 
+// The means of each sample, for a norm of several processes.
+inline void check_means(const Tensor& means, const Tensor& z, const MapInfo& info) {
+  check_table("means", means, {info.shape.samples, info.shape.channels}, ScalarType::Double, z);
+}
+
 // What the second half of a gradient behind a norm of several processes takes.
 inline void check_spread(const OptionalTensor& dy, const OptionalTensor& y, const Tensor& z, const MapInfo& info,
                          const Tensor& new_h, const Tensor& dp, const Tensor& tables, const OptionalTensor& gamma,

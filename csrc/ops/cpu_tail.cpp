@@ -93,8 +93,8 @@ using TailResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Te
 template <class T>
 TailResult run_tail(const Tensor& z, const MapInfo& info, const OptionalTensor& shortcut, const OptionalTensor& h,
                     const OptionalTensor& c, const OptionalTensor& gamma, const OptionalTensor& beta,
-                    const OptionalTensor& given_mean, const OptionalTensor& given_var, double eps, const Parameters& w,
-                    bool relu, bool tanh_output) {
+                    const OptionalTensor& given_mean, const OptionalTensor& given_var,
+                    const OptionalTensor& sample_means, double eps, const Parameters& w, bool relu, bool tanh_output) {
   using A = Compute<T>;
   const int64_t n = info.shape.samples, width = info.shape.channels, m = w.input_reduce_weight.size(0);
   const MapReader<T> z_reader(z, info);
@@ -142,6 +142,7 @@ TailResult run_tail(const Tensor& z, const MapInfo& info, const OptionalTensor& 
     });
     run_normalise(normalise, chunk);
   };
+  const auto result = [&] { return TailResult{y, new_h, new_c, all, mean, var, empty_mask(false, z, info)}; };
   if (batch) {
     map_kernels<T>().choose_shift(z_reader.map, info.shape, first_shift);
     const Moments<T> moments{info.shape, z_reader.map, first_shift, d1, m2};
@@ -151,10 +152,16 @@ TailResult run_tail(const Tensor& z, const MapInfo& info, const OptionalTensor& 
     std::transform(means, means + width, data_of<A>(mean), [](double v) { return static_cast<A>(v); });
     std::transform(variances, variances + width, data_of<A>(var), [](double v) { return static_cast<A>(v); });
     for_chunks(n, 0, 0, [&](Chunk chunk) { finish(chunk, first_shift); });
+    return result();
+  }
+  copy_statistics<A>(*given_mean, means);
+  copy_statistics<A>(*given_var, variances);
+  use_statistics();
+  if (sample_means) {
+    std::copy_n(data_of<double>(*sample_means), n * width, d1);
+    std::fill_n(first_shift, width, A(0));
+    for_chunks(n, 0, 0, [&](Chunk chunk) { finish(chunk, first_shift); });
   } else {
-    copy_statistics<A>(*given_mean, means);
-    copy_statistics<A>(*given_var, variances);
-    use_statistics();
     const Moments<T> moments{info.shape, z_reader.map, norm.shift, d1, m2};
     const int64_t sample_bytes = width * info.shape.positions * static_cast<int64_t>(sizeof(T));
     for_chunks(n, sample_bytes, weight_bytes<A>(width, m), [&](Chunk chunk) {
@@ -162,21 +169,31 @@ TailResult run_tail(const Tensor& z, const MapInfo& info, const OptionalTensor& 
       finish(chunk, norm.shift);
     });
   }
-  return {y, new_h, new_c, all, mean, var, empty_mask(false, z, info)};
+  return result();
+}
+
+// A tail's arguments, checked.
+TailResult checked_tail(const Tensor& z, const OptionalTensor& shortcut, const OptionalTensor& h,
+                        const OptionalTensor& c, const OptionalTensor& gamma, const OptionalTensor& beta,
+                        const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& means, double eps,
+                        const Parameters& w, int64_t channel_dim, bool relu, bool tanh_output, bool keep_mask) {
+  const MapInfo info = map_info(z, channel_dim);
+  check_step(z, info, shortcut, h, c, w);
+  check_norm(z, info, gamma, beta, mean, var);
+  if (means) check_means(*means, z, info);
+  check_no_mask(keep_mask);
+  return with_map_type(z, [&]<class T>() {
+    return run_tail<T>(z, info, shortcut, dense(h), dense(c), gamma, beta, mean, var, dense(means), eps, w, relu,
+                       tanh_output);
+  });
 }
 
 TailResult tail(Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c, OptionalTensor gamma,
                 OptionalTensor beta, OptionalTensor mean, OptionalTensor var, double eps, Tensor w1, Tensor b1,
                 Tensor w2, Tensor b2, Tensor v1, Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim, bool relu,
                 bool tanh_output, bool keep_mask) {
-  const Parameters w{w1, b1, w2, b2, v1, a1, v2, a2};
-  const MapInfo info = map_info(z, channel_dim);
-  check_step(z, info, shortcut, h, c, w);
-  check_norm(z, info, gamma, beta, mean, var);
-  check_no_mask(keep_mask);
-  return with_map_type(z, [&]<class T>() {
-    return run_tail<T>(z, info, shortcut, dense(h), dense(c), gamma, beta, mean, var, eps, w, relu, tanh_output);
-  });
+  return checked_tail(z, shortcut, h, c, gamma, beta, mean, var, std::nullopt, eps, {w1, b1, w2, b2, v1, a1, v2, a2},
+                      channel_dim, relu, tanh_output, keep_mask);
 }
 
 // With the statistics of the batch, towards which the norm's buffers are moved.
@@ -189,8 +206,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_tracking(
   check_tracked({running_mean, running_var, batches, factor}, z, info,
                 {z, shortcut, h, c, gamma, beta, w1, b1, w2, b2, v1, a1, v2, a2});
   const auto [y, new_h, new_c, tables, mean, var, mask] =
-      tail(z, shortcut, h, c, gamma, beta, std::nullopt, std::nullopt, eps, w1, b1, w2, b2, v1, a1, v2, a2, channel_dim,
-           relu, tanh_output, keep_mask);
+      checked_tail(z, shortcut, h, c, gamma, beta, std::nullopt, std::nullopt, std::nullopt, eps,
+                   {w1, b1, w2, b2, v1, a1, v2, a2}, channel_dim, relu, tanh_output, keep_mask);
   const auto move = [&](const Tensor& buffer, const Tensor& to, float scale) {
     float* at = data_of<float>(buffer);
     const float* values = data_of<float>(to);
@@ -200,6 +217,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_tracking(
   const double count = static_cast<double>(info.shape.samples) * static_cast<double>(info.shape.positions);
   move(running_mean, mean, 1.0f), move(running_var, var, static_cast<float>(correction_of(count)));
   ++*data_of<int64_t>(batches);
+  return {y, new_h, new_c, tables, mask};
+}
+
+// With statistics over several processes, and the means of the samples here.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_join(
+    Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c, OptionalTensor gamma, OptionalTensor beta,
+    Tensor mean, Tensor var, Tensor means, double eps, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1,
+    Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output, bool keep_mask) {
+  const auto [y, new_h, new_c, tables, none, nothing, mask] =
+      checked_tail(z, shortcut, h, c, gamma, beta, mean, var, means, eps, {w1, b1, w2, b2, v1, a1, v2, a2}, channel_dim,
+                   relu, tanh_output, keep_mask);
   return {y, new_h, new_c, tables, mask};
 }
 
@@ -482,21 +510,25 @@ TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
 // --- the same with statistics over several processes: what goes from one to the other lies between these ---
 
 template <class T>
-std::tuple<Tensor, Tensor> run_statistics(const Tensor& z, const MapInfo& info) {
+std::tuple<Tensor, Tensor, Tensor> run_statistics(const Tensor& z, const MapInfo& info) {
   using A = Compute<T>;
   const int64_t n = info.shape.samples, width = info.shape.channels;
   const MapReader<T> reader(z, info);
   const Tensor mean = empty_table<double>(z, {width}), var = empty_table<double>(z, {width});
-  const Tensor shift = empty_table<A>(z, {width}), table = empty_table<double>(z, {2 * n * width});
-  double *d1 = data_of<double>(table), *m2 = d1 + n * width;
-  map_kernels<T>().choose_shift(reader.map, info.shape, data_of<A>(shift));
-  const Moments<T> moments{info.shape, reader.map, data_of<A>(shift), d1, m2};
+  const Tensor means = empty_table<double>(z, {n, width});
+  const Tensor shift = empty_table<A>(z, {width}), squares = empty_table<double>(z, {n * width});
+  A* shifts = data_of<A>(shift);
+  double* d1 = data_of<double>(means);
+  map_kernels<T>().choose_shift(reader.map, info.shape, shifts);
+  const Moments<T> moments{info.shape, reader.map, shifts, d1, data_of<double>(squares)};
   for_chunks(n, 0, 0, [&](Chunk chunk) { run_moments(moments, chunk); });
-  batch_statistics<A>(d1, m2, data_of<A>(shift), info.shape, data_of<double>(mean), data_of<double>(var));
-  return {mean, var};
+  batch_statistics<A>(d1, moments.m2, shifts, info.shape, data_of<double>(mean), data_of<double>(var));
+  for (int64_t k = 0; k < n; ++k)
+    for (int64_t ch = 0; ch < width; ++ch) d1[k * width + ch] += static_cast<double>(shifts[ch]);
+  return {mean, var, means};
 }
 
-std::tuple<Tensor, Tensor> statistics(Tensor z, int64_t channel_dim) {
+std::tuple<Tensor, Tensor, Tensor> statistics(Tensor z, int64_t channel_dim) {
   const MapInfo info = map_info(z, channel_dim);
   return with_map_type(z, [&]<class T>() { return run_statistics<T>(z, info); });
 }
@@ -546,6 +578,7 @@ STABLE_TORCH_LIBRARY_IMPL(dia_kernels, CPU, m) {
   m.impl("tail_tracking_", TORCH_BOX(&tail_tracking));
   m.impl("tail_backward", TORCH_BOX(&tail_backward));
   m.impl("statistics", TORCH_BOX(&statistics));
+  m.impl("tail_join", TORCH_BOX(&tail_join));
   m.impl("tail_reduce", TORCH_BOX(&tail_reduce));
   m.impl("tail_spread", TORCH_BOX(&tail_spread));
 }

@@ -298,6 +298,7 @@ GpuPlan backward_plan(GpuCall& call, const MapInfo& info, const BackwardMaps<T>&
 template <class T>
 struct GradientMaps {
   OptionalGpuMap<T> dy, y;
+  OptionalTensor mask;
   GpuMap<T> x;
   GpuResult<T> dshortcut, dx;
   BackwardMaps<T> maps;
@@ -305,11 +306,11 @@ struct GradientMaps {
   GradientMaps(const GradientArguments& given, const MapInfo& info, const WantedGradients& wanted)
       : dy(given.dy, info),
         y(given.dy ? given.relu.y : std::nullopt, info),
+        mask(given.dy ? given.relu.mask : std::nullopt),
         x(given.x, info),
         dshortcut(wanted.shortcut, given.x, info),
         dx(wanted.x, given.x, info),
-        maps{dy.samples,        y.samples,  x.samples,
-             dshortcut.samples, dx.samples, mask_samples(given.dy ? given.relu.mask : std::nullopt, info)} {
+        maps{dy.samples, y.samples, x.samples, dshortcut.samples, dx.samples, mask_samples(mask, info)} {
     check(sizeof(T) == 2 || maps.mask.data == nullptr, "y: a GPU's kernels know masks of 16-bit maps only");
     if (wanted.shortcut && !given.dy) torch::stable::fill_(dshortcut.tensor, 0.0);
     if (!given.dy) maps.dshortcut = {};
@@ -354,10 +355,15 @@ struct ForwardNorm {
         scale(call.scratch(call.channels())),
         bias(call.scratch(call.channels())) {}
 
-  void given(GpuCall& call, const Tensor& mean, const Tensor& var, double eps) {
+  // `means` of each sample: what they make goes to `off` and `p`.
+  void given(GpuCall& call, const Tensor& mean, const Tensor& var, const OptionalTensor& means, double eps, float* off,
+             float* p) const {
     const Tensor m = dense(mean), v = dense(var);
+    const OptionalTensor of_samples = dense(means);
     kernels::GivenStatistics args{};
-    args.channels = static_cast<int>(call.channels()), args.eps = static_cast<float>(eps);
+    args.samples = static_cast<int>(call.samples()), args.channels = static_cast<int>(call.channels());
+    args.eps = static_cast<float>(eps);
+    if (of_samples) args.means = data_of<double>(of_samples), args.off = off, args.p = p;
     const auto either = [](const Tensor& t, const float*& narrow, const double*& wide) {
       if (t.scalar_type() == ScalarType::Double)
         wide = static_cast<const double*>(t.const_data_ptr());
@@ -368,7 +374,7 @@ struct ForwardNorm {
     check((args.mean == nullptr) == (args.var == nullptr), "running_mean, running_var: expected one dtype for both");
     args.gamma = data_of<float>(gamma), args.beta = data_of<float>(beta);
     args.shift = shift, args.d = d, args.scale = scale, args.bias = bias, args.rstd = rstd;
-    call.launch_elements(args, call.channels());
+    call.launch_elements(args, args.count());
   }
   // The buffers are moved with it.
   void of_batch(GpuCall& call, const kernels::SampleMoments& moments, double eps, float* off, float* p, float* mean,
@@ -388,7 +394,7 @@ struct ForwardNorm {
 // What goes into a tail.
 struct TailArguments {
   Tensor z;
-  OptionalTensor shortcut, h, c, gamma, beta, mean, var;
+  OptionalTensor shortcut, h, c, gamma, beta, mean, var, means;
   double eps;
   Parameters weights;
   bool relu, tanh_output, keep_mask;
@@ -397,7 +403,7 @@ struct TailArguments {
 struct TailResult {
   Tensor y;
   StepResult cell;
-  OptionalTensor mean, var;  // of the batch; empty where they were given, none where they went into buffers
+  OptionalTensor mean, var;  // of the batch, for `tail`; empty where they were given
   Tensor mask;
 };
 
@@ -425,24 +431,26 @@ TailResult run_tail(const TailArguments& given, const MapInfo& info, const kerne
   const GpuResult<T> y(true, z, info);
   ForwardCell cell(call, given.weights, given.h, given.c, given.tanh_output, NormTables<float>::count(n, width));
   const NormTables<float> tables(data_of<float>(cell.result.tables) + Tables<float>::count(n, width, m), n, width);
-  ForwardNorm norm(call, given.gamma, given.beta, tables);
+  const ForwardNorm norm(call, given.gamma, given.beta, tables);
   const ForwardMaps<T> maps{z_map.samples, s_map.samples, y.samples, mask_samples<uint8_t>(mask, info)};
-  if (given.mean) {
-    norm.given(call, *given.mean, *given.var, given.eps);
+  float *const off = tables.off, *const p = cell.args.tables.p;
+  if (given.mean) norm.given(call, *given.mean, *given.var, given.means, given.eps, off, p);
+  if (given.mean && !given.means) {
     run_forward<T, true>(call, forward_plan<T>(call, info, maps, given.relu, GpuNorm::given), cell, maps, given.relu,
-                         norm.affine(), tables.off);
+                         norm.affine(), off);
     return {y.tensor, cell.result, call.table({0}), call.table({0}), mask};
   }
   const GpuPlan plan = forward_plan<T>(call, info, maps, given.relu, GpuNorm::batch);
   OptionalTensor mean, var;
-  if (tracked.running_mean == nullptr) mean = call.table({width}), var = call.table({width});
-  const auto values_of = [](const OptionalTensor& t) { return t ? data_of<float>(*t) : nullptr; };
-  norm.of_batch(call, run_moments(call, maps.x), given.eps, tables.off, cell.args.tables.p, values_of(mean),
-                values_of(var), tracked);
+  if (!given.mean) {
+    if (tracked.running_mean == nullptr) mean = call.table({width}), var = call.table({width});
+    const auto values_of = [](const OptionalTensor& t) { return t ? data_of<float>(*t) : nullptr; };
+    norm.of_batch(call, run_moments(call, maps.x), given.eps, off, p, values_of(mean), values_of(var), tracked);
+  }
   float *factor = call.scratch(n * width), *added = call.scratch(n * width);
   const kernels::Spread<T> spread = spread_of(call, maps, given.relu, factor, added, norm.shift);
   if (plan.cell == GpuCell::clusters) {
-    // The means are there, by the batch's statistics.
+    // The means are there.
     const kernels::ClusterStep<T, true> rest{
         0, kernels::Reduce<T>{}, spread, {cell.args, norm.affine(), factor, added}};
     call.launch_clusters(rest, plan.together);
@@ -458,7 +466,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail(
     OptionalTensor mean, OptionalTensor var, double eps, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1,
     Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output, bool keep_mask) {
   const TailArguments given{
-      z, shortcut, h, c, gamma, beta, mean, var, eps, {w1, b1, w2, b2, v1, a1, v2, a2}, relu, tanh_output, keep_mask};
+      z,    shortcut,    h,        c, gamma, beta, mean, var, std::nullopt, eps, {w1, b1, w2, b2, v1, a1, v2, a2},
+      relu, tanh_output, keep_mask};
   const MapInfo info = map_info(z, channel_dim);
   check_step(z, info, shortcut, h, c, given.weights);
   check_norm(z, info, gamma, beta, mean, var);
@@ -475,9 +484,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_tracking(
     Tensor running_mean, Tensor running_var, Tensor batches, double factor, double eps, Tensor w1, Tensor b1, Tensor w2,
     Tensor b2, Tensor v1, Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output,
     bool keep_mask) {
-  const TailArguments given{
-      z,    shortcut,    h,        c, gamma, beta, std::nullopt, std::nullopt, eps, {w1, b1, w2, b2, v1, a1, v2, a2},
-      relu, tanh_output, keep_mask};
+  const TailArguments given{z,
+                            shortcut,
+                            h,
+                            c,
+                            gamma,
+                            beta,
+                            std::nullopt,
+                            std::nullopt,
+                            std::nullopt,
+                            eps,
+                            {w1, b1, w2, b2, v1, a1, v2, a2},
+                            relu,
+                            tanh_output,
+                            keep_mask};
   const MapInfo info = map_info(z, channel_dim);
   check_step(z, info, shortcut, h, c, given.weights);
   check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
@@ -604,17 +624,36 @@ TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
 
 // --- the tail with statistics over several processes: what goes from one to the other lies between these --------
 
-std::tuple<Tensor, Tensor> statistics(Tensor z, int64_t channel_dim) {
+std::tuple<Tensor, Tensor, Tensor> statistics(Tensor z, int64_t channel_dim) {
   const MapInfo info = map_info(z, channel_dim);
   return with_gpu_type(z, [&]<class T>() {
     GpuCall call(z, info, 1);
+    const int64_t n = call.samples(), width = call.channels();
     const GpuMap<T> map(z, info);
-    const Tensor mean = empty_table<double>(z, {call.channels()}), var = empty_table<double>(z, {call.channels()});
+    const Tensor mean = empty_table<double>(z, {width}), var = empty_table<double>(z, {width});
+    const Tensor means = empty_table<double>(z, {n, width});
     const kernels::SampleMoments moments = run_moments(call, map.samples);
-    call.launch_channels(kernels::ChannelStatistics{static_cast<int>(call.samples()), static_cast<int>(call.channels()),
+    call.launch_channels(kernels::ChannelStatistics{static_cast<int>(n), static_cast<int>(width),
                                                     static_cast<int>(call.positions()), moments, data_of<double>(mean),
-                                                    data_of<double>(var)});
-    return std::make_tuple(mean, var);
+                                                    data_of<double>(var), data_of<double>(means)});
+    return std::make_tuple(mean, var, means);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_join(
+    Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c, OptionalTensor gamma, OptionalTensor beta,
+    Tensor mean, Tensor var, Tensor means, double eps, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1,
+    Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output, bool keep_mask) {
+  const TailArguments given{
+      z,    shortcut,    h,        c, gamma, beta, mean, var, means, eps, {w1, b1, w2, b2, v1, a1, v2, a2},
+      relu, tanh_output, keep_mask};
+  const MapInfo info = map_info(z, channel_dim);
+  check_step(z, info, shortcut, h, c, given.weights);
+  check_norm(z, info, gamma, beta, mean, var);
+  check_means(means, z, info);
+  return with_gpu_type(z, [&]<class T>() {
+    const TailResult result = run_tail<T>(given, info, {});
+    return std::make_tuple(result.y, result.cell.h, result.cell.c, result.cell.tables, result.mask);
   });
 }
 
@@ -748,6 +787,7 @@ extern "C" __attribute__((visibility("default"), used)) inline void dia_kernels_
   m.impl("tail_tracking_" suffix, TORCH_BOX(&dia::ops::tail_tracking)); \
   m.impl("tail_backward" suffix, TORCH_BOX(&dia::ops::tail_backward));  \
   m.impl("statistics" suffix, TORCH_BOX(&dia::ops::statistics));        \
+  m.impl("tail_join" suffix, TORCH_BOX(&dia::ops::tail_join));          \
   m.impl("tail_reduce" suffix, TORCH_BOX(&dia::ops::tail_reduce));      \
   m.impl("tail_spread" suffix, TORCH_BOX(&dia::ops::tail_spread));      \
   m.impl("pool" suffix, TORCH_BOX(&dia::ops::pool));                    \

@@ -206,6 +206,7 @@ class Memory {
   void of(const kernels::ChannelStatistics& a) {
     moments(a.moments, static_cast<int64_t>(a.samples) * a.channels);
     table("mean", a.mean, a.channels), table("var", a.var, a.channels);
+    table("means", a.means, static_cast<int64_t>(a.samples) * a.channels);
   }
   void of(const kernels::SharedNormGradients& a) {
     const int64_t c = a.channels, nc = a.samples * c;
@@ -219,6 +220,8 @@ class Memory {
     table("mean", a.mean, c), table("var", a.var, c), table("gamma", a.gamma, c), table("beta", a.beta, c);
     table("shift", a.shift, c), table("d", a.d, c), table("scale", a.scale, c), table("bias", a.bias, c);
     table("rstd", a.rstd, c);
+    const int64_t nc = static_cast<int64_t>(a.samples) * a.channels;
+    table("means", a.means, nc), table("off", a.off, nc), table("p", a.p, nc);
   }
   void of(const kernels::MeanGradients& a) {
     table("dp", a.dp, a.count), table("scale", a.scale, a.channels), table("offset", a.offset, a.count);

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 #: The operators that Triton's kernels implement; of the others (a SyncBatchNorm's parts) the reference stands in.
-NAMES = ("step", "step_", "step_backward", "tail", "tail_backward", "pool", "rescale", "rescale_backward")
+NAMES = ("step", "step_", "step_backward", "tail", "tail_join", "tail_backward", "pool", "rescale", "rescale_backward")
 
 #: Whether Triton is installed.
 INSTALLED = importlib.util.find_spec("triton") is not None

@@ -368,6 +368,15 @@ def _norm_views(tables: Tensor, cell: int, n: int, c: int) -> tuple[Tensor, ...]
 
 
 def tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
+    return _tail(z, shortcut, h, c, gamma, beta, mean, var, None, eps, *rest)
+
+
+def tail_join(z, shortcut, h, c, gamma, beta, mean, var, means, eps, *rest):
+    y, h, c, tables, _, _, mask = _tail(z, shortcut, h, c, gamma, beta, mean, var, means, eps, *rest)
+    return y, h, c, tables, mask
+
+
+def _tail(z, shortcut, h, c, gamma, beta, mean, var, means, eps, *rest):
     *parameters, channel_dim, relu, tanh_output, keep_mask = rest
     mask = _no_mask(z, keep_mask)
     with torch.autocast(z.device.type, enabled=False):
@@ -393,8 +402,11 @@ def tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
             shift.copy_(mean)
             d.copy_(mean.double() - shift.double())
             rstd.copy_((var.double() + eps).float().rsqrt())
-            _reduce(maps, z_map, None, None, None, off, None, shift)
-            off.div_(length).sub_(d)
+            if means is None:
+                _reduce(maps, z_map, None, None, None, off, None, shift)
+                off.div_(length).sub_(d)
+            else:
+                off.copy_(means - mean.double())
         norm = Norm.of(shift, d, rstd, gamma, beta)
         torch.addcmul(norm.bias, off, norm.scale, out=p)
         new_h, new_c, factor, added = _cell(p, zx, zh, of_gates, h, c, parameters, tanh_output, norm)
@@ -475,5 +487,5 @@ def rescale_backward(dy, x, scale, y, channel_dim, need_x, need_scale, need_shor
 #: By their names in ``SCHEMAS``.
 KERNELS = {
     "step": step, "step_": step_, "step_backward": step_backward, "tail": tail, "tail_backward": tail_backward,
-    "pool": pool, "rescale": rescale, "rescale_backward": rescale_backward,
+    "tail_join": tail_join, "pool": pool, "rescale": rescale, "rescale_backward": rescale_backward,
 }  # fmt: skip
