@@ -26,8 +26,9 @@ MOST_SPILLED, MOST_SPILLED_BY_SWEEPS_AND_TILES, MOST_SPILLED_BY_CLUSTERS = 16, 9
 NAMES = (
     *("ClusterStep", "ClusterGradient", "Reduce", "Spread", "WeightGradients"),
     *("BottleneckSums", "JoinParts", "CellStates", "BottleneckGradientSums", "CellGradients"),
-    *("BatchStatistics", "ChannelStatistics", "GivenStatistics", "MeanGradients", "NormGradients", "SharedNormGradients"),
-    *("Rectify", "SplitGateGradients", "SplitGates"),
+    *("BatchStatistics", "ChannelStatistics", "GivenStatistics"),
+    *("NormGradients", "SharedNormGradients", "MeanGradients", "Rectify"),
+    *("SplitGateGradients", "SplitGates"),
 )
 SWEEPS = ("Reduce", "Spread")
 #: By clusters of blocks, which GPUs have from sm_90 on.
