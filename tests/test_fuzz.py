@@ -276,7 +276,7 @@ def test_stacked_layers_take_tokens_of_no_samples(backend):
 def test_parts_take_maps_without_channels(backend, channel_dim):
     x = torch.empty((2, 0, 5) if channel_dim == 1 else (2, 5, 0))
     assert operators.native.pool(x, channel_dim).shape == (2, 0)
-    assert [t.shape for t in operators.native.statistics(x, channel_dim)] == [(0,), (0,)]
+    assert [t.shape for t in operators.native.statistics(x, channel_dim)] == [(0,), (0,), (2, 0)]
     gradients = operators.native.rescale_backward(x, x, torch.empty(2, 0), None, channel_dim, True, True, True)
     assert [t.shape for t in gradients] == [x.shape, (2, 0), x.shape]
 
