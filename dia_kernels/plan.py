@@ -137,8 +137,9 @@ def as_text(name: str, p: Plan) -> str:
     else:
         cell = {"tiles": "kernels of tiles", "products": "a BLAS"}[p.cell]
         how = f"sweeps, {p.chunk} samples at a time; the cell between them: {cell}"
+    launches = "1 launch" if p.launches == 1 else f"{p.launches} launches"
     return (
         f"{name}\n    {how}\n"
-        f"    {p.launches} launches, {p.passes:g} passes, {p.bytes / 1e6:.1f} MB; modelled {p.seconds * 1e6:.0f} us, "
+        f"    {launches}, {p.passes:g} passes, {p.bytes / 1e6:.1f} MB; modelled {p.seconds * 1e6:.0f} us, "
         f"of which {p.ideal_seconds * 1e6:.0f} us are the least bytes"
     )

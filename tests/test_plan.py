@@ -44,7 +44,9 @@ def test_plans_by_clusters():
                 sweeps = plan.plan(shape, layouts="sweeps", **options)
                 assert p.seconds < sweeps.seconds
                 assert p.bytes == sweeps.bytes
-                assert "clusters of blocks, 8 samples each" in plan.as_text("step", p)
+                text = plan.as_text("step", p)
+                assert "clusters of blocks, 8 samples each" in text
+                assert f" {expected} {'launch' if expected == 1 else 'launches'}, " in text
         assert plan.plan(shape, "a100", layouts="clusters").cell == "tiles"
     large = (256, 256, 56, 56)
     assert plan.plan(large).cell == "tiles"

@@ -201,6 +201,17 @@ inline void check_norm(const Tensor& z, const MapInfo& info, const OptionalTenso
   check(mean.has_value() == var.has_value(), "norm: expected both of a mean and a variance, or neither");
 }
 
+// What goes into the gradient of a tail.
+inline void check_tail_gradient(const OptionalTensor& dy, const OptionalTensor& dh, const OptionalTensor& dc,
+                                const Tensor& z, const MapInfo& info, const OptionalTensor& y, const OptionalTensor& h,
+                                const OptionalTensor& c, const Tensor& new_c, const Tensor& tables,
+                                const OptionalTensor& gamma, const OptionalTensor& beta, const Weights& w, bool relu,
+                                bool masks) {
+  check_step_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables,
+                      NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu, masks);
+  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+}
+
 // The means of each sample, for a norm of several processes.
 inline void check_means(const Tensor& means, const Tensor& z, const MapInfo& info) {
   check_table("means", means, {info.shape.samples, info.shape.channels}, ScalarType::Double, z);

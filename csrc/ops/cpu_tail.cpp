@@ -476,9 +476,7 @@ GivenGradient given_gradient(OptionalTensor dy, OptionalTensor dh, OptionalTenso
                              OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, OptionalTensor gamma,
                              OptionalTensor beta, const Weights& w, int64_t channel_dim, bool relu, bool tanh_output) {
   const MapInfo info = map_info(z, channel_dim);
-  check_step_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables,
-                      NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu, false);
-  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+  check_tail_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables, gamma, beta, w, relu, false);
   return {dy,
           dense(dh),
           dense(dc),

@@ -598,15 +598,6 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
           of.parameters.flat};
 }
 
-void check_tail_gradient(const OptionalTensor& dy, const OptionalTensor& dh, const OptionalTensor& dc, const Tensor& z,
-                         const MapInfo& info, const OptionalTensor& y, const OptionalTensor& h, const OptionalTensor& c,
-                         const Tensor& new_c, const Tensor& tables, const OptionalTensor& gamma,
-                         const OptionalTensor& beta, const Weights& w, bool relu) {
-  check_step_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables,
-                      NormTables<float>::count(info.shape.samples, info.shape.channels), w, relu, true);
-  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
-}
-
 TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor z, OptionalTensor y,
                             OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, OptionalTensor gamma,
                             OptionalTensor beta, Tensor w1, Tensor w2, Tensor v1, Tensor v2, int64_t channel_dim,
@@ -614,7 +605,7 @@ TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
                             bool need_parameters, bool need_affine) {
   const MapInfo info = map_info(z, channel_dim);
   const Weights w{w1, w2, v1, v2};
-  check_tail_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables, gamma, beta, w, relu);
+  check_tail_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables, gamma, beta, w, relu, true);
   const GradientArguments given{dy, dh, dc, z, ReluResult(relu ? y : std::nullopt), h, c, new_c, tables};
   return with_gpu_type(z, [&]<class T>() {
     return run_tail_backward<T>(given, info, gamma, beta, w, tanh_output, batch,
@@ -664,7 +655,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail_reduce(
     bool need_parameters) {
   const MapInfo info = map_info(z, channel_dim);
   const Weights w{w1, w2, v1, v2};
-  check_tail_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables, gamma, beta, w, relu);
+  check_tail_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables, gamma, beta, w, relu, true);
   const GradientArguments given{dy, dh, dc, z, ReluResult(relu ? y : std::nullopt), h, c, new_c, tables};
   return with_gpu_type(z, [&]<class T>() {
     TailBackward<T> of(given, info, gamma, beta, w, tanh_output,
