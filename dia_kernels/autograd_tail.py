@@ -26,6 +26,7 @@ from .autograd import (
     wants_gradient,
 )
 from .cells import LSTMParameters
+from .norms import Tracked
 from .operators import Operators
 
 
@@ -201,10 +202,7 @@ class Tail(Function):
 
 
 class TrackingTail(Tail):
-    """``operators.tail_tracking_``: the norm's buffers, in one tuple, and the factor lie where ``Tail`` has statistics.
-
-    For calls outside of transforms.
-    """
+    """``operators.tail_tracking_``: a norm's ``Tracked`` lies where ``Tail`` has statistics. For plain calls."""
 
     @staticmethod
     def forward(ops, *args):
@@ -244,50 +242,19 @@ def tail(
     channel_dim: int,
     relu: bool,
     tanh_output: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(y, h', c', mean, var)``, the last two empty where statistics were given."""
+    tracked: Tracked | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``(y, h', c', mean, var)``, the last two empty where statistics were given.
+
+    With ``tracked``, in a plain call on the statistics of the batch, the norm's buffers are moved; then they are None.
+    """
     recorded = wants_gradient(z, shortcut, h, c, gamma, beta, *parameters)
     keep_mask = recorded and relu and keeps_mask(ops, z, channel_dim)
-    args = (z, shortcut, h, c, gamma, beta, mean, var, eps, *parameters, channel_dim, relu, tanh_output, keep_mask)
-    y, h, c, _, mean, var, _ = route(Tail, ops.tail, _reference_tail, args, recorded, ops)
+    statistics = (mean, var) if tracked is None else tracked
+    args = (z, shortcut, h, c, gamma, beta, *statistics, eps, *parameters, channel_dim, relu, tanh_output, keep_mask)
+    if tracked is None:
+        y, h, c, _, mean, var, _ = route(Tail, ops.tail, _reference_tail, args, recorded, ops)
+    else:
+        y, h, c, _, _ = run(TrackingTail, partial(TrackingTail.forward, ops), args, recorded, ops)
+        torch.autograd.graph.increment_version(tracked.buffers)
     return y, h, c, mean, var
-
-
-def tracking_tail(
-    ops: Operators,
-    z: Tensor,
-    shortcut: Tensor | None,
-    h: Tensor | None,
-    c: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    buffers: tuple[Tensor, Tensor, Tensor],
-    factor: float,
-    eps: float,
-    parameters: LSTMParameters,
-    channel_dim: int,
-    relu: bool,
-    tanh_output: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y, h', c')`` with the statistics of the batch, towards which ``buffers`` are moved; see ``norms.Tracked``."""
-    recorded = wants_gradient(z, shortcut, h, c, gamma, beta, *parameters)
-    keep_mask = recorded and relu and keeps_mask(ops, z, channel_dim)
-    args = (
-        z,
-        shortcut,
-        h,
-        c,
-        gamma,
-        beta,
-        buffers,
-        factor,
-        eps,
-        *parameters,
-        channel_dim,
-        relu,
-        tanh_output,
-        keep_mask,
-    )
-    y, h, c, _, _ = run(TrackingTail, partial(TrackingTail.forward, ops), args, recorded, ops)
-    torch.autograd.graph.increment_version(buffers)
-    return y, h, c

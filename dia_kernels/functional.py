@@ -166,11 +166,7 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
     first, last = (x, shortcut, h, c, gamma, beta), (folded.eps, parameters, channel_dim, relu)
     count: int | Tensor = x.numel() // max(shape[0], 1)
     ops = None if backend == "reference" else backends.operators_of(backend, x)
-    if folded.module is not None and ops is not None and folded.group is None:
-        tracked = norms.tracked_by(ops, folded.module, x)
-        if tracked is not None:
-            y, h, c = autograd_tail.tracking_tail(ops, *first, *tracked, *last, output == "tanh")
-            return y, (h, c)
+    tracked = None
     if folded.group is not None:
         from . import autograd_sync  # it imports the compiler, to break its graphs: slow, and rarely needed
 
@@ -178,8 +174,9 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
     elif ops is None:
         y, h, c, mean, var = reference.tail(*first, mean, var, *last, output)
     else:
-        y, h, c, mean, var = autograd_tail.tail(ops, *first, mean, var, *last, output == "tanh")
-    if folded.module is not None:
+        tracked = None if folded.module is None else norms.tracked_by(ops, folded.module, x)
+        y, h, c, mean, var = autograd_tail.tail(ops, *first, mean, var, *last, output == "tanh", tracked)
+    if folded.module is not None and tracked is None:
         mean, var = (t.detach() if t.requires_grad else t for t in (mean, var))
         norms.update_buffers(folded.module, mean, var, count)
     return y, (h, c)

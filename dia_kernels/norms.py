@@ -23,8 +23,8 @@ from .schemas import NAMESPACE
 #: A norm: a module or function of the map, or a scale and a bias for each channel.
 Norm = nn.Module | Callable[[Tensor], Tensor] | tuple[Tensor, Tensor]
 
-_BUFFERS = ("num_batches_tracked", "running_mean", "running_var")
-#: Of the buffers, as ``Tracked`` has them.
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+#: Those that they begin with.
 _DTYPES = (torch.float32, torch.float32, torch.int64)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -148,8 +148,7 @@ def tracked_by(ops: Operators, norm: _BatchNorm, z: Tensor) -> Tracked | None:
     device = z.device
     if not _tracks(ops, device.type):
         return None
-    own = norm._buffers
-    buffers = own["running_mean"], own["running_var"], own["num_batches_tracked"]
+    buffers = tuple(map(norm._buffers.__getitem__, _BUFFERS))
     for buffer, dtype in zip(buffers, _DTYPES, strict=True):
         if type(buffer) is not Tensor or buffer.dtype is not dtype or buffer.device != device:
             return None
@@ -173,7 +172,7 @@ def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Ten
     """
     if not norm.track_running_stats:
         return
-    batches, running_mean, running_var = (norm._buffers[name] for name in _BUFFERS)
+    running_mean, running_var, batches = (norm._buffers[name] for name in _BUFFERS)
     move = _move
     if transforms_active():
         _check_mapped(mean, running_mean)

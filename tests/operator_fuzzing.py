@@ -23,9 +23,9 @@ from dia_kernels.cells import split_parameters
 NAN = float("nan")
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: Sizes beyond any memory and near the end of what 64 bits count.
+HUGE = (1 << 45, 1 << 61)
 #: Elements of a tensor that further faults may copy.
 MOST_COPIED = 1 << 20
-HUGE = (1 << 45, 1 << 61)
 
 
 @dataclass
@@ -233,11 +233,9 @@ def other_layout(rng: random.Random, t: Tensor) -> Tensor:
 
 def odd_bits(rng: random.Random, t: Tensor) -> Tensor:
     """Tensors whose memory is not what they say: with a pending minus, or with none at all."""
-    return (
-        torch._neg_view(t)
-        if t.dtype != torch.bool and rng.random() < 0.5
-        else torch._efficientzerotensor(t.shape, dtype=t.dtype)
-    )
+    if t.dtype != torch.bool and rng.random() < 0.5:
+        return torch._neg_view(t)
+    return torch._efficientzerotensor(t.shape, dtype=t.dtype)
 
 
 def overlapping(rng: random.Random, t: Tensor) -> Tensor:

@@ -205,6 +205,20 @@ def test_operators_keep_their_promises(channels_last):
     torch.library.opcheck(ops.rescale, (x.detach(), h, s.detach(), 1, True))
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_means_of_samples_stand_for_the_map(channels_last):
+    ops = backends._backends["interpreted"].operators
+    x, s = (t.detach() for t in maps((3, 12, 3, 5), torch.float32, channels_last))
+    weights = [p.detach() for p in SharedAttention(12, 3).lstm_parameters()]
+    given, rest = (x * 2 + 5, s, *torch.rand(2, 3, 12), *torch.rand(2, 12)), (1e-5, *weights, 1, True, False, False)
+    mean, var, means = ops.statistics(given[0], 1)
+    expected = ops.tail(*given, mean, var, *rest)
+    for a, b in zip(ops.tail_join(*given, mean, var, means, *rest)[:4], expected, strict=False):
+        torch.testing.assert_close(a, b)
+    # It is the means that are taken: others give another state.
+    assert not torch.allclose(ops.tail_join(*given, mean, var, means + 1, *rest)[1], expected[1])
+
+
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 def test_statistics_keep_their_digits(mean):
     """A channel of deviation 1e-2 at a mean of 1e4, of which a float holds a tenth of the deviation."""

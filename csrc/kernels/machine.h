@@ -102,4 +102,11 @@ DIA_DEVICE void plain_multiply(float (&sums)[4], const PlainSide& left, const Pl
 // Where row `row` of a table begins: 64 bits, as tables may be larger than 32 bits can count.
 DIA_DEVICE int64_t row_at(int64_t row, int width) { return row * width; }
 
+// Values that a thread each makes.
+template <class M, class Body>
+DIA_DEVICE void for_elements(M& m, int64_t count, Body body) {
+  const int64_t threads = static_cast<int64_t>(m.blocks()) * m.threads();
+  for (int64_t k = static_cast<int64_t>(m.block()) * m.threads() + m.thread(); k < count; k += threads) body(k);
+}
+
 }  // namespace dia::kernels

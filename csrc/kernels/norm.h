@@ -47,6 +47,12 @@ DIA_DEVICE float added_of(M& m, const ChannelAffine& affine, int channel, float 
   return m.load(affine.bias + channel) * h - m.load(affine.d + channel) * (m.load(affine.scale + channel) * h);
 }
 
+// gamma rstd, where gamma may be null for 1.
+template <class M>
+DIA_DEVICE float scale_of(M& m, const float* gamma, int channel, float rstd) {
+  return gamma != nullptr ? m.load(gamma + channel) * rstd : rstd;
+}
+
 // What the map sends to h' through a norm, from its sums over the positions, of g and of g (z - shift). Of the latter
 // the product about the mean, which norm_gradients takes, is left in its place.
 DIA_DEVICE float map_gradient(float d, float scale, float bias, float sum, float& product) {
@@ -164,7 +170,7 @@ DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
     // origin + off may itself be rounded: d from the differences.
     const double d = of.origin - static_cast<double>(shift) + of.off;
     const float rstd = 1.0f / M::sqrt(var + args.eps);
-    const float scale = args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd;
+    const float scale = scale_of(m, args.gamma, channel, rstd);
     const float bias = args.beta != nullptr ? m.load(args.beta + channel) : 0.0f;
     for (int n = samples.begin; n < samples.end; ++n) {
       const int64_t at = row_at(n, args.channels) + channel;
@@ -224,28 +230,27 @@ struct GivenStatistics {
 
 template <class M>
 DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
-  const int64_t step = static_cast<int64_t>(m.blocks()) * m.threads();
-  for (int64_t k = static_cast<int64_t>(m.block()) * m.threads() + m.thread(); k < args.count(); k += step) {
+  for_elements(m, args.count(), [&](int64_t k) {
     const int channel = static_cast<int>(k % args.channels);
     const bool wide = args.wide_mean != nullptr;
     const double mean = wide ? m.load(args.wide_mean + channel) : static_cast<double>(m.load(args.mean + channel));
     const double var = wide ? m.load(args.wide_var + channel) : static_cast<double>(m.load(args.var + channel));
     const float rstd = 1.0f / M::sqrt(static_cast<float>(var + static_cast<double>(args.eps)));
-    const float scale = args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd;
+    const float scale = scale_of(m, args.gamma, channel, rstd);
     const float bias = args.beta != nullptr ? m.load(args.beta + channel) : 0.0f;
     if (args.means != nullptr) {
       const float off = static_cast<float>(m.load(args.means + k) - mean);
       m.store(args.off + k, off);
       m.store(args.p + k, off * scale + bias);
     }
-    if (k >= args.channels) continue;
+    if (k >= args.channels) return;
     const float shift = static_cast<float>(mean);
     m.store(args.shift + channel, shift);
     m.store(args.d + channel, static_cast<float>(mean - static_cast<double>(shift)));
     m.store(args.rstd + channel, rstd);
     m.store(args.scale + channel, scale);
     m.store(args.bias + channel, bias);
-  }
+  });
 }
 
 // Gradients of gamma and beta; and with the statistics of a batch, through which all samples are tied together, what
@@ -301,17 +306,16 @@ struct SharedNormGradients {
 
 template <class M>
 DIA_DEVICE void shared_norm_gradients(M& m, const SharedNormGradients& args) {
-  const int64_t count = row_at(args.samples, args.channels), step = static_cast<int64_t>(m.blocks()) * m.threads();
-  for (int64_t k = static_cast<int64_t>(m.block()) * m.threads() + m.thread(); k < count; k += step) {
+  for_elements(m, row_at(args.samples, args.channels), [&](int64_t k) {
     const int channel = static_cast<int>(k % args.channels);
     const float rstd = m.load(args.rstd + channel);
-    const float scale = args.gamma != nullptr ? m.load(args.gamma + channel) * rstd : rstd;
+    const float scale = scale_of(m, args.gamma, channel, rstd);
     const float slope = -scale * rstd * m.load(args.of_gamma + channel);
     const float common = -scale * m.load(args.of_beta + channel) - slope * m.load(args.d + channel);
     m.store(args.factor + k, scale * m.load(args.new_h + k));
     m.store(args.offset + k, scale * m.load(args.dp + k) / static_cast<float>(args.positions) + common);
     if (k < args.channels) m.store(args.slope + channel, slope);
-  }
+  });
 }
 
 }  // namespace dia::kernels

@@ -11,12 +11,6 @@
 
 namespace dia::kernels {
 
-template <class M, class Body>
-DIA_DEVICE void for_elements(M& m, int64_t count, Body body) {
-  const int64_t threads = static_cast<int64_t>(m.blocks()) * m.threads();
-  for (int64_t k = static_cast<int64_t>(m.block()) * m.threads() + m.thread(); k < count; k += threads) body(k);
-}
-
 // In place: a bottleneck's product and bias through its ReLU, forward by its own value, backward by `z`.
 struct Rectify {
   int64_t count;
@@ -68,7 +62,7 @@ struct NormAgain {
 
   template <class M>
   DIA_DEVICE float scale_of(M& m, int channel) const {
-    return m.load(rstd + channel) * (gamma != nullptr ? m.load(gamma + channel) : 1.0f);
+    return kernels::scale_of(m, gamma, channel, m.load(rstd + channel));
   }
 };
 

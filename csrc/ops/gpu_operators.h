@@ -303,17 +303,18 @@ struct GradientMaps {
   GpuResult<T> dshortcut, dx;
   BackwardMaps<T> maps;
 
-  GradientMaps(const GradientArguments& given, const MapInfo& info, const WantedGradients& wanted)
-      : dy(given.dy, info),
-        y(given.dy ? given.relu.y : std::nullopt, info),
-        mask(given.dy ? given.relu.mask : std::nullopt),
-        x(given.x, info),
-        dshortcut(wanted.shortcut, given.x, info),
-        dx(wanted.x, given.x, info),
+  GradientMaps(const OptionalTensor& given, const Tensor& of_x, const ReluResult& relu, const MapInfo& info,
+               const WantedGradients& wanted)
+      : dy(given, info),
+        y(given ? relu.y : std::nullopt, info),
+        mask(given ? relu.mask : std::nullopt),
+        x(of_x, info),
+        dshortcut(wanted.shortcut, of_x, info),
+        dx(wanted.x, of_x, info),
         maps{dy.samples, y.samples, x.samples, dshortcut.samples, dx.samples, mask_samples(mask, info)} {
     check(sizeof(T) == 2 || maps.mask.data == nullptr, "y: a GPU's kernels know masks of 16-bit maps only");
-    if (wanted.shortcut && !given.dy) torch::stable::fill_(dshortcut.tensor, 0.0);
-    if (!given.dy) maps.dshortcut = {};
+    if (wanted.shortcut && !given) torch::stable::fill_(dshortcut.tensor, 0.0);
+    if (!given) maps.dshortcut = {};
   }
 };
 
@@ -329,7 +330,8 @@ StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
   const GradientArguments given{dy, dh, dc, x, ReluResult(relu ? y : std::nullopt), h, c, new_c, tables};
   return with_gpu_type(x, [&]<class T>() -> StepGradients {
     GpuCall call(x, info, w1.size(0));
-    const GradientMaps<T> maps(given, info, {need_x, need_shortcut, need_state, need_parameters, false});
+    const GradientMaps<T> maps(given.dy, given.x, given.relu, info,
+                               {need_x, need_shortcut, need_state, need_parameters, false});
     const BackwardCell cell(call, given, w, tanh_output, need_state);
     const ParameterGradients parameters(call, h, need_parameters);
     run_backward<T, false>(call, backward_plan<T>(call, info, maps.maps, GpuNorm::none), cell, maps.maps, {},
@@ -526,7 +528,7 @@ struct TailBackward {
   TailBackward(const GradientArguments& given, const MapInfo& info, const OptionalTensor& gamma_tensor,
                const OptionalTensor& beta_tensor, const Weights& w, bool tanh_output, const WantedGradients& wanted)
       : call(given.x, info, w.input_reduce.size(0)),
-        maps(given, info, wanted),
+        maps(given.dy, given.x, given.relu, info, wanted),
         cell(call, given, w, tanh_output, wanted.state),
         tables(cell.tables, call.samples(), call.channels()),
         gamma(dense(gamma_tensor)),
@@ -683,8 +685,7 @@ Tensor tail_spread(OptionalTensor dy, OptionalTensor y, Tensor z, Tensor new_h, 
     const Tensor h = dense(new_h), p = dense(dp), all = dense(tables), share = dense(shares);
     const OptionalTensor weight = dense(gamma);
     const NormTables<float> norm(all, n, width);
-    const GradientMaps<T> maps({dy, {}, {}, z, ReluResult(y), {}, {}, h, all}, info,
-                               {true, false, false, false, false});
+    const GradientMaps<T> maps(dy, z, ReluResult(y), info, {true, false, false, false, false});
     kernels::SharedNormGradients args{};
     args.samples = static_cast<int>(n), args.channels = static_cast<int>(width);
     args.positions = static_cast<int>(call.positions());
