@@ -13,7 +13,8 @@ Each Function's first argument is the set of operators that it calls (``operator
 of another implementer; the rule and the formulas are the same for all.
 
 The eight parameters of a cell have one flat gradient (``cells.join_parameters``). Where all eight are leaves, blocks
-that share them hand it on as one to ``Gathered``, so that the engine adds up one tensor a block instead of eight.
+that share them leave it to ``Gathered``, which makes it for all of them at once, in one product for each weight: a
+block's own backward stops at its factors.
 
 Double backward, vmap and forward mode are right through the reference: the backward is itself a
 Function, differentiated by ``torch.func.vjp`` of the reference, and each Function has a vmap rule
@@ -131,23 +132,36 @@ def apply(function: type[Function], *args) -> Any:
 
 # --- one gradient for eight parameters --------------------------------------------------------------
 # A Function of a cell has ``parameters_at``, the place of the first of the eight parameters among its arguments, where
-# h is the third, and ``gradients(ctx, grads, need)``: of the arguments before them and, in one, of the eight.
+# h is the third, and ``gradients(ctx, grads, need, saved, as_factors)``: of the arguments before them and, in one, of
+# the eight. Of what it saves, h is the third and the tables are the sixth.
 
 
 class Gathered(Function):
     """A token, without memory, that stands for eight parameters in the graph: its gradient is their flat one.
 
-    It saves no tensor, so that several backward passes may run through it.
+    It saves no tensor, so that several backward passes may run through it. What blocks left for it in a pass, it takes:
+    the engine runs it after all of them.
     """
 
     @staticmethod
     def forward(ctx, *parameters):
         ctx.sizes = parameters[0].shape
+        ctx.left = {}
+        ctx.set_materialize_grads(False)
         return parameters[0].new_empty_strided((parameter_count(*ctx.sizes),), (0,))
 
     @staticmethod
     def backward(ctx, flat):
-        return tuple(split_parameters(flat, *ctx.sizes))
+        for ops, steps in ctx.left.pop(torch._C._current_graph_task_id(), {}).items():
+            factors, tables, h = map(list, zip(*steps, strict=True))
+            more = ops.parameter_gradients(factors, tables, h, ctx.sizes[0])
+            flat = more if flat is None else flat + more
+        return (None,) * 8 if flat is None else tuple(split_parameters(flat, *ctx.sizes))
+
+    @staticmethod
+    def leave(ctx, ops: Operators, factors: Tensor, tables: Tensor, h: Tensor) -> None:
+        """A block's part of the gradient, for the ``backward`` of ``ctx`` in this pass."""
+        ctx.left.setdefault(torch._C._current_graph_task_id(), {}).setdefault(ops, []).append((factors, tables, h))
 
 
 def _token(parameters: tuple, h: Tensor | None) -> Tensor | None:
@@ -184,9 +198,19 @@ def _with_token(function: type[Function]) -> type[Function]:
         return output
 
     def backward(ctx, *grads):
-        need_token, _, _, *need = ctx.needs_input_grad
-        *others, flat = function.gradients(ctx, grads, (*need[:at], need_token))  # type: ignore[attr-defined]
-        return flat, None, None, *others, *(None,) * (len(need) - at)
+        gathered = ctx.dia_kernels_token[0].grad_fn
+        need, saved = ctx.needs_input_grad[3:], saved_tensors(ctx)
+        # A gradient that is to be differentiated goes through the graph. And where this pass comes by no parameter,
+        # as in torch.autograd.grad of something else, theirs are not made.
+        as_factors = not torch.is_grad_enabled()
+        need_parameters = not as_factors or torch._C._will_engine_execute_node(gathered)
+        *others, last = function.gradients(  # type: ignore[attr-defined]
+            ctx, grads, (*need[:at], need_parameters), saved, as_factors
+        )
+        if as_factors and need_parameters:
+            Gathered.leave(gathered, ctx.ops, last, saved[5], saved[2])
+            last = None
+        return last, None, None, *others, *(None,) * (len(need) - at)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(function.__name__, (Function,), methods)
@@ -340,10 +364,13 @@ def _step_formula(ctx, grads, backward: Callable, saved: tuple) -> tuple:
     return for_each_parameter(gradients, ctx.needs_input_grad[-17:], 4, saved[-8])
 
 
-def _raw_step_backward(ops, dy, dh, dc, x, y, h, c, new_c, tables, *rest):
+def _raw_step_backward(ops, dy, dh, dc, x, y, h, c, new_c, tables, *rest, as_factors=False):
     """The operator: it reads only the weights of the eight parameters."""
     parameters, flags = rest[:8], rest[8:]
-    return ops.step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *parameters[::2], *flags)
+    return ops.step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *parameters[::2], *flags, as_factors)
+
+
+_step_factors = partial(_raw_step_backward, as_factors=True)
 
 
 class StepBackward(Function):
@@ -410,9 +437,9 @@ class Step(Function):
         return None, *_step_formula(ctx, grads, backward, saved_tensors(ctx))
 
     @staticmethod
-    def gradients(ctx, grads, need):
-        backward = differentiable(StepBackward, _raw_step_backward)
-        return _step_gradients(ctx, grads, need, backward, saved_tensors(ctx))
+    def gradients(ctx, grads, need, saved, as_factors):
+        backward = _step_factors if as_factors else differentiable(StepBackward, _raw_step_backward)
+        return _step_gradients(ctx, grads, need, backward, saved)
 
     @staticmethod
     def vmap(info, in_dims, _ops, *args):

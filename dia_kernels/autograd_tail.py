@@ -118,10 +118,13 @@ def _formula(ctx, grads, backward, saved: tuple) -> tuple:
     return for_each_parameter(gradients, ctx.needs_input_grad[-21:], 9, saved[-8])
 
 
-def _raw_backward(ops, dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, mean, var, *rest):
+def _raw_backward(ops, dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, mean, var, *rest, as_factors=False):
     """The operator: it reads only the weights of the eight parameters, and the statistics from the tables."""
     parameters, flags = rest[:8], rest[9:]
-    return ops.tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *parameters[::2], *flags)
+    return ops.tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *parameters[::2], *flags, as_factors)
+
+
+_factors = partial(_raw_backward, as_factors=True)
 
 
 class TailBackward(Function):
@@ -188,8 +191,9 @@ class Tail(Function):
         return None, *_formula(ctx, grads, differentiable(TailBackward, _raw_backward), saved_tensors(ctx))
 
     @staticmethod
-    def gradients(ctx, grads, need):
-        return _gradients(ctx, grads, need, differentiable(TailBackward, _raw_backward), saved_tensors(ctx))
+    def gradients(ctx, grads, need, saved, as_factors):
+        backward = _factors if as_factors else differentiable(TailBackward, _raw_backward)
+        return _gradients(ctx, grads, need, backward, saved)
 
     @staticmethod
     def vmap(info, in_dims, _ops, *args):

@@ -15,7 +15,9 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 ``step_``               ``(h', c')``: the same, y written over ``x``. Inference only.
 ``step_backward``       gradients of x, shortcut, h, c and, in one flat tensor
                         (``cells.join_parameters``), of the eight parameters; those that the four
-                        ``need_*`` flags do not ask for come back empty.
+                        ``need_*`` flags do not ask for come back empty. With ``as_factors``, for a step
+                        with a state, in place of the parameters' gradients what they are made of:
+                        du, dzx and dzh (``factor_sizes``), for ``parameter_gradients``.
 ``tail``                ``(y, h', c', tables, mean, var, mask)``: the step on the batch norm of z.
                         ``mean`` and ``var`` (C,) are the statistics to use, in the compute
                         dtype or float64; None for those of this batch, which come back (else
@@ -25,7 +27,9 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
                         ``running_var``, float32 (C,), and ``batches``, its count in int64. For maps of at most
                         32 bits. Neither autograd nor tensor versions know of what is written: for ``norms``.
 ``tail_backward``       gradients of z, shortcut, h, c, the norm's weight and bias and the eight
-                        parameters (in one), by the five ``need_*`` flags
+                        parameters (in one, or ``as_factors``), by the five ``need_*`` flags
+``parameter_gradients`` the gradients of the eight parameters, in one, of several steps that share them: from the
+                        ``factors``, ``tables`` and old ``h`` of each, all of one number of samples
 ``statistics``          ``(mean, var, means)``: of each channel of z over samples and positions, (C,), the
                         variance biased; and the means of each sample, (N, C). All in float64.
 ``tail_join``           ``(y, h', c', tables, mask)``: ``tail`` on the statistics of several processes and the
@@ -72,6 +76,11 @@ library = torch.library.Library(NAMESPACE, "DEF")
 def table_sizes(n: int, c: int, m: int) -> list[int]:
     """Element counts of the parts of ``tables``: p, zx, zh and the gates i, f, g, o."""
     return [n * c, n * m, n * m, n * c * 4]
+
+
+def factor_sizes(n: int, c: int, m: int) -> list[int]:
+    """Element counts of the parts of a step's factors: du, dzx and dzh."""
+    return [n * c * 4, n * m, n * m]
 
 
 def _pack(p: Tensor, trace: LSTMTrace) -> Tensor:
@@ -126,21 +135,46 @@ def _reference_step_(x, shortcut, h, c, *rest):
 
 
 def _reference_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
-    *weights, channel_dim, relu, tanh_output, need_x, need_shortcut, need_state, need_parameters = rest
+    *weights, channel_dim, relu, tanh_output, need_x, need_shortcut, need_state, need_parameters, as_factors = rest
     parameters = _with_weights(weights)
     n, m = x.shape[0], parameters.input_reduce_weight.shape[0]
     y = None if y is None else masks.as_result(y, x, channel_dim)
     p, trace = _unpack(tables, n, channels(x, channel_dim), m, new_c, tanh_output)
     with torch.autocast(x.device.type, enabled=False):
-        dx, dshortcut, _, dh, dc, dparameters = reference.step_backward(
+        dx, dshortcut, _, dh, dc, factors = reference.step_backward(
             dy, dh, dc, x, y if relu else None, h, c, new_c, p, trace, parameters, channel_dim, _output(tanh_output)
         )
+        of_parameters = _of_parameters(factors, p, trace, h, need_parameters, as_factors)
     return (
         _in_format(dx, x, channel_dim) if need_x else x.new_empty(0),
         _in_format(dshortcut, x, channel_dim) if need_shortcut else x.new_empty(0),
         *((dh, dc) if need_state else (p.new_empty(0), p.new_empty(0))),
-        join_parameters(dparameters) if need_parameters else p.new_empty(0),
+        of_parameters,
     )
+
+
+def _of_parameters(factors, p, trace, h, wanted: bool, as_factors: bool) -> Tensor:
+    """The gradients of the parameters, in one tensor, in the form that is asked for; an empty one if none is."""
+    if not wanted:
+        return p.new_empty(0)
+    if as_factors:
+        return torch.cat([t.reshape(-1) for t in factors])
+    return join_parameters(reference.parameter_gradients(factors, p, trace.zx, trace.zh, h))
+
+
+def _reference_parameter_gradients(factors, tables, h, bottleneck):
+    n, c = h[0].shape
+    m = bottleneck
+
+    def joined(flats, sizes, widths):
+        """Of the tables that each step has in one, those of all steps behind each other."""
+        of_steps = zip(*(flat[: sum(sizes)].split(sizes) for flat in flats), strict=True)
+        return [torch.cat(parts).view(-1, width) for parts, width in zip(of_steps, widths, strict=True)]
+
+    with torch.autocast(h[0].device.type, enabled=False):
+        left = reference.Factors(*joined(factors, factor_sizes(n, c, m), (4 * c, m, m)))
+        right = joined(tables, table_sizes(n, c, m)[:3], (c, m, m))
+        return join_parameters(reference.parameter_gradients(left, *right, torch.cat(h)))
 
 
 def _with_weights(weights: list[Tensor]) -> LSTMParameters:
@@ -210,8 +244,8 @@ def _norm_tables(z, tables, channel_dim):
 
 
 def _reference_tail_sums(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
-    """All of the tail's gradient but dz: ``(sums, dx, dshortcut, dp, dh, dc, dparameters)``, x the norm's result."""
-    *weights, channel_dim, relu, tanh_output = rest
+    """All of the tail's gradient but dz: ``(sums, dx, dshortcut, dp, dh, dc, of_parameters)``, x the norm's result."""
+    *weights, channel_dim, relu, tanh_output, need_parameters, as_factors = rest
     parameters = _with_weights(weights)
     n, width, m = z.shape[0], channels(z, channel_dim), parameters.input_reduce_weight.shape[0]
     y = None if y is None else masks.as_result(y, z, channel_dim)
@@ -219,18 +253,19 @@ def _reference_tail_sums(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *re
     p, trace = _unpack(cell, n, width, m, new_c, tanh_output)
     with torch.autocast(z.device.type, enabled=False):
         zn, x = reference.normalise(z, mean, rstd, gamma, beta, channel_dim)
-        dx, *others = reference.step_backward(
+        dx, *others, factors = reference.step_backward(
             None if dy is None else dy.to(x.dtype), dh, dc, x, y if relu else None, h, c, new_c, p, trace, parameters,
             channel_dim, _output(tanh_output),
         )  # fmt: skip
-        return reference.norm_sums(dx, zn, channel_dim), dx, *others
+        of_parameters = _of_parameters(factors, p, trace, h, need_parameters, as_factors)
+        return reference.norm_sums(dx, zn, channel_dim), dx, *others, of_parameters
 
 
 def _reference_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
-    *cell, batch, need_z, need_shortcut, need_state, need_parameters, need_affine = rest
+    *cell, batch, need_z, need_shortcut, need_state, need_parameters, need_affine, as_factors = rest
     channel_dim = cell[-3]
-    sums, dx, dshortcut, _, dh, dc, dparameters = _reference_tail_sums(
-        dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *cell
+    sums, dx, dshortcut, _, dh, dc, of_parameters = _reference_tail_sums(
+        dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *cell, need_parameters, as_factors
     )
     dz = z.new_empty(0)
     if need_z:
@@ -245,7 +280,7 @@ def _reference_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta,
         _in_format(dshortcut.to(z.dtype), z, channel_dim) if need_shortcut else z.new_empty(0),
         *((dh, dc) if need_state else (nothing(0), nothing(0))),
         *((sums[1].clone(), sums[0].clone()) if need_affine else (nothing(0), nothing(0))),
-        join_parameters(dparameters) if need_parameters else nothing(0),
+        of_parameters,
     )
 
 
@@ -256,8 +291,8 @@ def _reference_statistics(z, channel_dim):
 
 def _reference_tail_reduce(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
     *cell, need_shortcut, need_state, need_parameters = rest
-    sums, _, dshortcut, dp, dh, dc, dparameters = _reference_tail_sums(
-        dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *cell
+    sums, _, dshortcut, dp, dh, dc, of_parameters = _reference_tail_sums(
+        dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *cell, need_parameters, False
     )
     nothing = new_c.new_empty
     return (
@@ -265,7 +300,7 @@ def _reference_tail_reduce(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *
         _in_format(dshortcut.to(z.dtype), z, cell[-3]) if need_shortcut else z.new_empty(0),
         dp,
         *((dh, dc) if need_state else (nothing(0), nothing(0))),
-        join_parameters(dparameters) if need_parameters else nothing(0),
+        of_parameters,
     )
 
 
@@ -319,15 +354,26 @@ def _fake_step_(x, shortcut, h, c, *rest):
 
 
 def _fake_step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
-    *weights, channel_dim, _relu, _tanh_output, need_x, need_shortcut, need_state, need_parameters = rest
+    *weights, channel_dim, _relu, _tanh_output, need_x, need_shortcut, need_state, need_parameters, as_factors = rest
     nothing = new_c.new_empty
     return (
         empty_map(x, channel_dim) if need_x else x.new_empty(0),
         empty_map(x, channel_dim) if need_shortcut else x.new_empty(0),
         nothing(new_c.shape if need_state else 0),
         nothing(new_c.shape if need_state else 0),
-        nothing(parameter_count(*weights[0].shape) if need_parameters else 0),
+        _fake_of_parameters(new_c, weights[0], need_parameters, as_factors),
     )
+
+
+def _fake_of_parameters(new_c: Tensor, weight: Tensor, wanted: bool, as_factors: bool) -> Tensor:
+    if not wanted:
+        return new_c.new_empty(0)
+    m, c = weight.shape
+    return new_c.new_empty(sum(factor_sizes(new_c.shape[0], c, m)) if as_factors else parameter_count(m, c))
+
+
+def _fake_parameter_gradients(factors, tables, h, bottleneck):
+    return h[0].new_empty(parameter_count(bottleneck, h[0].shape[1]))
 
 
 def _fake_tail(z, shortcut, h, c, gamma, beta, mean, var, eps, *rest):
@@ -346,14 +392,15 @@ def _fake_tail_tracking_(z, shortcut, h, c, gamma, beta, running_mean, running_v
 
 
 def _fake_tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
-    *weights, channel_dim, _relu, _tanh, _batch, need_z, need_shortcut, need_state, need_parameters, need_affine = rest
+    *weights, channel_dim, _relu, _tanh_output = rest[:-7]
+    _batch, need_z, need_shortcut, need_state, need_parameters, need_affine, as_factors = rest[-7:]
     nothing, width = new_c.new_empty, channels(z, channel_dim)
     return (
         empty_map(z, channel_dim) if need_z else z.new_empty(0),
         empty_map(z, channel_dim) if need_shortcut else z.new_empty(0),
         *(nothing(new_c.shape if need_state else 0) for _ in range(2)),
         *(nothing(width if need_affine else 0) for _ in range(2)),
-        nothing(parameter_count(*weights[0].shape) if need_parameters else 0),
+        _fake_of_parameters(new_c, weights[0], need_parameters, as_factors),
     )
 
 
@@ -375,7 +422,7 @@ def _fake_tail_reduce(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest)
         empty_map(z, channel_dim) if need_shortcut else z.new_empty(0),
         nothing(new_c.shape),
         *(nothing(new_c.shape if need_state else 0) for _ in range(2)),
-        nothing(parameter_count(*weights[0].shape) if need_parameters else 0),
+        _fake_of_parameters(new_c, weights[0], need_parameters, False),
     )
 
 
@@ -407,7 +454,8 @@ def _on_one_device(operator: Operator, fake: Callable[..., Any]) -> Callable[...
     names = [argument.name for argument in operator._schema.arguments]
 
     def checked(*args):
-        tensors = [(name, arg) for name, arg in zip(names, args, strict=False) if isinstance(arg, Tensor)]
+        lists = ((name, arg if isinstance(arg, list) else [arg]) for name, arg in zip(names, args, strict=False))
+        tensors = [(name, t) for name, of in lists for t in of if isinstance(t, Tensor)]
         first, device = tensors[0][0], tensors[0][1].device
         for name, t in tensors:
             if t.device != device:
@@ -424,6 +472,7 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "tail": (_reference_tail, _fake_tail),
     "tail_tracking_": (_reference_tail_tracking_, _fake_tail_tracking_),
     "tail_backward": (_reference_tail_backward, _fake_tail_backward),
+    "parameter_gradients": (_reference_parameter_gradients, _fake_parameter_gradients),
     "statistics": (_reference_statistics, _fake_statistics),
     "tail_join": (_reference_tail_join, _fake_tail_join),
     "tail_reduce": (_reference_tail_reduce, _fake_tail_reduce),
@@ -446,6 +495,7 @@ class Operators:
     tail: Operator
     tail_tracking_: Operator
     tail_backward: Operator
+    parameter_gradients: Operator
     statistics: Operator
     tail_join: Operator
     tail_reduce: Operator

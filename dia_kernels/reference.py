@@ -7,6 +7,8 @@ mode and vmap run through them; and they are the last fallback. They take checke
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -185,6 +187,32 @@ def lstm_backward(
     return du, dc * f
 
 
+class Factors(NamedTuple):
+    """What the gradients of a cell's parameters are made of, together with its own tables.
+
+    Gradients of the pre-activations, ``du`` (N, 4 C), and of both bottlenecks, ``dzx`` and ``dzh`` (N, m).
+    """
+
+    du: Tensor
+    dzx: Tensor
+    dzh: Tensor
+
+
+def parameter_gradients(factors: Factors, p: Tensor, zx: Tensor, zh: Tensor, h: Tensor | None) -> LSTMParameters:
+    """Gradients of the parameters, sums over all rows of the tables; ``h`` is the old state, None for zero."""
+    du, dzx, dzh = factors
+    return LSTMParameters(
+        input_reduce_weight=dzx.t() @ p,
+        input_reduce_bias=dzx.sum(0),
+        input_expand_weight=du.t() @ zx,
+        input_expand_bias=du.sum(0),
+        hidden_reduce_weight=dzh.t() @ (torch.zeros_like(p) if h is None else h),
+        hidden_reduce_bias=dzh.sum(0),
+        hidden_expand_weight=du.t() @ zh,
+        hidden_expand_bias=du.sum(0),
+    )
+
+
 def step_backward(
     dy: Tensor | None,
     dh: Tensor | None,
@@ -199,13 +227,13 @@ def step_backward(
     parameters: LSTMParameters,
     channel_dim: int,
     output: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, LSTMParameters]:
-    """Gradients ``(dx, dshortcut, dp, dh, dc, dparameters)`` of ``step``, written out.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Factors]:
+    """Gradients ``(dx, dshortcut, dp, dh, dc)`` of ``step`` and the factors of its parameters', written out.
 
     ``y`` is the step's result if it had a ReLU, else None; ``dy``, ``dh`` and ``dc`` may be None
     for zero. Of ``parameters`` only the weights are read.
     """
-    h, c = initial_state(p, h, c)
+    _, c = initial_state(p, h, c)
     dy = torch.zeros_like(x) if dy is None else dy
     dh = torch.zeros_like(p) if dh is None else dh
     dc = torch.zeros_like(p) if dc is None else dc
@@ -217,14 +245,4 @@ def step_backward(
     dzh = unrelu(du @ w.hidden_expand_weight, trace.zh)
     dp = dzx @ w.input_reduce_weight
     dx = dx + broadcast(dp / max(spatial_size(x, channel_dim), 1), x, channel_dim)
-    gradients = LSTMParameters(
-        input_reduce_weight=dzx.t() @ p,
-        input_reduce_bias=dzx.sum(0),
-        input_expand_weight=du.t() @ trace.zx,
-        input_expand_bias=du.sum(0),
-        hidden_reduce_weight=dzh.t() @ h,
-        hidden_reduce_bias=dzh.sum(0),
-        hidden_expand_weight=du.t() @ trace.zh,
-        hidden_expand_bias=du.sum(0),
-    )
-    return dx.to(x.dtype), dshortcut, dp, dzh @ w.hidden_reduce_weight, dc, gradients
+    return dx.to(x.dtype), dshortcut, dp, dzh @ w.hidden_reduce_weight, dc, Factors(du, dzx, dzh)

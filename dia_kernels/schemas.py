@@ -27,7 +27,7 @@ SCHEMAS = {
     "step_": f"(Tensor(a!) x, Tensor? shortcut, Tensor? h, Tensor? c, {_PARAMETERS}, {_FLAGS}) -> (Tensor, Tensor)",
     "step_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor x, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
     f" Tensor tables, {_WEIGHTS}, {_FLAGS}, bool need_x, bool need_shortcut, bool need_state,"
-    f" bool need_parameters) -> ({_GRADIENTS})",
+    f" bool need_parameters, bool as_factors) -> ({_GRADIENTS})",
     "tail": "(Tensor z, Tensor? shortcut, Tensor? h, Tensor? c, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var,"
     f" float eps, {_PARAMETERS}, {_FLAGS}, bool keep_mask)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -36,7 +36,8 @@ SCHEMAS = {
     f" {_PARAMETERS}, {_FLAGS}, bool keep_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "tail_backward": "(Tensor? dy, Tensor? dh, Tensor? dc, Tensor z, Tensor? y, Tensor? h, Tensor? c, Tensor new_c,"
     f" Tensor tables, Tensor? gamma, Tensor? beta, {_WEIGHTS}, {_FLAGS}, bool batch, bool need_z, bool need_shortcut,"
-    f" bool need_state, bool need_parameters, bool need_affine) -> ({_GRADIENTS}, Tensor, Tensor)",
+    f" bool need_state, bool need_parameters, bool need_affine, bool as_factors) -> ({_GRADIENTS}, Tensor, Tensor)",
+    "parameter_gradients": "(Tensor[] factors, Tensor[] tables, Tensor[] h, int bottleneck) -> Tensor",
     "statistics": "(Tensor z, int channel_dim) -> (Tensor, Tensor, Tensor)",
     "tail_join": "(Tensor z, Tensor? shortcut, Tensor? h, Tensor? c, Tensor? gamma, Tensor? beta, Tensor mean,"
     f" Tensor var, Tensor means, float eps, {_PARAMETERS}, {_FLAGS}, bool keep_mask)"

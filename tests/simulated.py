@@ -183,11 +183,12 @@ class Problem:
         self.maps["y"] = y.to(case.dtype)
         gates = torch.cat((trace.i, trace.f, trace.g, trace.o), 1)
         self.tables = {"p": p, "zx": trace.zx, "zh": trace.zh, "gates": gates, "new_h": trace.h, "new_c": trace.c}
-        dx, dshortcut, _, dh, dc, dparameters = reference.step_backward(
+        dx, dshortcut, _, dh, dc, factors = reference.step_backward(
             wide["dy"], wide.get("dh"), wide.get("dc"), normed,
             self.maps["y"].double() if case.relu else None, wide.get("h"), wide.get("c"), trace.c, p, trace, parameters,
             dim, output,
         )  # fmt: skip
+        dparameters = reference.parameter_gradients(factors, p, trace.zx, trace.zh, wide.get("h"))
         self.truth = self.tables | {"y": y, "dx": dx, "dshortcut": dshortcut, "old_dh": dh, "old_dc": dc}
         self.truth |= {f"d_{name}": value for name, value in dparameters._asdict().items()}
         if case.affine:
@@ -229,11 +230,11 @@ class Problem:
         phase = self.case.phase[number % len(self.case.phase)]
         return placed(values if name in self.maps else values.fill_(0), phase, self.case.gap)
 
-    def launch(self, kernel: str, given: Tensors, results: Tensors, shrink=None, without=None) -> Result:
+    def launch(self, kernel: str, given: Tensors, results: Tensors, shrink=None, without=None, **numbers) -> Result:
         """Runs ``kernel``; ``shrink`` lies about the extent of tensors, ``without`` leaves a barrier out."""
         shrink = shrink or {}
         arrays = {name: array(t, name in given, shrink.get(name, (0, 0))) for name, t in (given | results).items()}
-        report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, self.case.numbers(kernel), without)
+        report = machine().launch(kernel, DTYPES[self.case.dtype], arrays, self.case.numbers(kernel) | numbers, without)
         return Result({k: v for k, v in results.items() if k in self.truth}, self.truth, self.scales, report)
 
     def weights(self) -> Tensors:
@@ -290,16 +291,21 @@ class Problem:
         self.workspace = {k: results[k] for k in names}
         return result
 
-    def weight_gradients(self, tile: int = 32, **options) -> Result:
-        """After ``backward``, from what it left."""
+    def weight_gradients(self, tile: int = 32, steps: int = 1, **options) -> Result:
+        """After ``backward``, from what it left; as if the samples were those of so many steps."""
+        n = self.case.samples // steps
         h = self.state.get("h", torch.zeros(self.case.samples, self.case.channels))
-        given = (
-            {k: self.workspace[k] for k in ("du", "dzx", "dzh")}
-            | {k: self.tables[k].float() for k in ("p", "zx", "zh")}
-            | {"h": h}
-        )
+        left = {k: self.workspace[k] for k in ("du", "dzx", "dzh")}
+        right = {k: self.tables[k].float() for k in ("p", "zx", "zh")}
+        given = {}
+        for step in range(steps):
+            rows = slice(step * n, (step + 1) * n)
+            for of in (left, right, {"h": h}):
+                own = [t[rows].flatten() for t in of.values()]
+                parts = torch.cat(own).split([len(t) for t in own])
+                given |= {f"{name}{step}": part for name, part in zip(of, parts, strict=True)}
         results = {f"d_{k}": torch.zeros_like(v) for k, v in self.weights().items()}
-        return self.launch(f"weight_gradients {tile}", given, results, **options)
+        return self.launch(f"weight_gradients {tile}", given, results, samples=n, steps=steps, **options)
 
     def norm_gradients(self, **options) -> Result:
         """After ``forward`` and ``backward``, from what they left."""

@@ -150,7 +150,7 @@ def operator_calls() -> dict[str, tuple]:
     return {
         "step": (MAP, MAP, *STATE, *weights, 1, True, False, True, False),
         "step_": (MAP.clone(), MAP, *STATE, *weights, 1, True, False),
-        "step_backward": (MAP, h, c, MAP, y, *STATE, c, tables, *weights[::2], 1, True, False, *(True,) * 4),
+        "step_backward": (MAP, h, c, MAP, y, *STATE, c, tables, *weights[::2], 1, True, False, *(True,) * 4, False),
         "tail_tracking_": (
             MAP,
             MAP,

@@ -283,6 +283,34 @@ def test_launches_of_clusters(norm, forward, backward):
         assert "Reduce" in launches()
 
 
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 3), (torch.bfloat16, 4), (torch.float32, 66)], ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+def test_blocks_that_share_parameters(layouts, norm, dtype, count):
+    """From the second block on the gradient of the parameters is one launch for all, of sixty-four at a time."""
+    attention = SharedAttention(10, 3, backend="simulated")
+    own = nn.BatchNorm2d(10) if norm else None
+    x, s = maps((3, 10, 3, 2), dtype=dtype)
+    found = []
+    for _ in range(2):
+        y, state = x, None
+        for _ in range(count):
+            y, state = attention(y, state, norm=own, shortcut=s, activation="relu")
+        launches()
+        (grads,) = (torch.autograd.grad(y.float().sum() + state[0].sum(), [*attention.parameters()]),)
+        found.append(grads)
+        assert launches().count("WeightGradients") == 1 + -(-(count - 1) // 64)
+        assert all(torch.equal(a, b) for a, b in zip(grads, found[0], strict=True))
+    y, state = x, None
+    for _ in range(count):
+        # A state of somebody else's, to the blocks: each makes a gradient of its own.
+        y, state = attention(y, state and tuple(t.view_as(t) for t in state), norm=own, shortcut=s, activation="relu")
+    launches()
+    expected = torch.autograd.grad(y.float().sum() + state[0].sum(), [*attention.parameters()])
+    assert launches().count("WeightGradients") == count
+    for a, b in zip(found[0], expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
+
+
 @pytest.mark.parametrize(("name", "expected"), [("sweeps", "Reduce"), ("clusters", "ClusterStep"), ("teams", None)])
 def test_plans_by_the_environment(name, expected):
     """``DIA_KERNELS_PLANS``, read at the first call of a process."""
@@ -467,14 +495,14 @@ def test_results_are_as_the_fakes_promise(layouts, channels_last):
     x, s = x.detach(), s.detach()
     y, _, c, tables, _ = simulated.step(x, s, *state, *frozen, 1, True, False, True, False)
     given = (torch.randn_like(y), None, None, x, y, *state, c, tables, *frozen[::2], 1, True, False)
-    opcheck(simulated.step_backward, (*given, True, True, True, True))
-    opcheck(simulated.step_backward, (*given, True, False, False, False))
+    opcheck(simulated.step_backward, (*given, True, True, True, True, False))
+    opcheck(simulated.step_backward, (*given, True, False, False, False, False))
     for statistics in ((None, None), (torch.zeros(6), torch.ones(6))):
         norm = (torch.ones(6), torch.zeros(6), *statistics)
         y, _, c, tables, *_ = simulated.tail(x, s, *state, *norm, 1e-5, *frozen, 1, True, False, False)
         opcheck(simulated.tail, (x, s, *state, *norm, 1e-5, *frozen, 1, True, False, False))
         given = (torch.randn_like(y), None, None, x, y, *state, c, tables, *norm[:2], *frozen[::2], 1, True, False)
-        opcheck(simulated.tail_backward, (*given, statistics[0] is None, True, True, True, True, True))
+        opcheck(simulated.tail_backward, (*given, statistics[0] is None, True, True, True, True, True, False))
     buffers = torch.zeros(6), torch.ones(6), torch.tensor(0)
     opcheck(simulated.tail_tracking_, (x, s, *state, *norm[:2], *buffers, 0.1, 1e-5, *frozen, 1, True, False, False))
     opcheck(simulated.statistics, (x, 1))

@@ -64,7 +64,8 @@ def test_backward(shape, dtype, interleaved):
         problem = Problem(case)
         assert_right(case, problem.backward())
         for tile in (32, 64):
-            assert_right(case, problem.weight_gradients(tile))
+            for steps in (1, case.samples):
+                assert_right(case, problem.weight_gradients(tile, steps))
 
 
 @over_shapes_and_types
@@ -187,6 +188,10 @@ KERNELS = {
     "backward": lambda problem, **options: problem.backward(**options),
     "weight_gradients": lambda problem, **options: (problem.backward(), problem.weight_gradients(**options))[1],
     "weight_gradients 64": lambda problem, **options: (problem.backward(), problem.weight_gradients(64, **options))[1],
+    "weight_gradients of steps": lambda problem, **options: (
+        problem.backward(),
+        problem.weight_gradients(steps=2, **options),
+    )[1],
 }
 
 

@@ -140,7 +140,7 @@ def test_a_step_and_its_gradient(dtype, name):
                 found = [
                     ops.step_backward(
                         dy, None, None, x, passed, *state, new_c, tables, *weights[::2], channel_dim, True, False,
-                        *asked,
+                        *asked, False,
                     )
                     for passed in (y, mask)
                 ]  # fmt: skip
@@ -164,7 +164,7 @@ def test_a_tail_and_its_gradient(dtype, name, batch):
             found = []
             for passed in (y, mask):
                 common = (dy, None, None, z, passed, *state, new_c, tables, *norm[:2], *weights[::2], channel_dim)
-                found.append(ops.tail_backward(*common, True, False, batch, True, need_shortcut, True, True, True))
+                found.append(ops.tail_backward(*common, True, False, batch, True, need_shortcut, True, True, True, False))
                 if batch and name != "simulated":
                     sums, g, dp, *_ = ops.tail_reduce(*common, True, False, need_shortcut, True, True)
                     source = (g, None) if need_shortcut else (dy, passed)
@@ -196,7 +196,7 @@ def test_operators_keep_their_promises(name):
         opcheck(ops.tail, (x, x, *state, *norm, *weights, channel_dim, True, False, True))
         *_, new_c, tables, mask = ops.step(x, x, *state, *weights, channel_dim, True, False, True, True)
         given = (x, None, None, x, mask, *state, new_c, tables, *weights[::2], channel_dim, True, False)
-        opcheck(ops.step_backward, (*given, True, True, True, True))
+        opcheck(ops.step_backward, (*given, True, True, True, True, False))
 
 
 def test_a_wrong_mask_is_refused():
@@ -206,7 +206,7 @@ def test_a_wrong_mask_is_refused():
     def backward(x: Tensor, mask: Tensor):
         c, tables = torch.zeros(3, 8), torch.zeros(3 * (5 * 8 + 2 * 4))
         return ops.step_backward(
-            x, None, None, x, mask, *state, c, tables, *weights[::2], 1, True, False, True, True, True, True
+            x, None, None, x, mask, *state, c, tables, *weights[::2], 1, True, False, True, True, True, True, False
         )
 
     x = torch.randn(3, 8, 2, 4).bfloat16()
@@ -239,7 +239,7 @@ def test_a_cpu_keeps_none():
     for mask in (masks.make(y, 1), (y > 0).to(torch.uint8)):
         given = (x, None, None, x, mask, *state, c, tables, *weights[::2], 1, True, False)
         with pytest.raises(RuntimeError, match="y: "):
-            ops.step_backward(*given, True, True, True, True)
+            ops.step_backward(*given, True, True, True, True, False)
 
 
 def test_a_gpu_keeps_none_of_wide_maps():
@@ -252,7 +252,7 @@ def test_a_gpu_keeps_none_of_wide_maps():
     y, _, c, tables, _ = ops.step(x, None, *state, *weights, 1, True, False, True, False)
     given = (x, None, None, x, masks.make(y, 1), *state, c, tables, *weights[::2], 1, True, False)
     with pytest.raises(RuntimeError, match="y: a GPU's kernels know masks of 16-bit maps only"):
-        ops.step_backward(*given, True, True, True, True)
+        ops.step_backward(*given, True, True, True, True, False)
 
 
 def test_a_gpu_copies_maps_that_begin_no_packs():
@@ -283,7 +283,7 @@ def test_chunks_of_samples():
                 found = [
                     ops.step_backward(
                         dy, None, None, x, passed, *state, new_c, tables, *weights[::2], 1, True, False,
-                        True, need_shortcut, True, True,
+                        True, need_shortcut, True, True, False,
                     )
                     for passed in (y, mask)
                 ]  # fmt: skip

@@ -62,6 +62,7 @@ def test_opcheck(kind, full):
             full,
             full,
             True,
+            False,
         ),
     )
     opcheck(operators.native.pool, (x, channel_dim))

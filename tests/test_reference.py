@@ -91,10 +91,11 @@ def test_a_step_written_out_backward_equals_the_automatic_gradient():
     expected = run(formula_step, problem)
     args = (problem.x, problem.shortcut, problem.h, problem.c, problem.parameters, 1, problem.relu, "sigmoid")
     y, p, trace = reference.traced_step(*args)
-    dx, dshortcut, _, dh, dc, dparameters = reference.step_backward(
+    dx, dshortcut, _, dh, dc, factors = reference.step_backward(
         problem.dy, problem.dh, problem.dc, problem.x, y, problem.h, problem.c, trace.c, p, trace,
         problem.parameters, 1, "sigmoid",
     )  # fmt: skip
+    dparameters = reference.parameter_gradients(factors, p, trace.zx, trace.zh, problem.h)
     found = {"dx": dx, "dshortcut": dshortcut, "dh": dh, "dc": dc}
     found |= {f"d{name}": gradient for name, gradient in dparameters._asdict().items()}
     for name, gradient in found.items():

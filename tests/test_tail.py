@@ -410,7 +410,7 @@ def test_operators(training):
     y, _, c, tables, *_ = operators.native.tail(*args)
     backward = (
         incoming["y"], incoming["h"], incoming["c"], t["z"], y, t["h"], t["c"], c, tables, t["gamma"], t["beta"],
-        *parameters[::2], 1, True, False, training, True, True, True, True, True,
+        *parameters[::2], 1, True, False, training, True, True, True, True, True, False,
     )  # fmt: skip
     grads = [a.clone().requires_grad_() if isinstance(a, Tensor) and k not in (6, 7) else a for k, a in enumerate(args)]
     torch.library.opcheck(torch.ops.dia_kernels.tail.default, tuple(grads))

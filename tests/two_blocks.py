@@ -132,7 +132,7 @@ def gradient_in_halves(
         torch.testing.assert_close(a, b)
     passed = bits if mask else y
     given = (dy, dh, dc, z, passed, *state, new_c, tables, gamma, beta, *weights[::2], *flags)
-    whole = ops.tail_backward(*given, True, True, need_shortcut, True, True, True)
+    whole = ops.tail_backward(*given, True, True, need_shortcut, True, True, True, False)
     sums, dshortcut, dp, *others = ops.tail_reduce(*given, need_shortcut, True, True)
     source, masked = (dshortcut, None) if need_shortcut else (dy, passed if relu else None)
     count = n * spatial[0] * spatial[1]

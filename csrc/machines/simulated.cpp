@@ -236,22 +236,28 @@ void spread(Arguments& of, Launches& launches) {
 template <int kTile>
 void weight_gradients(Arguments& of, Launches& launches) {
   kernels::WeightGradients<kTile> args{};
-  args.samples = static_cast<int>(of.number("samples"));
+  args.samples = static_cast<int>(of.number("samples")), args.steps = static_cast<int>(of.number("steps"));
+  // The tables of each step: where they begin among its factors, and among its tables, is the same in all.
+  int64_t dzx = 0, dzh = 0, zx = 0, zh = 0;
+  for (int step = 0; step < args.steps; ++step) {
+    const auto pointer = [&](const char* name) { return of.pointer<const float>(name + std::to_string(step)); };
+    const float *factors = pointer("du"), *tables = pointer("p");
+    dzx = pointer("dzx") - factors, dzh = pointer("dzh") - factors;
+    zx = pointer("zx") - tables, zh = pointer("zh") - tables;
+    args.of[step] = {factors, tables, pointer("h")};
+  }
   const int channels = static_cast<int>(of.number("channels")), bottleneck = static_cast<int>(of.number("bottleneck"));
-  const auto add = [&](const float* left, int rows, const float* right, int columns, const char* out) {
-    float* to = of.pointer<float>(out);
-    if (to != nullptr) args.products[args.count++] = {left, right, to, rows, columns};
+  const auto add = [&](int64_t left, int rows, int64_t right, int columns, const char* out) {
+    args.products[args.count++] = {left, right, of.pointer<float>(out), rows, columns};
   };
-  const float *du = of.pointer<const float>("du"), *dzx = of.pointer<const float>("dzx"),
-              *dzh = of.pointer<const float>("dzh");
-  add(dzx, bottleneck, of.pointer<const float>("p"), channels, "d_input_reduce_weight");
-  add(dzx, bottleneck, nullptr, 0, "d_input_reduce_bias");
-  add(du, 4 * channels, of.pointer<const float>("zx"), bottleneck, "d_input_expand_weight");
-  add(du, 4 * channels, nullptr, 0, "d_input_expand_bias");
-  add(dzh, bottleneck, of.pointer<const float>("h"), channels, "d_hidden_reduce_weight");
-  add(dzh, bottleneck, nullptr, 0, "d_hidden_reduce_bias");
-  add(du, 4 * channels, of.pointer<const float>("zh"), bottleneck, "d_hidden_expand_weight");
-  add(du, 4 * channels, nullptr, 0, "d_hidden_expand_bias");
+  add(dzx, bottleneck, 0, channels, "d_input_reduce_weight");
+  add(dzx, bottleneck, 0, 0, "d_input_reduce_bias");
+  add(0, 4 * channels, zx, bottleneck, "d_input_expand_weight");
+  add(0, 4 * channels, 0, 0, "d_input_expand_bias");
+  add(dzh, bottleneck, kernels::WeightGradient::kState, channels, "d_hidden_reduce_weight");
+  add(dzh, bottleneck, 0, 0, "d_hidden_reduce_bias");
+  add(0, 4 * channels, zh, bottleneck, "d_hidden_expand_weight");
+  add(0, 4 * channels, 0, 0, "d_hidden_expand_bias");
   launches.add(args);
 }
 

@@ -119,6 +119,30 @@ struct Tables {
   Tables(A* data, int64_t n, int64_t c, int64_t m) : p(data), zx(p + n * c), zh(zx + n * m), gates(zh + n * m) {}
 };
 
+// What a gradient leaves to make those of the parameters of: that of the pre-activations, (N, 4 C), and those of both
+// bottlenecks, (N, m).
+template <class A>
+struct Factors {
+  A *du, *dzx, *dzh;
+
+  static int64_t count(int64_t n, int64_t c, int64_t m) { return n * (4 * c + 2 * m); }
+  Factors(A* data, int64_t n, int64_t c, int64_t m) : du(data), dzx(data + 4 * n * c), dzh(dzx + n * m) {}
+};
+
+// Which form of the parameters' gradients is asked for: none, one flat tensor, or their factors.
+struct WantedParameters {
+  bool any = false, as_factors = false;
+
+  WantedParameters() = default;
+  // With no state what goes into the hidden bottleneck is no table of samples.
+  WantedParameters(bool wanted, bool factors_wanted, const OptionalTensor& h)
+      : any(wanted), as_factors(factors_wanted) {
+    check(!factors() || h, "as_factors: expected a step with a state");
+  }
+  bool flat() const { return any && !as_factors; }
+  bool factors() const { return any && as_factors; }
+};
+
 // The four weights: a gradient reads no bias.
 struct Weights {
   Tensor input_reduce, input_expand, hidden_reduce, hidden_expand;
@@ -142,6 +166,34 @@ struct FlatParameters {
         hidden_reduce_bias(input_reduce_bias + m),
         count(hidden_reduce_bias + m) {}
 };
+
+// What steps left, for the gradient of the parameters that they share: returns their common shape, of one position.
+inline MapShape check_steps(const std::vector<Tensor>& factors, const std::vector<Tensor>& tables,
+                            const std::vector<Tensor>& h, int64_t m) {
+  check(!factors.empty(), "factors: expected those of at least one step");
+  check(tables.size() == factors.size(), "tables: expected as many as factors, ", factors.size(), ", got ",
+        tables.size());
+  check(h.size() == factors.size(), "h: expected as many as factors, ", factors.size(), ", got ", h.size());
+  const Tensor& first = h.front();
+  const ScalarType dtype = first.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double, "h: expected float32 or float64");
+  check(first.dim() == 2, "h: expected 2 dimensions, got ", first.dim());
+  const int64_t n = first.size(0), c = first.size(1);
+  check(n <= kMostRows && c >= 1 && c <= kMostRows, "h: expected at most 2^30 samples and 1 to 2^30 channels, got ",
+        sizes_text(first));
+  check(m >= 1 && m <= kMostRows, "bottleneck: expected 1 to 2^30 values, got ", m);
+  for (size_t k = 0; k < factors.size(); ++k) {
+    check_table("h", h[k], {n, c}, dtype, first);
+    check_table("factors", factors[k], {Factors<float>::count(n, c, m)}, dtype, first);
+    // A tail's go on with those of its norm.
+    check(tables[k].dim() == 1 && tables[k].size(0) >= Tables<float>::count(n, c, m),
+          "tables: expected those of a step, got sizes ", sizes_text(tables[k]));
+    check_table("tables", tables[k], {tables[k].size(0)}, dtype, first);
+  }
+  MapShape shape{};
+  shape.samples = n, shape.channels = c, shape.positions = 1;
+  return shape;
+}
 
 // What goes into the gradient of a step, with or without its norm, whose `tables` follow the cell's in `more` values.
 // `masks`: whether y may be a mask.

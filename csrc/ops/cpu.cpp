@@ -83,7 +83,8 @@ std::tuple<Tensor, Tensor> step_in_place(Tensor x, OptionalTensor shortcut, Opti
 using StepGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct Wanted {
-  bool x, shortcut, state, parameters;
+  bool x, shortcut, state;
+  WantedParameters parameters;
 };
 
 template <class T>
@@ -123,21 +124,60 @@ StepGradients run_step_backward(const OptionalTensor& dy, const OptionalTensor& 
     if (wanted.x) run_spread_gradient(spread, chunk);
   });
   if (wanted.shortcut && !dy) torch::stable::fill_(dshortcut, 0.0);
-  return {dx, dshortcut, cell.old_dh, cell.old_dc, cell.parameters(x)};
+  return {dx, dshortcut, cell.old_dh, cell.old_dc, cell.parameters()};
 }
 
 StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor x, OptionalTensor y,
                             OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, Tensor w1, Tensor w2,
                             Tensor v1, Tensor v2, int64_t channel_dim, bool relu, bool tanh_output, bool need_x,
-                            bool need_shortcut, bool need_state, bool need_parameters) {
+                            bool need_shortcut, bool need_state, bool need_parameters, bool as_factors) {
   const MapInfo info = map_info(x, channel_dim);
   const Weights w{w1, w2, v1, v2};
   check_step_gradient(dy, dh, dc, x, info, y, h, c, new_c, tables, 0, w, relu, false);
   return with_map_type(x, [&]<class T>() {
     return run_step_backward<T>(dy, dense(dh), dense(dc), x, relu ? y : std::nullopt, dense(h), dense(c), dense(new_c),
                                 dense(tables), w, info, tanh_output,
-                                {need_x, need_shortcut, need_state, need_parameters});
+                                {need_x, need_shortcut, need_state, {need_parameters, as_factors, h}});
   });
+}
+
+// --- parameters that steps share -----------------------------------------------------------------------
+
+// The gradient by the products of one step, over the samples of all: their tables are put behind each other.
+template <class A>
+Tensor run_parameter_gradients(const std::vector<Tensor>& factors, const std::vector<Tensor>& tables,
+                               const std::vector<Tensor>& h, int64_t n, int64_t c, int64_t m) {
+  const int64_t steps = static_cast<int64_t>(factors.size()), all = steps * n;
+  const Tensor joined = empty_table<A>(h.front(), {Factors<A>::count(all, c, m) + all * (2 * c + 2 * m)});
+  const Factors<A> to(data_of<A>(joined), all, c, m);
+  A* const to_h = to.dzh + all * m;
+  const Tables<A> to_tables(to_h + all * c, all, c, m);
+  const Tensor flat = empty_table<A>(h.front(), {FlatParameters(c, m).count});
+  parallel_for(0, steps, std::max<int64_t>(kGrain / std::max<int64_t>(n * (6 * c + 4 * m), 1), 1),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t k = begin; k < end; ++k) {
+                   const auto put = [&](const A* from, int64_t width, A* table) {
+                     std::copy_n(from, n * width, table + k * n * width);
+                   };
+                   const Factors<A> of(data_of<A>(factors[k]), n, c, m);
+                   const Tables<A> own(data_of<A>(tables[k]), n, c, m);
+                   put(of.du, 4 * c, to.du), put(of.dzx, m, to.dzx), put(of.dzh, m, to.dzh);
+                   put(own.p, c, to_tables.p), put(own.zx, m, to_tables.zx), put(own.zh, m, to_tables.zh);
+                   put(static_cast<const A*>(h[k].const_data_ptr()), c, to_h);
+                 }
+               });
+  fill_parameter_gradients<A>(flat, to_tables, to_h, to, nullptr, all, c, m);
+  return flat;
+}
+
+Tensor parameter_gradients(std::vector<Tensor> factors, std::vector<Tensor> tables, std::vector<Tensor> h,
+                           int64_t bottleneck) {
+  const MapShape shape = check_steps(factors, tables, h, bottleneck);
+  for (std::vector<Tensor>* list : {&factors, &tables, &h})
+    for (Tensor& t : *list) t = dense(t);
+  const auto run =
+      h.front().scalar_type() == ScalarType::Double ? run_parameter_gradients<double> : run_parameter_gradients<float>;
+  return run(factors, tables, h, shape.samples, shape.channels, bottleneck);
 }
 
 // --- the parts: pool and rescale ---------------------------------------------------------------------
@@ -208,6 +248,7 @@ STABLE_TORCH_LIBRARY_IMPL(dia_kernels, CPU, m) {
   m.impl("step", TORCH_BOX(&step));
   m.impl("step_", TORCH_BOX(&step_in_place));
   m.impl("step_backward", TORCH_BOX(&step_backward));
+  m.impl("parameter_gradients", TORCH_BOX(&parameter_gradients));
   m.impl("pool", TORCH_BOX(&pool));
   m.impl("rescale", TORCH_BOX(&rescale));
   m.impl("rescale_backward", TORCH_BOX(&rescale_backward));

@@ -130,10 +130,11 @@ int64_t weight_bytes(int64_t width, int64_t bottleneck) {
   return 10 * width * bottleneck * static_cast<int64_t>(sizeof(A));
 }
 
-// Gradients of the eight parameters in one flat tensor, once over all samples.
+// Gradients of the eight parameters in one flat tensor, once over all samples. Weights are read where there is no h.
 template <class A>
-void fill_parameter_gradients(const Tensor& flat, const Tables<A>& tables, const A* h, const A* du, const A* dzx,
-                              const A* dzh, const Weights& w, int64_t n, int64_t c, int64_t m) {
+void fill_parameter_gradients(const Tensor& flat, const Tables<A>& tables, const A* h, const Factors<A>& factors,
+                              const Weights* w, int64_t n, int64_t c, int64_t m) {
+  const auto [du, dzx, dzh] = factors;
   const FlatParameters at(c, m);
   A* const to = data_of<A>(flat);
   A *const v1 = to + at.hidden_reduce_weight, *const v2 = to + at.hidden_expand_weight;
@@ -156,7 +157,7 @@ void fill_parameter_gradients(const Tensor& flat, const Tables<A>& tables, const
   const A* zh = n > 0 ? tables.zh : data_of<A>(zero_row);
   product<A>(v2, Matrix<A>::dense(b2, 4 * c, 1), Matrix<A>::dense(zh, 1, m));
   // Weights first: as a row times a matrix the BLAS sums a single column with twice the error.
-  product<A>(a1, Matrix<A>::of(w.hidden_expand).transposed(), Matrix<A>::dense(b2, 4 * c, 1));
+  product<A>(a1, Matrix<A>::of(w->hidden_expand).transposed(), Matrix<A>::dense(b2, 4 * c, 1));
   cell_kernels<A>().mask(a1, zh, 0, m);
   // Times the zero of h: zero, or NaN where the gradient is not finite, as in a product with zeros.
   for (int64_t row = 0; row < m; ++row) std::fill(v1 + row * c, v1 + (row + 1) * c, a1[row] * A(0));
@@ -176,20 +177,23 @@ struct CellGradientPass {
   };
 
   CellGradientPass(const Given& given, const Tensor& like, bool has_dscale, bool need_p, bool need_state,
-                   bool need_parameters)
+                   WantedParameters as)
       : given(given),
         bottleneck(given.weights.input_reduce.size(0)),
         need_p(need_p),
         need_state(need_state),
-        need_parameters(need_parameters),
-        // dscale, dp, h', du, dzx, dzh: one allocation.
-        scratch(empty_table<A>(like, {given.samples * (7 * given.width + 2 * bottleneck)})),
+        wanted(as),
+        // dscale, dp, h', and the factors unless they are a result: one allocation.
+        scratch(empty_table<A>(like, {given.samples * 3 * given.width +
+                                      (as.factors() ? 0 : Factors<A>::count(given.samples, given.width, bottleneck))})),
         dscale(data_of<A>(scratch)),
         dp(dscale + given.samples * given.width),
         new_h(dp + given.samples * given.width),
-        du(new_h + given.samples * given.width),
-        dzx(du + given.samples * 4 * given.width),
-        dzh(dzx + given.samples * bottleneck),
+        result(empty_table<A>(like, {as.flat()      ? FlatParameters(given.width, bottleneck).count
+                                     : as.factors() ? Factors<A>::count(given.samples, given.width, bottleneck)
+                                                    : int64_t{0}})),
+        factors(as.factors() ? data_of<A>(result) : new_h + given.samples * given.width, given.samples, given.width,
+                bottleneck),
         old_dh(empty_table<A>(like,
                               need_state ? std::vector<int64_t>{given.samples, given.width} : std::vector<int64_t>{0})),
         old_dc(empty_table<A>(like,
@@ -202,51 +206,52 @@ struct CellGradientPass {
              has_dscale ? dscale : nullptr,
              data_of<A>(given.dh),
              data_of<A>(given.dc),
-             du,
+             factors.du,
              need_state ? data_of<A>(old_dc) : nullptr,
              new_h} {}
 
   // Whether there is anything to do.
-  bool needed() const { return need_p || need_parameters || need_state; }
+  bool needed() const { return need_p || wanted.any || need_state; }
 
   // Reads dscale; writes new_h, the state's gradients, and dp times `factor`.
   void run(Chunk chunk, double factor) {
     const int64_t width = given.width, m = bottleneck;
     for_samples(chunk, 4 * width, [&](int64_t a, int64_t b) { cell_kernels<A>().backward(cell, a, b); });
-    const auto du_rows = Matrix<A>::dense(du + chunk.first * 4 * width, chunk.count, 4 * width);
+    const auto du_rows = Matrix<A>::dense(factors.du + chunk.first * 4 * width, chunk.count, 4 * width);
     const auto reduced = [&](A* dz, const A* z, const Tensor& expand) {
       product<A>(dz + chunk.first * m, du_rows, Matrix<A>::of(expand));
       parallel_for(chunk.first * m, (chunk.first + chunk.count) * m, kGrain,
                    [&](int64_t a, int64_t b) { cell_kernels<A>().mask(dz, z, a, b); });
       return Matrix<A>::dense(dz + chunk.first * m, chunk.count, m);
     };
-    if (need_p || need_parameters) {
-      const auto dz = reduced(dzx, given.tables.zx, given.weights.input_expand);
+    if (need_p || wanted.any) {
+      const auto dz = reduced(factors.dzx, given.tables.zx, given.weights.input_expand);
       if (need_p) product<A>(dp + chunk.first * width, dz, Matrix<A>::of(given.weights.input_reduce), false, factor);
     }
-    if (need_state || (need_parameters && given.h)) {
-      const auto dz = reduced(dzh, given.tables.zh, given.weights.hidden_expand);
+    if (need_state || (wanted.any && given.h)) {
+      const auto dz = reduced(factors.dzh, given.tables.zh, given.weights.hidden_expand);
       if (need_state)
         product<A>(data_of<A>(old_dh) + chunk.first * width, dz, Matrix<A>::of(given.weights.hidden_reduce));
     }
   }
 
-  // The flat gradient of the parameters, once over all samples; empty if it is not wanted.
-  Tensor parameters(const Tensor& like) const {
-    const Tensor flat =
-        empty_table<A>(like, {need_parameters ? FlatParameters(given.width, bottleneck).count : int64_t{0}});
-    if (need_parameters)
-      fill_parameter_gradients<A>(flat, given.tables, data_of<A>(given.h), du, dzx, dzh, given.weights, given.samples,
+  // The gradients of the parameters as they are asked for, the flat one once over all samples.
+  Tensor parameters() const {
+    if (wanted.flat())
+      fill_parameter_gradients<A>(result, given.tables, data_of<A>(given.h), factors, &given.weights, given.samples,
                                   given.width, bottleneck);
-    return flat;
+    return result;
   }
 
   Given given;
   int64_t bottleneck;
-  bool need_p, need_state, need_parameters;
+  bool need_p, need_state;
+  WantedParameters wanted;
   Tensor scratch;
 
-  A *dscale, *dp, *new_h, *du, *dzx, *dzh;
+  A *dscale, *dp, *new_h;
+  Tensor result;
+  Factors<A> factors;
   Tensor old_dh, old_dc;
   CellBackward<A> cell;
 };

@@ -269,11 +269,11 @@ class Reduction {
   using A = Compute<T>;
 
  public:
-  Reduction(const GivenGradient& given, bool need_p, bool need_shortcut, bool need_state, bool need_parameters)
+  Reduction(const GivenGradient& given, bool need_p, bool need_shortcut, bool need_state, WantedParameters parameters)
       : dshortcut(map_if(need_shortcut, given.z, given.info)),
         cell({given.dh, given.dc, given.h, given.c, given.new_c, given.cell_tables<A>(), given.weights, given.samples(),
               given.width(), given.tanh_output},
-             given.z, given.dy.has_value(), need_p, need_state, need_parameters),
+             given.z, given.dy.has_value(), need_p, need_state, parameters),
         has_dy_(given.dy.has_value()),
         has_positions_(given.info.shape.positions > 0),
         samples_(given.samples()),
@@ -418,7 +418,9 @@ class Spreading {
 };
 
 struct Wanted {
-  bool z, shortcut, state, parameters, affine;
+  bool z, shortcut, state;
+  WantedParameters parameters;
+  bool affine;
 };
 
 using TailGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -468,7 +470,7 @@ TailGradients run_tail_backward(const GivenGradient& given, bool batch, Wanted w
           cell.old_dc,
           dgamma,
           dbeta,
-          cell.parameters(z)};
+          cell.parameters()};
 }
 
 // The arguments of the gradient, checked.
@@ -497,11 +499,12 @@ TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
                             OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, OptionalTensor gamma,
                             OptionalTensor beta, Tensor w1, Tensor w2, Tensor v1, Tensor v2, int64_t channel_dim,
                             bool relu, bool tanh_output, bool batch, bool need_z, bool need_shortcut, bool need_state,
-                            bool need_parameters, bool need_affine) {
+                            bool need_parameters, bool need_affine, bool as_factors) {
   const GivenGradient given = given_gradient(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, {w1, w2, v1, v2},
                                              channel_dim, relu, tanh_output);
   return with_map_type(z, [&]<class T>() {
-    return run_tail_backward<T>(given, batch, {need_z, need_shortcut, need_state, need_parameters, need_affine});
+    return run_tail_backward<T>(given, batch,
+                                {need_z, need_shortcut, need_state, {need_parameters, as_factors, h}, need_affine});
   });
 }
 
@@ -542,13 +545,13 @@ ReducedGradients tail_reduce(OptionalTensor dy, OptionalTensor dh, OptionalTenso
   return with_map_type(z, [&]<class T>() -> ReducedGradients {
     using A = Compute<T>;
     const int64_t n = given.samples(), width = given.width();
-    Reduction<T> reduction(given, true, need_shortcut, need_state, need_parameters);
+    Reduction<T> reduction(given, true, need_shortcut, need_state, {need_parameters, false, h});
     const auto& cell = reduction.cell;
     for_chunks(n, 0, 0, [&](Chunk chunk) { reduction.run(chunk); });
     const Tensor sums = empty_table<A>(z, {2, width}), dp = empty_table<A>(z, {n, width});
     reduction.channel_sums(data_of<A>(sums), data_of<A>(sums) + width);
     std::copy_n(cell.dp, n * width, data_of<A>(dp));
-    return {sums, reduction.dshortcut, dp, cell.old_dh, cell.old_dc, cell.parameters(z)};
+    return {sums, reduction.dshortcut, dp, cell.old_dh, cell.old_dc, cell.parameters()};
   });
 }
 

@@ -245,8 +245,9 @@ class GpuCall {
                                      inner <= kTermsInOnePart ? 1 : std::min<int64_t>(inner / 64, kernels::kMostParts));
     return {count > 1 ? scratch(count * samples * 2 * bottleneck_) : nullptr, static_cast<int>(count)};
   }
-  void launch_weights(const std::vector<kernels::WeightGradient>& products) {
-    if (!launch_weights<64>(products, limits_.multiprocessors)) launch_weights<32>(products, 0);
+  void launch_weights(const std::vector<kernels::WeightGradient>& products,
+                      const std::vector<kernels::StepTables>& steps) {
+    if (!launch_weights<64>(products, steps, limits_.multiprocessors)) launch_weights<32>(products, steps, 0);
   }
 
   // out (rows, columns) = factor left right (+ out), all dense; `transposed`: the right one is (columns, inner).
@@ -287,7 +288,8 @@ class GpuCall {
   }
   // Whether there were at least so many tiles.
   template <int kTile>
-  bool launch_weights(const std::vector<kernels::WeightGradient>& products, int64_t least) {
+  bool launch_weights(const std::vector<kernels::WeightGradient>& products,
+                      const std::vector<kernels::StepTables>& steps, int64_t least) {
     kernels::WeightGradients<kTile> args{};
     args.samples = static_cast<int>(shape_.samples);
     int64_t tiles = 0;
@@ -296,7 +298,12 @@ class GpuCall {
       tiles += args.tiles_of(product);
     }
     if (tiles < least) return false;
-    launch_blocks(args, tiles, 4, args.kSharedBytes);
+    for (size_t first = 0; first < steps.size(); first += static_cast<size_t>(args.steps)) {
+      args.add = first > 0;
+      args.steps = static_cast<int>(std::min<size_t>(steps.size() - first, kernels::kMostSteps));
+      std::copy_n(steps.begin() + static_cast<int64_t>(first), args.steps, args.of);
+      launch_blocks(args, tiles, 4, args.kSharedBytes);
+    }
     return true;
   }
   // What a sweep's tile depends on. A planar row may begin anywhere in its packs.
@@ -441,39 +448,50 @@ void run_cell_gradient(GpuCall& call, const GpuPlan& plan, const kernels::SplitG
 
 // --- gradients of the parameters ---------------------------------------------------------------------------
 
-// The flat gradient of the parameters; empty if it is not wanted.
+// The flat gradient of the parameters, to `to`, from what steps left: all of them with a state, or none.
+inline void launch_parameter_gradients(GpuCall& call, const std::vector<kernels::StepTables>& steps, float* to) {
+  const int64_t n = call.samples();
+  const int c = static_cast<int>(call.channels()), m = static_cast<int>(call.bottleneck());
+  const FlatParameters at(c, m);
+  // Where each table begins: among the factors, and among a step's tables.
+  const int64_t du = 0, dzx = 4 * n * c, dzh = dzx + n * m;
+  const int64_t p = 0, zx = n * c, zh = zx + n * m;
+  std::vector<kernels::WeightGradient> products{
+      {dzx, p, to + at.input_reduce_weight, m, c},     {dzx, 0, to + at.input_reduce_bias, m, 0},
+      {du, zx, to + at.input_expand_weight, 4 * c, m}, {du, 0, to + at.input_expand_bias, 4 * c, 0},
+      {dzh, 0, to + at.hidden_reduce_bias, m, 0},      {du, zh, to + at.hidden_expand_weight, 4 * c, m},
+      {du, 0, to + at.hidden_expand_bias, 4 * c, 0},
+  };
+  // With no state the old h is 0, and so is the gradient of what multiplies it.
+  if (steps.front().h != nullptr)
+    products.push_back({dzh, kernels::WeightGradient::kState, to + at.hidden_reduce_weight, m, c});
+  else
+    call.clear(to + at.hidden_reduce_weight, call.bottleneck() * call.channels());
+  call.launch_weights(products, steps);
+}
+
+// Gradients of the parameters as they are asked for: flat, or their factors, which the cell's gradient makes.
 struct ParameterGradients {
-  bool wanted;
+  bool wanted;  // flat
   OptionalTensor h;
-  FlatParameters at;
-  Tensor flat;
+  Tensor result;
 
-  ParameterGradients(GpuCall& call, const OptionalTensor& old_h, bool parameters_wanted)
-      : wanted(parameters_wanted),
+  ParameterGradients(GpuCall& call, const OptionalTensor& old_h, WantedParameters as)
+      : wanted(as.flat()),
         h(wanted ? dense(old_h) : std::nullopt),
-        at(call.channels(), call.bottleneck()),
-        flat(call.table({wanted ? at.count : int64_t{0}})) {}
+        result(call.table({wanted         ? FlatParameters(call.channels(), call.bottleneck()).count
+                           : as.factors() ? Factors<float>::count(call.samples(), call.channels(), call.bottleneck())
+                                          : int64_t{0}})) {}
 
-  // From what the cell's gradient left, of all samples.
+  // Where the cell's gradient puts the factors.
+  float* factors(GpuCall& call) const {
+    if (!wanted && result.numel() > 0) return data_of<float>(result);
+    return call.scratch(Factors<float>::count(call.samples(), call.channels(), call.bottleneck()));
+  }
+
+  // The flat one, from what the cell's gradient left, of all samples.
   void launch(GpuCall& call, const kernels::CellBackward& cell) const {
-    if (!wanted) return;
-    float* const to = data_of<float>(flat);
-    const int c = cell.channels, m = cell.bottleneck;
-    std::vector<kernels::WeightGradient> products{
-        {cell.dzx, cell.tables.p, to + at.input_reduce_weight, m, c},
-        {cell.dzx, nullptr, to + at.input_reduce_bias, m, 0},
-        {cell.du, cell.tables.zx, to + at.input_expand_weight, 4 * c, m},
-        {cell.du, nullptr, to + at.input_expand_bias, 4 * c, 0},
-        {cell.dzh, nullptr, to + at.hidden_reduce_bias, m, 0},
-        {cell.du, cell.tables.zh, to + at.hidden_expand_weight, 4 * c, m},
-        {cell.du, nullptr, to + at.hidden_expand_bias, 4 * c, 0},
-    };
-    // With no state the old h is 0, and so is the gradient of what multiplies it.
-    if (h)
-      products.push_back({cell.dzh, data_of<float>(h), to + at.hidden_reduce_weight, m, c});
-    else
-      call.clear(to + at.hidden_reduce_weight, call.bottleneck() * call.channels());
-    call.launch_weights(products);
+    if (wanted) launch_parameter_gradients(call, {{cell.du, cell.tables.p, data_of<float>(h)}}, data_of<float>(result));
   }
 };
 

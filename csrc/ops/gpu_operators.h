@@ -159,7 +159,9 @@ std::tuple<Tensor, Tensor> step_in_place(Tensor x, OptionalTensor shortcut, Opti
 // --- gradient ------------------------------------------------------------------------------------------------
 
 struct WantedGradients {
-  bool x, shortcut, state, parameters, affine;
+  bool x, shortcut, state;
+  WantedParameters parameters;
+  bool affine;
 };
 
 // What came with the forward pass and from the layers after it.
@@ -184,7 +186,8 @@ struct BackwardCell {
   Tensor old_dh, old_dc, new_c, tables;
   kernels::CellBackward args;
 
-  BackwardCell(GpuCall& call, const GradientArguments& given, const Weights& w, bool tanh_output, bool need_state)
+  BackwardCell(GpuCall& call, const GradientArguments& given, const Weights& w, bool tanh_output, bool need_state,
+               const ParameterGradients& parameters)
       : weights(w),
         new_c(dense(given.new_c)),
         tables(dense(given.tables)),
@@ -197,7 +200,8 @@ struct BackwardCell {
     args.new_c = static_cast<const float*>(new_c.const_data_ptr());
     args.weights = weights.weights;
     args.tables = {of.p, of.zx, of.zh, of.gates};
-    args.du = call.scratch(n * 4 * width), args.dzx = call.scratch(n * m), args.dzh = call.scratch(n * m);
+    const Factors<float> factors(parameters.factors(call), n, width, m);
+    args.du = factors.du, args.dzx = factors.dzx, args.dzh = factors.dzh;
     if (need_state) args.old_dh = data_of<float>(old_dh), args.old_dc = data_of<float>(old_dc);
   }
 
@@ -323,7 +327,7 @@ using StepGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor x, OptionalTensor y,
                             OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, Tensor w1, Tensor w2,
                             Tensor v1, Tensor v2, int64_t channel_dim, bool relu, bool tanh_output, bool need_x,
-                            bool need_shortcut, bool need_state, bool need_parameters) {
+                            bool need_shortcut, bool need_state, bool need_parameters, bool as_factors) {
   const MapInfo info = map_info(x, channel_dim);
   const Weights w{w1, w2, v1, v2};
   check_step_gradient(dy, dh, dc, x, info, y, h, c, new_c, tables, 0, w, relu, true);
@@ -331,12 +335,12 @@ StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
   return with_gpu_type(x, [&]<class T>() -> StepGradients {
     GpuCall call(x, info, w1.size(0));
     const GradientMaps<T> maps(given.dy, given.x, given.relu, info,
-                               {need_x, need_shortcut, need_state, need_parameters, false});
-    const BackwardCell cell(call, given, w, tanh_output, need_state);
-    const ParameterGradients parameters(call, h, need_parameters);
+                               {need_x, need_shortcut, need_state, {need_parameters, as_factors, h}, false});
+    const ParameterGradients parameters(call, h, {need_parameters, as_factors, h});
+    const BackwardCell cell(call, given, w, tanh_output, need_state, parameters);
     run_backward<T, false>(call, backward_plan<T>(call, info, maps.maps, GpuNorm::none), cell, maps.maps, {},
                            parameters);
-    return {maps.dx.tensor, maps.dshortcut.tensor, cell.old_dh, cell.old_dc, parameters.flat};
+    return {maps.dx.tensor, maps.dshortcut.tensor, cell.old_dh, cell.old_dc, parameters.result};
   });
 }
 
@@ -519,21 +523,21 @@ template <class T>
 struct TailBackward {
   GpuCall call;
   GradientMaps<T> maps;
+  ParameterGradients parameters;
   BackwardCell cell;
   NormTables<float> tables;
   OptionalTensor gamma, beta;
   NormOfGradient norm;
-  ParameterGradients parameters;
 
   TailBackward(const GradientArguments& given, const MapInfo& info, const OptionalTensor& gamma_tensor,
                const OptionalTensor& beta_tensor, const Weights& w, bool tanh_output, const WantedGradients& wanted)
       : call(given.x, info, w.input_reduce.size(0)),
         maps(given.dy, given.x, given.relu, info, wanted),
-        cell(call, given, w, tanh_output, wanted.state),
+        parameters(call, given.h, wanted.parameters),
+        cell(call, given, w, tanh_output, wanted.state, parameters),
         tables(cell.tables, call.samples(), call.channels()),
         gamma(dense(gamma_tensor)),
-        beta(dense(beta_tensor)),
-        parameters(call, given.h, wanted.parameters) {
+        beta(dense(beta_tensor)) {
     const int64_t width = call.channels(), count = call.samples() * width;
     norm.shift = tables.shift;
     norm.again = {tables.d,           tables.rstd, data_of<float>(gamma), data_of<float>(beta), call.scratch(width),
@@ -595,23 +599,23 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
   if (given.x.numel() == 0)
     for (const Tensor& sums : {dgamma, dbeta}) torch::stable::fill_(sums, 0.0);
   const Tensor nothing = call.table({0});
-  return {of.maps.dx.tensor, of.maps.dshortcut.tensor,         of.cell.old_dh,
-          of.cell.old_dc,    wanted.affine ? dgamma : nothing, wanted.affine ? dbeta : call.table({0}),
-          of.parameters.flat};
+  return {of.maps.dx.tensor,   of.maps.dshortcut.tensor,         of.cell.old_dh,
+          of.cell.old_dc,      wanted.affine ? dgamma : nothing, wanted.affine ? dbeta : call.table({0}),
+          of.parameters.result};
 }
 
 TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor z, OptionalTensor y,
                             OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, OptionalTensor gamma,
                             OptionalTensor beta, Tensor w1, Tensor w2, Tensor v1, Tensor v2, int64_t channel_dim,
                             bool relu, bool tanh_output, bool batch, bool need_z, bool need_shortcut, bool need_state,
-                            bool need_parameters, bool need_affine) {
+                            bool need_parameters, bool need_affine, bool as_factors) {
   const MapInfo info = map_info(z, channel_dim);
   const Weights w{w1, w2, v1, v2};
   check_tail_gradient(dy, dh, dc, z, info, y, h, c, new_c, tables, gamma, beta, w, relu, true);
   const GradientArguments given{dy, dh, dc, z, ReluResult(relu ? y : std::nullopt), h, c, new_c, tables};
   return with_gpu_type(z, [&]<class T>() {
     return run_tail_backward<T>(given, info, gamma, beta, w, tanh_output, batch,
-                                {need_z, need_shortcut, need_state, need_parameters, need_affine});
+                                {need_z, need_shortcut, need_state, {need_parameters, as_factors, h}, need_affine});
   });
 }
 
@@ -661,7 +665,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail_reduce(
   const GradientArguments given{dy, dh, dc, z, ReluResult(relu ? y : std::nullopt), h, c, new_c, tables};
   return with_gpu_type(z, [&]<class T>() {
     TailBackward<T> of(given, info, gamma, beta, w, tanh_output,
-                       {false, need_shortcut, need_state, need_parameters, false});
+                       {false, need_shortcut, need_state, {need_parameters, false, h}, false});
     GpuCall& call = of.call;
     const int64_t n = call.samples(), width = call.channels();
     const Tensor sums = call.table({2, width}), dp = call.table({n, width});
@@ -671,7 +675,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail_reduce(
     call.launch_channels(of.of_norm(of_beta + width, of_beta));
     of.parameters.launch(call, of.cell.args);
     if (z.numel() == 0) torch::stable::fill_(sums, 0.0);
-    return std::make_tuple(sums, of.maps.dshortcut.tensor, dp, of.cell.old_dh, of.cell.old_dc, of.parameters.flat);
+    return std::make_tuple(sums, of.maps.dshortcut.tensor, dp, of.cell.old_dh, of.cell.old_dc, of.parameters.result);
   });
 }
 
@@ -685,7 +689,7 @@ Tensor tail_spread(OptionalTensor dy, OptionalTensor y, Tensor z, Tensor new_h, 
     const Tensor h = dense(new_h), p = dense(dp), all = dense(tables), share = dense(shares);
     const OptionalTensor weight = dense(gamma);
     const NormTables<float> norm(all, n, width);
-    const GradientMaps<T> maps(dy, z, ReluResult(y), info, {true, false, false, false, false});
+    const GradientMaps<T> maps(dy, z, ReluResult(y), info, {true, false, false, {}, false});
     kernels::SharedNormGradients args{};
     args.samples = static_cast<int>(n), args.channels = static_cast<int>(width);
     args.positions = static_cast<int>(call.positions());
@@ -697,6 +701,26 @@ Tensor tail_spread(OptionalTensor dy, OptionalTensor y, Tensor z, Tensor new_h, 
     call.launch_sweep(spread_of<T>(call, maps.maps, args.factor, args.offset, norm.shift, args.slope));
     return maps.dx.tensor;
   });
+}
+
+// --- parameters that steps share -----------------------------------------------------------------------------
+
+Tensor parameter_gradients(std::vector<Tensor> factors, std::vector<Tensor> tables, std::vector<Tensor> h,
+                           int64_t bottleneck) {
+  MapInfo info{};
+  info.shape = check_steps(factors, tables, h, bottleneck);
+  check(h.front().scalar_type() == ScalarType::Float, "h: a GPU's kernels know no float64; the reference does");
+  GpuCall call(h.front(), info, bottleneck);
+  const Tensor flat = call.table({FlatParameters(call.channels(), bottleneck).count});
+  std::vector<Tensor> kept;  // the copies that some may need
+  const auto data = [&](const Tensor& t) {
+    kept.push_back(dense(t));
+    return static_cast<const float*>(kept.back().const_data_ptr());
+  };
+  std::vector<kernels::StepTables> steps;
+  for (size_t k = 0; k < factors.size(); ++k) steps.push_back({data(factors[k]), data(tables[k]), data(h[k])});
+  launch_parameter_gradients(call, steps, data_of<float>(flat));
+  return flat;
 }
 
 // --- the parts: pool and rescale -----------------------------------------------------------------------------
@@ -771,17 +795,18 @@ extern "C" __attribute__((visibility("default"), used)) inline void dia_kernels_
 }
 
 // Registers them, by their names and a suffix.
-#define DIA_REGISTER_GPU_OPERATORS(m, suffix)                           \
-  m.impl("step" suffix, TORCH_BOX(&dia::ops::step));                    \
-  m.impl("step_" suffix, TORCH_BOX(&dia::ops::step_in_place));          \
-  m.impl("step_backward" suffix, TORCH_BOX(&dia::ops::step_backward));  \
-  m.impl("tail" suffix, TORCH_BOX(&dia::ops::tail));                    \
-  m.impl("tail_tracking_" suffix, TORCH_BOX(&dia::ops::tail_tracking)); \
-  m.impl("tail_backward" suffix, TORCH_BOX(&dia::ops::tail_backward));  \
-  m.impl("statistics" suffix, TORCH_BOX(&dia::ops::statistics));        \
-  m.impl("tail_join" suffix, TORCH_BOX(&dia::ops::tail_join));          \
-  m.impl("tail_reduce" suffix, TORCH_BOX(&dia::ops::tail_reduce));      \
-  m.impl("tail_spread" suffix, TORCH_BOX(&dia::ops::tail_spread));      \
-  m.impl("pool" suffix, TORCH_BOX(&dia::ops::pool));                    \
-  m.impl("rescale" suffix, TORCH_BOX(&dia::ops::rescale));              \
+#define DIA_REGISTER_GPU_OPERATORS(m, suffix)                                      \
+  m.impl("step" suffix, TORCH_BOX(&dia::ops::step));                               \
+  m.impl("step_" suffix, TORCH_BOX(&dia::ops::step_in_place));                     \
+  m.impl("step_backward" suffix, TORCH_BOX(&dia::ops::step_backward));             \
+  m.impl("tail" suffix, TORCH_BOX(&dia::ops::tail));                               \
+  m.impl("tail_tracking_" suffix, TORCH_BOX(&dia::ops::tail_tracking));            \
+  m.impl("tail_backward" suffix, TORCH_BOX(&dia::ops::tail_backward));             \
+  m.impl("statistics" suffix, TORCH_BOX(&dia::ops::statistics));                   \
+  m.impl("tail_join" suffix, TORCH_BOX(&dia::ops::tail_join));                     \
+  m.impl("tail_reduce" suffix, TORCH_BOX(&dia::ops::tail_reduce));                 \
+  m.impl("parameter_gradients" suffix, TORCH_BOX(&dia::ops::parameter_gradients)); \
+  m.impl("tail_spread" suffix, TORCH_BOX(&dia::ops::tail_spread));                 \
+  m.impl("pool" suffix, TORCH_BOX(&dia::ops::pool));                               \
+  m.impl("rescale" suffix, TORCH_BOX(&dia::ops::rescale));                         \
   m.impl("rescale_backward" suffix, TORCH_BOX(&dia::ops::rescale_backward))

@@ -185,8 +185,10 @@ class Memory {
   void of(const kernels::WeightGradients<kTile>& a) {
     for (int k = 0; k < a.count; ++k) {
       const kernels::WeightGradient& p = a.products[k];
-      table("left", p.left, static_cast<int64_t>(a.samples) * p.rows);
-      table("right", p.right, static_cast<int64_t>(a.samples) * p.columns);
+      for (int step = 0; step < a.steps; ++step) {
+        table("left", p.left_of(a.of[step]), static_cast<int64_t>(a.samples) * p.rows);
+        if (p.columns > 0) table("right", p.right_of(a.of[step]), static_cast<int64_t>(a.samples) * p.columns);
+      }
       table("gradient", p.out, static_cast<int64_t>(p.rows) * std::max(p.columns, 1));
     }
   }

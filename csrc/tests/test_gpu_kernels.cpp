@@ -121,8 +121,11 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of) {
   cell.samples = kSamples, cell.channels = kChannels, cell.bottleneck = kBottleneck;
   cell.h = at[kH], cell.c = at[kC];
   cell.weights = {at[kW1], at[kB1], at[kW2], at[kB2], at[kV1], at[kA1], at[kV2], at[kA2]};
-  cell.tables = {memory.result("p", kTable), memory.result("zx", kSamples * kBottleneck),
-                 memory.result("zh", kSamples * kBottleneck), memory.result("gates", 4 * kTable)};
+  // Of a step: p, zx, zh in one; and of its gradient du, dzx, dzh.
+  constexpr int kZx = kTable, kZh = kZx + kSamples * kBottleneck, kTables = kZh + kSamples * kBottleneck;
+  constexpr int kDzx = 4 * kTable, kDzh = kDzx + kSamples * kBottleneck, kFactors = kDzh + kSamples * kBottleneck;
+  float *const tables = memory.result("tables", kTables), *const factors = memory.result("factors", kFactors);
+  cell.tables = {tables, tables + kZx, tables + kZh, memory.result("gates", 4 * kTable)};
   cell.new_h = memory.result("new_h", kTable), cell.new_c = memory.result("new_c", kTable);
   kernels::Reduce<float> reduce{};
   reduce.size = size, reduce.tile = {2, kPositions, 4}, reduce.x = {at[kX], stride};
@@ -165,9 +168,7 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of) {
   back.dh = memory.add("dh", dh), back.dc = memory.add("dc", dc);
   back.c = at[kC], back.new_c = cell.new_c;
   back.weights = cell.weights, back.tables = cell.tables;
-  back.du = memory.result("du", 4 * kTable);
-  back.dzx = memory.result("dzx", kSamples * kBottleneck);
-  back.dzh = memory.result("dzh", kSamples * kBottleneck);
+  back.du = factors, back.dzx = factors + kDzx, back.dzh = factors + kDzh;
   back.old_dh = memory.result("old_dh", kTable), back.old_dc = memory.result("old_dc", kTable);
   kernels::SplitGateGradients<false> gates{};
   gates.cell = back, gates.product = sums.product, gates.factor = memory.result("factor", kTable);
@@ -187,22 +188,22 @@ void step_and_its_gradients(int parts_of_sums, int blocks_of) {
   memory.device.launch(blocks, [&](Thread& m) { kernels::run(m, last); });
 
   kernels::WeightGradients<32> weights{};
-  weights.samples = kSamples;
+  weights.samples = kSamples, weights.steps = 1, weights.of[0] = {factors, tables, at[kH]};
   std::vector<float*> gradients(kInputs);
   gradients[kX] = last.out.data, gradients[kShortcut] = sums.g.data;
   gradients[kH] = back.old_dh, gradients[kC] = back.old_dc;
   for (int k = kW1; k < kInputs; ++k) gradients[k] = memory.result("gradient " + std::to_string(k), kSizes[k]);
-  const auto add = [&](const float* left, int rows, const float* right, int columns, Input out) {
+  const auto add = [&](int64_t left, int rows, int64_t right, int columns, Input out) {
     weights.products[weights.count++] = {left, right, gradients[out], rows, columns};
   };
-  add(back.dzx, kBottleneck, cell.tables.p, kChannels, kW1);
-  add(back.dzx, kBottleneck, nullptr, 0, kB1);
-  add(back.du, 4 * kChannels, cell.tables.zx, kBottleneck, kW2);
-  add(back.du, 4 * kChannels, nullptr, 0, kB2);
-  add(back.dzh, kBottleneck, at[kH], kChannels, kV1);
-  add(back.dzh, kBottleneck, nullptr, 0, kA1);
-  add(back.du, 4 * kChannels, cell.tables.zh, kBottleneck, kV2);
-  add(back.du, 4 * kChannels, nullptr, 0, kA2);
+  add(kDzx, kBottleneck, 0, kChannels, kW1);
+  add(kDzx, kBottleneck, 0, 0, kB1);
+  add(0, 4 * kChannels, kZx, kBottleneck, kW2);
+  add(0, 4 * kChannels, 0, 0, kB2);
+  add(kDzh, kBottleneck, kernels::WeightGradient::kState, kChannels, kV1);
+  add(kDzh, kBottleneck, 0, 0, kA1);
+  add(0, 4 * kChannels, kZh, kBottleneck, kV2);
+  add(0, 4 * kChannels, 0, 0, kA2);
   memory.device.launch({.blocks = 2, .threads = kernels::kTableThreads, .shared_bytes = weights.kSharedBytes},
                        [&](Thread& m) { kernels::weight_gradients(m, weights); });
 

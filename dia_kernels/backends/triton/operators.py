@@ -290,7 +290,7 @@ def _map_results(given: Incoming, channel_dim: int, need_x: bool, need_shortcut:
 
 
 def step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
-    *weights, channel_dim, _relu, tanh_output, need_x, need_shortcut, need_state, need_parameters = rest
+    *weights, channel_dim, _relu, tanh_output, need_x, need_shortcut, need_state, need_parameters, as_factors = rest
     with torch.autocast(x.device.type, enabled=False):
         given = Incoming.of(dy, dh, dc, x, y, h, c, new_c, tables, weights[0].shape[0], channel_dim)
         dx, dshortcut = _map_results(given, channel_dim, need_x, need_shortcut)
@@ -306,7 +306,7 @@ def step_backward(dy, dh, dc, x, y, h, c, new_c, tables, *rest):
             of, for_map = _cell_gradients(given, None, product, weights, tanh_output, need_x, need_state)
             if need_x:
                 _spread_gradient(given, g, dx, for_map.factor, for_map.dp.div_(given.maps.positions))
-        return dx, dshortcut, *_state_and_parameters(given, of, need_parameters)
+        return dx, dshortcut, *_state_and_parameters(given, of, need_parameters, as_factors)
 
 
 def _samplewise_gradients(given: Incoming, tile: SampleTile, dx, g, weights, tanh_output, need_state) -> CellGradients:
@@ -322,10 +322,12 @@ def _samplewise_gradients(given: Incoming, tile: SampleTile, dx, g, weights, tan
     return CellGradients(du, dzx, dzh, old_dh, old_dc)
 
 
-def _state_and_parameters(given: Incoming, of: CellGradients, need_parameters: bool) -> list[Tensor]:
+def _state_and_parameters(given: Incoming, of: CellGradients, need_parameters: bool, as_factors: bool) -> list[Tensor]:
     nothing = given.new_c.new_empty
     flat = nothing(0)
-    if need_parameters:
+    if need_parameters and as_factors:
+        flat = torch.cat([t.view(-1) for t in (of.du, of.dzx, of.dzh)])
+    elif need_parameters:
         p, zx, zh, _ = given.tables
         flat = _parameter_gradients(of.du, of.dzx, of.dzh, p, zx, zh, given.h)
     return [nothing(0) if of.dh is None else of.dh, nothing(0) if of.dc is None else of.dc, flat]
@@ -417,9 +419,8 @@ def _tail(z, shortcut, h, c, gamma, beta, mean, var, means, eps, *rest):
 
 
 def tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
-    *weights, channel_dim, relu, tanh_output, batch, need_z, need_shortcut, need_state, need_parameters, need_affine = (
-        rest
-    )
+    *weights, channel_dim, relu, tanh_output = rest[:-7]
+    batch, need_z, need_shortcut, need_state, need_parameters, need_affine, as_factors = rest[-7:]
     with torch.autocast(z.device.type, enabled=False):
         given = Incoming.of(
             dy, dh, dc, z, y if relu else None, h, c, new_c, tables, weights[0].shape[0], channel_dim
@@ -446,7 +447,7 @@ def tail_backward(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, *rest):
             _spread_gradient(
                 given, g, dz, for_map.factor, offset, norm.shift if batch else None, slope if batch else None
             )
-        old_dh, old_dc, flat = _state_and_parameters(given, of, need_parameters)
+        old_dh, old_dc, flat = _state_and_parameters(given, of, need_parameters, as_factors)
         affine = (dgamma, dbeta) if need_affine else (dgamma.new_empty(0), dbeta.new_empty(0))
         return dz, dshortcut, old_dh, old_dc, *affine, flat
 
