@@ -57,6 +57,14 @@ def names_of(operator: str) -> list[str]:
     return [argument.name for argument in getattr(operators.native, operator)._schema.arguments]
 
 
+def entry(of: operators.Operators, operator: str) -> Callable[..., object]:
+    """The operator; one that takes what several steps left, with the same of two."""
+    called = getattr(of, operator)
+    if operator != "parameter_gradients":
+        return called
+    return lambda factors, tables, h, bottleneck: called([factors] * 2, [tables] * 2, [h] * 2, bottleneck)
+
+
 # --- calls that are right ---------------------------------------------------------------------------
 
 
@@ -143,6 +151,9 @@ class Maker:
     def needs(self, *names: str) -> dict[str, bool]:
         return {f"need_{name}": self.flag() for name in names}
 
+    def as_factors(self, arguments: dict[str, object]) -> dict[str, bool]:
+        return {"as_factors": arguments["h"] is not None and self.flag()}
+
     def incoming(self) -> dict[str, Tensor | None]:
         return {"dy": self.maybe(self.map), "dh": self.maybe(self.table), "dc": self.maybe(self.table)}
 
@@ -158,12 +169,19 @@ class Maker:
         if operator in ("step", "step_"):
             arguments = self.step()
             return arguments | {"keep_tables": self.flag(), "keep_mask": self.keeps_mask(arguments["x"])}
+        if operator == "parameter_gradients":
+            return {
+                "factors": self.draw(self.n * (4 * self.c + 2 * self.m)),
+                "tables": self.draw(self.n * (5 * self.c + 2 * self.m) + self.rng.choice((0, 7))),
+                "h": self.table(),
+                "bottleneck": self.m,
+            }
         if operator == "step_backward":
             arguments = self.step() | {"keep_tables": True}
             kept = self.keeps_mask(arguments["x"])
             y, _, new_c, tables, mask = operators.plain.step(*ordered("step", arguments | {"keep_mask": kept}))
             arguments |= self.incoming() | {"y": mask if kept else y, "new_c": new_c, "tables": tables}
-            return arguments | self.needs("x", "shortcut", "state", "parameters")
+            return arguments | self.needs("x", "shortcut", "state", "parameters") | self.as_factors(arguments)
         arguments = self.tail()
         kept = arguments["keep_mask"] = self.keeps_mask(arguments["z"])
         if operator == "tail":
@@ -181,7 +199,8 @@ class Maker:
             arguments["y"] = arguments["y"] if self.flags["relu"] else None
             return arguments | {"new_h": new_h, "dp": self.table(), "shares": self.draw(2, self.c)}
         arguments["batch"] = arguments["mean"] is None
-        return arguments | self.needs("z", "shortcut", "state", "parameters", "affine")
+        asked = self.needs("z", "shortcut", "state", "parameters", "affine")
+        return arguments | asked | self.as_factors(arguments)
 
 
 def ordered(operator: str, arguments: dict[str, object]) -> list[object]:
@@ -366,7 +385,7 @@ FLAT = {"step_backward": 4, "tail_backward": 6, "tail_reduce": 5}
 def apart(call: Call, results: list[Tensor]) -> list[Tensor]:
     """``results`` with the gradients of the parameters each for itself."""
     place = FLAT.get(call.operator)
-    if place is None or not results[place].numel():
+    if place is None or not results[place].numel() or call.arguments.get("as_factors"):
         return results
     split = split_parameters(results[place], *call.arguments["input_reduce_weight"].shape)
     return [*results[:place], *split, *results[place + 1 :]]
@@ -393,8 +412,7 @@ def assert_agree(call: Call, found: list[Tensor], expected: list[Tensor], on_gpu
 
 def run(call: Call, faults: list[str], operators_: operators.Operators) -> str:
     """Runs a call with these faults and checks what became of it: ``"refused"`` or ``"computed"``."""
-    operator = getattr(operators_, call.operator)
-    reference = getattr(operators.plain, call.operator)
+    operator, reference = entry(operators_, call.operator), entry(operators.plain, call.operator)
     before = {name: bytes_of(t) for name, t in call.tensors().items() if has_memory(t)}
     fresh = [copied(t) if isinstance(t, Tensor) else t for t in call.arguments.values()]
     refused = None

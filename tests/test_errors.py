@@ -203,6 +203,56 @@ def test_a_native_operator_refuses_a_wrong_tensor_and_writes_nothing(name, index
         assert torch.equal(after, value) if isinstance(value, torch.Tensor) else after == value
 
 
+def what_steps_left(count: int = 3) -> list[list[torch.Tensor]]:
+    """Factors, tables and h of some steps of 2 samples, 8 channels and bottlenecks of 3 values."""
+    sizes = (2 * (4 * 8 + 2 * 3),), (2 * (5 * 8 + 2 * 3),), (2, 8)
+    return [[torch.rand(size) for _ in range(count)] for size in sizes]
+
+
+@pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("fault", [-1, 1, torch.float64, torch.int32, "rank", "device"])
+def test_what_one_of_several_steps_left_is_wrong(which, step, fault):
+    left = what_steps_left()
+    good = left[which][step]
+    if isinstance(fault, int):
+        # Behind a tail's tables are those of its norm: they may be longer.
+        left[which][step] = torch.ones(good.shape[0] + (-40 if which == 1 else fault), *good.shape[1:])
+    elif isinstance(fault, torch.dtype):
+        left[which][step] = good.to(fault)
+    else:
+        left[which][step] = good[None] if fault == "rank" else good.to("meta")
+    with pytest.raises(RuntimeError, match="dia_kernels: (factors|tables|h)"):
+        operators.native.parameter_gradients(*left, 3)
+
+
+@pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda factors, tables, h: (factors[:2], tables, h, 3), "tables: expected as many as factors, 2, got 3"),
+        (lambda factors, tables, h: (factors, tables, h[:2], 3), "h: expected as many as factors, 3, got 2"),
+        (lambda factors, tables, h: ([], tables, h, 3), "factors: expected those of at least one step"),
+        (lambda factors, tables, h: (factors, tables, h, 0), "bottleneck: expected"),
+        (lambda factors, tables, h: (factors, tables, h, 1 << 40), "bottleneck: expected"),
+        (lambda factors, tables, h: (factors, tables, h, 4), "factors: wrong sizes"),
+    ],
+)
+def test_wrong_lists_of_what_steps_left(change, message):
+    with pytest.raises(RuntimeError, match=f"dia_kernels: {message}"):
+        operators.native.parameter_gradients(*change(*what_steps_left()))
+
+
+@pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
+def test_a_step_without_a_state_has_no_factors():
+    arguments = list(operator_calls()["step_backward"])
+    arguments[5] = arguments[6] = None
+    arguments[-1] = True
+    with pytest.raises(RuntimeError, match="dia_kernels: as_factors: expected a step with a state"):
+        operators.native.step_backward(*arguments)
+
+
 @pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
 @pytest.mark.parametrize("other", [0, 1, 5, 7, 11, 14])
 def test_buffers_that_share_memory_are_refused(other):

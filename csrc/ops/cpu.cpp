@@ -153,6 +153,10 @@ Tensor run_parameter_gradients(const std::vector<Tensor>& factors, const std::ve
   A* const to_h = to.dzh + all * m;
   const Tables<A> to_tables(to_h + all * c, all, c, m);
   const Tensor flat = empty_table<A>(h.front(), {FlatParameters(c, m).count});
+  if (all == 0) {
+    torch::stable::fill_(flat, 0.0);
+    return flat;
+  }
   parallel_for(0, steps, std::max<int64_t>(kGrain / std::max<int64_t>(n * (6 * c + 4 * m), 1), 1),
                [&](int64_t begin, int64_t end) {
                  for (int64_t k = begin; k < end; ++k) {
