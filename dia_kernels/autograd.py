@@ -23,6 +23,7 @@ that maps the reference.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from operator import is_
@@ -152,7 +153,7 @@ class Gathered(Function):
 
     @staticmethod
     def backward(ctx, flat):
-        for ops, steps in ctx.left.pop(torch._C._current_graph_task_id(), {}).items():
+        for ops, steps in ctx.left.pop(_pass(), {}).items():
             factors, tables, h = map(list, zip(*steps, strict=True))
             more = ops.parameter_gradients(factors, tables, h, ctx.sizes[0])
             flat = more if flat is None else flat + more
@@ -161,7 +162,17 @@ class Gathered(Function):
     @staticmethod
     def leave(ctx, ops: Operators, factors: Tensor, tables: Tensor, h: Tensor) -> None:
         """A block's part of the gradient, for the ``backward`` of ``ctx`` in this pass."""
-        ctx.left.setdefault(torch._C._current_graph_task_id(), {}).setdefault(ops, []).append((factors, tables, h))
+        ctx.left.setdefault(_pass(), {}).setdefault(ops, []).append((factors, tables, h))
+
+
+def _pass() -> int | None:
+    """A number for the backward pass that runs. None: no engine calls its functions, but a graph compiled of them."""
+    if torch.compiler.is_compiling():
+        return None
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled is not None and compiled.in_compiled_autograd_region:
+        return None
+    return torch._C._current_graph_task_id()
 
 
 def _token(parameters: tuple, h: Tensor | None) -> Tensor | None:
@@ -200,9 +211,9 @@ def _with_token(function: type[Function]) -> type[Function]:
     def backward(ctx, *grads):
         gathered = ctx.dia_kernels_token[0].grad_fn
         need, saved = ctx.needs_input_grad[3:], saved_tensors(ctx)
-        # A gradient that is to be differentiated goes through the graph. And where this pass comes by no parameter,
-        # as in torch.autograd.grad of something else, theirs are not made.
-        as_factors = not torch.is_grad_enabled()
+        # A gradient that is to be differentiated goes through the graph, and so does one of a compiled graph. Where
+        # this pass comes by no parameter, as in torch.autograd.grad of something else, theirs are not made.
+        as_factors = not torch.is_grad_enabled() and _pass() is not None
         need_parameters = not as_factors or torch._C._will_engine_execute_node(gathered)
         *others, last = function.gradients(  # type: ignore[attr-defined]
             ctx, grads, (*need[:at], need_parameters), saved, as_factors

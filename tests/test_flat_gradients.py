@@ -399,6 +399,18 @@ def test_checkpoints(monkeypatch, tokens, reentrant):
     assert_equal(gradients(attention), expected)
 
 
+@pytest.mark.parametrize("compiler", [torch.compile(backend="eager"), lambda graph: graph], ids=["traced", "run"])
+@pytest.mark.parametrize("kind", ["step", "tail"])
+def test_compiled_autograd(kind, compiler):
+    attention = make()
+    expected = backward_of(attention, kind)
+    attention.zero_grad()
+    loss = stage(attention, make_map(), norms_of(kind))
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        loss.backward()
+    assert_close(gradients(attention), expected)
+
+
 def test_each_block_checkpointed():
     attention = make()
     expected = backward_of(attention)
