@@ -173,8 +173,8 @@ def _reference_parameter_gradients(factors, tables, h, bottleneck):
 
     with torch.autocast(h[0].device.type, enabled=False):
         left = reference.Factors(*joined(factors, factor_sizes(n, c, m), (4 * c, m, m)))
-        right = joined(tables, table_sizes(n, c, m)[:3], (c, m, m))
-        return join_parameters(reference.parameter_gradients(left, *right, torch.cat(h)))
+        p, zx, zh = joined(tables, table_sizes(n, c, m)[:3], (c, m, m))
+        return join_parameters(reference.parameter_gradients(left, p, zx, zh, torch.cat(h)))
 
 
 def _with_weights(weights: list[Tensor]) -> LSTMParameters:

@@ -1,4 +1,4 @@
-"""Blocks that share a cell have one gradient of its eight parameters, made at once, and nobody can tell but the clock."""
+"""Blocks that share a cell have one gradient of its parameters, made at once, and nobody can tell but the clock."""
 
 from __future__ import annotations
 

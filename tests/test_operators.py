@@ -89,3 +89,27 @@ def test_step_in_place_refuses_what_it_must_not_write_over(fault):
     with torch.set_grad_enabled(fault == "gradient"), pytest.raises(RuntimeError, match="dia_kernels: "):
         operators.native.step_(x, None, None, None, *weights, 1, True, False)
     assert torch.equal(x, before)
+
+
+def left_by_steps(count: int, n: int, c: int, m: int, dtype: torch.dtype = torch.float32) -> list[list[torch.Tensor]]:
+    """Factors, tables and h of some steps; behind the tables those of a norm."""
+    sizes = (n * (4 * c + 2 * m),), (n * (5 * c + 2 * m) + n * c + 3 * c,), (n, c)
+    return [[torch.randn(size, dtype=dtype) for _ in range(count)] for size in sizes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("count", "n"), [(1, 3), (4, 7), (70, 4), (5, 100), (2, 300), (3, 0)])
+def test_parameter_gradients_of_several_steps(count, n, dtype):
+    """Of few samples all at once, of some by twos, of many one after the other."""
+    factors, tables, h = left_by_steps(count, n, 12, 5, dtype)
+    h[0] = h[0].t().contiguous().t()
+    tables[-1] = torch.stack([tables[-1]] * 2, 1)[:, 1]
+    before = [t.clone() for t in (*factors, *tables, *h)]
+    found = operators.native.parameter_gradients(factors, tables, h, 5)
+    assert all(torch.equal(a, b) for a, b in zip((*factors, *tables, *h), before, strict=True))
+    wide = [[t.double() for t in of] for of in (factors, tables, h)]
+    expected = operators.plain.parameter_gradients(*wide, 5)
+    # A sum of K terms of one grows as the root of K, and each of K additions rounds it: K eps / 3 is a deviation.
+    rounding = torch.finfo(dtype).eps * (2 * count * n + 16)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=rounding)
+    opcheck(operators.native.parameter_gradients, (factors, tables, h, 5))

@@ -143,34 +143,64 @@ StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor
 
 // --- parameters that steps share -----------------------------------------------------------------------
 
-// The gradient by the products of one step, over the samples of all: their tables are put behind each other.
+// Tables of several steps, as if they were those of one: the rows of each behind those of the step before.
+template <class A>
+struct JoinedSteps {
+  Tensor memory;
+  int64_t rows;
+  Factors<A> factors;
+  A* h;
+  Tables<A> tables;
+
+  JoinedSteps(const Tensor* of_factors, const Tensor* of_tables, const Tensor* of_h, int64_t steps, int64_t n,
+              int64_t c, int64_t m)
+      : memory(empty_table<A>(*of_h, {steps * n * (6 * c + 4 * m)})),
+        rows(steps * n),
+        factors(data_of<A>(memory), rows, c, m),
+        h(factors.dzh + rows * m),
+        tables(h + rows * c, rows, c, m) {
+    parallel_for(0, steps, std::max<int64_t>(kGrain / (n * (6 * c + 4 * m)), 1), [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const auto put = [&](const A* from, int64_t width, A* table) {
+          std::copy_n(from, n * width, table + k * n * width);
+        };
+        const Factors<A> left(data_of<A>(of_factors[k]), n, c, m);
+        const Tables<A> right(data_of<A>(of_tables[k]), n, c, m);
+        put(left.du, 4 * c, factors.du), put(left.dzx, m, factors.dzx), put(left.dzh, m, factors.dzh);
+        put(right.p, c, tables.p), put(right.zx, m, tables.zx), put(right.zh, m, tables.zh);
+        put(data_of<A>(of_h[k]), c, h);
+      }
+    });
+  }
+};
+
+// Rows that are worth a copy to have them in one product: with few, it is the writing of the result that takes the
+// time, and with these a longer one gains nothing. (Measured on two cores, the time of one step after the other: 8
+// samples, C = 1024 and 2048, 0.7 to 0.6 of it; 32 samples, C = 64 to 256, 0.6 to 1.0; from 128 samples on 1.0 to 1.1.)
+constexpr int64_t kJoinedRows = 256;
+
+// Steps of few samples are joined; the gradients of what is joined, and of steps of many, are added up.
 template <class A>
 Tensor run_parameter_gradients(const std::vector<Tensor>& factors, const std::vector<Tensor>& tables,
                                const std::vector<Tensor>& h, int64_t n, int64_t c, int64_t m) {
-  const int64_t steps = static_cast<int64_t>(factors.size()), all = steps * n;
-  const Tensor joined = empty_table<A>(h.front(), {Factors<A>::count(all, c, m) + all * (2 * c + 2 * m)});
-  const Factors<A> to(data_of<A>(joined), all, c, m);
-  A* const to_h = to.dzh + all * m;
-  const Tables<A> to_tables(to_h + all * c, all, c, m);
   const Tensor flat = empty_table<A>(h.front(), {FlatParameters(c, m).count});
-  if (all == 0) {
+  if (n == 0) {
     torch::stable::fill_(flat, 0.0);
     return flat;
   }
-  parallel_for(0, steps, std::max<int64_t>(kGrain / std::max<int64_t>(n * (6 * c + 4 * m), 1), 1),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t k = begin; k < end; ++k) {
-                   const auto put = [&](const A* from, int64_t width, A* table) {
-                     std::copy_n(from, n * width, table + k * n * width);
-                   };
-                   const Factors<A> of(data_of<A>(factors[k]), n, c, m);
-                   const Tables<A> own(data_of<A>(tables[k]), n, c, m);
-                   put(of.du, 4 * c, to.du), put(of.dzx, m, to.dzx), put(of.dzh, m, to.dzh);
-                   put(own.p, c, to_tables.p), put(own.zx, m, to_tables.zx), put(own.zh, m, to_tables.zh);
-                   put(static_cast<const A*>(h[k].const_data_ptr()), c, to_h);
-                 }
-               });
-  fill_parameter_gradients<A>(flat, to_tables, to_h, to, nullptr, all, c, m);
+  const int64_t steps = static_cast<int64_t>(factors.size());
+  const int64_t together = std::max<int64_t>(kJoinedRows / n, 1);
+  for (int64_t first = 0; first < steps; first += together) {
+    const int64_t count = std::min(together, steps - first);
+    const bool add = first > 0;
+    if (count == 1) {
+      fill_parameter_gradients<A>(flat, Tables<A>(data_of<A>(tables[first]), n, c, m), data_of<A>(h[first]),
+                                  Factors<A>(data_of<A>(factors[first]), n, c, m), nullptr, n, c, m, add);
+      continue;
+    }
+    const JoinedSteps<A> joined(&factors[first], &tables[first], &h[first], count, n, c, m);
+    fill_parameter_gradients<A>(flat, joined.tables, joined.h, joined.factors, nullptr, joined.rows, c, m, add);
+  }
   return flat;
 }
 

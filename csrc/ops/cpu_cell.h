@@ -131,24 +131,31 @@ int64_t weight_bytes(int64_t width, int64_t bottleneck) {
 }
 
 // Gradients of the eight parameters in one flat tensor, once over all samples. Weights are read where there is no h.
+// `add`: to what is there, of samples with h.
 template <class A>
 void fill_parameter_gradients(const Tensor& flat, const Tables<A>& tables, const A* h, const Factors<A>& factors,
-                              const Weights* w, int64_t n, int64_t c, int64_t m) {
+                              const Weights* w, int64_t n, int64_t c, int64_t m, bool add = false) {
   const auto [du, dzx, dzh] = factors;
   const FlatParameters at(c, m);
   A* const to = data_of<A>(flat);
   A *const v1 = to + at.hidden_reduce_weight, *const v2 = to + at.hidden_expand_weight;
   A *const b2 = to + at.input_expand_bias, *const a1 = to + at.hidden_reduce_bias;
   const auto matrix = [n](const A* data, int64_t columns) { return Matrix<A>::dense(data, n, columns); };
-  product<A>(to + at.input_reduce_weight, matrix(dzx, m).transposed(), matrix(tables.p, c));
-  product<A>(to + at.input_expand_weight, matrix(du, 4 * c).transposed(), matrix(tables.zx, m));
-  column_sums(dzx, n, m, to + at.input_reduce_bias);
-  column_sums(du, n, 4 * c, b2);
+  const auto sums = [&](const A* table, int64_t width, A* out) {
+    if (!add) return column_sums(table, n, width, out);
+    const Tensor more = empty_table<A>(flat, {width});
+    column_sums(table, n, width, data_of<A>(more));
+    for (int64_t k = 0; k < width; ++k) out[k] += data_of<A>(more)[k];
+  };
+  product<A>(to + at.input_reduce_weight, matrix(dzx, m).transposed(), matrix(tables.p, c), add);
+  product<A>(to + at.input_expand_weight, matrix(du, 4 * c).transposed(), matrix(tables.zx, m), add);
+  sums(dzx, m, to + at.input_reduce_bias);
+  sums(du, 4 * c, b2);
   std::copy(b2, b2 + 4 * c, to + at.hidden_expand_bias);
   if (h != nullptr) {
-    product<A>(v1, matrix(dzh, m).transposed(), matrix(h, c));
-    product<A>(v2, matrix(du, 4 * c).transposed(), matrix(tables.zh, m));
-    column_sums(dzh, n, m, a1);
+    product<A>(v1, matrix(dzh, m).transposed(), matrix(h, c), add);
+    product<A>(v2, matrix(du, 4 * c).transposed(), matrix(tables.zh, m), add);
+    sums(dzh, m, a1);
     return;
   }
   // With no state every sample has the same zh and a zero h: sums over samples come before products.
