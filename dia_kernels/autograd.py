@@ -140,8 +140,8 @@ def apply(function: type[Function], *args) -> Any:
 class Gathered(Function):
     """A token, without memory, that stands for eight parameters in the graph: its gradient is their flat one.
 
-    It saves no tensor, so that several backward passes may run through it. What blocks left for it in a pass, it takes:
-    the engine runs it after all of them.
+    It saves no tensor, so that several backward passes may run through it. What blocks leave for it in ``left``, by the
+    pass, their operators, factors, tables and old h, it makes the gradient of: the engine runs it after all of them.
     """
 
     @staticmethod
@@ -153,16 +153,12 @@ class Gathered(Function):
 
     @staticmethod
     def backward(ctx, flat):
-        for ops, steps in ctx.left.pop(_pass(), {}).items():
-            factors, tables, h = map(list, zip(*steps, strict=True))
+        steps = ctx.left.pop(_pass(), ())
+        for ops in dict.fromkeys(step[0] for step in steps):
+            factors, tables, h = zip(*(left for own, *left in steps if own is ops), strict=True)
             more = ops.parameter_gradients(factors, tables, h, ctx.sizes[0])
             flat = more if flat is None else flat + more
         return (None,) * 8 if flat is None else tuple(split_parameters(flat, *ctx.sizes))
-
-    @staticmethod
-    def leave(ctx, ops: Operators, factors: Tensor, tables: Tensor, h: Tensor) -> None:
-        """A block's part of the gradient, for the ``backward`` of ``ctx`` in this pass."""
-        ctx.left.setdefault(_pass(), {}).setdefault(ops, []).append((factors, tables, h))
 
 
 def _pass() -> int | None:
@@ -213,13 +209,14 @@ def _with_token(function: type[Function]) -> type[Function]:
         need, saved = ctx.needs_input_grad[3:], saved_tensors(ctx)
         # A gradient that is to be differentiated goes through the graph, and so does one of a compiled graph. Where
         # this pass comes by no parameter, as in torch.autograd.grad of something else, theirs are not made.
-        as_factors = not torch.is_grad_enabled() and _pass() is not None
+        number = None if torch.is_grad_enabled() else _pass()
+        as_factors = number is not None
         need_parameters = not as_factors or torch._C._will_engine_execute_node(gathered)
         *others, last = function.gradients(  # type: ignore[attr-defined]
             ctx, grads, (*need[:at], need_parameters), saved, as_factors
         )
         if as_factors and need_parameters:
-            Gathered.leave(gathered, ctx.ops, last, saved[5], saved[2])
+            gathered.left.setdefault(number, []).append((ctx.ops, last, saved[5], saved[2]))
             last = None
         return last, None, None, *others, *(None,) * (len(need) - at)
 
