@@ -13,8 +13,8 @@ Each Function's first argument is the set of operators that it calls (``operator
 of another implementer; the rule and the formulas are the same for all.
 
 The eight parameters of a cell have one flat gradient (``cells.join_parameters``). Where all eight are leaves, blocks
-that share them leave it to ``Gathered``, which makes it for all of them at once, in one product for each weight: a
-block's own backward stops at its factors.
+that share them leave it to ``Gathered``. That makes it for all of them at once, in one product for each weight, from the
+factors at which a block's own backward stops; or, where that is no gain, the engine adds up one tensor a block.
 
 Double backward, vmap and forward mode are right through the reference: the backward is itself a
 Function, differentiated by ``torch.func.vjp`` of the reference, and each Function has a vmap rule
@@ -36,7 +36,7 @@ from torch.autograd.function import Function
 
 from . import masks, operators, reference
 from .cells import LSTMParameters, join_parameters, parameter_count, split_parameters
-from .operators import Operators
+from .operators import Operators, factor_sizes
 
 _STALE_STATE = (
     "the graph that made this step's state, or the step itself, has been freed by an earlier backward(). "
@@ -191,6 +191,19 @@ def _token(parameters: tuple, h: Tensor | None) -> Tensor | None:
     return super(Function, Gathered).apply(*parameters)
 
 
+def _better_at_once(ops: Operators, h: Tensor, m: int) -> bool:
+    """Whether blocks with the state ``h`` and ``m`` values in a bottleneck leave their factors, or add up gradients.
+
+    On a GPU that is a launch and an addition less for each. For the native kernels on the CPU it pays where a gradient
+    is much larger than what it is made of; else what is kept meanwhile lies in the way of the maps, for which glibc then
+    takes fresh memory (docs/kernels.md).
+    """
+    if ops is not operators.native or not h.is_cpu:
+        return True
+    n, c = h.shape
+    return parameter_count(m, c) > 4 * sum(factor_sizes(n, c, m))
+
+
 @cache
 def _with_token(function: type[Function]) -> type[Function]:
     """``function`` in the form that takes a token, and the parameters as something to which no gradient flows."""
@@ -210,8 +223,8 @@ def _with_token(function: type[Function]) -> type[Function]:
         # A gradient that is to be differentiated goes through the graph, and so does one of a compiled graph. Where
         # this pass comes by no parameter, as in torch.autograd.grad of something else, theirs are not made.
         number = None if torch.is_grad_enabled() else _pass()
-        as_factors = number is not None
-        need_parameters = not as_factors or torch._C._will_engine_execute_node(gathered)
+        need_parameters = number is None or torch._C._will_engine_execute_node(gathered)
+        as_factors = number is not None and _better_at_once(ctx.ops, saved[2], gathered.sizes[0])
         *others, last = function.gradients(  # type: ignore[attr-defined]
             ctx, grads, (*need[:at], need_parameters), saved, as_factors
         )

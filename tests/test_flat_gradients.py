@@ -16,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from dia_kernels import LSTMParameters, SharedAttention, autograd
+from dia_kernels import LSTMParameters, SharedAttention, autograd, operators
 from dia_kernels.cells import join_parameters, parameter_count, split_parameters
 
 C, REDUCTION, BLOCKS = 8, 2, 4
@@ -63,6 +63,13 @@ def assert_equal(found: dict, expected: dict, factor: float = 1.0) -> None:
         assert torch.equal(found[name], factor * value), name
 
 
+@pytest.fixture(autouse=True, params=[True, False], ids=["at once", "added up"])
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways to the gradient, whatever would be faster."""
+    monkeypatch.setattr(autograd, "_better_at_once", lambda *args: request.param)
+    return request.param
+
+
 @pytest.fixture
 def tokens(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
     """The tokens that steps took, in order."""
@@ -99,6 +106,22 @@ def test_splitting_undoes_joining():
     assert all(place % 4 == 0 for place in places)
 
 
+# --- which way ------------------------------------------------------------------------------------------
+
+
+RULE = autograd._better_at_once
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "m", "better"),
+    [(8, 2048, 102, True), (8, 1024, 51, True), (32, 256, 64, True), (128, 256, 64, False), (32, 64, 16, False)],
+)
+def test_on_the_cpu_large_gradients_are_made_at_once(n, c, m, better):
+    assert RULE(operators.native, torch.empty(n, c), m) == better
+    assert RULE(operators.native, torch.empty(n, c, device="meta"), m)
+    assert RULE(operators.plain, torch.empty(n, c), m)
+
+
 # --- the same gradients by fewer products and additions ----------------------------------------------------
 
 
@@ -130,7 +153,7 @@ class Counted(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["step", "tail"])
-def test_one_gradient_for_all_blocks(monkeypatch, kind):
+def test_one_gradient_for_all_blocks(monkeypatch, kind, at_once):
     """Of the second and later blocks; the first one's eight and theirs meet at the end."""
     attention, norms = make(), norms_of(kind)
     flat = (parameter_count(M, C),)
@@ -144,8 +167,8 @@ def test_one_gradient_for_all_blocks(monkeypatch, kind):
         return counts
 
     counts = counted()
-    assert counts.called == {f"{kind}_backward": BLOCKS, "parameter_gradients": 1}
-    assert counts.added[flat] == 0
+    assert counts.called == {f"{kind}_backward": BLOCKS} | ({"parameter_gradients": 1} if at_once else {})
+    assert counts.added[flat] == (0 if at_once else BLOCKS - 2)
     assert sum(counts.added[shape] for shape in own) == 8
     counts = without_tokens(monkeypatch, counted)
     assert counts.called == {f"{kind}_backward": BLOCKS}
