@@ -9,7 +9,15 @@ import pytest
 import sharing_processes
 import torch
 from torch import nn
-from two_blocks import assert_as_accurate, assert_halves_are_the_whole_on_a_gpu, captured, errors, results
+from two_blocks import (
+    assert_as_accurate,
+    assert_at_once_is_one_by_one,
+    assert_halves_are_the_whole_on_a_gpu,
+    captured,
+    errors,
+    results,
+    shared_gradients,
+)
 
 from dia_kernels import CELLS, SharedAttention, backends, create_attention, masks, models, operators, plan
 
@@ -67,6 +75,22 @@ def test_the_same_bits_every_time(norm, layouts):
     for _ in range(19):
         for name, value in results(attention, copy.deepcopy(module), x, s).items():
             assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "count"),
+    [(torch.bfloat16, (128, 64, 32, 32), 18), (torch.float32, (33, 102, 7, 7), 5), (torch.float32, (4, 25, 9, 5), 66)],
+    ids=str,
+)
+def test_blocks_that_share_parameters(dtype, shape, count, norm, layouts):
+    torch.manual_seed(0)
+    attention = SharedAttention(shape[1], 4, backend="cuda").cuda()
+    own = nn.BatchNorm2d(shape[1]).cuda() if norm else None
+    x, s = maps(shape, dtype, True)
+    found, again = (shared_gradients(attention, own, x, s, count, at_once=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+    assert_at_once_is_one_by_one(found, shared_gradients(attention, own, x, s, count, at_once=False))
 
 
 def test_a_side_stream(layouts):
@@ -211,6 +235,8 @@ def test_operators_keep_their_promises(channels_last):
     buffers = torch.zeros(12, device="cuda"), torch.ones(12, device="cuda"), torch.tensor(0, device="cuda")
     tracking = (x.detach(), s.detach(), *statistics, *buffers, 0.1, 1e-5, *weights, 1, True, False, False)
     torch.library.opcheck(operators.native.tail_tracking_, tracking)
+    left = [[torch.randn(size, device="cuda") for _ in range(3)] for size in (3 * 54, 3 * 66, (3, 12))]
+    torch.library.opcheck(operators.native.parameter_gradients, (*left, 3))
 
 
 @pytest.mark.parametrize("cell", CELLS)

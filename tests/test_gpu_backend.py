@@ -15,8 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 from two_blocks import (
     assert_a_far_first_value_spoils_no_variance,
+    assert_at_once_is_one_by_one,
     assert_gradients_at_a_far_mean,
     assert_halves_are_the_whole_on_a_gpu,
+    shared_gradients,
 )
 
 from dia_kernels import CELLS, SharedAttention, backends, create_attention, models, norms, operators
@@ -290,25 +292,15 @@ def test_blocks_that_share_parameters(layouts, norm, dtype, count):
     attention = SharedAttention(10, 3, backend="simulated")
     own = nn.BatchNorm2d(10) if norm else None
     x, s = maps((3, 10, 3, 2), dtype=dtype)
-    found = []
-    for _ in range(2):
-        y, state = x, None
-        for _ in range(count):
-            y, state = attention(y, state, norm=own, shortcut=s, activation="relu")
-        launches()
-        (grads,) = (torch.autograd.grad(y.float().sum() + state[0].sum(), [*attention.parameters()]),)
-        found.append(grads)
-        assert launches().count("WeightGradients") == 1 + -(-(count - 1) // 64)
-        assert all(torch.equal(a, b) for a, b in zip(grads, found[0], strict=True))
-    y, state = x, None
-    for _ in range(count):
-        # A state of somebody else's, to the blocks: each makes a gradient of its own.
-        y, state = attention(y, state and tuple(t.view_as(t) for t in state), norm=own, shortcut=s, activation="relu")
     launches()
-    expected = torch.autograd.grad(y.float().sum() + state[0].sum(), [*attention.parameters()])
+    found = shared_gradients(attention, own, x, s, count, at_once=True)
+    assert launches().count("WeightGradients") == 1 + -(-(count - 1) // 64)
+    again = shared_gradients(attention, own, x, s, count, at_once=True)
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+    launches()
+    expected = shared_gradients(attention, own, x, s, count, at_once=False)
     assert launches().count("WeightGradients") == count
-    for a, b in zip(found[0], expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
+    assert_at_once_is_one_by_one(found, expected)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("sweeps", "Reduce"), ("clusters", "ClusterStep"), ("teams", None)])
@@ -506,6 +498,8 @@ def test_results_are_as_the_fakes_promise(layouts, channels_last):
     buffers = torch.zeros(6), torch.ones(6), torch.tensor(0)
     opcheck(simulated.tail_tracking_, (x, s, *state, *norm[:2], *buffers, 0.1, 1e-5, *frozen, 1, True, False, False))
     opcheck(simulated.statistics, (x, 1))
+    factors = simulated.tail_backward(*given, False, False, False, True, True, False, True)[6]
+    opcheck(simulated.parameter_gradients, ([factors] * 2, [tables] * 2, [state[0]] * 2, 3))
     joined = (x, s, *state, *norm[:2], *simulated.statistics(x, 1), 1e-5, *frozen, 1, True, False, False)
     opcheck(simulated.tail_join, joined)
     opcheck(simulated.tail_reduce, (*given, True, True, True))

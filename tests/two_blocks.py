@@ -66,6 +66,24 @@ def assert_as_accurate(draws: Sequence[Errors], dtype: torch.dtype, ulps: float 
         assert ours <= 2 * theirs + ulps * torch.finfo(dtype).eps * scale, (name, [of[name] for of in draws])
 
 
+def shared_gradients(
+    attention: SharedAttention, norm: nn.Module | None, x: Tensor, s: Tensor, count: int, at_once: bool
+) -> tuple[Tensor, ...]:
+    """Gradients of the parameters that ``count`` blocks share, made at once or by each block for itself."""
+    y, state = x, None
+    for _ in range(count):
+        if state is not None and not at_once:
+            state = tuple(t.view_as(t) for t in state)  # to the blocks it is somebody else's
+        y, state = attention(y, state, norm=norm, shortcut=s, activation="relu")
+    return torch.autograd.grad(y.float().sum() + state[0].sum(), [*attention.parameters()])
+
+
+def assert_at_once_is_one_by_one(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Up to the order of their sums."""
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
+
+
 def assert_a_far_first_value_spoils_no_variance(backend: str) -> None:
     """All values of a channel but the first lie together: squares about the first are a thousand times the variance."""
     norm = nn.BatchNorm2d(2, momentum=1.0)
