@@ -13,8 +13,8 @@ Each Function's first argument is the set of operators that it calls (``operator
 of another implementer; the rule and the formulas are the same for all.
 
 The eight parameters of a cell have one flat gradient (``cells.join_parameters``). Where all eight are leaves, blocks
-that share them leave it to ``Gathered``. That makes it for all of them at once, in one product for each weight, from the
-factors at which a block's own backward stops; or, where that is no gain, the engine adds up one tensor a block.
+that share them leave it to ``Gathered``. That makes it for all of them at once, in one product for each weight, from
+the factors at which a block's own backward stops; or, where that is no gain, the engine adds up one tensor a block.
 
 Double backward, vmap and forward mode are right through the reference: the backward is itself a
 Function, differentiated by ``torch.func.vjp`` of the reference, and each Function has a vmap rule
@@ -195,8 +195,8 @@ def _better_at_once(ops: Operators, h: Tensor, m: int) -> bool:
     """Whether blocks with the state ``h`` and ``m`` values in a bottleneck leave their factors, or add up gradients.
 
     On a GPU that is a launch and an addition less for each. For the native kernels on the CPU it pays where a gradient
-    is much larger than what it is made of; else what is kept meanwhile lies in the way of the maps, for which glibc then
-    takes fresh memory (docs/kernels.md).
+    is much larger than what it is made of; else what is kept meanwhile lies in the way of the maps, for which glibc
+    then takes fresh memory (docs/kernels.md).
     """
     if ops is not operators.native or not h.is_cpu:
         return True
