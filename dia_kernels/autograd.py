@@ -141,7 +141,7 @@ class Gathered(Function):
     """A token, without memory, that stands for eight parameters in the graph: its gradient is their flat one.
 
     It saves no tensor, so that several backward passes may run through it. What blocks leave for it in ``left``, by the
-    pass, their operators, factors, tables and old h, it makes the gradient of: the engine runs it after all of them.
+    pass, it makes the gradient of: the engine runs it after all of them.
     """
 
     @staticmethod
@@ -154,11 +154,38 @@ class Gathered(Function):
     @staticmethod
     def backward(ctx, flat):
         steps = ctx.left.pop(_pass(), ())
-        for ops in dict.fromkeys(step[0] for step in steps):
-            factors, tables, h = zip(*(left for own, *left in steps if own is ops), strict=True)
-            more = ops.parameter_gradients(factors, tables, h, ctx.sizes[0])
+        for ops in dict.fromkeys(step.ops for step in steps):
+            lists = zip(*(step.tensors for step in steps if step.ops is ops), strict=True)
+            more = ops.parameter_gradients(*lists, ctx.sizes[0])
             flat = more if flat is None else flat + more
+        for step in steps:
+            step.used_here()
         return (None,) * 8 if flat is None else tuple(split_parameters(flat, *ctx.sizes))
+
+
+class _Step:
+    """What a block leaves for ``Gathered``: its operators and (factors, tables, old h)."""
+
+    __slots__ = ("ops", "stream", "tensors")
+
+    def __init__(self, ops: Operators, factors: Tensor, tables: Tensor, h: Tensor) -> None:
+        # Without its graph: a pass that fails leaves this behind, and a node that held a later one would never go.
+        self.ops, self.tensors = ops, (factors, tables, h.detach())
+        self.stream = _stream_of(h)
+
+    def used_here(self) -> None:
+        """Tells the allocator if this is another stream than that of the block.
+
+        Nobody has to wait: the gradient of the state has come the same way, by the engine, which made them wait.
+        """
+        if self.stream != _stream_of(self.tensors[0]):
+            for t in self.tensors:
+                t.record_stream(torch.cuda.current_stream(t.device))
+
+
+def _stream_of(t: Tensor) -> int | None:
+    """The current stream of the device of ``t``, None where there are none."""
+    return torch._C._cuda_getCurrentRawStream(t.device.index) if t.is_cuda else None
 
 
 def _pass() -> int | None:
@@ -166,7 +193,7 @@ def _pass() -> int | None:
     if torch.compiler.is_compiling():
         return None
     compiled = sys.modules.get("torch._dynamo.compiled_autograd")
-    if compiled is not None and compiled.in_compiled_autograd_region:
+    if compiled is not None and getattr(compiled, "in_compiled_autograd_region", False):
         return None
     return torch._C._current_graph_task_id()
 
@@ -229,7 +256,7 @@ def _with_token(function: type[Function]) -> type[Function]:
             ctx, grads, (*need[:at], need_parameters), saved, as_factors
         )
         if as_factors and need_parameters:
-            gathered.left.setdefault(number, []).append((ctx.ops, last, saved[5], saved[2]))
+            gathered.left.setdefault(number, []).append(_Step(ctx.ops, last, saved[5], saved[2]))
             last = None
         return last, None, None, *others, *(None,) * (len(need) - at)
 

@@ -93,6 +93,26 @@ def test_blocks_that_share_parameters(dtype, shape, count, norm, layouts):
     assert_at_once_is_one_by_one(found, shared_gradients(attention, own, x, s, count, at_once=False))
 
 
+def test_blocks_on_streams_in_turn(layouts):
+    """The gradient that they share is made on one of them, from tables of the other."""
+    attention = SharedAttention(64, 4, backend="cuda").cuda()
+    x, s = maps((64, 64, 16, 16), torch.bfloat16, True)
+    expected = shared_gradients(attention, None, x, s, 6, at_once=True)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(20):
+        y, state = x, None
+        before = torch.cuda.current_stream()
+        for k in range(6):
+            streams[k % 2].wait_stream(before)
+            with torch.cuda.stream(streams[k % 2]):
+                y, state = attention(y, state, shortcut=s, activation="relu")
+            before = streams[k % 2]
+        torch.cuda.current_stream().wait_stream(before)
+        found = torch.autograd.grad(y.float().sum() + state[0].sum(), [*attention.parameters()])
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_a_side_stream(layouts):
     attention = SharedAttention(64, 4, backend="cuda").cuda()
     x, s = maps((8, 64, 32, 32), torch.float32, False)

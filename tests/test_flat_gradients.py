@@ -501,6 +501,26 @@ def test_nothing_is_kept(tokens):
         gc.enable()
 
 
+def test_a_pass_that_fails_keeps_nothing(tokens):
+    """What blocks left meanwhile does not hold the graph that holds it."""
+    attention, x = make(), make_map().requires_grad_()
+    y, state = attention(x, None, shortcut=x)
+    for k in range(BLOCKS):
+        y, state = attention(y, state, shortcut=y)
+        if k == 0:
+            y.register_hook(lambda gradient: 1 / 0)
+    token = weakref.ref(tokens[1])
+    tokens.clear()
+    gc.disable()  # it must go without
+    try:
+        with pytest.raises(ZeroDivisionError):
+            y.sum().backward()
+        del y, state
+        assert token() is None
+    finally:
+        gc.enable()
+
+
 def test_a_token_has_no_memory(tokens):
     loss = stage(make(), make_map())
     assert tokens[1].untyped_storage().nbytes() == tokens[1].element_size()
