@@ -143,13 +143,17 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self.added: Counter[tuple[int, ...]] = Counter()
         self.called: Counter[str] = Counter()
+        self.last_sizes: list[int] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
             self.added[tuple(args[0].shape)] += 1
+        results = func(*args, **(kwargs or {}))
         if func.namespace == "dia_kernels":
             self.called[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
+            if isinstance(results, tuple):
+                self.last_sizes.append(results[-1].numel())
+        return results
 
 
 @pytest.mark.parametrize("kind", ["step", "tail"])
@@ -182,6 +186,7 @@ def test_nothing_is_made_for_parameters_that_a_pass_does_not_come_by(kind):
     with Counted() as counts:
         (dx,) = torch.autograd.grad(loss, x, retain_graph=True)
     assert counts.called == {f"{kind}_backward": BLOCKS}
+    assert counts.last_sizes == [0] * (BLOCKS - 1) + [parameter_count(M, C)]  # the first block's, which has no token
     loss.backward()
     assert torch.equal(x.grad, dx)
     expected = make()
