@@ -57,6 +57,11 @@ def assert_close(found: dict, expected: dict) -> None:
         torch.testing.assert_close(found[name], value, rtol=0, atol=bound * value.abs().max().item(), msg=name)
 
 
+def assert_same(found: dict, expected: dict, at_once: bool) -> None:
+    """To the bits where each block's gradient is added up, as those of the eight parameters are."""
+    (assert_close if at_once else assert_equal)(found, expected)
+
+
 def assert_equal(found: dict, expected: dict, factor: float = 1.0) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -126,14 +131,14 @@ def test_on_the_cpu_large_gradients_are_made_at_once(n, c, m, better):
 
 
 @pytest.mark.parametrize("kind", ["step", "tail"])
-def test_the_same_as_eight_gradients(monkeypatch, tokens, kind):
+def test_the_same_as_eight_gradients(monkeypatch, tokens, kind, at_once):
     attention = make()
     found = backward_of(attention, kind)
     assert len(tokens) == BLOCKS
     assert tokens[0] is None
     assert tokens[1] is not None
     assert all(token is tokens[1] for token in tokens[1:])
-    assert_close(found, without_tokens(monkeypatch, lambda: backward_of(attention, kind)))
+    assert_same(found, without_tokens(monkeypatch, lambda: backward_of(attention, kind)), at_once)
 
 
 class Counted(TorchDispatchMode):
@@ -218,7 +223,7 @@ def test_a_pass_that_fails_leaves_nothing_to_the_next():
     assert_equal(gradients(attention), expected)
 
 
-def test_more_blocks_than_one_launch_takes(monkeypatch):
+def test_more_blocks_than_one_launch_takes(monkeypatch, at_once):
     """A GPU's kernel takes the tables of sixty-four steps at a time."""
     attention = make()
 
@@ -231,10 +236,10 @@ def test_more_blocks_than_one_launch_takes(monkeypatch):
         (y.sum() + state[0].sum()).backward()
         return gradients(attention)
 
-    assert_close(run(), without_tokens(monkeypatch, run))
+    assert_same(run(), without_tokens(monkeypatch, run), at_once)
 
 
-def test_two_modules_in_turn(monkeypatch):
+def test_two_modules_in_turn(monkeypatch, at_once):
     modules = nn.ModuleList([make(0), make(1)])
 
     def run() -> dict:
@@ -245,10 +250,10 @@ def test_two_modules_in_turn(monkeypatch):
         y.square().sum().backward()
         return gradients(modules)
 
-    assert_close(run(), without_tokens(monkeypatch, run))
+    assert_same(run(), without_tokens(monkeypatch, run), at_once)
 
 
-def test_a_state_of_another_module(monkeypatch, tokens):
+def test_a_state_of_another_module(monkeypatch, tokens, at_once):
     """The state leads to a token of other parameters."""
     modules = nn.ModuleList([make(0), make(1)])
 
@@ -262,7 +267,7 @@ def test_a_state_of_another_module(monkeypatch, tokens):
 
     found = run()
     assert len({id(token) for token in tokens}) == 5
-    assert_close(found, without_tokens(monkeypatch, run))
+    assert_same(found, without_tokens(monkeypatch, run), at_once)
 
 
 def test_a_frozen_bias(monkeypatch, tokens):
@@ -376,14 +381,14 @@ def test_parameters_cast_between_passes_whose_graphs_live():
 
 
 @pytest.mark.parametrize("name", LSTMParameters._fields)
-def test_the_gradient_of_one_parameter(monkeypatch, name):
+def test_the_gradient_of_one_parameter(monkeypatch, name, at_once):
     attention = make()
     parameter = getattr(attention.lstm_parameters(), name)
 
     def run() -> dict:
         return {name: torch.autograd.grad(stage(attention, make_map()), parameter)[0]}
 
-    assert_close(run(), without_tokens(monkeypatch, run))
+    assert_same(run(), without_tokens(monkeypatch, run), at_once)
 
 
 @pytest.mark.parametrize("kind", ["step", "tail"])

@@ -402,7 +402,7 @@ def python_calls(function) -> int:
 
 #: A function of autograd looks at its results once more.
 RECORDED = ["aten.detach.default"] * 2
-#: What stands for the parameters in the graph, made by the second block of a pass; once a stage, two functions more.
+#: What stands for the parameters in the graph, made by the second block of a pass.
 TOKEN = ["aten.new_empty_strided.default"]
 
 
@@ -411,7 +411,7 @@ TOKEN = ["aten.new_empty_strided.default"]
     [
         ("inference", 39, ["dia_kernels.step.default"]),
         ("training", 49, ["dia_kernels.step.default", *RECORDED]),
-        ("training, block 2", 51, [*TOKEN, "dia_kernels.step.default", *RECORDED]),
+        ("training, block 2", 50, [*TOKEN, "dia_kernels.step.default", *RECORDED]),
         ("training, block 3", 48, ["dia_kernels.step.default", *RECORDED]),
         ("tail in inference", 61, ["dia_kernels.tail.default"]),
         ("tail in training", 67, ["dia_kernels.tail_tracking_.default", *RECORDED]),
