@@ -453,9 +453,11 @@ inline void launch_parameter_gradients(GpuCall& call, const std::vector<kernels:
   const int64_t n = call.samples();
   const int c = static_cast<int>(call.channels()), m = static_cast<int>(call.bottleneck());
   const FlatParameters at(c, m);
-  // Where each table begins: among the factors, and among a step's tables.
-  const int64_t du = 0, dzx = 4 * n * c, dzh = dzx + n * m;
-  const int64_t p = 0, zx = n * c, zh = zx + n * m;
+  // Where each table begins, in every step: among its factors, and among its tables.
+  const Factors<const float> factors(steps.front().factors, n, c, m);
+  const Tables<const float> tables(steps.front().tables, n, c, m);
+  const int64_t du = 0, dzx = factors.dzx - factors.du, dzh = factors.dzh - factors.du;
+  const int64_t p = 0, zx = tables.zx - tables.p, zh = tables.zh - tables.p;
   std::vector<kernels::WeightGradient> products{
       {dzx, p, to + at.input_reduce_weight, m, c},     {dzx, 0, to + at.input_reduce_bias, m, 0},
       {du, zx, to + at.input_expand_weight, 4 * c, m}, {du, 0, to + at.input_expand_bias, 4 * c, 0},
