@@ -36,7 +36,8 @@ from torch.autograd.function import Function
 
 from . import masks, operators, reference
 from .cells import LSTMParameters, join_parameters, parameter_count, split_parameters
-from .operators import Operators, factor_sizes
+from .operators import Operators
+from .tables import factor_sizes
 
 _STALE_STATE = (
     "the graph that made this step's state, or the step itself, has been freed by an earlier backward(). "
@@ -103,13 +104,13 @@ def run(function: type[Function], operator: Callable, args: tuple, recorded: boo
     if recorded:
         at = getattr(function, "parameters_at", None)
         return apply(function, *first, *args) if at is None else _apply_gathered(function, first, args, at)
-    with _below_autograd():
+    with below_autograd():
         return operator(*args)
 
 
 # The operators carry a gradient formula for torch.compile. Where we have decided that no gradient is recorded, going
 # below that layer of torch's dispatcher saves its detour through Python.
-_below_autograd = torch._C._AutoDispatchBelowAutograd
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 @cache
@@ -117,7 +118,7 @@ def _lean(function: type[Function]) -> type[Function]:
     """``function`` in the form without ``setup_context``: transforms need it, and it costs a look at the signature."""
 
     def forward(ctx, *args):
-        with _below_autograd():
+        with below_autograd():
             output = function.forward(*args)
         function.setup_context(ctx, args, output)
         return output
@@ -153,7 +154,7 @@ class Gathered(Function):
 
     @staticmethod
     def backward(ctx, flat):
-        steps = ctx.left.pop(_pass(), ())
+        steps = ctx.left.pop(current_pass(), ())
         for ops in dict.fromkeys(step.ops for step in steps):
             lists = zip(*(step.tensors for step in steps if step.ops is ops), strict=True)
             more = ops.parameter_gradients(*lists, ctx.sizes[0])
@@ -163,24 +164,35 @@ class Gathered(Function):
         return (None,) * 8 if flat is None else tuple(split_parameters(flat, *ctx.sizes))
 
 
-class _Step:
-    """What a block leaves for ``Gathered``: its operators and (factors, tables, old h)."""
+class Left:
+    """What a node of a backward pass leaves for one that the engine runs later in it."""
 
-    __slots__ = ("ops", "stream", "tensors")
+    __slots__ = ("stream", "tensors")
 
-    def __init__(self, ops: Operators, factors: Tensor, tables: Tensor, h: Tensor) -> None:
-        # Without its graph: a pass that fails leaves this behind, and a node that held a later one would never go.
-        self.ops, self.tensors = ops, (factors, tables, h.detach())
-        self.stream = _stream_of(h)
+    def __init__(self, first: Tensor, *more: Tensor | None) -> None:
+        """All without a graph: a pass that fails leaves this behind, and a node that held a later one would never go."""
+        self.tensors = (first, *more)
+        self.stream = _stream_of(first)
 
     def used_here(self) -> None:
-        """Tells the allocator if this is another stream than that of the block.
+        """Tells the allocator if this is another stream than that on which it was left.
 
-        Nobody has to wait: the gradient of the state has come the same way, by the engine, which made them wait.
+        Nobody has to wait: a gradient has come the same way, by the engine, which made them wait.
         """
         if self.stream != _stream_of(self.tensors[0]):
             for t in self.tensors:
-                t.record_stream(torch.cuda.current_stream(t.device))
+                if t is not None:
+                    t.record_stream(torch.cuda.current_stream(t.device))
+
+
+class _Step(Left):
+    """What a block leaves for ``Gathered``: its operators and (factors, tables, old h)."""
+
+    __slots__ = ("ops",)
+
+    def __init__(self, ops: Operators, factors: Tensor, tables: Tensor, h: Tensor) -> None:
+        super().__init__(factors, tables, h.detach())
+        self.ops = ops
 
 
 def _stream_of(t: Tensor) -> int | None:
@@ -188,7 +200,7 @@ def _stream_of(t: Tensor) -> int | None:
     return torch._C._cuda_getCurrentRawStream(t.device.index) if t.is_cuda else None
 
 
-def _pass() -> int | None:
+def current_pass() -> int | None:
     """A number for the backward pass that runs. None: no engine calls its functions, but a graph compiled of them."""
     if torch.compiler.is_compiling():
         return None
@@ -238,7 +250,7 @@ def _with_token(function: type[Function]) -> type[Function]:
 
     def forward(ctx, token, parameters, ops, *others):
         args = (ops, *others[:at], *parameters, *others[at:])
-        with _below_autograd():
+        with below_autograd():
             output = function.forward(*args)
         function.setup_context(ctx, args, output)
         ctx.dia_kernels_token = token, parameters
@@ -249,7 +261,7 @@ def _with_token(function: type[Function]) -> type[Function]:
         need, saved = ctx.needs_input_grad[3:], saved_tensors(ctx)
         # A gradient that is to be differentiated goes through the graph, and so does one of a compiled graph. Where
         # this pass comes by no parameter, as in torch.autograd.grad of something else, theirs are not made.
-        number = None if torch.is_grad_enabled() else _pass()
+        number = None if torch.is_grad_enabled() else current_pass()
         need_parameters = number is None or torch._C._will_engine_execute_node(gathered)
         as_factors = number is not None and _better_at_once(ctx.ops, saved[2], gathered.sizes[0])
         *others, last = function.gradients(  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from . import backends, functional, reference
+from .autograd_norm import Normed
 from .cells import STATISTICS, Cell
 from .functional import Activation
 from .layout import channels, compute_dtype, no_autocast, spatial_dims, spatial_size
@@ -22,8 +23,8 @@ class CellAttention(nn.Module):
 
     ``pooled = statistics(x); (scale, state) = cell(pooled, state); y = activation(x * scale + shortcut)``
 
-    The mean is pooled, and the map rescaled, by the operators of the backend; maximum and standard deviation are
-    PyTorch's. The cell never follows autocast; in a graph that ``torch.fx`` traced it does, since the graph holds the
+    The mean is pooled, and the map rescaled, by the operators of the backend, a batch norm before that folded into them;
+    maximum and standard deviation are PyTorch's. The cell never follows autocast; in a graph that ``torch.fx`` traced it does, since the graph holds the
     cell's own operations.
 
     Args:
@@ -68,7 +69,8 @@ class CellAttention(nn.Module):
             shortcut: the block's other branch, shape of x, or None.
             activation: None or ``"relu"``.
             inplace: write y over x. Inference only.
-            norm: the norm of x that comes first, as in ``functional.step``; it is called by itself.
+            norm: the norm of x that comes first, as in ``functional.step``. Folded in are those that it folds if the
+                cell wants the mean alone and nothing compiles or transforms the call; others are called by themselves.
             sample_scale: (N,), a factor for the scale of each sample, or None.
 
         Returns:
@@ -82,13 +84,13 @@ class CellAttention(nn.Module):
         if inplace:
             _check_inplace(x, shortcut, list(self.cell.parameters()))
         prepared = _pooled(x, wanted, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
-        x, pooled = prepared[0], prepared[1]
+        x, pooled, normed = prepared[0], prepared[1], prepared[2]
         with _no_autocast(x):
             scale, state = self.cell(pooled, state)
         if not self._has_after:
-            y = _rescaled(x, scale, shortcut, activation, channel_dim, inplace, sample_scale, backend)
+            y = _rescaled(x, normed, scale, shortcut, activation, channel_dim, inplace, sample_scale, backend)
             return y, state
-        y = _rescaled(x, scale, None, None, channel_dim, False, sample_scale, backend)
+        y = _rescaled(x, normed, scale, None, None, channel_dim, False, sample_scale, backend)
         with _no_autocast(x):
             y = self.cell.after(y.movedim(channel_dim, 1))
         return _closed(x, y.movedim(1, channel_dim), shortcut, activation, inplace), state
@@ -127,15 +129,23 @@ def _pooled(
     norm: Norm | None,
     sample_scale: Tensor | None,
     backend: str | None,
-) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
-    """The map after its norm, and its statistics as a cell takes them, after a check of every argument."""
+) -> tuple[Tensor, Tensor | tuple[Tensor, ...], Normed | None]:
+    """``(x, pooled, normed)``, after a check of every argument.
+
+    The map after its norm, and its statistics as a cell takes them; where the norm is folded, the map as it is, and
+    what the rescaling needs of the norm.
+    """
     backend, _ = functional._checked_call(x, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
     if norm is not None:
+        folded = functional._fold_apart(norm, x, channel_dim, backend) if statistics == ("mean",) else None
+        if folded is not None:
+            with no_autocast(x):
+                return x, *functional._norm_pool(x, folded, channel_dim, backend)
         x = functional._called(norm, x, channel_dim)
     pool, _ = functional._parts(backend, x)
     with no_autocast(x):
         pooled = tuple(pool(x, channel_dim) if s == "mean" else _statistic(s, x, channel_dim) for s in statistics)
-    return x, pooled[0] if len(pooled) == 1 else pooled
+    return x, pooled[0] if len(pooled) == 1 else pooled, None
 
 
 def _statistic(name: str, x: Tensor, channel_dim: int) -> Tensor:
@@ -151,6 +161,7 @@ def _statistic(name: str, x: Tensor, channel_dim: int) -> Tensor:
 
 def _rescaled(
     x: Tensor,
+    normed: Normed | None,
     scale: Tensor,
     shortcut: Tensor | None,
     activation: Activation,
@@ -159,12 +170,12 @@ def _rescaled(
     sample_scale: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    """``activation(x * scale + shortcut)``; a shortcut of another dtype is added by PyTorch."""
+    """``activation(x * scale + shortcut)``, x behind its norm; a shortcut of another dtype is added by PyTorch."""
     shape = (x.shape[0], channels(x, channel_dim))
     scale = functional._cast("cell scale", scale, shape, x)
     if sample_scale is not None:
         scale = functional._scaled(scale, functional._cast("sample_scale", sample_scale, shape[:1], x))
-    _, rescale = functional._parts(backends.chosen(backend, x.device), x)
+    rescale = functional._rescale_of(backends.chosen(backend, x.device), x, normed)
     if shortcut is not None and shortcut.dtype != x.dtype:
         return functional._closed(rescale(x, scale, None, channel_dim, False), shortcut, activation)
     y = rescale(x, scale, shortcut, channel_dim, activation == "relu")

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import autograd, autograd_tail, backends, norms, reference
+from . import autograd, autograd_norm, autograd_tail, backends, norms, reference
 from .cells import OUTPUTS, LSTMParameters, StackedLayer, lstm, stacked_lstm
 from .layout import channels, compute_dtype, no_autocast, shares_memory
 
@@ -67,7 +67,8 @@ def step(
             function is called, and the step follows. (arXiv:1502.03167, algorithm 1.)
         sample_scale: (N,), a factor for the scale of each sample: ``y = activation(x * (h * sample_scale[:, None]) +
             shortcut)``, for stochastic depth (arXiv:1603.09382). The state is not scaled. Any floating dtype that the
-            compute dtype holds. With it pool, cell and rescale run one by one, and the norm is called by itself.
+            compute dtype holds. With it pool, cell and rescale run one by one; where something compiles or transforms the
+            call, the norm is then called by itself.
         backend: a name out of ``dia_kernels.backends.names()``, or None for that of the ``use_backend`` around the
             call; without one, for the best one here.
 
@@ -88,11 +89,13 @@ def step(
     split = len(stacked) > 0 or sample_scale is not None
     folded = None
     if norm is not None:
-        if not split and (shortcut is None or shortcut.dtype == x.dtype):
+        if split:
+            folded = _fold_apart(norm, x, channel_dim, backend)
+        elif shortcut is None or shortcut.dtype == x.dtype:
             folded = norms.fold(norm, x, channel_dim)
         if folded is None:
             x = _called(norm, x, channel_dim)
-    if folded is not None:
+    if folded is not None and not split:
         return _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, activation == "relu", output, backend)
 
     relu, later = activation == "relu", None
@@ -113,7 +116,7 @@ def step(
         return x, (h, c)
     if split:
         y, h, c = _split_step(
-            x, shortcut, h, c, parameters, stacked, sample_scale, channel_dim, relu, output, dropout, backend
+            x, shortcut, h, c, parameters, stacked, sample_scale, channel_dim, relu, output, dropout, folded, backend
         )
     elif backend == "reference":
         y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
@@ -158,13 +161,9 @@ def _called(norm: norms.Norm, x: Tensor, channel_dim: int) -> Tensor:
 
 def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, backend):
     """The step with its norm folded in, and what the norm does to its buffers."""
-    shape, given = (channels(x, channel_dim),), folded[:4]
-    if not _all_fit([t for t in given if t is not None], repeat(shape), x):
-        names = ("weight", "bias", "running_mean", "running_var")
-        given = [None if t is None else _cast(f"norm {k}", t, shape, x) for k, t in zip(names, given, strict=True)]
-    gamma, beta, mean, var = given
+    gamma, beta, mean, var = _fitting(folded, x, channel_dim)[:4]
     first, last = (x, shortcut, h, c, gamma, beta), (folded.eps, parameters, channel_dim, relu)
-    count: int | Tensor = x.numel() // max(shape[0], 1)
+    count: int | Tensor = _values_per_channel(x, channel_dim)
     ops = None if backend == "reference" else backends.operators_of(backend, x)
     tracked = None
     if folded.group is not None:
@@ -182,11 +181,55 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
     return y, (h, c)
 
 
-def _split_step(x, shortcut, h, c, first, rest, sample_scale, channel_dim, relu, output, dropout, backend):
+def _fitting(folded: norms.Folded, x: Tensor, channel_dim: int) -> norms.Folded:
+    """``folded`` with its tensors in the compute dtype of ``x``, after checking everything about them."""
+    shape, given = (channels(x, channel_dim),), folded[:4]
+    if _all_fit([t for t in given if t is not None], repeat(shape), x):
+        return folded
+    names = ("weight", "bias", "running_mean", "running_var")
+    cast = (None if t is None else _cast(f"norm {k}", t, shape, x) for k, t in zip(names, given, strict=True))
+    return norms.Folded(*cast, *folded[4:])
+
+
+def _values_per_channel(x: Tensor, channel_dim: int) -> int:
+    return x.numel() // max(channels(x, channel_dim), 1)
+
+
+def _fold_apart(norm: norms.Norm, x: Tensor, channel_dim: int, backend: str | None) -> norms.Folded | None:
+    """What a norm before a cell that runs by itself is folded by; None where the norm has to be called by itself.
+
+    Beyond what ``norms.fold`` asks: a plain call, as the autograd Functions of both parts know nothing of transforms and
+    compilers; kernels; and statistics of this process.
+    """
+    if backend == "reference" or not autograd.is_plain():
+        return None
+    folded = norms.fold(norm, x, channel_dim)
+    if folded is None or folded.group is not None:
+        return None
+    return folded if norms.has_kernel(backends.operators_of(backend, x), "norm_pool", x.device.type) else None
+
+
+def _norm_pool(
+    x: Tensor, folded: norms.Folded, channel_dim: int, backend: str | None
+) -> tuple[Tensor, autograd_norm.Normed]:
+    """The mean of each channel behind a norm and what its rescaling needs; the norm's buffers are moved."""
+    ops = backends.operators_of(backend, x)
+    folded = _fitting(folded, x, channel_dim)
+    tracked = None if folded.module is None else norms.tracked_by(ops, folded.module, x)
+    p, mean, var, normed = autograd_norm.pool(ops, x, folded, channel_dim, tracked)
+    if folded.module is not None and tracked is None:
+        norms.update_buffers(folded.module, mean, var, _values_per_channel(x, channel_dim))
+    return p, normed
+
+
+def _split_step(x, shortcut, h, c, first, rest, sample_scale, channel_dim, relu, output, dropout, folded, backend):
     """The split path: pool and rescale by their operators, the small cell between them by PyTorch."""
-    pool, rescale = _parts(backend, x)
+    normed = None
     with no_autocast(x):
-        p = pool(x, channel_dim)
+        if folded is None:
+            p = _parts(backend, x)[0](x, channel_dim)
+        else:
+            p, normed = _norm_pool(x, folded, channel_dim, backend)
         if h is None:
             h = c = p.new_zeros(len(rest) + 1, *p.shape) if rest else torch.zeros_like(p)
         if rest:
@@ -196,7 +239,7 @@ def _split_step(x, shortcut, h, c, first, rest, sample_scale, channel_dim, relu,
         if backend != "reference":
             h, c = autograd.hand_on(h, c)  # before the rescale: the backward of y passes it too
         scale = _scaled(h[-1] if rest else h, sample_scale)
-        return rescale(x, scale, shortcut, channel_dim, relu), h, c
+        return _rescale_of(backend, x, normed)(x, scale, shortcut, channel_dim, relu), h, c
 
 
 def _parts(backend: str | None, x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
@@ -205,6 +248,18 @@ def _parts(backend: str | None, x: Tensor) -> tuple[Callable[..., Tensor], Calla
         return reference.pool, reference.rescale
     ops = backends.operators_of(backend, x)
     return partial(autograd.pool, ops), partial(autograd.rescale, ops)
+
+
+def _rescale_of(backend: str | None, x: Tensor, normed: autograd_norm.Normed | None) -> Callable[..., Tensor]:
+    """The rescale of ``_parts``; of a folded norm, if there is one."""
+    if normed is None:
+        return _parts(backend, x)[1]
+    ops = backends.operators_of(backend, x)
+
+    def rescale(x: Tensor, scale: Tensor, shortcut: Tensor | None, channel_dim: int, relu: bool) -> Tensor:
+        return autograd_norm.rescale(ops, x, scale, shortcut, normed, channel_dim, relu)
+
+    return rescale
 
 
 def _scaled(scale: Tensor, sample_scale: Tensor | None) -> Tensor:

@@ -146,7 +146,7 @@ def tracked_by(ops: Operators, norm: _BatchNorm, z: Tensor) -> Tracked | None:
     if not is_plain():
         return None
     device = z.device
-    if not _tracks(ops, device.type):
+    if not has_kernel(ops, "tail_tracking_", device.type):
         return None
     buffers = tuple(map(norm._buffers.__getitem__, _BUFFERS))
     for buffer, dtype in zip(buffers, _DTYPES, strict=True):
@@ -158,11 +158,10 @@ def tracked_by(ops: Operators, norm: _BatchNorm, z: Tensor) -> Tracked | None:
 
 
 @cache
-def _tracks(ops: Operators, device: str) -> bool:
-    """Whether ``ops`` has a kernel of its own that moves buffers on a device."""
+def has_kernel(ops: Operators, name: str, device: str) -> bool:
+    """Whether an operator of ``ops`` has a kernel of its own, not the reference, for a type of devices."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    name = f"{NAMESPACE}::tail_tracking_{ops.suffix}"
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}{ops.suffix}", key)
 
 
 def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor) -> None:

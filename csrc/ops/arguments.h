@@ -195,6 +195,17 @@ inline MapShape check_steps(const std::vector<Tensor>& factors, const std::vecto
   return shape;
 }
 
+// What comes in from the layer after: the gradient of a result, and the result itself or its mask where it ended in a
+// ReLU.
+inline void check_result_gradient(const OptionalTensor& dy, const OptionalTensor& y, const Tensor& x,
+                                  const MapInfo& info, bool masks) {
+  if (dy) check_map("dy", *dy, x);
+  if (masks)
+    check_relu_result(y, x, info);
+  else if (y)
+    check_map("y", *y, x);
+}
+
 // What goes into the gradient of a step, with or without its norm, whose `tables` follow the cell's in `more` values.
 // `masks`: whether y may be a mask.
 inline void check_step_gradient(const OptionalTensor& dy, const OptionalTensor& dh, const OptionalTensor& dc,
@@ -210,11 +221,7 @@ inline void check_step_gradient(const OptionalTensor& dy, const OptionalTensor& 
   check_table("input_expand_weight", w.input_expand, {4 * width, m}, dtype, x);
   check_table("hidden_reduce_weight", w.hidden_reduce, {m, width}, dtype, x);
   check_table("hidden_expand_weight", w.hidden_expand, {4 * width, m}, dtype, x);
-  if (dy) check_map("dy", *dy, x);
-  if (masks)
-    check_relu_result(y, x, info);
-  else if (y)
-    check_map("y", *y, x);
+  check_result_gradient(dy, y, x, info, masks);
   check(!relu || !dy || y, "y: expected the result of the step, which ended in a ReLU");
   if (dh) check_table("dh", *dh, {n, width}, dtype, x);
   if (dc) check_table("dc", *dc, {n, width}, dtype, x);
@@ -269,23 +276,48 @@ inline void check_means(const Tensor& means, const Tensor& z, const MapInfo& inf
   check_table("means", means, {info.shape.samples, info.shape.channels}, ScalarType::Double, z);
 }
 
+// The tables that a norm left, alone or behind those of a cell.
+inline void check_norm_tables(const Tensor& tables, const Tensor& z, const MapInfo& info) {
+  check(tables.dim() == 1 && tables.size(0) >= NormTables<float>::count(info.shape.samples, info.shape.channels),
+        "tables: expected those of a norm, got sizes ", sizes_text(tables));
+  check_table("tables", tables, {tables.size(0)}, compute_scalar_type(z), z);
+}
+
 // What the second half of a gradient behind a norm of several processes takes.
 inline void check_spread(const OptionalTensor& dy, const OptionalTensor& y, const Tensor& z, const MapInfo& info,
                          const Tensor& new_h, const Tensor& dp, const Tensor& tables, const OptionalTensor& gamma,
                          const Tensor& shares, bool masks) {
   const ScalarType dtype = compute_scalar_type(z);
   const int64_t n = info.shape.samples, width = info.shape.channels;
-  if (dy) check_map("dy", *dy, z);
-  if (masks)
-    check_relu_result(y, z, info);
-  else if (y)
-    check_map("y", *y, z);
+  check_result_gradient(dy, y, z, info, masks);
   check_table("new_h", new_h, {n, width}, dtype, z);
   check_table("dp", dp, {n, width}, dtype, z);
   check_table("shares", shares, {2, width}, dtype, z);
-  check(tables.dim() == 1 && tables.size(0) >= NormTables<float>::count(n, width),
-        "tables: expected those of the tail");
-  check_table("tables", tables, {tables.size(0)}, dtype, z);
+  check_norm_tables(tables, z, info);
+  check_norm(z, info, gamma, std::nullopt, std::nullopt, std::nullopt);
+}
+
+// A rescaling behind a norm, from the tables that its pooling left.
+inline void check_norm_rescale(const Tensor& z, const MapInfo& info, const Tensor& scale,
+                               const OptionalTensor& shortcut, const Tensor& tables, const OptionalTensor& gamma,
+                               const OptionalTensor& beta) {
+  check_scale(scale, info, z);
+  if (shortcut) check_map("shortcut", *shortcut, z);
+  check_norm_tables(tables, z, info);
+  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+}
+
+// The gradient of a pooling behind a norm, together with what a rescaling behind it left.
+inline void check_norm_pool_gradient(const Tensor& dy, const OptionalTensor& y, const Tensor& z, const MapInfo& info,
+                                     const Tensor& scale, const Tensor& dp, const Tensor& sums, const Tensor& tables,
+                                     const OptionalTensor& gamma, bool masks) {
+  const ScalarType dtype = compute_scalar_type(z);
+  const int64_t n = info.shape.samples, width = info.shape.channels;
+  check_result_gradient(dy, y, z, info, masks);
+  check_scale(scale, info, z);
+  check_table("dp", dp, {n, width}, dtype, z);
+  check_table("sums", sums, {2, n, width}, dtype, z);
+  check_norm_tables(tables, z, info);
   check_norm(z, info, gamma, std::nullopt, std::nullopt, std::nullopt);
 }
 

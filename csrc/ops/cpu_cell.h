@@ -10,11 +10,6 @@
 namespace dia::ops {
 namespace {
 
-// With a mask forward and backward took as long as from y (docs/kernels.md, tried and left).
-inline void check_no_mask(bool keep_mask) {
-  check(!keep_mask, "keep_mask: expected false, the CPU's kernels keep none");
-}
-
 template <class A>
 void column_sums(const A* table, int64_t rows, int64_t width, A* sums) {
   constexpr int64_t line = 32;

@@ -17,6 +17,11 @@ namespace {
 using namespace dia::cpu;
 using torch::stable::parallel_for;
 
+// With a mask forward and backward took as long as from y (docs/kernels.md, tried and left).
+inline void check_no_mask(bool keep_mask) {
+  check(!keep_mask, "keep_mask: expected false, the CPU's kernels keep none");
+}
+
 // Elements below which a second thread costs more than it saves.
 constexpr int64_t kGrain = 16384;
 

@@ -3,90 +3,14 @@
 // Norm statistics and the pooled p follow from the same moments of z, so norm, attention, shortcut and activation are
 // two sweeps forward and two backward (docs/kernels.md, the tail). With batch statistics all samples meet between the
 // sweeps; with given ones each chunk goes through both, as in the step.
-#include <cmath>
 #include <optional>
 #include <tuple>
 
-#include "../core/tracked.h"
 #include "cpu_cell.h"
+#include "cpu_norm.h"
 
 namespace dia::ops {
 namespace {
-
-// Per-channel weights of a norm, or 1 and 0.
-template <class A>
-struct Affine {
-  OptionalTensor gamma_tensor, beta_tensor;
-  const A *gamma_data, *beta_data;
-
-  Affine(const OptionalTensor& gamma, const OptionalTensor& beta)
-      : gamma_tensor(dense(gamma)),
-        beta_tensor(dense(beta)),
-        gamma_data(data_of<A>(gamma_tensor)),
-        beta_data(data_of<A>(beta_tensor)) {}
-  A gamma(int64_t c) const { return gamma_data != nullptr ? gamma_data[c] : A(1); }
-  A beta(int64_t c) const { return beta_data != nullptr ? beta_data[c] : A(0); }
-};
-
-// Ranges of channels of small per-channel work over all samples.
-template <class Body>
-void for_table_columns(int64_t samples, int64_t channels, Body body) {
-  parallel_for(0, channels, std::max<int64_t>(kGrain / std::max<int64_t>(samples, 1), 1), body);
-}
-
-template <class T>
-void run_moments(const Moments<T>& args, Chunk chunk) {
-  for_channel_ranges(args.shape, chunk,
-                     [&](int64_t n, int64_t a, int64_t b) { map_kernels<T>().moments(args, n, a, b); });
-}
-
-template <class T>
-void run_normalise(const Normalise<T>& args, Chunk chunk) {
-  for_rows(args.shape, chunk, [&](int64_t n, int64_t a, int64_t b) { map_kernels<T>().normalise(args, n, a, b); });
-}
-
-template <class T>
-void run_reduce(const ReduceNormGradient<T>& args, Chunk chunk) {
-  for_channel_ranges(args.shape, chunk,
-                     [&](int64_t n, int64_t a, int64_t b) { map_kernels<T>().reduce_norm_gradient(args, n, a, b); });
-}
-
-template <class T>
-void run_spread(const SpreadNormGradient<T>& args, Chunk chunk) {
-  for_rows(args.shape, chunk,
-           [&](int64_t n, int64_t a, int64_t b) { map_kernels<T>().spread_norm_gradient(args, n, a, b); });
-}
-
-// Mean and biased variance of each channel over all samples and positions, from the moments about `shift`.
-template <class A>
-void batch_statistics(const double* d1, const double* m2, const A* shift, const MapShape& shape, double* mean,
-                      double* var) {
-  const int64_t n = shape.samples, width = shape.channels;
-  const double positions = static_cast<double>(shape.positions), count = positions * static_cast<double>(n);
-  for_table_columns(n, width, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      double sum = 0, squares = 0;
-      for (int64_t k = 0; k < n; ++k) sum += d1[k * width + c];
-      const double d = sum / static_cast<double>(n);
-      for (int64_t k = 0; k < n; ++k) {
-        const double off = d1[k * width + c] - d;
-        squares += m2[k * width + c] + positions * off * off;
-      }
-      mean[c] = static_cast<double>(shift[c]) + d;
-      var[c] = squares / count;
-    }
-  });
-}
-
-// Given statistics, in float64 or in the compute dtype.
-template <class A>
-void copy_statistics(const Tensor& table, double* to) {
-  const Tensor from = dense(table);
-  if (from.scalar_type() == ScalarType::Double)
-    std::copy_n(data_of<double>(from), from.numel(), to);
-  else
-    std::copy_n(data_of<A>(from), from.numel(), to);
-}
 
 using TailResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -103,73 +27,35 @@ TailResult run_tail(const Tensor& z, const MapInfo& info, const OptionalTensor& 
   const Tensor new_h = empty_table<A>(z, {n, width}), new_c = empty_table<A>(z, {n, width});
   const Tensor all = empty_table<A>(z, {Tables<A>::count(n, width, m) + NormTables<A>::count(n, width)});
   const Tables<A> tables(data_of<A>(all), n, width, m);
-  const NormTables<A> norm(data_of<A>(all) + Tables<A>::count(n, width, m), n, width);
-  const Affine<A> affine(gamma, beta);
   const bool batch = !given_mean.has_value();
   const Tensor mean = empty_table<A>(z, {batch ? width : 0}), var = empty_table<A>(z, {batch ? width : 0});
-  const Tensor scratch = empty_table<A>(z, {2 * n * width + width});
-  A *scale = data_of<A>(scratch), *offset = scale + n * width, *first_shift = offset + n * width;
-  const Tensor moments_table = empty_table<double>(z, {2 * n * width + 2 * width});
-  double *d1 = data_of<double>(moments_table), *m2 = d1 + n * width, *means = m2 + n * width,
-         *variances = means + width;
 
+  NormForward<T> norm(z_reader.map, z, info.shape, gamma, beta, eps, NormTables<A>(all, n, width));
   const CellPass<A> cell(w, h, c, tables, n, width, tanh_output, new_h, new_c);
-  const Normalise<T> normalise{info.shape, z_reader.map, s_reader.map, map_writer<T>(y, info),
-                               norm.shift, scale,        offset,       relu};
-  const auto use_statistics = [&] {
-    map_kernels<T>().split_mean(means, width, norm.shift, norm.d);
-    for (int64_t ch = 0; ch < width; ++ch) norm.rstd[ch] = static_cast<A>(1 / std::sqrt(variances[ch] + eps));
-  };
-  // From the moments about `shift` to y.
-  const auto finish = [&](Chunk chunk, const A* shift) {
-    for_samples(chunk, width, [&](int64_t a, int64_t b) {
-      for (int64_t k = a; k < b; ++k)
-        for (int64_t ch = 0; ch < width; ++ch) {
-          const int64_t at = k * width + ch;
-          norm.off[at] = static_cast<A>(d1[at] - (means[ch] - static_cast<double>(shift[ch])));
-          tables.p[at] = affine.gamma(ch) * norm.rstd[ch] * norm.off[at] + affine.beta(ch);
-        }
-    });
+  const Normalising<T> normalising(z_reader.map, s_reader.map, map_writer<T>(y, info), z, info.shape, norm.norm,
+                                   norm.affine, relu);
+  const auto finish = [&](Chunk chunk) {
+    norm.put_means(chunk, tables.p);
     cell.run(chunk);
-    const A* scaling = static_cast<const A*>(new_h.const_data_ptr());
-    for_samples(chunk, width, [&](int64_t a, int64_t b) {
-      for (int64_t k = a; k < b; ++k)
-        for (int64_t ch = 0; ch < width; ++ch) {
-          const int64_t at = k * width + ch;
-          scale[at] = affine.gamma(ch) * norm.rstd[ch] * scaling[at];
-          offset[at] = affine.beta(ch) * scaling[at] - norm.d[ch] * scale[at];
-        }
-    });
-    run_normalise(normalise, chunk);
+    normalising.run(chunk, static_cast<const A*>(new_h.const_data_ptr()));
   };
-  const auto result = [&] { return TailResult{y, new_h, new_c, all, mean, var, empty_mask(false, z, info)}; };
   if (batch) {
-    map_kernels<T>().choose_shift(z_reader.map, info.shape, first_shift);
-    const Moments<T> moments{info.shape, z_reader.map, first_shift, d1, m2};
-    for_chunks(n, 0, 0, [&](Chunk chunk) { run_moments(moments, chunk); });
-    batch_statistics<A>(d1, m2, first_shift, info.shape, means, variances);
-    use_statistics();
-    std::transform(means, means + width, data_of<A>(mean), [](double v) { return static_cast<A>(v); });
-    std::transform(variances, variances + width, data_of<A>(var), [](double v) { return static_cast<A>(v); });
-    for_chunks(n, 0, 0, [&](Chunk chunk) { finish(chunk, first_shift); });
-    return result();
-  }
-  copy_statistics<A>(*given_mean, means);
-  copy_statistics<A>(*given_var, variances);
-  use_statistics();
-  if (sample_means) {
-    std::copy_n(data_of<double>(*sample_means), n * width, d1);
-    std::fill_n(first_shift, width, A(0));
-    for_chunks(n, 0, 0, [&](Chunk chunk) { finish(chunk, first_shift); });
+    norm.of_batch();
+    norm.copy_statistics_to(mean, var);
   } else {
-    const Moments<T> moments{info.shape, z_reader.map, norm.shift, d1, m2};
+    norm.given(*given_mean, *given_var);
+  }
+  if (sample_means) norm.given_means(*sample_means);
+  if (batch || sample_means) {
+    for_chunks(n, 0, 0, finish);
+  } else {
     const int64_t sample_bytes = width * info.shape.positions * static_cast<int64_t>(sizeof(T));
     for_chunks(n, sample_bytes, weight_bytes<A>(width, m), [&](Chunk chunk) {
-      run_moments(moments, chunk);
-      finish(chunk, norm.shift);
+      norm.sweep(chunk);
+      finish(chunk);
     });
   }
-  return result();
+  return {y, new_h, new_c, all, mean, var, empty_mask(false, z, info)};
 }
 
 // A tail's arguments, checked.
@@ -203,20 +89,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_tracking(
     Tensor b2, Tensor v1, Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output,
     bool keep_mask) {
   const MapInfo info = map_info(z, channel_dim);
-  check_tracked({running_mean, running_var, batches, factor}, z, info,
-                {z, shortcut, h, c, gamma, beta, w1, b1, w2, b2, v1, a1, v2, a2});
+  const TrackedBuffers buffers{running_mean, running_var, batches, factor};
+  check_tracked(buffers, z, info, {z, shortcut, h, c, gamma, beta, w1, b1, w2, b2, v1, a1, v2, a2});
   const auto [y, new_h, new_c, tables, mean, var, mask] =
       checked_tail(z, shortcut, h, c, gamma, beta, std::nullopt, std::nullopt, std::nullopt, eps,
                    {w1, b1, w2, b2, v1, a1, v2, a2}, channel_dim, relu, tanh_output, keep_mask);
-  const auto move = [&](const Tensor& buffer, const Tensor& to, float scale) {
-    float* at = data_of<float>(buffer);
-    const float* values = data_of<float>(to);
-    for (int64_t k = 0; k < buffer.numel(); ++k)
-      at[k] = moved(at[k], scaled(values[k], scale), static_cast<float>(factor));
-  };
-  const double count = static_cast<double>(info.shape.samples) * static_cast<double>(info.shape.positions);
-  move(running_mean, mean, 1.0f), move(running_var, var, static_cast<float>(correction_of(count)));
-  ++*data_of<int64_t>(batches);
+  track(buffers, mean, var, info.shape);
   return {y, new_h, new_c, tables, mask};
 }
 
@@ -251,19 +129,7 @@ struct GivenGradient {
   }
 };
 
-// The map where it is wanted, else an empty tensor.
-Tensor map_if(bool wanted, const Tensor& like, const MapInfo& info) {
-  return wanted ? empty_map(like, info) : empty_strided({0}, {1}, like, dtype_code(like));
-}
-
-// What the second sweep reads: g, or dy with the y that masks it, and z. Absent ones have no data.
-template <class T>
-struct Sources {
-  Map<const T> dy, y, z;
-};
-
-// The first sweep of the gradient: reads dy, y and z, writes g = dy masked (the shortcut's gradient), and goes on from
-// the sums over a sample's positions through the cell to dp.
+// The first sweep of the gradient, and from its sums through the cell to dp.
 template <class T>
 class Reduction {
   using A = Compute<T>;
@@ -275,146 +141,39 @@ class Reduction {
               given.width(), given.tanh_output},
              given.z, given.dy.has_value(), need_p, need_state, parameters),
         has_dy_(given.dy.has_value()),
-        has_positions_(given.info.shape.positions > 0),
-        samples_(given.samples()),
-        width_(given.width()),
-        norm_(given.tables, samples_, width_),
-        affine_(given.gamma, given.beta),
+        shape_(given.info.shape),
+        norm_(given.tables, given.samples(), given.width()),
         dy_(given.dy, given.info),
         y_(has_dy_ ? given.y : std::nullopt, given.info),
         z_(given.z, given.info),
-        sums_(empty_table<A>(given.z, {2 * samples_ * width_})),
-        reduce_{given.info.shape,
-                dy_.map,
-                y_.map,
-                z_.map,
-                need_shortcut ? map_writer<T>(dshortcut, given.info) : Map<T>{},
-                norm_.shift,
-                data_of<A>(sums_),
-                data_of<A>(sums_) + samples_ * width_} {
+        sums_(empty_table<A>(given.z, {2 * given.samples() * given.width()})),
+        sweep_({dy_.map, y_.map, z_.map}, need_shortcut ? map_writer<T>(dshortcut, given.info) : Map<T>{}, shape_,
+               norm_, Affine<A>(given.gamma, given.beta), data_of<A>(sums_)) {
     if (has_dy_) return;
-    std::fill(reduce_.s0, reduce_.s0 + 2 * samples_ * width_, A(0));
+    std::fill_n(data_of<A>(sums_), sums_.numel(), A(0));
     if (need_shortcut) torch::stable::fill_(dshortcut, 0.0);
   }
 
   void run(Chunk chunk) {
-    if (has_dy_) {
-      run_reduce(reduce_, chunk);
-      for_samples(chunk, width_, [&](int64_t a, int64_t b) {
-        for (int64_t k = a; k < b; ++k)
-          for (int64_t ch = 0; ch < width_; ++ch) {
-            const int64_t at = k * width_ + ch;
-            A &s0 = reduce_.s0[at], &s1 = reduce_.s1[at];
-            s1 = norm_.rstd[ch] * (s1 - norm_.d[ch] * s0);
-            cell.dscale[at] = affine_.gamma(ch) * s1 + affine_.beta(ch) * s0;
-          }
-      });
-    }
+    if (has_dy_) sweep_.run(chunk, cell.dscale);
     if (cell.needed()) cell.run(chunk, 1.0);
   }
-
-  // Sums over the samples: the gradients of the norm's bias and weight. Without positions p is the mean of no values,
-  // and what it is told goes nowhere.
   void channel_sums(A* dbeta, A* dgamma) const {
-    const int64_t samples = has_positions_ ? samples_ : 0;
-    for_table_columns(samples_, width_, [&](int64_t begin, int64_t end) {
-      for (int64_t ch = begin; ch < end; ++ch) {
-        double b = 0, a = 0;
-        for (int64_t k = 0; k < samples; ++k) {
-          const int64_t at = k * width_ + ch;
-          const double hh = static_cast<double>(cell.new_h[at]), dp = static_cast<double>(cell.dp[at]);
-          b += hh * static_cast<double>(reduce_.s0[at]) + dp;
-          a += hh * static_cast<double>(reduce_.s1[at]) + dp * static_cast<double>(norm_.off[at] * norm_.rstd[ch]);
-        }
-        dbeta[ch] = static_cast<A>(b);
-        dgamma[ch] = static_cast<A>(a);
-      }
-    });
+    norm_gradients(shape_, cell.new_h, cell.dp, data_of<A>(sums_), norm_, dbeta, dgamma);
   }
-
-  // Of the second sweep: what was written as g need not be made again from dy and y.
-  Sources<T> sources() const {
-    if (has_dy_ && reduce_.g.data != nullptr) return {{reduce_.g.data, reduce_.g.strides}, {}, z_.map};
-    return {dy_.map, y_.map, z_.map};
-  }
+  Sources<T> sources() const { return sweep_.sources(); }
 
   Tensor dshortcut;
   CellGradientPass<A> cell;
 
  private:
-  bool has_dy_, has_positions_;
-  int64_t samples_, width_;
+  bool has_dy_;
+  MapShape shape_;
   NormTables<A> norm_;
-  Affine<A> affine_;
   OptionalMapReader<T> dy_, y_;
   MapReader<T> z_;
   Tensor sums_;
-  ReduceNormGradient<T> reduce_;
-};
-
-// The second sweep: reads g and, with batch statistics, z; writes dz.
-template <class T>
-class Spreading {
-  using A = Compute<T>;
-
- public:
-  // `shares`: dbeta and dgamma divided by the number of a channel's values; null where the statistics were given.
-  Spreading(const Sources<T>& sources, const Tensor& z, const MapInfo& info, const Tensor& tables,
-            const OptionalTensor& gamma, const A* new_h, const A* dp, const A* shares)
-      : dz(empty_map(z, info)),
-        sources_(sources),
-        shape_(info.shape),
-        new_h_(new_h),
-        dp_(dp),
-        shares_(shares),
-        norm_(tables, shape_.samples, shape_.channels),
-        affine_(gamma, std::nullopt),
-        scratch_(empty_table<A>(z, {2 * shape_.samples * shape_.channels + shape_.channels})),
-        scale_(data_of<A>(scratch_)),
-        offset_(scale_ + shape_.samples * shape_.channels),
-        slope_(offset_ + shape_.samples * shape_.channels),
-        to_(map_writer<T>(dz, info)) {}
-
-  // With batch statistics, once the shares are there.
-  void start() {
-    for (int64_t ch = 0; ch < shape_.channels; ++ch)
-      slope_[ch] = -affine_.gamma(ch) * norm_.rstd[ch] * norm_.rstd[ch] * dgamma(ch);
-  }
-
-  void run(Chunk chunk) {
-    const int64_t width = shape_.channels;
-    const A positions = static_cast<A>(shape_.positions);
-    for_samples(chunk, width, [&](int64_t a, int64_t b) {
-      for (int64_t k = a; k < b; ++k)
-        for (int64_t ch = 0; ch < width; ++ch) {
-          const int64_t at = k * width + ch;
-          const A factor = affine_.gamma(ch) * norm_.rstd[ch];
-          A pooled = dp_[at] / positions;
-          if (shares_ != nullptr) pooled += norm_.d[ch] * norm_.rstd[ch] * dgamma(ch) - shares_[ch];
-          scale_[at] = factor * new_h_[at];
-          offset_[at] = factor * pooled;
-        }
-    });
-    const auto& [dy, y, z] = sources_;
-    if (shares_ != nullptr)
-      run_spread(SpreadNormGradient<T>{shape_, dy, y, z, to_, norm_.shift, scale_, slope_, offset_}, chunk);
-    else
-      run_spread_gradient(SpreadGradient<T>{shape_, dy, y, to_, scale_, offset_}, chunk);
-  }
-
-  Tensor dz;
-
- private:
-  A dgamma(int64_t ch) const { return shares_[shape_.channels + ch]; }
-
-  Sources<T> sources_;
-  MapShape shape_;
-  const A *new_h_, *dp_, *shares_;
-  NormTables<A> norm_;
-  Affine<A> affine_;
-  Tensor scratch_;
-  A *scale_, *offset_, *slope_;
-  Map<T> to_;
+  NormReduction<T> sweep_;
 };
 
 struct Wanted {

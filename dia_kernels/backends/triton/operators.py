@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...cells import parameter_count, split_parameters
 from ...layout import channels, empty_map, output_format, spatial_size
-from ...operators import table_sizes
+from ...tables import table_sizes
 from . import kernels, tuning
 from .plan import CHANNEL_BLOCK, ELEMENT_BLOCK, SAMPLE_BLOCK, SampleTile, sample_tile_of, tile_of
 

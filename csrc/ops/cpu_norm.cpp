@@ -1,0 +1,145 @@
+// The parts of a tail on the CPU, for a cell that is not here: the mean of each channel behind a batch norm, the
+// rescaling behind it, and their gradients. y = act(bn(z) scale + shortcut), p = mean of bn(z); the norm's result is
+// nowhere in memory.
+//
+// The same four sweeps as a tail's, of which each operator has one. The sums that the gradient needs of all samples lie
+// between the two of backward, as do the cell's gradient and dp.
+#include "cpu_norm.h"
+
+#include <tuple>
+
+namespace dia::ops {
+namespace {
+
+struct Pooled {
+  Tensor p, tables, mean, var;
+};
+
+template <class T>
+Pooled run_norm_pool(const Tensor& z, const MapInfo& info, const OptionalTensor& gamma, const OptionalTensor& beta,
+                     const OptionalTensor& mean, const OptionalTensor& var, double eps) {
+  using A = Compute<T>;
+  const int64_t n = info.shape.samples, width = info.shape.channels;
+  const MapReader<T> z_reader(z, info);
+  const bool batch = !mean.has_value();
+  const Pooled result{empty_table<A>(z, {n, width}), empty_table<A>(z, {NormTables<A>::count(n, width)}),
+                      empty_table<A>(z, {batch ? width : 0}), empty_table<A>(z, {batch ? width : 0})};
+  NormForward<T> norm(z_reader.map, z, info.shape, gamma, beta, eps, NormTables<A>(result.tables, n, width));
+  if (batch) {
+    norm.of_batch();
+    norm.copy_statistics_to(result.mean, result.var);
+  } else {
+    norm.given(*mean, *var);
+  }
+  for_chunks(n, 0, 0, [&](Chunk chunk) {
+    if (!batch) norm.sweep(chunk);
+    norm.put_means(chunk, data_of<A>(result.p));
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_pool(Tensor z, OptionalTensor gamma, OptionalTensor beta,
+                                                     OptionalTensor mean, OptionalTensor var, double eps,
+                                                     int64_t channel_dim) {
+  const MapInfo info = map_info(z, channel_dim);
+  check_norm(z, info, gamma, beta, mean, var);
+  const auto [p, tables, own_mean, own_var] =
+      with_map_type(z, [&]<class T>() { return run_norm_pool<T>(z, info, gamma, beta, mean, var, eps); });
+  return {p, tables, own_mean, own_var};
+}
+
+// With the statistics of the batch, towards which the norm's buffers are moved.
+std::tuple<Tensor, Tensor> norm_pool_tracking(Tensor z, OptionalTensor gamma, OptionalTensor beta, Tensor running_mean,
+                                              Tensor running_var, Tensor batches, double factor, double eps,
+                                              int64_t channel_dim) {
+  const MapInfo info = map_info(z, channel_dim);
+  const TrackedBuffers buffers{running_mean, running_var, batches, factor};
+  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+  check_tracked(buffers, z, info, {z, gamma, beta});
+  const Pooled pooled = with_map_type(
+      z, [&]<class T>() { return run_norm_pool<T>(z, info, gamma, beta, std::nullopt, std::nullopt, eps); });
+  track(buffers, pooled.mean, pooled.var, info.shape);
+  return {pooled.p, pooled.tables};
+}
+
+std::tuple<Tensor, Tensor> norm_rescale(Tensor z, Tensor scale, OptionalTensor shortcut, Tensor tables,
+                                        OptionalTensor gamma, OptionalTensor beta, int64_t channel_dim, bool relu,
+                                        bool keep_mask) {
+  const MapInfo info = map_info(z, channel_dim);
+  check_norm_rescale(z, info, scale, shortcut, tables, gamma, beta);
+  check_no_mask(keep_mask);
+  const Tensor y = empty_map(z, info), scales = dense(scale), all = dense(tables);
+  with_map_type(z, [&]<class T>() {
+    using A = Compute<T>;
+    const MapReader<T> z_reader(z, info);
+    const OptionalMapReader<T> s_reader(shortcut, info);
+    const Normalising<T> normalising(z_reader.map, s_reader.map, map_writer<T>(y, info), z, info.shape,
+                                     NormTables<A>(all, info.shape.samples, info.shape.channels),
+                                     Affine<A>(gamma, beta), relu);
+    for_chunks(info.shape.samples, 0, 0, [&](Chunk chunk) { normalising.run(chunk, data_of<A>(scales)); });
+  });
+  return {y, empty_mask(false, z, info)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(Tensor dy, OptionalTensor y, Tensor z, Tensor tables,
+                                                         OptionalTensor gamma, OptionalTensor beta, int64_t channel_dim,
+                                                         bool need_shortcut) {
+  const MapInfo info = map_info(z, channel_dim);
+  check_result_gradient(dy, y, z, info, false);
+  check_norm_tables(tables, z, info);
+  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+  const int64_t n = info.shape.samples, width = info.shape.channels;
+  const Tensor dshortcut = map_if(need_shortcut, z, info), all = dense(tables);
+  return with_map_type(z, [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor> {
+    using A = Compute<T>;
+    const Tensor dscale = empty_table<A>(z, {n, width}), sums = empty_table<A>(z, {2, n, width});
+    const OptionalMapReader<T> y_reader(y, info);
+    const MapReader<T> dy_reader(dy, info), z_reader(z, info);
+    const NormReduction<T> reduction({dy_reader.map, y_reader.map, z_reader.map},
+                                     need_shortcut ? map_writer<T>(dshortcut, info) : Map<T>{}, info.shape,
+                                     NormTables<A>(all, n, width), Affine<A>(gamma, beta), data_of<A>(sums));
+    for_chunks(n, 0, 0, [&](Chunk chunk) { reduction.run(chunk, data_of<A>(dscale)); });
+    return {dscale, sums, dshortcut};
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor dy, OptionalTensor y, Tensor z, Tensor scale, Tensor dp,
+                                                      Tensor sums, Tensor tables, OptionalTensor gamma,
+                                                      int64_t channel_dim, bool batch, bool need_z) {
+  const MapInfo info = map_info(z, channel_dim);
+  check_norm_pool_gradient(dy, y, z, info, scale, dp, sums, tables, gamma, false);
+  const Tensor scales = dense(scale), of_p = dense(dp), of_map = dense(sums), all = dense(tables);
+  const int64_t n = info.shape.samples, width = info.shape.channels;
+  return with_map_type(z, [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor> {
+    using A = Compute<T>;
+    const Tensor dgamma = empty_table<A>(z, {width}), dbeta = empty_table<A>(z, {width});
+    A *by_gamma = data_of<A>(dgamma), *by_beta = data_of<A>(dbeta);
+    norm_gradients(info.shape, data_of<A>(scales), data_of<A>(of_p), data_of<A>(of_map), NormTables<A>(all, n, width),
+                   by_beta, by_gamma);
+    if (!need_z) return {map_if(false, z, info), dgamma, dbeta};
+    const Tensor shares = empty_table<A>(z, {2 * width});
+    const A count = static_cast<A>(static_cast<double>(info.shape.positions) * static_cast<double>(n));
+    A* share = data_of<A>(shares);
+    std::transform(by_beta, by_beta + width, share, [count](A v) { return v / count; });
+    std::transform(by_gamma, by_gamma + width, share + width, [count](A v) { return v / count; });
+    const OptionalMapReader<T> y_reader(y, info);
+    const MapReader<T> dy_reader(dy, info), z_reader(z, info);
+    Spreading<T> spreading({dy_reader.map, y_reader.map, z_reader.map}, z, info, all, gamma, data_of<A>(scales),
+                           data_of<A>(of_p), batch ? share : nullptr);
+    if (batch) spreading.start();
+    for_chunks(n, 0, 0, [&](Chunk chunk) { spreading.run(chunk); });
+    return {spreading.dz, dgamma, dbeta};
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dia_kernels, CPU, m) {
+  m.impl("norm_pool", TORCH_BOX(&norm_pool));
+  m.impl("norm_pool_tracking_", TORCH_BOX(&norm_pool_tracking));
+  m.impl("norm_rescale", TORCH_BOX(&norm_rescale));
+  m.impl("norm_rescale_backward", TORCH_BOX(&norm_rescale_backward));
+  m.impl("norm_pool_backward", TORCH_BOX(&norm_pool_backward));
+}
+
+}  // namespace dia::ops
