@@ -27,7 +27,7 @@ NAMES = (
     *("ClusterStep", "ClusterGradient", "Reduce", "Spread", "WeightGradients"),
     *("BottleneckSums", "JoinParts", "CellStates", "BottleneckGradientSums", "CellGradients"),
     *("BatchStatistics", "ChannelStatistics", "GivenStatistics"),
-    *("NormGradients", "SharedNormGradients", "MeanGradients", "Rectify"),
+    *("NormGradients", "SharedNormGradients", "NormFactors", "ScaleGradients", "MeanGradients", "Rectify"),
     *("SplitGateGradients", "SplitGates"),
 )
 SWEEPS = ("Reduce", "Spread")

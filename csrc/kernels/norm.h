@@ -253,14 +253,14 @@ DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
   });
 }
 
-// Gradients of gamma and beta; and with the statistics of a batch, through which all samples are tied together, what
-// the second sweep of the gradient applies: dz = g factor + (z - shift) slope + offset.
+// Gradients of gamma and beta, and what the second sweep of the gradient applies: dz = g factor + (z - shift) slope +
+// offset. The slope is there with the statistics of a batch, through which all samples are tied together.
 struct NormGradients {
   int samples, channels, positions;
   const float *sum, *product, *dp, *off, *new_h;  // (N, C): sums of g and g ((z - shift) - d), dp, means, h'
-  const float *d, *scale, *rstd;                  // (C); rstd null: 1, the scale itself is the parameter
+  const float *d, *rstd, *gamma;                  // (C); gamma null: 1
   float *dgamma, *dbeta;                          // (C)
-  float *offset, *slope;                          // (N, C) and (C); null: not wanted, or the statistics are given
+  float *factor, *offset, *slope;                 // (N, C), (N, C), (C), each null where it is not wanted
 };
 
 template <class M>
@@ -275,22 +275,66 @@ DIA_DEVICE void norm_gradients(M& m, const NormGradients& args) {
       by_bias += h * m.load(args.sum + at) + dp;
     }
     const bool there = channel < args.channels, first = there && writes_channel(m);
-    const float rstd = there && args.rstd != nullptr ? m.load(args.rstd + channel) : 1.0f;
+    const float rstd = there ? m.load(args.rstd + channel) : 1.0f;
     const float dgamma = sum_of_channel(m, scratch, by_scale) * rstd, dbeta = sum_of_channel(m, scratch, by_bias);
     if (first) {
       m.store(args.dgamma + channel, dgamma);
       m.store(args.dbeta + channel, dbeta);
     }
     if (args.offset == nullptr || !there) return;
-    const float positions = static_cast<float>(args.positions), scale = m.load(args.scale + channel);
-    const float count = positions * static_cast<float>(args.samples);
-    const float slope = -scale * rstd * dgamma / count;
-    const float common = -scale * dbeta / count - slope * m.load(args.d + channel);
-    if (first) m.store(args.slope + channel, slope);
+    const float positions = static_cast<float>(args.positions), scale = scale_of(m, args.gamma, channel, rstd);
+    float common = 0;
+    if (args.slope != nullptr) {
+      const float count = positions * static_cast<float>(args.samples), slope = -scale * rstd * dgamma / count;
+      common = -scale * dbeta / count - slope * m.load(args.d + channel);
+      if (first) m.store(args.slope + channel, slope);
+    }
     for (int n = samples.begin; n < samples.end; ++n) {
       const int64_t at = row_at(n, args.channels) + channel;
       m.store(args.offset + at, scale * m.load(args.dp + at) / positions + common);
+      if (args.factor != nullptr) m.store(args.factor + at, scale * m.load(args.new_h + at));
     }
+  });
+}
+
+// What the second sweep applies to a map behind a norm, y = act((z - shift) factor + added + shortcut), from a scale
+// that no kernel here made.
+struct NormFactors {
+  int samples, channels;
+  const float* h;                        // (N, C)
+  const float *d, *rstd, *gamma, *beta;  // (C); gamma and beta null: 1 and 0
+  float *factor, *added;                 // (N, C)
+};
+
+template <class M>
+DIA_DEVICE void norm_factors(M& m, const NormFactors& args) {
+  for_elements(m, row_at(args.samples, args.channels), [&](int64_t k) {
+    const int channel = static_cast<int>(k % args.channels);
+    const float h = m.load(args.h + k), factor = scale_of(m, args.gamma, channel, m.load(args.rstd + channel)) * h;
+    const float bias = args.beta != nullptr ? m.load(args.beta + channel) : 0.0f;
+    m.store(args.factor + k, factor);
+    m.store(args.added + k, bias * h - m.load(args.d + channel) * factor);
+  });
+}
+
+// The gradient of such a scale, from the first sweep's sums, of g and of g (z - shift): of the latter the product about
+// the mean is left in its place.
+struct ScaleGradients {
+  int samples, channels;
+  const float *d, *rstd, *gamma, *beta;  // (C); gamma and beta null: 1 and 0
+  const float* sum;                      // (N, C)
+  float *product, *dscale;               // (N, C)
+};
+
+template <class M>
+DIA_DEVICE void scale_gradients(M& m, const ScaleGradients& args) {
+  for_elements(m, row_at(args.samples, args.channels), [&](int64_t k) {
+    const int channel = static_cast<int>(k % args.channels);
+    const float scale = scale_of(m, args.gamma, channel, m.load(args.rstd + channel));
+    const float bias = args.beta != nullptr ? m.load(args.beta + channel) : 0.0f;
+    float product = m.load(args.product + k);
+    m.store(args.dscale + k, map_gradient(m.load(args.d + channel), scale, bias, m.load(args.sum + k), product));
+    m.store(args.product + k, product);
   });
 }
 

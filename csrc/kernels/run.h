@@ -77,6 +77,14 @@ DIA_DEVICE void run(M& m, const NormGradients& args) {
   norm_gradients(m, args);
 }
 template <class M>
+DIA_DEVICE void run(M& m, const NormFactors& args) {
+  norm_factors(m, args);
+}
+template <class M>
+DIA_DEVICE void run(M& m, const ScaleGradients& args) {
+  scale_gradients(m, args);
+}
+template <class M>
 DIA_DEVICE void run(M& m, const Rectify& args) {
   rectify(m, args);
 }

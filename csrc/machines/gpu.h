@@ -22,7 +22,7 @@ using KernelsOfTables =
                kernels::SplitGates<true>, kernels::SplitGateGradients<false>, kernels::SplitGateGradients<true>,
                kernels::WeightGradients<32>, kernels::WeightGradients<64>, kernels::BatchStatistics,
                kernels::ChannelStatistics, kernels::GivenStatistics, kernels::MeanGradients, kernels::NormGradients,
-               kernels::SharedNormGradients, kernels::Rectify>;
+               kernels::SharedNormGradients, kernels::NormFactors, kernels::ScaleGradients, kernels::Rectify>;
 template <class... Tuples>
 struct AnyOf;
 template <class... A, class... B, class... Rest>

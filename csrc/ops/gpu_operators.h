@@ -3,6 +3,7 @@
 //
 //     step    by chunks of samples: reduce | cell | spread; or by clusters of blocks, as one kernel
 //     tail    reduce: moments | statistics of the batch | cell | spread; of given statistics as the step
+//     norm_pool, norm_rescale   a tail's sweeps around a cell that is not here
 //     and their gradients, with the weights' once over all samples, beside the last spread
 //
 // Everything is put on the current stream and nothing waits for it; memory comes from torch's allocator, so a call can
@@ -397,6 +398,12 @@ struct ForwardNorm {
   kernels::ChannelAffine affine() const { return {shift, d, scale, bias}; }
 };
 
+kernels::Tracked tracked_of(const TrackedBuffers& of, const MapInfo& info) {
+  const double count = static_cast<double>(info.shape.samples) * static_cast<double>(info.shape.positions);
+  return {static_cast<float>(of.factor), static_cast<float>(correction_of(count)), data_of<float>(of.running_mean),
+          data_of<float>(of.running_var), data_of<int64_t>(of.batches)};
+}
+
 // What goes into a tail.
 struct TailArguments {
   Tensor z;
@@ -507,13 +514,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_tracking(
   const MapInfo info = map_info(z, channel_dim);
   check_step(z, info, shortcut, h, c, given.weights);
   check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
-  check_tracked({running_mean, running_var, batches, factor}, z, info,
-                {z, shortcut, h, c, gamma, beta, w1, b1, w2, b2, v1, a1, v2, a2});
-  const double count = static_cast<double>(info.shape.samples) * static_cast<double>(info.shape.positions);
-  const kernels::Tracked tracked{static_cast<float>(factor), static_cast<float>(correction_of(count)),
-                                 data_of<float>(running_mean), data_of<float>(running_var), data_of<int64_t>(batches)};
+  const TrackedBuffers buffers{running_mean, running_var, batches, factor};
+  check_tracked(buffers, z, info, {z, shortcut, h, c, gamma, beta, w1, b1, w2, b2, v1, a1, v2, a2});
   return with_gpu_type(z, [&]<class T>() {
-    const TailResult result = run_tail<T>(given, info, tracked);
+    const TailResult result = run_tail<T>(given, info, tracked_of(buffers, info));
     return std::make_tuple(result.y, result.cell.h, result.cell.c, result.cell.tables, result.mask);
   });
 }
@@ -551,7 +555,7 @@ struct TailBackward {
     args.samples = static_cast<int>(call.samples()), args.channels = static_cast<int>(call.channels());
     args.positions = static_cast<int>(call.positions());
     args.sum = norm.sum, args.product = norm.product, args.dp = norm.dp, args.off = tables.off;
-    args.new_h = norm.again.new_h, args.rstd = tables.rstd;
+    args.new_h = norm.again.new_h, args.d = tables.d, args.rstd = tables.rstd, args.gamma = data_of<float>(gamma);
     args.dgamma = dgamma, args.dbeta = dbeta;
     return args;
   }
@@ -582,7 +586,6 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
   if (batch) {
     float *factor = nullptr, *offset = nullptr, *slope = nullptr;
     if (wanted.x) factor = call.scratch(n * width), offset = call.scratch(n * width), slope = call.scratch(width);
-    gradients.d = of.tables.d, gradients.scale = of.norm.again.scale;
     gradients.offset = offset, gradients.slope = slope;
     of.run_first(info, factor);
     call.launch_channels(gradients);
@@ -703,6 +706,153 @@ Tensor tail_spread(OptionalTensor dy, OptionalTensor y, Tensor z, Tensor new_h, 
   });
 }
 
+// --- the parts of a tail, for a cell that is not here ---------------------------------------------------------
+
+struct Pooled {
+  Tensor p, tables;
+  OptionalTensor mean, var;  // of the batch, unless buffers are moved
+};
+
+template <class T>
+Pooled run_norm_pool(const Tensor& z, const MapInfo& info, const OptionalTensor& gamma, const OptionalTensor& beta,
+                     const OptionalTensor& mean, const OptionalTensor& var, double eps,
+                     const kernels::Tracked& tracked) {
+  GpuCall call(z, info, 1);
+  const int64_t n = call.samples(), width = call.channels();
+  const GpuMap<T> map(z, info);
+  Pooled result{call.table({n, width}), call.table({NormTables<float>::count(n, width)}), {}, {}};
+  float* const p = data_of<float>(result.p);
+  const NormTables<float> tables(data_of<float>(result.tables), n, width);
+  const ForwardNorm norm(call, gamma, beta, tables);
+  if (mean) {
+    norm.given(call, *mean, *var, std::nullopt, eps, nullptr, nullptr);
+    kernels::Reduce<T> reduce{};
+    reduce.size = call.size(n), reduce.x = map.samples, reduce.shift = norm.shift;
+    reduce.means = {p, tables.off, norm.affine()};
+    call.launch_sweep(reduce);
+    result.mean = call.table({0}), result.var = call.table({0});
+    return result;
+  }
+  if (tracked.running_mean == nullptr) result.mean = call.table({width}), result.var = call.table({width});
+  const auto values_of = [](const OptionalTensor& t) { return t ? data_of<float>(*t) : nullptr; };
+  norm.of_batch(call, run_moments(call, map.samples), eps, tables.off, p, values_of(result.mean), values_of(result.var),
+                tracked);
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_pool(Tensor z, OptionalTensor gamma, OptionalTensor beta,
+                                                     OptionalTensor mean, OptionalTensor var, double eps,
+                                                     int64_t channel_dim) {
+  const MapInfo info = map_info(z, channel_dim);
+  check_norm(z, info, gamma, beta, mean, var);
+  return with_gpu_type(z, [&]<class T>() {
+    const Pooled pooled = run_norm_pool<T>(z, info, gamma, beta, mean, var, eps, {});
+    return std::make_tuple(pooled.p, pooled.tables, *pooled.mean, *pooled.var);
+  });
+}
+
+std::tuple<Tensor, Tensor> norm_pool_tracking(Tensor z, OptionalTensor gamma, OptionalTensor beta, Tensor running_mean,
+                                              Tensor running_var, Tensor batches, double factor, double eps,
+                                              int64_t channel_dim) {
+  const MapInfo info = map_info(z, channel_dim);
+  const TrackedBuffers buffers{running_mean, running_var, batches, factor};
+  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+  check_tracked(buffers, z, info, {z, gamma, beta});
+  return with_gpu_type(z, [&]<class T>() {
+    const Pooled pooled =
+        run_norm_pool<T>(z, info, gamma, beta, std::nullopt, std::nullopt, eps, tracked_of(buffers, info));
+    return std::make_tuple(pooled.p, pooled.tables);
+  });
+}
+
+std::tuple<Tensor, Tensor> norm_rescale(Tensor z, Tensor scale, OptionalTensor shortcut, Tensor tables,
+                                        OptionalTensor gamma, OptionalTensor beta, int64_t channel_dim, bool relu,
+                                        bool keep_mask) {
+  const MapInfo info = map_info(z, channel_dim);
+  check_norm_rescale(z, info, scale, shortcut, tables, gamma, beta);
+  return with_gpu_type(z, [&]<class T>() {
+    GpuCall call(z, info, 1);
+    const int64_t n = call.samples(), width = call.channels();
+    const Tensor mask = gpu_mask<T>(relu && keep_mask, z, info), scales = dense(scale), all = dense(tables);
+    const OptionalTensor weight = dense(gamma), bias = dense(beta);
+    const bool packs = mask.numel() > 0;
+    const GpuMap<T> z_map(z, info, packs);
+    const OptionalGpuMap<T> s_map(shortcut, info, packs);
+    const GpuResult<T> y(true, z, info);
+    const NormTables<float> norm(all, n, width);
+    kernels::NormFactors args{};
+    args.samples = static_cast<int>(n), args.channels = static_cast<int>(width);
+    args.h = data_of<float>(scales), args.d = norm.d, args.rstd = norm.rstd;
+    args.gamma = data_of<float>(weight), args.beta = data_of<float>(bias);
+    args.factor = call.scratch(n * width), args.added = call.scratch(n * width);
+    call.launch_elements(args, n * width);
+    const ForwardMaps<T> maps{z_map.samples, s_map.samples, y.samples, mask_samples<uint8_t>(mask, info)};
+    call.launch_sweep(spread_of(call, maps, relu, args.factor, args.added, norm.shift));
+    return std::make_tuple(y.tensor, mask);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(Tensor dy, OptionalTensor y, Tensor z, Tensor tables,
+                                                         OptionalTensor gamma, OptionalTensor beta, int64_t channel_dim,
+                                                         bool need_shortcut) {
+  const MapInfo info = map_info(z, channel_dim);
+  check_result_gradient(dy, y, z, info, true);
+  check_norm_tables(tables, z, info);
+  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+  return with_gpu_type(z, [&]<class T>() {
+    GpuCall call(z, info, 1);
+    const int64_t n = call.samples(), width = call.channels(), count = n * width;
+    const Tensor all = dense(tables), dscale = call.table({n, width}), sums = call.table({2, n, width});
+    const OptionalTensor weight = dense(gamma), bias = dense(beta);
+    const GradientMaps<T> maps(dy, z, ReluResult(y), info, {false, need_shortcut, false, {}, false});
+    const NormTables<float> norm(all, n, width);
+    float *const sum = data_of<float>(sums), *const product = sum + count;
+    // A map without positions may have no memory, which looks as if there were none.
+    if (call.positions() == 0)
+      call.clear(sum, 2 * count);
+    else
+      call.launch_sweep(reduce_of(call, maps.maps, norm.shift, sum, product));
+    kernels::ScaleGradients args{};
+    args.samples = static_cast<int>(n), args.channels = static_cast<int>(width);
+    args.d = norm.d, args.rstd = norm.rstd;
+    args.gamma = data_of<float>(weight), args.beta = data_of<float>(bias);
+    args.sum = sum, args.product = product, args.dscale = data_of<float>(dscale);
+    call.launch_elements(args, count);
+    return std::make_tuple(dscale, sums, maps.dshortcut.tensor);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor dy, OptionalTensor y, Tensor z, Tensor scale, Tensor dp,
+                                                      Tensor sums, Tensor tables, OptionalTensor gamma,
+                                                      int64_t channel_dim, bool batch, bool need_z) {
+  const MapInfo info = map_info(z, channel_dim);
+  check_norm_pool_gradient(dy, y, z, info, scale, dp, sums, tables, gamma, true);
+  return with_gpu_type(z, [&]<class T>() {
+    GpuCall call(z, info, 1);
+    const int64_t n = call.samples(), width = call.channels(), count = n * width;
+    const Tensor scales = dense(scale), of_p = dense(dp), of_map = dense(sums), all = dense(tables);
+    const Tensor dgamma = call.table({width}), dbeta = call.table({width});
+    const OptionalTensor weight = dense(gamma);
+    const GradientMaps<T> maps(dy, z, ReluResult(y), info, {need_z, false, false, {}, false});
+    const NormTables<float> norm(all, n, width);
+    kernels::NormGradients args{};
+    args.samples = static_cast<int>(n), args.channels = static_cast<int>(width);
+    args.positions = static_cast<int>(call.positions());
+    args.sum = data_of<float>(of_map), args.product = args.sum + count;
+    args.dp = data_of<float>(of_p), args.off = norm.off, args.new_h = data_of<float>(scales);
+    args.d = norm.d, args.rstd = norm.rstd, args.gamma = data_of<float>(weight);
+    args.dgamma = data_of<float>(dgamma), args.dbeta = data_of<float>(dbeta);
+    if (need_z) args.factor = call.scratch(count), args.offset = call.scratch(count);
+    if (need_z && batch) args.slope = call.scratch(width);
+    call.launch_channels(args);
+    if (need_z) call.launch_sweep(spread_of<T>(call, maps.maps, args.factor, args.offset, norm.shift, args.slope));
+    // Sums over no values, whatever the mean and the deviation of none are.
+    if (z.numel() == 0)
+      for (const Tensor& of_values : {dgamma, dbeta}) torch::stable::fill_(of_values, 0.0);
+    return std::make_tuple(maps.dx.tensor, dgamma, dbeta);
+  });
+}
+
 // --- parameters that steps share -----------------------------------------------------------------------------
 
 Tensor parameter_gradients(std::vector<Tensor> factors, std::vector<Tensor> tables, std::vector<Tensor> h,
@@ -795,18 +945,23 @@ extern "C" __attribute__((visibility("default"), used)) inline void dia_kernels_
 }
 
 // Registers them, by their names and a suffix.
-#define DIA_REGISTER_GPU_OPERATORS(m, suffix)                                      \
-  m.impl("step" suffix, TORCH_BOX(&dia::ops::step));                               \
-  m.impl("step_" suffix, TORCH_BOX(&dia::ops::step_in_place));                     \
-  m.impl("step_backward" suffix, TORCH_BOX(&dia::ops::step_backward));             \
-  m.impl("tail" suffix, TORCH_BOX(&dia::ops::tail));                               \
-  m.impl("tail_tracking_" suffix, TORCH_BOX(&dia::ops::tail_tracking));            \
-  m.impl("tail_backward" suffix, TORCH_BOX(&dia::ops::tail_backward));             \
-  m.impl("statistics" suffix, TORCH_BOX(&dia::ops::statistics));                   \
-  m.impl("tail_join" suffix, TORCH_BOX(&dia::ops::tail_join));                     \
-  m.impl("tail_reduce" suffix, TORCH_BOX(&dia::ops::tail_reduce));                 \
-  m.impl("parameter_gradients" suffix, TORCH_BOX(&dia::ops::parameter_gradients)); \
-  m.impl("tail_spread" suffix, TORCH_BOX(&dia::ops::tail_spread));                 \
-  m.impl("pool" suffix, TORCH_BOX(&dia::ops::pool));                               \
-  m.impl("rescale" suffix, TORCH_BOX(&dia::ops::rescale));                         \
+#define DIA_REGISTER_GPU_OPERATORS(m, suffix)                                          \
+  m.impl("step" suffix, TORCH_BOX(&dia::ops::step));                                   \
+  m.impl("step_" suffix, TORCH_BOX(&dia::ops::step_in_place));                         \
+  m.impl("step_backward" suffix, TORCH_BOX(&dia::ops::step_backward));                 \
+  m.impl("tail" suffix, TORCH_BOX(&dia::ops::tail));                                   \
+  m.impl("tail_tracking_" suffix, TORCH_BOX(&dia::ops::tail_tracking));                \
+  m.impl("tail_backward" suffix, TORCH_BOX(&dia::ops::tail_backward));                 \
+  m.impl("statistics" suffix, TORCH_BOX(&dia::ops::statistics));                       \
+  m.impl("tail_join" suffix, TORCH_BOX(&dia::ops::tail_join));                         \
+  m.impl("tail_reduce" suffix, TORCH_BOX(&dia::ops::tail_reduce));                     \
+  m.impl("parameter_gradients" suffix, TORCH_BOX(&dia::ops::parameter_gradients));     \
+  m.impl("tail_spread" suffix, TORCH_BOX(&dia::ops::tail_spread));                     \
+  m.impl("norm_pool" suffix, TORCH_BOX(&dia::ops::norm_pool));                         \
+  m.impl("norm_pool_tracking_" suffix, TORCH_BOX(&dia::ops::norm_pool_tracking));      \
+  m.impl("norm_rescale" suffix, TORCH_BOX(&dia::ops::norm_rescale));                   \
+  m.impl("norm_rescale_backward" suffix, TORCH_BOX(&dia::ops::norm_rescale_backward)); \
+  m.impl("norm_pool_backward" suffix, TORCH_BOX(&dia::ops::norm_pool_backward));       \
+  m.impl("pool" suffix, TORCH_BOX(&dia::ops::pool));                                   \
+  m.impl("rescale" suffix, TORCH_BOX(&dia::ops::rescale));                             \
   m.impl("rescale_backward" suffix, TORCH_BOX(&dia::ops::rescale_backward))

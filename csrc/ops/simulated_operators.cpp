@@ -216,6 +216,16 @@ class Memory {
     table("gamma", a.gamma, c), table("of_beta", a.of_beta, c), table("of_gamma", a.of_gamma, c);
     table("factor", a.factor, nc), table("offset", a.offset, nc), table("slope", a.slope, c);
   }
+  void of(const kernels::NormFactors& a) {
+    const int64_t c = a.channels, nc = a.samples * c;
+    table("h", a.h, nc), table("d", a.d, c), table("rstd", a.rstd, c), table("gamma", a.gamma, c);
+    table("beta", a.beta, c), table("factor", a.factor, nc), table("added", a.added, nc);
+  }
+  void of(const kernels::ScaleGradients& a) {
+    const int64_t c = a.channels, nc = a.samples * c;
+    table("d", a.d, c), table("rstd", a.rstd, c), table("gamma", a.gamma, c), table("beta", a.beta, c);
+    table("sum", a.sum, nc), table("product", a.product, nc), table("dscale", a.dscale, nc);
+  }
   void of(const kernels::GivenStatistics& a) {
     const int64_t c = a.channels;
     table("wide mean", a.wide_mean, c), table("wide var", a.wide_var, c);
@@ -231,8 +241,8 @@ class Memory {
   void of(const kernels::NormGradients& a) {
     const int64_t c = a.channels, nc = a.samples * c;
     table("sum", a.sum, nc), table("product", a.product, nc), table("dp", a.dp, nc), table("off", a.off, nc);
-    table("new_h", a.new_h, nc), table("d", a.d, c), table("scale", a.scale, c), table("rstd", a.rstd, c);
-    table("offset", a.offset, nc), table("slope", a.slope, c);
+    table("new_h", a.new_h, nc), table("d", a.d, c), table("gamma", a.gamma, c), table("rstd", a.rstd, c);
+    table("factor", a.factor, nc), table("offset", a.offset, nc), table("slope", a.slope, c);
     table("dgamma", a.dgamma, c), table("dbeta", a.dbeta, c);
   }
 

@@ -296,9 +296,10 @@ void tables_of_a_norm() {
   kernels::NormGradients gradients{kSamples, kChannels, kPositions};
   gradients.sum = memory.add("sum of g", sum), gradients.product = memory.add("product", product);
   gradients.dp = memory.add("dp", dp), gradients.off = memory.add("off", off), gradients.new_h = memory.add("h", h);
-  gradients.d = of.d, gradients.scale = of.scale, gradients.rstd = of.rstd;
+  gradients.d = of.d, gradients.gamma = of.gamma, gradients.rstd = of.rstd;
   gradients.dgamma = memory.result("dgamma", kChannels), gradients.dbeta = memory.result("dbeta", kChannels);
   gradients.offset = memory.result("offset", kTable), gradients.slope = memory.result("slope", kChannels);
+  gradients.factor = memory.result("factor", kTable);
   memory.device.launch(grid, [&](Thread& m) { kernels::norm_gradients(m, gradients); });
   for (int k = 0; k < kTable; ++k) {
     const int c = k % kChannels;
@@ -309,12 +310,39 @@ void tables_of_a_norm() {
     const int c = channel(k), at = k / kPositions;
     const double rstd = 1 / std::sqrt(var[c] + kEps), zn = (in[kX][k] - mean[c]) * rstd;
     dz[k] = scale[c] * (h[at] * g[k] + dp[at] / kPositions - (dbeta[c] + zn * dgamma[c]) / kCount);
-    found[k] = g[k] * scale[c] * h[at] + (in[kX][k] - of.shift[c]) * gradients.slope[c] + gradients.offset[at];
+    found[k] = g[k] * gradients.factor[at] + (in[kX][k] - of.shift[c]) * gradients.slope[c] + gradients.offset[at];
   }
   check_near(gradients.dgamma, dgamma, "dgamma");
   check_near(gradients.dbeta, dbeta, "dbeta");
   std::vector<float> narrow(found.begin(), found.end());
   check_near(narrow.data(), dz, "dz");
+
+  // With statistics that were given there is no way through them.
+  gradients.slope = nullptr;
+  memory.device.launch(grid, [&](Thread& m) { kernels::norm_gradients(m, gradients); });
+  Values apart(kTable);
+  for (int k = 0; k < kTable; ++k) apart[k] = scale[k % kChannels] * dp[k] / kPositions;
+  check_near(gradients.offset, apart, "offset of given statistics");
+
+  // A scale from elsewhere: what the last sweep forward applies, and the gradient from the first one's sums.
+  kernels::NormFactors factors{kSamples, kChannels, gradients.new_h, of.d, of.rstd, of.gamma, of.beta};
+  factors.factor = memory.result("factor", kTable), factors.added = memory.result("added", kTable);
+  memory.device.launch(grid, [&](Thread& m) { kernels::norm_factors(m, factors); });
+  Values about_shift(kTable), dscale(kTable), y(kMap);
+  for (int k = 0; k < kMap; ++k) {
+    const int c = channel(k), at = k / kPositions;
+    y[k] = ((in[kX][k] - mean[c]) * scale[c] + beta[c]) * h[at];
+    found[k] = (in[kX][k] - of.shift[c]) * factors.factor[at] + factors.added[at];
+    about_shift[at] += g[k] * (in[kX][k] - of.shift[c]);
+    dscale[at] += g[k] * ((in[kX][k] - mean[c]) * scale[c] + beta[c]);
+  }
+  narrow.assign(found.begin(), found.end());
+  check_near(narrow.data(), y, "y");
+  kernels::ScaleGradients scales{kSamples, kChannels, of.d, of.rstd, of.gamma, of.beta, gradients.sum};
+  scales.product = memory.add("product about the shift", about_shift), scales.dscale = memory.result("dscale", kTable);
+  memory.device.launch(grid, [&](Thread& m) { kernels::scale_gradients(m, scales); });
+  check_near(scales.dscale, dscale, "dscale");
+  check_near(scales.product, product, "product about the mean");
 
   // The same where the sums are those of several processes.
   Values of_beta(dbeta), of_gamma(dgamma);
