@@ -170,7 +170,7 @@ class Left:
     __slots__ = ("stream", "tensors")
 
     def __init__(self, first: Tensor, *more: Tensor | None) -> None:
-        """All without a graph: a pass that fails leaves this behind, and a node that held a later one would never go."""
+        """All without a graph: a pass that fails leaves this behind, and it may hold no node that holds it."""
         self.tensors = (first, *more)
         self.stream = _stream_of(first)
 
@@ -179,10 +179,10 @@ class Left:
 
         Nobody has to wait: a gradient has come the same way, by the engine, which made them wait.
         """
-        if self.stream != _stream_of(self.tensors[0]):
-            for t in self.tensors:
-                if t is not None:
-                    t.record_stream(torch.cuda.current_stream(t.device))
+        left = [t for t in self.tensors if t is not None]
+        if self.stream != _stream_of(left[0]):
+            for t in left:
+                t.record_stream(torch.cuda.current_stream(t.device))
 
 
 class _Step(Left):

@@ -1,10 +1,10 @@
 """Pooling and rescaling behind a norm that is folded into them, for cells that no operator computes.
 
-``p = mean(norm(z))``, a cell of any kind, ``y = act(norm(z) * scale + shortcut)``: two autograd Functions, one before the
-cell and one behind it. The gradient takes two sweeps over the map as a tail's does. The first is the rescaling's: it
-gives those of scale and shortcut, and leaves what it has for z to the pooling. Both halves of that one's gradient are
-made in the second sweep, when dp has come back through the cell: the engine runs a node after all that used its
-results, and ``tables`` makes the rescaling one of these.
+``p = mean(norm(z))``, a cell of any kind, ``y = act(norm(z) * scale + shortcut)``: two autograd Functions, one before
+the cell and one behind it. Their gradients take two sweeps over the map, as a tail's does. The first is the
+rescaling's: it gives the gradients of scale and shortcut, and leaves to the pooling what it has for z and the norm. The
+pooling makes these for both in the second, when dp has come back through the cell. The engine runs a node after all
+that used its results, and ``tables`` makes the rescaling one of these.
 
 For plain calls only (``autograd.is_plain``). A gradient that is to be differentiated again, and one of a graph that
 compiled autograd traces, goes through the reference, each Function's by itself.
@@ -145,31 +145,32 @@ def _pool(ops, z, gamma, beta, mean, var, eps, channel_dim, tracked):
 
 def pool(
     ops: Operators, z: Tensor, folded: Folded, channel_dim: int, tracked: Tracked | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Normed]:
-    """``(p, mean, var, normed)``: the mean of each channel behind a norm, and what its rescaling needs.
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Normed]:
+    """``(p, statistics, normed)``: the mean of each channel behind a norm, and what its rescaling needs.
 
-    ``mean`` and ``var`` are those of the batch, if the norm takes these; None with ``tracked``, whose buffers are moved.
+    ``statistics``: mean and biased variance of the batch, where the norm takes them; None with ``tracked``, whose
+    buffers are moved.
     """
     gamma, beta, mean, var, eps = folded[:5]
     args = (ops, z, gamma, beta, mean, var, eps, channel_dim, tracked)
     if wants_gradient(z, gamma, beta):
-        p, tables, own_mean, own_var = NormPool.apply(*args)
+        p, tables, *statistics = NormPool.apply(*args)
     else:
         with below_autograd():
-            p, tables, own_mean, own_var = _pool(*args)
+            p, tables, *statistics = _pool(*args)
     if tracked is not None:
         torch.autograd.graph.increment_version(tracked.buffers)
-    return p, own_mean, own_var, Normed(tables, gamma, beta, eps, mean is None)
+    own = None if mean is not None or tracked is not None else tuple(statistics)
+    return p, own, Normed(tables, gamma, beta, eps, mean is None)
 
 
 def rescale(
     ops: Operators, z: Tensor, scale: Tensor, shortcut: Tensor | None, normed: Normed, channel_dim: int, relu: bool
 ) -> Tensor:
     """``act(norm(z) * scale + shortcut)`` with the norm of ``pool``."""
+    y: Tensor
     if wants_gradient(z, scale, shortcut, normed.tables, normed.gamma, normed.beta):
-        y: Tensor = NormRescale.apply(ops, z, scale, shortcut, *normed, channel_dim, relu)
-        return y
+        return NormRescale.apply(ops, z, scale, shortcut, *normed, channel_dim, relu)
     with below_autograd():
-        return ops.norm_rescale(  # type: ignore[no-any-return]
-            z, scale, shortcut, normed.tables, normed.gamma, normed.beta, channel_dim, relu, False
-        )[0]
+        y, _ = ops.norm_rescale(z, scale, shortcut, normed.tables, normed.gamma, normed.beta, channel_dim, relu, False)
+    return y

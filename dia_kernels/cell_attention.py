@@ -23,9 +23,9 @@ class CellAttention(nn.Module):
 
     ``pooled = statistics(x); (scale, state) = cell(pooled, state); y = activation(x * scale + shortcut)``
 
-    The mean is pooled, and the map rescaled, by the operators of the backend, a batch norm before that folded into them;
-    maximum and standard deviation are PyTorch's. The cell never follows autocast; in a graph that ``torch.fx`` traced it does, since the graph holds the
-    cell's own operations.
+    The mean is pooled, and the map rescaled, by the operators of the backend, with a batch norm that comes first folded
+    into them; maximum and standard deviation are PyTorch's. The cell never follows autocast; in a graph that
+    ``torch.fx`` traced it does, since the graph holds the cell's own operations.
 
     Args:
         cell: a ``Cell``.

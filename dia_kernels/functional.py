@@ -67,8 +67,8 @@ def step(
             function is called, and the step follows. (arXiv:1502.03167, algorithm 1.)
         sample_scale: (N,), a factor for the scale of each sample: ``y = activation(x * (h * sample_scale[:, None]) +
             shortcut)``, for stochastic depth (arXiv:1603.09382). The state is not scaled. Any floating dtype that the
-            compute dtype holds. With it pool, cell and rescale run one by one; where something compiles or transforms the
-            call, the norm is then called by itself.
+            compute dtype holds. With it pool, cell and rescale run one by one, and a norm is folded into these where
+            nothing compiles or transforms the call, else called by itself.
         backend: a name out of ``dia_kernels.backends.names()``, or None for that of the ``use_backend`` around the
             call; without one, for the best one here.
 
@@ -161,9 +161,12 @@ def _called(norm: norms.Norm, x: Tensor, channel_dim: int) -> Tensor:
 
 def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, backend):
     """The step with its norm folded in, and what the norm does to its buffers."""
-    gamma, beta, mean, var = _fitting(folded, x, channel_dim)[:4]
+    shape = (channels(x, channel_dim),)
+    if not _all_fit([t for t in folded[:4] if t is not None], repeat(shape), x):
+        folded = _cast_norm(folded, shape, x)
+    gamma, beta, mean, var = folded[:4]
     first, last = (x, shortcut, h, c, gamma, beta), (folded.eps, parameters, channel_dim, relu)
-    count: int | Tensor = _values_per_channel(x, channel_dim)
+    count: int | Tensor = x.numel() // max(shape[0], 1)
     ops = None if backend == "reference" else backends.operators_of(backend, x)
     tracked = None
     if folded.group is not None:
@@ -181,25 +184,20 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
     return y, (h, c)
 
 
-def _fitting(folded: norms.Folded, x: Tensor, channel_dim: int) -> norms.Folded:
+def _cast_norm(folded: norms.Folded, shape: tuple[int, ...], x: Tensor) -> norms.Folded:
     """``folded`` with its tensors in the compute dtype of ``x``, after checking everything about them."""
-    shape, given = (channels(x, channel_dim),), folded[:4]
-    if _all_fit([t for t in given if t is not None], repeat(shape), x):
-        return folded
     names = ("weight", "bias", "running_mean", "running_var")
-    cast = (None if t is None else _cast(f"norm {k}", t, shape, x) for k, t in zip(names, given, strict=True))
-    return norms.Folded(*cast, *folded[4:])
-
-
-def _values_per_channel(x: Tensor, channel_dim: int) -> int:
-    return x.numel() // max(channels(x, channel_dim), 1)
+    gamma, beta, mean, var = (
+        None if t is None else _cast(f"norm {k}", t, shape, x) for k, t in zip(names, folded[:4], strict=True)
+    )
+    return folded._replace(gamma=gamma, beta=beta, mean=mean, var=var)
 
 
 def _fold_apart(norm: norms.Norm, x: Tensor, channel_dim: int, backend: str | None) -> norms.Folded | None:
     """What a norm before a cell that runs by itself is folded by; None where the norm has to be called by itself.
 
-    Beyond what ``norms.fold`` asks: a plain call, as the autograd Functions of both parts know nothing of transforms and
-    compilers; kernels; and statistics of this process.
+    Beyond what ``norms.fold`` asks: a plain call, as the autograd Functions of both parts know nothing of transforms
+    and compilers; kernels; and statistics of this process.
     """
     if backend == "reference" or not autograd.is_plain():
         return None
@@ -213,12 +211,13 @@ def _norm_pool(
     x: Tensor, folded: norms.Folded, channel_dim: int, backend: str | None
 ) -> tuple[Tensor, autograd_norm.Normed]:
     """The mean of each channel behind a norm and what its rescaling needs; the norm's buffers are moved."""
-    ops = backends.operators_of(backend, x)
-    folded = _fitting(folded, x, channel_dim)
+    ops, shape = backends.operators_of(backend, x), (channels(x, channel_dim),)
+    if not _all_fit([t for t in folded[:4] if t is not None], repeat(shape), x):
+        folded = _cast_norm(folded, shape, x)
     tracked = None if folded.module is None else norms.tracked_by(ops, folded.module, x)
-    p, mean, var, normed = autograd_norm.pool(ops, x, folded, channel_dim, tracked)
-    if folded.module is not None and tracked is None:
-        norms.update_buffers(folded.module, mean, var, _values_per_channel(x, channel_dim))
+    p, statistics, normed = autograd_norm.pool(ops, x, folded, channel_dim, tracked)
+    if folded.module is not None and statistics is not None:
+        norms.update_buffers(folded.module, *statistics, x.numel() // max(shape[0], 1))
     return p, normed
 
 

@@ -311,7 +311,7 @@ class Problem:
         """After ``forward`` and ``backward``, from what they left."""
         given = {k: self.workspace[k] for k in ("sum", "product", "dp")}
         given |= {"off": self.off, "new_h": self.tables["new_h"].float(), "d": self.affine["d"]}
-        given["scale"] = self.affine["scale"]
+        given["rstd"] = torch.ones(self.case.channels)  # the scale itself is the parameter
         results = {name: torch.zeros(self.case.channels) for name in ("d_scale", "d_bias")}
         return self.launch("norm_gradients", given, results, **options)
 

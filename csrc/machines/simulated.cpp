@@ -296,10 +296,11 @@ void norm_gradients(Arguments& of, Launches& launches) {
                                     of.pointer<const float>("off"),
                                     of.pointer<const float>("new_h"),
                                     of.pointer<const float>("d"),
-                                    of.pointer<const float>("scale"),
                                     of.pointer<const float>("rstd"),
+                                    of.pointer<const float>("gamma"),
                                     of.pointer<float>("d_scale"),
                                     of.pointer<float>("d_bias"),
+                                    of.pointer<float>("factor"),
                                     of.pointer<float>("offset"),
                                     of.pointer<float>("slope")};
   launches.add(args);

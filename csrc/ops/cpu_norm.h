@@ -290,7 +290,8 @@ void norm_gradients(const MapShape& shape, const A* scale, const A* dp, const A*
         a += h * static_cast<double>(s1[at]) + p * static_cast<double>(norm.off[at]);
       }
       dbeta[ch] = static_cast<A>(b);
-      dgamma[ch] = static_cast<A>(a * static_cast<double>(norm.rstd[ch]));
+      // Of no values the deviation is NaN, and the sum zero.
+      dgamma[ch] = samples > 0 ? static_cast<A>(a * static_cast<double>(norm.rstd[ch])) : A(0);
     }
   });
 }

@@ -1,0 +1,499 @@
+"""A batch norm folded into pooling and rescaling around a cell of any kind, against the norm called by itself."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import simulated_backend
+import torch
+from accuracy import assert_accurate
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+from dia_kernels import (
+    Cell,
+    CellAttention,
+    SharedAttention,
+    backends,
+    create_attention,
+    functional,
+    operators,
+    use_backend,
+)
+
+EPS = torch.finfo(torch.float64).eps
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+class Stage(nn.Module):
+    """Two blocks that share attention, each with a norm of its own."""
+
+    def __init__(self, cell: str, c: int, kind: str = "batch", *, dims: int = 2, **options) -> None:
+        super().__init__()
+        torch.manual_seed(c)
+        self.attention = attention_of(cell, c)
+        self.options = options
+        norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+        self.norms = nn.ModuleList(norm(c, affine=kind != "bare").train(kind in ("batch", "bare")) for _ in range(2))
+        for n in self.norms:
+            n.running_mean.normal_(), n.running_var.uniform_(0.5, 1.5)
+            for p in n.parameters():  # away from zero: the next norm divides by what is left of a channel
+                p.data = torch.where(torch.rand(c) < 0.5, -1, 1) * (0.5 + torch.rand(c))
+        self.kind = kind
+
+    def forward(self, x: Tensor, shortcut: Tensor | None, apart: bool = False) -> Tensor:
+        y, state = x, None
+        for n in self.norms:
+            norm = (n.weight, n.bias) if self.kind == "pair" else n
+            if apart:
+                y = functional._called(norm, y, self.attention.channel_dim)
+                norm = None
+            y, state = self.attention(y, state, shortcut=shortcut, norm=norm, **self.options)
+        return y
+
+
+def attention_of(cell: str, c: int, **options) -> nn.Module:
+    if cell == "stacked":
+        return SharedAttention(c, min(c, 2), num_layers=2, **options)
+    if cell == "lstm":
+        return SharedAttention(c, min(c, 2), **options)
+    return create_attention(cell, c, min(c, 2), **options)
+
+
+def folds(y: Tensor) -> bool:
+    """Whether a result was made behind a folded norm."""
+    return "NormRescale" in type(y.grad_fn).__name__
+
+
+def gradients(stage: Stage, x: Tensor, s: Tensor | None, dy: Tensor, apart: bool = False) -> dict[str, Tensor]:
+    """Result, gradients and buffers by name, of a copy of ``stage`` in the compute dtype of x."""
+    wide = x.dtype == torch.float64
+    stage = copy.deepcopy(stage).to(torch.float64 if wide else torch.float32)
+    leaves = {"x": x.detach().requires_grad_()}
+    if s is not None:
+        leaves["shortcut"] = s.detach().requires_grad_()
+    y = stage(leaves["x"], leaves.get("shortcut"), apart)
+    assert folds(y) is not apart
+    found = torch.autograd.grad(y, [*leaves.values(), *stage.parameters()], dy.to(y.dtype), allow_unused=True)
+    names = (*leaves, *dict(stage.named_parameters()))
+    results = {f"d {name}": g for name, g in zip(names, found, strict=True) if g is not None}
+    return {"y": y.detach()} | results | {name: b.double() for name, b in stage.named_buffers()}
+
+
+def assert_equal_in_float64(found: dict[str, Tensor], expected: dict[str, Tensor], terms: int) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        scale = max(expected[name].abs().max().item(), 1e-3)
+        assert (value - expected[name]).abs().max().item() <= 64 * terms**0.5 * EPS * scale, name
+
+
+OPERATORS = pytest.mark.parametrize("backend", ["fallback", "cpu"], indirect=True)
+
+
+@OPERATORS
+@pytest.mark.parametrize("kind", ["batch", "running", "bare", "pair"])
+@pytest.mark.parametrize("cell", ["dsu", "se", "eca", "stacked"])
+@pytest.mark.parametrize("shape", [(3, 12, 7, 7), (2, 25, 9), (2, 6, 3, 2, 4), (5, 102, 1, 1)], ids=str)
+def test_cells_and_norms(cell, kind, shape, backend):
+    stage = Stage(cell, shape[1], kind, dims=len(shape) - 2, activation="relu")
+    x, s, dy = torch.randn(3, *shape, dtype=torch.float64)
+    expected = gradients(stage, x, s, dy, apart=True)
+    # The gradient behind a norm whose values lie about their mean loses what the deviation takes from it.
+    assert_equal_in_float64(gradients(stage, x, s, dy), expected, 16 * shape[0] * shape[1])
+
+
+@OPERATORS
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("with_shortcut", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_options(layout, with_shortcut, relu, training, backend):
+    stage = Stage("se", 25, "batch" if training else "running", activation="relu" if relu else None)
+    x, s, dy = torch.randn(3, 3, 25, 6, 5, dtype=torch.float64)
+    x, s = LAYOUTS[layout](x), LAYOUTS[layout](s) if with_shortcut else None
+    assert_equal_in_float64(gradients(stage, x, s, dy), gradients(stage, x, s, dy, apart=True), 1200)
+
+
+@pytest.mark.parametrize("backend", [None, "simulated"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_accuracy_contract(dtype, layout, training, backend):
+    """Against float64, with the norm and the attention as they are in PyTorch as the yardstick."""
+    if backend == "simulated":
+        simulated_backend.library()
+    found, truth, eager = [], [], []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        attention = create_attention("dsu", 16, 4, backend=backend)
+        plain = copy.deepcopy(attention)
+        plain.backend = "reference"
+        norm = nn.BatchNorm2d(16).train(training)
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+        z, s, dy = (LAYOUTS[layout](t.to(dtype)) for t in torch.randn(3, 6, 16, 4, 6))
+        z = z + 2
+        with torch.no_grad():  # away from the ReLU's kink
+            before = copy.deepcopy(plain).double()(z.double(), norm=copy.deepcopy(norm).double(), shortcut=s.double())[
+                0
+            ]
+        s = torch.where(before.abs() < 1 / 16, s + torch.where(before < 0, -1 / 8, 1 / 8).to(dtype), s)
+        for into, module, wide in ((found, attention, None), (truth, plain, torch.float64), (eager, plain, None)):
+            module, own = copy.deepcopy(module), copy.deepcopy(norm)
+            module, own = (module, own) if wide is None else (module.double(), own.double())
+            maps = [t.to(wide or dtype).detach().requires_grad_() for t in (z, s)]
+            y, _ = module(maps[0], norm=own, shortcut=maps[1], activation="relu")
+            assert folds(y) is (into is found)
+            leaves = {"z": maps[0], "s": maps[1]} | dict(own.named_parameters()) | dict(module.named_parameters())
+            grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+            into.append({"y": y.detach()} | dict(zip(leaves, grads, strict=True)))
+    for name in found[0]:
+        ours, true, theirs = (torch.stack([of[name] for of in results]) for results in (found, truth, eager))
+        assert_accurate(ours, true, theirs, name, 6 * 24)
+
+
+def test_tokens_take_an_affine():
+    attention = create_attention("dsu", 6, 2, channel_dim=-1).double()
+    x, scale, bias = (
+        t.requires_grad_() for t in (torch.randn(3, 7, 6).double(), torch.rand(6).double(), torch.randn(6).double())
+    )
+    y, expected = attention(x, norm=(scale, bias))[0], attention(x * scale + bias)[0]
+    assert folds(y)
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(*(torch.autograd.grad(t.square().sum(), (x, scale, bias)) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "stacked", "dsu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_sample_scale(cell, training):
+    """Stochastic depth folds the norm too; a dropped sample still counts in its statistics."""
+    k = torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64)
+    stage = Stage(cell, 12, "batch" if training else "running", activation="relu", sample_scale=k)
+    x, s, dy = torch.randn(3, 3, 12, 5, 5, dtype=torch.float64)
+    assert_equal_in_float64(gradients(stage, x, s, dy), gradients(stage, x, s, dy, apart=True), 600)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_only_what_is_asked_for(relu):
+    stage = Stage("dsu", 6, activation="relu" if relu else None).double()
+    x, s, dy = torch.randn(3, 3, 6, 4, 5, dtype=torch.float64)
+    every = gradients(stage, x, s, dy)
+    for name in ("x", "shortcut", *dict(stage.named_parameters())):
+        alone = copy.deepcopy(stage)
+        leaves = {"x": x.clone(), "shortcut": s.clone()} | dict(alone.named_parameters())
+        for key, t in leaves.items():
+            t.requires_grad_(key == name)
+        y = alone(leaves["x"], leaves["shortcut"])
+        (found,) = torch.autograd.grad(y, leaves[name], dy)
+        assert torch.equal(found, every[f"d {name}"]), name
+        # The same of a graph in which all require grad.
+        alone = copy.deepcopy(stage)
+        leaves = {"x": x.clone().requires_grad_(), "shortcut": s.clone().requires_grad_()} | dict(
+            alone.named_parameters()
+        )
+        (found,) = torch.autograd.grad(alone(leaves["x"], leaves["shortcut"]), leaves[name], dy)
+        assert torch.equal(found, every[f"d {name}"]), name
+
+
+@pytest.mark.parametrize("kind", ["batch", "running", "bare"])
+@pytest.mark.parametrize("relu", [True, False])
+def test_first_and_second_derivatives(kind, relu):
+    stage = Stage("se", 4, kind, activation="relu" if relu else None).double()
+    values = [torch.randn(2, 4, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert gradcheck(stage, values)
+    assert gradgradcheck(stage, values, atol=1e-4)
+    # With respect to the parameters: a derivative of the gradient of the maps, against that of the norm by itself.
+    found = []
+    for apart in (False, True):
+        y = stage(*values, apart)
+        (dx,) = torch.autograd.grad(y.square().sum(), values[0], create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), [*values, *stage.parameters()]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Constant(Cell):
+    """A scale that no map has a part in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(6))
+
+    def forward(self, pooled, state):
+        return self.scale.expand(pooled.shape[0], 6), state
+
+
+def test_a_cell_that_looks_at_no_map():
+    attention, norm = CellAttention(Constant()).double(), nn.BatchNorm2d(6).double()
+    x = torch.randn(3, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    leaves = (x, norm.weight, norm.bias, attention.cell.scale)
+    found, expected = (
+        torch.autograd.grad(y.pow(3).sum(), leaves) for y in (attention(x, norm=norm)[0], attention(norm(x))[0])
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_state_alone():
+    """A pass that comes by the pooling, and by no rescaling."""
+    attention, norm = create_attention("dsu", 6, 2).double(), nn.BatchNorm2d(6).double()
+    nn.init.normal_(norm.weight)
+    x = torch.randn(3, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    leaves = (x, norm.weight, norm.bias)
+    found, expected = (
+        torch.autograd.grad(state[1].pow(3).sum(), leaves)
+        for state in (attention(x, norm=norm)[1], attention(norm(x))[1])
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_passes_do_not_meet():
+    """Several through one graph, one that fails among them, and some of several threads."""
+    stage = Stage("dsu", 6, activation="relu").double()
+    x, s = (t.requires_grad_() for t in torch.randn(2, 3, 6, 4, 5, dtype=torch.float64))
+    y = stage(x, s)
+    every = [torch.autograd.grad((k * y).sum(), x, retain_graph=True)[0] for k in (1, 2)]
+    torch.testing.assert_close(every[1], 2 * every[0])
+
+    def fail(_):
+        raise ValueError("on the way")
+
+    hook = stage.attention.cell.input_reduce.weight.register_hook(fail)
+    with pytest.raises(ValueError, match="on the way"):
+        y.sum().backward(retain_graph=True)
+    hook.remove()
+    assert torch.equal(torch.autograd.grad(y.sum(), x, retain_graph=True)[0], every[0])
+    found: list[Tensor] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(torch.autograd.grad(y.sum(), x, retain_graph=True)[0]))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(torch.equal(f, every[0]) for f in found)
+
+
+def test_a_pass_that_fails_holds_nothing_but_its_graph():
+    attention, norm = create_attention("se", 6, 2), nn.BatchNorm2d(6)
+    x = torch.randn(3, 6, 4, 4, requires_grad=True)
+    y = attention(x * 2, norm=norm, activation="relu")[0]
+
+    def fail(_):
+        raise ValueError("on the way")
+
+    attention.cell.reduce.weight.register_hook(fail)
+    with pytest.raises(ValueError, match="on the way"):
+        y.sum().backward()
+    gone = weakref.ref(y.grad_fn)
+    gc.disable()
+    try:
+        del y
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed(reentrant):
+    stage = Stage("dsu", 6, activation="relu").double()
+    x, s = (t.requires_grad_() for t in torch.randn(2, 3, 6, 4, 5, dtype=torch.float64))
+    expected = [*torch.autograd.grad(copy.deepcopy(stage)(x, s).sum(), (x, s))]
+    checkpoint(stage, x, s, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(x.grad, expected[0])
+    assert torch.equal(s.grad, expected[1])
+
+
+def test_the_norms_result_is_not_kept():
+    """Beside the convolution's result z there is y, for its ReLU, and small tables."""
+    attention, norm = create_attention("se", 16, 4), nn.BatchNorm2d(16)
+    z, s = (torch.randn(4, 16, 24, 24, requires_grad=True) for _ in range(2))
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = attention(z, norm=norm, shortcut=s, activation="relu")[0]
+    assert folds(y)
+    maps = 2 * z.untyped_storage().nbytes()
+    assert maps <= sum(kept.values()) < maps + z.untyped_storage().nbytes() // 4
+
+
+@pytest.mark.parametrize("backend", [None, "simulated"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference"])
+def test_buffers(mode, momentum, backend):
+    if backend == "simulated":
+        simulated_backend.library()
+    attention = create_attention("se", 6, 2, backend=backend)
+    norm, other = nn.BatchNorm2d(6, momentum=momentum), nn.BatchNorm2d(6, momentum=momentum)
+    before = norm.running_mean._version
+    for _ in range(2):
+        x = torch.randn(3, 6, 4, 5)
+        with torch.inference_mode() if mode == "inference" else torch.set_grad_enabled(mode == "grad"):
+            attention(x, norm=norm)
+            other(x)
+    assert norm.running_mean._version > before
+    for (name, a), b in zip(norm.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_what_is_dispatched():
+    attention, norm = create_attention("se", 6, 2, backend="cpu"), nn.BatchNorm2d(6)
+    x = torch.randn(3, 6, 4, 5, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        attention(x, norm=norm, activation="relu")[0].sum().backward()
+    names = [
+        event.name for event in seen.events() if event.name.startswith(("dia_kernels::", "aten::native_batch_norm"))
+    ]
+    assert names == [
+        "dia_kernels::norm_pool_tracking_",
+        "dia_kernels::norm_rescale",
+        "dia_kernels::norm_rescale_backward",
+        "dia_kernels::norm_pool_backward",
+    ]
+
+
+class Hooked(nn.BatchNorm2d):
+    pass
+
+
+def hooked() -> nn.Module:
+    norm = nn.BatchNorm2d(6)
+    norm.register_forward_hook(lambda *_: None)
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("cell", "norm", "backend"),
+    [
+        ("se", hooked, None),
+        ("se", lambda: nn.GroupNorm(2, 6), None),
+        ("se", lambda: Hooked(6), None),
+        ("srm", lambda: nn.BatchNorm2d(6), None),
+        ("cbam", lambda: nn.BatchNorm2d(6), None),
+        ("se", lambda: nn.BatchNorm2d(6), "reference"),
+    ],
+)
+def test_what_is_called_by_itself(cell, norm, backend):
+    attention, norm = create_attention(cell, 6, 2, backend=backend), norm()
+    x = torch.randn(3, 6, 4, 5, requires_grad=True)
+    y = attention(x, norm=norm)[0]
+    assert not folds(y)
+    torch.testing.assert_close(y, attention(norm(x))[0])
+
+
+def test_transformed_and_compiled_calls_call_the_norm_by_itself():
+    attention, norm = create_attention("dsu", 6, 2).double(), nn.BatchNorm2d(6, track_running_stats=False).double()
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64, requires_grad=True)
+
+    def loss(x):
+        return attention(x, norm=norm, activation="relu")[0].square().sum()
+
+    expected = torch.autograd.grad(loss(x), x)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], expected)
+    norm = nn.BatchNorm2d(6).double().eval()
+    mapped = torch.func.vmap(lambda x: attention(x, norm=norm)[0])(torch.stack([x, x + 1]))
+    torch.testing.assert_close(mapped[1], attention(x + 1, norm=norm)[0])
+
+
+def test_compiled_autograd():
+    stage = Stage("dsu", 6, activation="relu").double()
+    x, s = (t.requires_grad_() for t in torch.randn(2, 3, 6, 4, 5, dtype=torch.float64))
+    expected = torch.autograd.grad(copy.deepcopy(stage)(x, s).sum(), (x, s))
+    y = stage(x, s).sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        y.backward()
+    torch.testing.assert_close(x.grad, expected[0])
+    torch.testing.assert_close(s.grad, expected[1])
+
+
+def test_a_shortcut_of_another_dtype():
+    attention, norm = create_attention("se", 6, 2), nn.BatchNorm2d(6)
+    x, s = torch.randn(2, 3, 6, 4, 5, requires_grad=True)
+    y = attention(x, norm=norm, shortcut=s.double(), activation="relu")[0]
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, attention(norm(x), shortcut=s.double(), activation="relu")[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_of_another_dtype_is_cast():
+    attention, norm = create_attention("se", 6, 2), nn.BatchNorm2d(6).to(torch.bfloat16).eval()
+    x = torch.randn(3, 6, 4, 5)
+    torch.testing.assert_close(attention(x, norm=norm)[0], attention(x, norm=norm.float())[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 4, 5), (3, 6, 0, 5)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_maps(shape, training):
+    attention, norm = create_attention("se", 6, 2), nn.BatchNorm2d(6).train(training)
+    x = torch.randn(shape, requires_grad=True)
+    y = attention(x, norm=norm, activation="relu")[0]
+    assert y.shape == shape
+    for gradient in torch.autograd.grad(y.sum(), (x, norm.weight, norm.bias)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("mean", [1e4, -300.0])
+def test_a_mean_far_from_zero(mean):
+    """Nothing cancels where the mean is large and the deviation small."""
+    attention, norm = create_attention("se", 6, 2), nn.BatchNorm2d(6)
+    x = (mean + torch.randn(4, 6, 8, 8) / 100).float()
+    truth = copy.deepcopy(attention).double()(x.double(), norm=copy.deepcopy(norm).double())[0]
+    y = attention(x, norm=norm)[0]
+    assert (y - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "tokens"])
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("name", ["native", "simulated"])
+def test_opcheck(name, layout, full):
+    if name == "simulated":
+        simulated_backend.library()
+        ops = backends._backends["simulated"].operators
+    else:
+        ops = operators.native
+    dim = -1 if layout == "tokens" else 1
+    z, s, dy = (LAYOUTS.get(layout, lambda t: t.movedim(1, -1).contiguous())(t) for t in torch.randn(3, 3, 8, 4, 4))
+    gamma, beta = torch.randn(2, 8) if full else (None, None)
+    mean, var = (None, None) if full else torch.rand(2, 8)
+    opcheck = torch.library.opcheck
+    opcheck(ops.norm_pool, (z, gamma, beta, mean, var, 1e-5, dim))
+    opcheck(
+        ops.norm_pool_tracking_,
+        (z, gamma, beta, torch.zeros(8), torch.ones(8), torch.tensor(0), 0.1, 1e-5, dim),
+    )
+    p, tables, *_ = ops.norm_pool(z, gamma, beta, mean, var, 1e-5, dim)
+    scale, s = torch.rand(3, 8), s if full else None
+    opcheck(ops.norm_rescale, (z, scale, s, tables, gamma, beta, dim, full, False))
+    y, _ = ops.norm_rescale(z, scale, s, tables, gamma, beta, dim, full, False)
+    y = y if full else None
+    opcheck(ops.norm_rescale_backward, (dy, y, z, tables, gamma, beta, dim, full))
+    _, sums, g = ops.norm_rescale_backward(dy, y, z, tables, gamma, beta, dim, full)
+    source = (g, None) if full else (dy, y)
+    for need_z in (True, False):
+        opcheck(ops.norm_pool_backward, (*source, z, scale, p, sums, tables, gamma, dim, full, need_z))
+
+
+def test_a_backend_named_around_the_call():
+    attention, norm = create_attention("se", 6, 2), nn.BatchNorm2d(6)
+    x = torch.randn(3, 6, 4, 5, requires_grad=True)
+    with use_backend("reference"):
+        assert not folds(attention(x, norm=norm)[0])
+    assert folds(attention(x, norm=norm)[0])
