@@ -269,13 +269,14 @@ def norm_rescale(z, scale, shortcut, tables, gamma, beta, channel_dim, relu, kee
 def norm_rescale_backward(dy, y, z, tables, gamma, beta, channel_dim, need_shortcut):
     *_, mean, rstd = norm_parts(z, tables, channel_dim)
     g = dy if y is None else reference.unrelu(dy, masks.as_result(y, z, channel_dim))
-    zn, _ = reference.normalise(z, mean, rstd, None, None, channel_dim)
-    wide = g.to(zn.dtype)
-    of_bias, of_weight = (reference.sum_positions(t, channel_dim) for t in (wide, wide * zn))
-    dscale = of_weight if gamma is None else of_weight * gamma
-    dscale = dscale.clone() if beta is None else dscale + of_bias * beta
-    dshortcut = _in_format(g.to(z.dtype), z, channel_dim) if need_shortcut else z.new_empty(0)
-    return dscale, torch.stack((of_bias, of_weight / rstd)), dshortcut
+    wide = g.to(mean.dtype)
+    off = z.to(mean.dtype) - reference.per_channel(mean, z, channel_dim)
+    sums = torch.stack([reference.sum_positions(t, channel_dim) for t in (wide, wide * off)])
+    dscale = sums[1] * (rstd if gamma is None else rstd * gamma)
+    dscale = dscale if beta is None else dscale + sums[0] * beta
+    if spatial_size(z, channel_dim) == 0:  # whatever the deviation of no values is
+        dscale = torch.zeros_like(dscale)
+    return dscale, sums, _in_format(g.to(z.dtype), z, channel_dim) if need_shortcut else z.new_empty(0)
 
 
 def norm_pool_backward(dy, y, z, scale, dp, sums, tables, gamma, channel_dim, batch, need_z):

@@ -182,6 +182,8 @@ class Maker:
             y, _, new_c, tables, mask = operators.plain.step(*ordered("step", arguments | {"keep_mask": kept}))
             arguments |= self.incoming() | {"y": mask if kept else y, "new_c": new_c, "tables": tables}
             return arguments | self.needs("x", "shortcut", "state", "parameters") | self.as_factors(arguments)
+        if operator.startswith("norm_"):
+            return self.norm_apart(operator)
         arguments = self.tail()
         kept = arguments["keep_mask"] = self.keeps_mask(arguments["z"])
         if operator == "tail":
@@ -191,8 +193,7 @@ class Maker:
             given["var"] = given["var"].square() + 0.5
             return arguments | given | {"means": self.draw(self.n, self.c, dtype=torch.float64)}
         if operator == "tail_tracking_":
-            buffers = {name: self.draw(self.c).contiguous() for name in ("running_mean", "running_var")}
-            return arguments | buffers | {"batches": torch.tensor(3), "factor": self.rng.choice((0.1, 0.9))}
+            return arguments | self.buffers()
         y, new_h, new_c, tables, *_, mask = operators.plain.tail(*ordered("tail", arguments))
         arguments |= self.incoming() | {"y": mask if kept else y, "new_c": new_c, "tables": tables}
         if operator == "tail_spread":
@@ -201,6 +202,30 @@ class Maker:
         arguments["batch"] = arguments["mean"] is None
         asked = self.needs("z", "shortcut", "state", "parameters", "affine")
         return arguments | asked | self.as_factors(arguments)
+
+    def buffers(self) -> dict[str, object]:
+        given = {name: self.draw(self.c).contiguous() for name in ("running_mean", "running_var")}
+        return given | {"batches": torch.tensor(3), "factor": self.rng.choice((0.1, 0.9))}
+
+    def norm_apart(self, operator: str) -> dict[str, object]:
+        """Of the parts of a tail around a cell of any kind."""
+        arguments = {
+            k: v for k, v in self.tail().items() if k in ("z", "shortcut", "gamma", "beta", "mean", "var", "eps")
+        }
+        arguments |= self.flags
+        if operator == "norm_pool":
+            return arguments
+        if operator == "norm_pool_tracking_":
+            return arguments | self.buffers()
+        p, tables, *_ = operators.plain.norm_pool(*ordered("norm_pool", arguments))
+        kept = self.keeps_mask(arguments["z"])
+        arguments |= {"tables": tables, "scale": self.table(), "keep_mask": kept}
+        if operator == "norm_rescale":
+            return arguments
+        y, mask = operators.plain.norm_rescale(*ordered("norm_rescale", arguments))
+        arguments |= {"dy": self.map(), "y": (mask if kept else y) if self.flags["relu"] else None, "dp": p}
+        arguments |= {"sums": self.draw(2, self.n, self.c), "batch": arguments["mean"] is None}
+        return arguments | self.needs("shortcut", "z")
 
 
 def ordered(operator: str, arguments: dict[str, object]) -> list[object]:
@@ -313,9 +338,9 @@ def corrupt(rng: random.Random, call: Call) -> str:
             return f"{name} as it was"  # the reference's, for another's layout: years of work
         if fault is other_layout and any(t.numel() > MOST_COPIED for t in others):
             return f"{name} as it was"
-        if fault is enormous and call.operator in ("pool", "statistics"):
+        if fault is enormous and call.operator in ("pool", "statistics", "norm_pool", "norm_pool_tracking_"):
             return f"{name} as it was"  # nothing else is there that it would not fit: years of work, and right
-        if fault is odd_bits and call.operator == "tail_tracking_":
+        if fault is odd_bits and call.operator in TRACKING:
             return f"{name} as it was"  # what PyTorch does for these it does for one tensor that is written, no more
         try:
             call.arguments[name] = fault(rng, value)
@@ -362,14 +387,16 @@ def is_comparable(call: Call, faults: list[str]) -> bool:
     the same bottleneck.
     """
     eps = call.arguments.get("eps", 1.0)
-    told_by_tables = {"tables", "z", "channel_dim"} if call.operator.startswith("tail") else {"tables"}
+    of_norm = call.operator.startswith(("tail", "norm"))
+    told_by_tables = {"tables", "z", "channel_dim"} if of_norm else {"tables"}
     if "tables" in call.arguments and told_by_tables & {*" ".join(faults).split()}:
         return False
     return isinstance(eps, float) and 1e-6 < eps < 1e6
 
 
-#: What an operator writes over.
-WRITTEN = {"step_": ("x",), "tail_tracking_": ("running_mean", "running_var", "batches")}
+#: Operators that move a norm's buffers; and what an operator writes over.
+TRACKING = ("tail_tracking_", "norm_pool_tracking_")
+WRITTEN = {"step_": ("x",)} | dict.fromkeys(TRACKING, ("running_mean", "running_var", "batches"))
 
 
 def tensors_of(result: object) -> list[Tensor]:
@@ -380,6 +407,10 @@ def tensors_of(result: object) -> list[Tensor]:
 
 #: Which result of a gradient is the flat one of the parameters.
 FLAT = {"step_backward": 4, "tail_backward": 6, "tail_reduce": 5}
+
+
+#: Which result is the tables of a norm.
+TABLES_OF_NORM = {"tail": 3, "tail_tracking_": 3, "tail_join": 3, "norm_pool": 1, "norm_pool_tracking_": 1}
 
 
 def apart(call: Call, results: list[Tensor]) -> list[Tensor]:
@@ -398,7 +429,7 @@ def assert_agree(call: Call, found: list[Tensor], expected: list[Tensor], on_gpu
     for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.shape == theirs.shape, f"result {index}: {ours.shape}, the reference {theirs.shape}"
         assert ours.dtype == theirs.dtype, f"result {index}: {ours.dtype}, the reference {theirs.dtype}"
-        if call.operator in ("tail", "tail_tracking_", "tail_join") and index == 3:
+        if index == TABLES_OF_NORM.get(call.operator):
             continue  # the tables of a norm hold what each implementation's own gradient needs
         if on_gpu and index == hidden_reduce > 3 and call.arguments["h"] is None:
             continue  # zeros there, also where others multiply NaN by the state's zeros
@@ -483,7 +514,7 @@ def make(
     """
     rng = random.Random(f"{seed}/{number}")
     operator, dtype = rng.choice(names), rng.choice(dtypes)
-    if operator == "tail_tracking_" and dtype == torch.float64:
+    if operator in TRACKING and dtype == torch.float64:
         dtype = torch.float32
     arguments = Maker(rng, dtype, dtype in masked).arguments(operator)
     call = Call(operator, {name: arguments[name] for name in names_of(operator)})

@@ -66,9 +66,10 @@ def test_double_maps(layouts):
     assert torch.autograd.gradcheck(lambda x: attention(x)[0], (x,))
 
 
+@pytest.mark.parametrize("cell", ["lstm", "dsu"])
 @pytest.mark.parametrize("norm", [False, True])
-def test_the_same_bits_every_time(norm, layouts):
-    attention = SharedAttention(128, 4, backend="cuda").cuda()
+def test_the_same_bits_every_time(norm, cell, layouts):
+    attention = create_attention(cell, 128, 4, backend="cuda").cuda()
     module = nn.BatchNorm2d(128).cuda() if norm else None
     x, s = maps((16, 128, 16, 16), torch.bfloat16, True)
     first = results(attention, copy.deepcopy(module), x, s)
@@ -128,9 +129,10 @@ def test_a_side_stream(layouts):
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("cell", ["lstm", "dsu"])
 @pytest.mark.parametrize("norm", [False, True])
-def test_a_captured_graph(norm, layouts):
-    attention = SharedAttention(64, 4, backend="cuda").cuda().requires_grad_(False)
+def test_a_captured_graph(norm, cell, layouts):
+    attention = create_attention(cell, 64, 4, backend="cuda").cuda().requires_grad_(False)
     module = nn.BatchNorm2d(64).cuda().requires_grad_(False) if norm else None
     x, s = (t.detach() for t in maps((8, 64, 16, 16), torch.float32, False))
 
@@ -207,13 +209,15 @@ def test_in_place(layouts):
         assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize("norm", ["none", "batch", "running"])
+@pytest.mark.parametrize(
+    ("cell", "norm"), [("lstm", "none"), ("lstm", "batch"), ("lstm", "running"), ("dsu", "batch"), ("dsu", "running")]
+)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_gradient_from_a_mask(dtype, channels_last, norm, layouts, monkeypatch):
+def test_a_gradient_from_a_mask(dtype, channels_last, cell, norm, layouts, monkeypatch):
     """The bits of the one from the result."""
     shape = (33, 64, 16, 16)
-    attention = SharedAttention(64, 4, backend="cuda").cuda()
+    attention = create_attention(cell, 64, 4, backend="cuda").cuda()
     module = None if norm == "none" else nn.BatchNorm2d(64).cuda().train(norm == "batch")
     found = results(attention, copy.deepcopy(module), *maps(shape, dtype, channels_last))
     kept = []
@@ -257,15 +261,30 @@ def test_operators_keep_their_promises(channels_last):
     torch.library.opcheck(operators.native.tail_tracking_, tracking)
     left = [[torch.randn(size, device="cuda") for _ in range(3)] for size in (3 * 54, 3 * 66, (3, 12))]
     torch.library.opcheck(operators.native.parameter_gradients, (*left, 3))
+    z, s, dy = x.detach(), s.detach(), torch.randn_like(s)
+    gamma, beta = torch.randn(2, 12, device="cuda")
+    torch.library.opcheck(operators.native.norm_pool, (z, gamma, beta, None, None, 1e-5, 1))
+    torch.library.opcheck(operators.native.norm_pool_tracking_, (z, gamma, beta, *buffers, 0.1, 1e-5, 1))
+    p, tables, *_ = operators.native.norm_pool(z, gamma, beta, None, None, 1e-5, 1)
+    rescale = (z, scale, s, tables, gamma, beta, 1, True, False)
+    torch.library.opcheck(operators.native.norm_rescale, rescale)
+    given = (dy, operators.native.norm_rescale(*rescale)[0], z, tables, gamma, beta, 1, True)
+    torch.library.opcheck(operators.native.norm_rescale_backward, given)
+    _, sums, g = operators.native.norm_rescale_backward(*given)
+    torch.library.opcheck(
+        operators.native.norm_pool_backward, (g, None, z, scale, p, sums, tables, gamma, 1, True, True)
+    )
 
 
 @pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("norm", ["none", "batch", "running"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_cell(cell, dtype):
+def test_every_cell(cell, dtype, norm):
     """Two blocks that share it; what pools and rescales are the operators."""
     torch.manual_seed(0)
     attention = create_attention(cell, 64, 4, blocks=2, backend="cuda").cuda()
-    of, _ = errors(attention, None, *maps((4, 64, 16, 16), dtype, True))
+    module = None if norm == "none" else nn.BatchNorm2d(64).cuda().train(norm == "batch")
+    of, _ = errors(attention, module, *maps((4, 64, 16, 16), dtype, True))
     assert_as_accurate([of], dtype)
 
 

@@ -149,6 +149,8 @@ def operator_calls() -> dict[str, tuple]:
     """A good call of every operator, with every optional tensor there."""
     weights = [p.detach() for p in attention().lstm_parameters()]
     y, h, c, tables, _ = operators.native.step(MAP, MAP, *STATE, *weights, 1, True, False, True, False)
+    gamma, beta, mean, var = torch.rand(4, 8).unbind()
+    p, of_norm, *_ = operators.native.norm_pool(MAP, gamma, beta, mean, var, 1e-5, 1)
     return {
         "step": (MAP, MAP, *STATE, *weights, 1, True, False, True, False),
         "step_": (MAP.clone(), MAP, *STATE, *weights, 1, True, False),
@@ -168,6 +170,11 @@ def operator_calls() -> dict[str, tuple]:
             False,
             False,
         ),
+        "norm_pool": (MAP, gamma, beta, mean, var, 1e-5, 1),
+        "norm_pool_tracking_": (MAP, gamma, beta, torch.rand(8), torch.rand(8), torch.tensor(3), 0.1, 1e-5, 1),
+        "norm_rescale": (MAP, STATE[0], MAP, of_norm, gamma, beta, 1, True, False),
+        "norm_rescale_backward": (MAP, y, MAP, of_norm, gamma, beta, 1, True),
+        "norm_pool_backward": (MAP, y, MAP, STATE[0], p, torch.rand(2, 2, 8), of_norm, gamma, 1, True, True),
         "pool": (MAP, 1),
         "rescale": (MAP, STATE[0], MAP, 1, True),
         "rescale_backward": (MAP, MAP, STATE[0], y, 1, True, True, True),
@@ -184,12 +191,18 @@ def wrong_calls():
     """(operator, index of the tensor that is wrong, what is wrong with it)."""
     for name, arguments in operator_calls().items():
         for index, value in enumerate(arguments):
-            # A map alone may have any size: nothing else is there to differ from.
-            if isinstance(value, torch.Tensor) and name != "pool":
-                yield from ((name, index, (dim, change)) for dim in range(value.ndim) for change in (-1, 1))
-            if isinstance(value, torch.Tensor):
-                wrong = (torch.float64, torch.float16, torch.int32, torch.bool, torch.complex64)
-                yield from ((name, index, dtype) for dtype in (wrong[2:] if name == "pool" else wrong))
+            if not isinstance(value, torch.Tensor):
+                continue
+            # A map that no other differs from may have any size and dtype, but the channels of a norm; and statistics
+            # may be wider.
+            alone = name == "pool" or (name.startswith("norm_pool") and name != "norm_pool_backward" and index == 0)
+            if name != "pool":
+                dims = (1,) if alone else range(value.ndim)
+                yield from ((name, index, (dim, change)) for dim in dims for change in (-1, 1))
+            wrong = [torch.int32, torch.bool, torch.complex64]
+            if not alone:
+                wrong += [torch.float16] if name == "norm_pool" and index in (3, 4) else [torch.float16, torch.float64]
+            yield from ((name, index, dtype) for dtype in wrong)
 
 
 @pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")

@@ -285,6 +285,25 @@ def test_launches_of_clusters(norm, forward, backward):
         assert "Reduce" in launches()
 
 
+@pytest.mark.parametrize(
+    ("norm", "forward", "backward"),
+    [
+        ("batch", ["Reduce", "BatchStatistics", "NormFactors", "Spread"],
+         ["Reduce", "ScaleGradients", "NormGradients", "Spread"]),
+        ("running", ["GivenStatistics", "Reduce", "NormFactors", "Spread"],
+         ["Reduce", "ScaleGradients", "NormGradients", "Spread"]),
+    ],
+)  # fmt: skip
+def test_launches_around_a_cell_that_is_not_here(norm, forward, backward):
+    x, s = maps((4, 8, 4, 4))
+    module = nn.BatchNorm2d(8).train(norm == "batch")
+    with device():
+        y, _ = create_attention("dsu", 8, 2, backend="simulated")(x, norm=module, shortcut=s, activation="relu")
+        assert launches() == forward
+        y.sum().backward()
+        assert launches() == backward
+
+
 @pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 3), (torch.bfloat16, 4), (torch.float32, 66)], ids=str)
 @pytest.mark.parametrize("norm", [False, True])
 def test_blocks_that_share_parameters(layouts, norm, dtype, count):

@@ -13,7 +13,7 @@ from simulated_backend import device, library, lie, seen
 from torch import nn
 from two_blocks import gradient_in_halves
 
-from dia_kernels import SharedAttention, backends
+from dia_kernels import backends, create_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,8 +30,10 @@ NOT_USED = {
 }
 
 
-#: A batch norm in front, one of running statistics, none; and one over several processes, by its operators.
+#: A batch norm in front, one of running statistics, none; one over several processes, by its operators; and one around
+#: a cell that is not here.
 NORMS = {"batch": nn.BatchNorm2d(40), "running": nn.BatchNorm2d(40).eval(), "none": None, "processes": None}
+NORMS["apart"] = nn.BatchNorm2d(40)
 
 
 def run(norm: str) -> None:
@@ -42,7 +44,7 @@ def run(norm: str) -> None:
         return
     torch.manual_seed(0)
     x, s = (torch.randn(5, 40, 3, 3, requires_grad=True) for _ in range(2))
-    attention = SharedAttention(40, 8, backend="simulated")
+    attention = create_attention("dsu" if norm == "apart" else "lstm", 40, 5, backend="simulated")
     y, state = attention(x, shortcut=s, activation="relu", norm=NORMS[norm])
     z, (h, c) = attention(y, state, shortcut=s, activation="relu", norm=NORMS[norm])
     sum(t.sum() for t in (z, h, c)).backward()
@@ -54,7 +56,7 @@ DEVICES = ({"multiprocessors": 8, "flops": 1e10, "l2": 64 << 20}, {"multiprocess
 
 @pytest.fixture(params=["sweeps", "products", "clusters"])
 def places(request: pytest.FixtureRequest):
-    """Every (norm, kernel, table) and (norm, kernel, barrier), each kernel at the first norm that has it."""
+    """Every (norm, kernel, table) and (norm, kernel, barrier), each at the first norm that has it."""
     library()
     tables, barriers, known = [], [], set()
     with device(request.param, **DEVICES[0]):
@@ -62,9 +64,9 @@ def places(request: pytest.FixtureRequest):
             seen()
             run(norm)
             of_tables, of_barriers = seen()
-            tables += [(norm, *place) for place in sorted(of_tables) if place[0] not in known]
-            barriers += [(norm, *place) for place in sorted(of_barriers) if place[0] not in known]
-            known |= {kernel for kernel, _ in of_tables}
+            tables += [(norm, *place) for place in sorted(of_tables - known)]
+            barriers += [(norm, *place) for place in sorted(of_barriers - known)]
+            known |= of_tables | of_barriers
     return request.param, tables, barriers
 
 

@@ -276,11 +276,10 @@ inline void check_means(const Tensor& means, const Tensor& z, const MapInfo& inf
   check_table("means", means, {info.shape.samples, info.shape.channels}, ScalarType::Double, z);
 }
 
-// The tables that a norm left, alone or behind those of a cell.
+// The tables that a norm before a pooling left.
 inline void check_norm_tables(const Tensor& tables, const Tensor& z, const MapInfo& info) {
-  check(tables.dim() == 1 && tables.size(0) >= NormTables<float>::count(info.shape.samples, info.shape.channels),
-        "tables: expected those of a norm, got sizes ", sizes_text(tables));
-  check_table("tables", tables, {tables.size(0)}, compute_scalar_type(z), z);
+  check_table("tables", tables, {NormTables<float>::count(info.shape.samples, info.shape.channels)},
+              compute_scalar_type(z), z);
 }
 
 // What the second half of a gradient behind a norm of several processes takes.
@@ -293,7 +292,9 @@ inline void check_spread(const OptionalTensor& dy, const OptionalTensor& y, cons
   check_table("new_h", new_h, {n, width}, dtype, z);
   check_table("dp", dp, {n, width}, dtype, z);
   check_table("shares", shares, {2, width}, dtype, z);
-  check_norm_tables(tables, z, info);
+  check(tables.dim() == 1 && tables.size(0) >= NormTables<float>::count(n, width),
+        "tables: expected those of the tail");
+  check_table("tables", tables, {tables.size(0)}, dtype, z);
   check_norm(z, info, gamma, std::nullopt, std::nullopt, std::nullopt);
 }
 

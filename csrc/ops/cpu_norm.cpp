@@ -99,6 +99,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(Tensor dy, OptionalTens
                                      need_shortcut ? map_writer<T>(dshortcut, info) : Map<T>{}, info.shape,
                                      NormTables<A>(all, n, width), Affine<A>(gamma, beta), data_of<A>(sums));
     for_chunks(n, 0, 0, [&](Chunk chunk) { reduction.run(chunk, data_of<A>(dscale)); });
+    // Sums over no values, whatever the deviation of none is.
+    if (info.shape.positions == 0)
+      for (const Tensor& of_none : {dscale, sums}) torch::stable::fill_(of_none, 0.0);
     return {dscale, sums, dshortcut};
   });
 }

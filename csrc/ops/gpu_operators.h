@@ -807,11 +807,12 @@ std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(Tensor dy, OptionalTens
     const GradientMaps<T> maps(dy, z, ReluResult(y), info, {false, need_shortcut, false, {}, false});
     const NormTables<float> norm(all, n, width);
     float *const sum = data_of<float>(sums), *const product = sum + count;
-    // A map without positions may have no memory, which looks as if there were none.
-    if (call.positions() == 0)
-      call.clear(sum, 2 * count);
-    else
-      call.launch_sweep(reduce_of(call, maps.maps, norm.shift, sum, product));
+    if (call.positions() == 0) {
+      // Sums over no values, whatever the deviation of none is.
+      for (const Tensor& of_none : {dscale, sums}) torch::stable::fill_(of_none, 0.0);
+      return std::make_tuple(dscale, sums, maps.dshortcut.tensor);
+    }
+    call.launch_sweep(reduce_of(call, maps.maps, norm.shift, sum, product));
     kernels::ScaleGradients args{};
     args.samples = static_cast<int>(n), args.channels = static_cast<int>(width);
     args.d = norm.d, args.rstd = norm.rstd;
