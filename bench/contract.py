@@ -77,11 +77,12 @@ def results(step: Callable[[], Sequence[Tensor]]) -> Tensors:
 
 
 def gradients(step: Callable[[], Sequence[Tensor]], leaves: Tensors, cotangents: Sequence[Tensor]) -> Tensors:
-    """Results of one step, and its gradients by the names of the ``leaves``."""
+    """Results of one step (y alone, of a cell without a state), and its gradients by the names of the ``leaves``."""
     outputs = step()
     found = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
     named = {f"gradient of {name}": value for name, value in zip(leaves, found, strict=True)}
-    return {name: value.detach() for name, value in zip(("y", "h", "c"), outputs, strict=True)} | named
+    names = ("y", "h", "c")[: len(outputs)]
+    return {name: value.detach() for name, value in zip(names, outputs, strict=True)} | named
 
 
 def away_from_kink(shortcut: Tensor, before_relu: Tensor) -> Tensor:

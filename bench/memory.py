@@ -98,8 +98,8 @@ def saved_bytes(call: Callable[[], tuple[Tensor, ...]], own: Sequence[Tensor]) -
 
 def tail_bytes(shape: tail.Shape, dtype: str, compiled: bool) -> dict[str, Any]:
     """What each implementation saves in one call, and the bytes of one map."""
-    modules = tail.modules_of(shape)
-    problem = tail.problem_of(shape, "contiguous", 0, modules["eager"])
+    modules = tail.modules_of(shape, "lstm")
+    problem = tail.problem_of(shape, "lstm", "contiguous", 0, modules["eager"])
     z, shortcut, h, c = (t.detach() for t in problem.inputs)
     z, shortcut = (t.to(DTYPES[dtype]).requires_grad_() for t in (z, shortcut))
     found = {}

@@ -3,6 +3,7 @@
     python bench/tail.py                      every shape, both layouts (about 15 minutes on two cores)
     python bench/tail.py --without compile    without torch.compile
     python bench/tail.py --shapes 32x512x28x28,32x2048x7x7r20
+    python bench/tail.py --cell se            another cell than the LSTM: ``dsu``, ``se``, ``eca``
 
 Implementations: ``plain`` (batch norm, addition, ReLU: the block without attention), ``eager`` (batch norm and the
 attention step in plain PyTorch), ``step`` (batch norm, then our step), ``ours`` (the batch norm folded in), and
@@ -30,7 +31,7 @@ from timing import Samples, interleaved, rounded, undisturbed
 from torch import Tensor, nn
 from unfused import EagerAttention
 
-from dia_kernels import SharedAttention
+from dia_kernels import SharedAttention, create_attention
 
 matplotlib.use("Agg")
 
@@ -39,14 +40,18 @@ import matplotlib.pyplot as plt
 LABELS = {
     "plain": "no attention",
     "plain, compiled": "no attention, compiled",
-    "eager": "DIA, eager",
-    "eager, compiled": "DIA, compiled",
-    "step": "DIA, norm then our step",
-    "ours": "DIA, ours",
+    "eager": "attention, eager",
+    "eager, compiled": "attention, compiled",
+    "step": "norm, then our attention",
+    "ours": "ours, norm folded in",
 }
+#: Cells that can be timed, and whether they have a state (h, c).
+CELLS = {"lstm": True, "dsu": True, "se": False, "eca": False}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-#: Seconds of samples for each shape and layout, and random draws to check.
-BUDGET, DRAWS = 12.0, 3
+#: Seconds of samples for each shape and layout.
+BUDGET = 12.0
+#: Random draws to check: of maps of so many elements, and of smaller ones, whose largest errors are of few values.
+DRAWS, LARGE, DRAWS_OF_SMALL = 3, 1 << 20, 12
 
 
 @dataclass(frozen=True)
@@ -94,69 +99,88 @@ class PlainTail(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels)
 
-    def forward(self, z: Tensor, shortcut: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, z: Tensor, shortcut: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         return (torch.relu(self.norm(z) + shortcut),)
 
 
 class EagerTail(nn.Module):
-    """Batch norm, then the step as a user writes it."""
+    """Batch norm, then the attention as a user writes it."""
 
-    def __init__(self, channels: int, reduction: int) -> None:
+    def __init__(self, channels: int, reduction: int, cell: str) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(channels)
-        self.attention = EagerAttention(channels, reduction)
+        self.attention = (
+            EagerAttention(channels, reduction) if cell == "lstm" else create_attention(cell, channels, reduction).cell
+        )
 
-    def forward(self, z: Tensor, shortcut: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        y, (h, c) = self.attention(self.norm(z), (h, c), shortcut)
-        return y, h, c
+    def scale(self, x: Tensor, *state: Tensor) -> Tensor:
+        """That of the attention, for a map behind its norm."""
+        if isinstance(self.attention, EagerAttention):
+            return self.attention.cell(x, state)[0]
+        return self.attention(x.mean((2, 3)), state or None)[0]
+
+    def forward(self, z: Tensor, shortcut: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        x = self.norm(z)
+        if isinstance(self.attention, EagerAttention):
+            y, after = self.attention(x, state, shortcut)
+        else:
+            scale, after = self.attention(x.mean((2, 3)), state or None)
+            y = torch.relu(x * scale[..., None, None] + shortcut)
+        return y, *(after or ())
 
 
 class OurTail(nn.Module):
     """Ours, with the batch norm folded in or before it."""
 
-    def __init__(self, channels: int, reduction: int, folded: bool) -> None:
+    def __init__(self, channels: int, reduction: int, cell: str, folded: bool) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(channels)
-        self.attention = SharedAttention(channels, reduction)
+        self.attention = create_attention(cell, channels, reduction)
         self.folded = folded
 
-    def forward(self, z: Tensor, shortcut: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, z: Tensor, shortcut: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         if self.folded:
-            y, (h, c) = self.attention(z, (h, c), norm=self.norm, shortcut=shortcut, activation="relu")
+            y, after = self.attention(z, state or None, norm=self.norm, shortcut=shortcut, activation="relu")
         else:
-            y, (h, c) = self.attention(self.norm(z), (h, c), shortcut=shortcut, activation="relu")
-        return y, h, c
+            y, after = self.attention(self.norm(z), state or None, shortcut=shortcut, activation="relu")
+        return y, *(after or ())
 
 
 @dataclass
 class Problem:
     """What comes into a tail, and which gradients come back to it."""
 
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor]
-    cotangents: tuple[Tensor, Tensor, Tensor]
+    inputs: tuple[Tensor, ...]  # z, shortcut and the state, of cells that have one
+    cotangents: tuple[Tensor, ...]
 
     def double(self) -> Problem:
         inputs = tuple(t.detach().double().requires_grad_() for t in self.inputs)
-        return Problem(inputs, tuple(t.double() for t in self.cotangents))  # type: ignore[arg-type]
+        return Problem(inputs, tuple(t.double() for t in self.cotangents))
 
 
-def modules_of(shape: Shape) -> dict[str, nn.Module]:
+def common_name(name: str) -> str:
+    """A parameter's name in our modules, from that in eager ones: there the LSTM's layers are no modules."""
+    return name.replace("_reduce.", "_reduce_").replace("_expand.", "_expand_")
+
+
+def modules_of(shape: Shape, cell: str) -> dict[str, nn.Module]:
     """All modules, those with attention with the same weights."""
     torch.manual_seed(0)
-    eager = EagerTail(shape.c, shape.reduction)
+    eager = EagerTail(shape.c, shape.reduction, cell)
     nn.init.uniform_(eager.norm.weight, 0.5, 1.5)
     nn.init.normal_(eager.norm.bias)
     modules: dict[str, nn.Module] = {"plain": PlainTail(shape.c), "eager": eager}
     for name in ("step", "ours"):
-        modules[name] = OurTail(shape.c, shape.reduction, name == "ours")
-        state = {
-            k.replace("_reduce.", "_reduce_").replace("_expand.", "_expand_"): v for k, v in eager.state_dict().items()
-        }
-        modules[name].load_state_dict(state)
+        modules[name] = OurTail(shape.c, shape.reduction, cell, name == "ours")
+        own = modules[name].attention
+        (own if isinstance(own, SharedAttention) else own.cell).load_state_dict(
+            {common_name(k) if cell == "lstm" else k: v for k, v in eager.attention.state_dict().items()}
+        )
+        modules[name].norm.load_state_dict(eager.norm.state_dict())
     return modules
 
 
-def problem_of(shape: Shape, layout: str, seed: int, eager: nn.Module) -> Problem:
+def problem_of(shape: Shape, cell: str, layout: str, seed: int, eager: EagerTail) -> Problem:
     """Random inputs whose sum before the ReLU stays clear of 0, see ``contract.away_from_kink``."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -165,29 +189,30 @@ def problem_of(shape: Shape, layout: str, seed: int, eager: nn.Module) -> Proble
         return t.contiguous(memory_format=LAYOUTS[layout]) if t.ndim == 4 else t.sigmoid()
 
     size = (shape.n, shape.c, shape.h, shape.w)
-    z, shortcut, h, c = draw(*size), draw(*size), draw(*size[:2]), draw(*size[:2])
+    tables = 2 if CELLS[cell] else 0
+    z, shortcut, *state = draw(*size), draw(*size), *(draw(*size[:2]) for _ in range(tables))
     with torch.no_grad():
         x = torch.nn.functional.batch_norm(z, None, None, eager.norm.weight, eager.norm.bias, training=True)
-        scale, _ = eager.attention.cell(x, (h, c))
-        shortcut = contract.away_from_kink(shortcut, x * scale[..., None, None] + shortcut)
-    inputs = tuple(t.requires_grad_() for t in (z, shortcut, h, c))
-    return Problem(inputs, (draw(*size), draw(*size[:2]), draw(*size[:2])))  # type: ignore[arg-type]
+        shortcut = contract.away_from_kink(shortcut, x * eager.scale(x, *state)[..., None, None] + shortcut)
+    inputs = tuple(t.requires_grad_() for t in (z, shortcut, *state))
+    return Problem(inputs, (draw(*size), *(draw(*size[:2]) for _ in range(tables))))
 
 
 def results(module: nn.Module, problem: Problem) -> contract.Tensors:
-    names = ("z", "shortcut", "h", "c", *(name for name, _ in module.named_parameters()))
-    leaves = dict(zip(names, (*problem.inputs, *module.parameters()), strict=True))
-    leaves = {name.replace("_reduce.", "_reduce_").replace("_expand.", "_expand_"): t for name, t in leaves.items()}
+    names = ["z", "shortcut", "h", "c"][: len(problem.inputs)]
+    parameters = {common_name(name.replace(".cell.", ".")): p for name, p in module.named_parameters()}
+    leaves = dict(zip(names, problem.inputs, strict=True)) | parameters
     return contract.gradients(lambda: module(*problem.inputs), leaves, problem.cotangents)
 
 
-def breach(shape: Shape, layout: str) -> str | None:
+def breach(shape: Shape, cell: str, layout: str) -> str | None:
     """How our tail breaks the accuracy contract; None if it does not."""
-    modules = modules_of(shape)
-    truth = modules_of(shape)["eager"].double()
+    modules = modules_of(shape, cell)
+    truth = modules_of(shape, cell)["eager"].double()
     record = contract.Accuracy(torch.float32, max(shape.h * shape.w * shape.n, 4 * shape.c))
-    for seed in range(DRAWS):
-        problem = problem_of(shape, layout, seed, modules["eager"])
+    large = shape.n * shape.c * shape.h * shape.w >= LARGE
+    for seed in range(DRAWS if large else DRAWS_OF_SMALL):
+        problem = problem_of(shape, cell, layout, seed, modules["eager"])
         found = [results(modules[name], problem) for name in ("ours", "eager")]
         record.add(*found, results(truth, problem.double()))
     return record.breach()
@@ -206,10 +231,10 @@ def call_of(module: Callable, parameters: Sequence[Tensor], problem: Problem) ->
     return train
 
 
-def measure(shape: Shape, layout: str, compiled: bool, budget: float) -> dict[str, Any]:
-    wrong = breach(shape, layout)
-    modules = modules_of(shape)
-    problem = problem_of(shape, layout, 0, modules["eager"])
+def measure(shape: Shape, layout: str, compiled: bool, budget: float, cell: str = "lstm") -> dict[str, Any]:
+    wrong = breach(shape, cell, layout)
+    modules = modules_of(shape, cell)
+    problem = problem_of(shape, cell, layout, 0, modules["eager"])
     torch._dynamo.reset()
     calls = {}
     for name, module in modules.items():
@@ -223,6 +248,7 @@ def measure(shape: Shape, layout: str, compiled: bool, budget: float) -> dict[st
     with undisturbed():
         seconds = interleaved({name: calls[name] for name in LABELS if name in calls}, budget)
     group = "mean" if shape in MEAN_SHAPES else "limit" if shape in LIMITED_SHAPES else ""
+    group = group if cell == "lstm" else ""  # nothing was wanted of others
     return {"shape": shape.name, "layout": layout, "group": group, "wrong": wrong, "seconds": rounded(seconds)}
 
 
@@ -272,7 +298,7 @@ def target_text(results: Sequence[dict]) -> str:
 def markdown(document: dict, plot: str) -> str:
     results = document["results"]
     parts = [
-        "# The tail of a block, with attention and without",
+        f"# The tail of a block, with attention (cell: {document['cell']}) and without",
         report.environment_text(document["environment"]),
         "float32, training, forward + backward. The first column is the time of batch norm, addition and ReLU in eager "
         "PyTorch; all others are multiples of it (medians of ratios within rounds). r = 4 where nothing else is said.",
@@ -316,6 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Benchmark of the tail of a residual block.")
     parser.add_argument("--shapes", help="comma-separated, as in 32x256x56x56,32x2048x7x7r20 (default: all eight)")
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="comma-separated (default: both)")
+    parser.add_argument("--cell", choices=tuple(CELLS), default="lstm")
     parser.add_argument("--without", choices=("compile",), help="leave out torch.compile")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of samples for each shape and layout")
     parser.add_argument("--name", default="tail", help="stem of the three files")
@@ -325,16 +352,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     for layout in options.layouts.split(","):
         for shape in shapes:
-            result = measure(shape, layout, options.without != "compile", options.budget)
+            result = measure(shape, layout, options.without != "compile", options.budget, options.cell)
             print(layout_table([result]).splitlines()[-1], layout, flush=True)
             results.append(result)
-    document = {"environment": environment.describe(), "results": results}
+    document = {"environment": environment.describe(), "cell": options.cell, "results": results}
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / options.name
     rows = ",\n".join(json.dumps(result) for result in results)
-    stem.with_suffix(".json").write_text(
-        f'{{"environment": {json.dumps(document["environment"])},\n"results": [\n{rows}\n]}}\n'
-    )
+    head = f'"environment": {json.dumps(document["environment"])},\n"cell": "{options.cell}"'
+    stem.with_suffix(".json").write_text(f'{{{head},\n"results": [\n{rows}\n]}}\n')
     stem.with_suffix(".md").write_text(markdown(document, f"{options.name}.png"), encoding="utf-8")
     draw(document, stem.with_suffix(".png"))
     print(target_text(results))

@@ -36,7 +36,11 @@ def test_targets_and_tables(tail, tmp_path):
     text = tail.target_text(results)
     assert "geometric mean of 2 of 5 shapes: 0.85, at most 0.85 wanted: reached" in text
     assert "c: 1.30, at most 1.2 wanted: missed" in text
-    document = {"environment": tail.environment.describe(), "results": [*results, result("d", 1, "", wrong="y: off")]}
+    document = {
+        "environment": tail.environment.describe(),
+        "cell": "lstm",
+        "results": [*results, result("d", 1, "", wrong="y: off")],
+    }
     text = tail.markdown(document, "picture.png")
     assert "| a | 150 ms | 3.00 | 0.80 |" in text
     assert "| d | 150 ms | 3.00 | wrong |" in text
@@ -46,8 +50,9 @@ def test_targets_and_tables(tail, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_small_tail_is_right_and_timed(tail, layout):
-    found = tail.measure(tail.Shape(4, 16, 6, 6), layout, compiled=False, budget=0.01)
+@pytest.mark.parametrize("cell", ["lstm", "dsu", "se", "eca"])
+def test_a_small_tail_is_right_and_timed(tail, cell, layout):
+    found = tail.measure(tail.Shape(4, 16, 6, 6), layout, compiled=False, budget=0.01, cell=cell)
     assert found["wrong"] is None
     assert set(found["seconds"]) == {"plain", "eager", "step", "ours"}
 
@@ -56,8 +61,8 @@ def test_a_wrong_tail_is_found(tail, monkeypatch):
     forward = tail.OurTail.forward
 
     def wrong(self, *inputs):
-        y, h, c = forward(self, *inputs)
-        return y + 1e-3, h, c
+        y, *state = forward(self, *inputs)
+        return y + 1e-3, *state
 
     monkeypatch.setattr(tail.OurTail, "forward", wrong)
     found = tail.measure(tail.Shape(4, 16, 6, 6), "contiguous", compiled=False, budget=0.01)

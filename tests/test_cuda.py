@@ -276,8 +276,10 @@ def test_operators_keep_their_promises(channels_last):
     )
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("norm", ["none", "batch", "running"])
+@pytest.mark.parametrize(
+    ("cell", "norm"),
+    [(cell, "none") for cell in CELLS] + [(c, norm) for c in ("dsu", "se", "eca") for norm in ("batch", "running")],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_cell(cell, dtype, norm):
     """Two blocks that share it; what pools and rescales are the operators."""
