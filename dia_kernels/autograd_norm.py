@@ -154,7 +154,7 @@ def pool(
     gamma, beta, mean, var, eps = folded[:5]
     args = (ops, z, gamma, beta, mean, var, eps, channel_dim, tracked)
     if wants_gradient(z, gamma, beta):
-        p, tables, *statistics = NormPool.apply(*args)
+        p, tables, *statistics = super(Function, NormPool).apply(*args)
     else:
         with below_autograd():
             p, tables, *statistics = _pool(*args)
@@ -170,7 +170,7 @@ def rescale(
     """``act(norm(z) * scale + shortcut)`` with the norm of ``pool``."""
     y: Tensor
     if wants_gradient(z, scale, shortcut, normed.tables, normed.gamma, normed.beta):
-        return NormRescale.apply(ops, z, scale, shortcut, *normed, channel_dim, relu)
+        return super(Function, NormRescale).apply(ops, z, scale, shortcut, *normed, channel_dim, relu)
     with below_autograd():
         y, _ = ops.norm_rescale(z, scale, shortcut, normed.tables, normed.gamma, normed.beta, channel_dim, relu, False)
     return y

@@ -139,8 +139,7 @@ def _pooled(
     if norm is not None:
         folded = functional._fold_apart(norm, x, channel_dim, backend) if statistics == ("mean",) else None
         if folded is not None:
-            with no_autocast(x):
-                return x, *functional._norm_pool(x, folded, channel_dim, backend)
+            return x, *functional._norm_pool(x, folded, channel_dim, backend)
         x = functional._called(norm, x, channel_dim)
     pool, _ = functional._parts(backend, x)
     with no_autocast(x):

@@ -176,7 +176,8 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
     elif ops is None:
         y, h, c, mean, var = reference.tail(*first, mean, var, *last, output)
     else:
-        tracked = None if folded.module is None else norms.tracked_by(ops, folded.module, x)
+        if folded.module is not None and autograd.is_plain():
+            tracked = norms.tracked_by(ops, folded.module, x)
         y, h, c, mean, var = autograd_tail.tail(ops, *first, mean, var, *last, output == "tanh", tracked)
     if folded.module is not None and tracked is None:
         mean, var = (t.detach() if t.requires_grad else t for t in (mean, var))

@@ -15,7 +15,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Autocast off for the device of ``x``; the meta device knows none, and must not be asked."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # to ask costs a tenth of turning it off
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def channels(x: Tensor, channel_dim: int) -> int:

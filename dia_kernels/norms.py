@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .autograd import is_plain, transforms_active
+from .autograd import transforms_active
 from .operators import Operators
 from .schemas import NAMESPACE
 
@@ -136,14 +136,12 @@ class Tracked(NamedTuple):
 
 
 def tracked_by(ops: Operators, norm: _BatchNorm, z: Tensor) -> Tracked | None:
-    """What ``ops.tail_tracking_`` moves of a norm that takes the statistics of the batch ``z``.
+    """What ``ops.tail_tracking_`` moves of a norm that takes the statistics of the batch ``z``, in a plain call.
 
-    None: nothing is moved, or by ``update_buffers``. The operator moves buffers such as a norm begins with, in eager
-    calls that nothing transforms or exports, of implementers that have a kernel for it.
+    None: nothing is moved, or by ``update_buffers``. The operator moves buffers such as a norm begins with, of
+    implementers that have a kernel for it.
     """
     if not norm.track_running_stats or norm.momentum is None or type(z) is not Tensor or z.dtype is torch.float64:
-        return None
-    if not is_plain():
         return None
     device = z.device
     if not has_kernel(ops, "tail_tracking_", device.type):
