@@ -4,11 +4,11 @@
     python bench/networks.py --compiled              every case under torch.compile as well (long)
     python bench/networks.py --cases resnet164-32    one case
 
-Variants: ``plain`` (no attention), ``se`` (squeeze-and-excitation), ``pytorchcv`` (its DIA unit, r = 4 only),
-``eager`` (our network, its step in plain PyTorch), ``step`` (our step after the batch norm), ``ours`` (the batch norm
-folded in). ResNet-164 is for images of 32x32; ResNet-50 is
-torchvision's, at 224x224, with the units put into its blocks. A network whose logits break the accuracy
-contract reports no time. Writes ``results/networks.json``, ``.md`` and ``.png``.
+Variants: ``plain`` (no attention), ``se`` (squeeze-and-excitation in plain PyTorch), ``our se`` (the same by our
+operators, the batch norm folded in), ``pytorchcv`` (its DIA unit, r = 4 only), ``eager`` (our network, its step in
+plain PyTorch), ``step`` (our step after the batch norm), ``ours`` (the batch norm folded in). ResNet-164 is for images
+of 32x32; ResNet-50 is torchvision's, at 224x224, with the units put into its blocks. A network whose logits break the
+accuracy contract reports no time. Writes ``results/networks.json``, ``.md`` and ``.png``.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-VARIANTS = ("plain", "se", "pytorchcv", "eager", "step", "ours")
+VARIANTS = ("plain", "se", "our se", "pytorchcv", "eager", "step", "ours")
+#: Of this library: they have to be right.
+OURS = ("our se", "step", "ours")
 LABELS = {
     "plain": "no attention",
     "se": "SE",
+    "our se": "SE, ours",
     "pytorchcv": "DIA, pytorchcv",
     "eager": "DIA, eager",
     "step": "DIA, ours after the norm",
@@ -81,7 +84,7 @@ class Case:
 
     def variants(self) -> tuple[str, ...]:
         if self.batch == 128:  # the memory of two cores' machines does not hold the activations of all six in turn
-            return ("plain", "se", "pytorchcv", "step", "ours")
+            return ("plain", "se", "our se", "pytorchcv", "step", "ours")
         return tuple(v for v in VARIANTS if v != "pytorchcv" or self.reduction == 4)
 
 
@@ -99,14 +102,15 @@ CASES = (
 def resnet164(variant: str, reduction: int) -> nn.Module:
     if variant == "pytorchcv":
         return get_model("diaresnet164bn_cifar10")
-    attention = {"plain": None, "se": "se"}.get(variant, "dia")
+    attention = {"plain": None, "se": "se", "our se": "se"}.get(variant, "dia")
     backend = "reference" if variant == "eager" else None
     return models.create(
         "resnet164",
         attention=attention,
         reduction=None if attention == "se" else reduction,
         backend=backend,
-        fold_norm=variant == "ours",
+        fold_norm=variant in ("ours", "our se"),
+        shared=False if variant == "our se" else None,
     )
 
 
@@ -123,12 +127,15 @@ def batch(case: Case, seed: int = 0, size: int | None = None) -> tuple[Tensor, T
 
 
 def breach(case: Case) -> str | None:
-    """How our network breaks the accuracy contract, with eager's for a yardstick; None if it does not."""
-    eager = network(case, "eager")
-    truth = network(case, "eager").double()
-    networks = {"ours": network(case, "ours"), "step": network(case, "step"), "eager": eager, "truth": truth}
-    for other in networks.values():
-        other.load_state_dict(eager.state_dict())
+    """How our networks break the accuracy contract, with eager's for a yardstick; None if they do not."""
+    return _breach(case, ("ours", "step"), "eager") or _breach(case, ("our se",), "se")
+
+
+def _breach(case: Case, checked: Sequence[str], eager: str) -> str | None:
+    networks = {name: network(case, name) for name in (*checked, eager)} | {"truth": network(case, eager).double()}
+    for other in networks.values():  # the same parameters in the same order, under names of their own
+        values = networks[eager].state_dict().values()
+        other.load_state_dict(dict(zip(other.state_dict(), values, strict=True)))
     record = contract.Accuracy(torch.float32, case.side**2)
     with torch.no_grad():
         for seed in range(CHECKED_BATCHES):
@@ -136,8 +143,8 @@ def breach(case: Case) -> str | None:
                 other.train(seed % 2 == 0)  # the batch's statistics, then the running ones
             images, _ = batch(case, seed, size=4)
             logits = {name: other(images.to(next(other.parameters()).dtype)) for name, other in networks.items()}
-            for name in ("ours", "step"):
-                found, yardstick, true = ({f"logits of {name}": logits[key]} for key in (name, "eager", "truth"))
+            for name in checked:
+                found, yardstick, true = ({f"logits of {name}": logits[key]} for key in (name, eager, "truth"))
                 record.add(found, yardstick, true)
     return record.breach()
 
@@ -199,7 +206,7 @@ def timed(case: Case, mode: str, variants: Sequence[str], compiled: bool, budget
 def measure(case: Case, asked: Sequence[str], timings: Callable[[str, Sequence[str]], Samples]) -> dict[str, Any]:
     """Everything of one case, as plain data for JSON; ``timings(mode, variants)`` gives the times."""
     wrong = breach(case)
-    variants = [v for v in case.variants() if v in asked and (v not in ("ours", "step") or wrong is None)]
+    variants = [v for v in case.variants() if v in asked and (v not in OURS or wrong is None)]
     images, _ = batch(case)
     return {
         "case": asdict(case) | {"network_blocks": case.blocks},
@@ -234,7 +241,7 @@ def mode_table(results: Sequence[dict], mode: str) -> str:
         for result in results:
             seconds = result["seconds"][mode]
             if name not in seconds:
-                row.append(report.WRONG if name.startswith(("ours", "step")) else report.ABSENT)
+                row.append(report.WRONG if name.startswith(OURS) and result["wrong"] else report.ABSENT)
                 continue
             row.append(f"{report.duration(statistics.median(seconds[name]))} ({ratio(seconds, name, base):.2f}x)")
         rows.append(row)
@@ -278,6 +285,7 @@ def markdown(document: dict, plot: str) -> str:
 COLOURS = {
     "plain": "#8a8f98",
     "se": "#9b6fb6",
+    "our se": "#6b3fa0",
     "pytorchcv": "#c9a227",
     "eager": "#e07b39",
     "step": "#7fb2de",
@@ -289,7 +297,7 @@ def draw(document: dict, path: Path) -> None:
     """Bars of a training step's time as a multiple of the plain network's."""
     results = document["results"]
     figure, axes = plt.subplots(figsize=(1.5 + 2.3 * len(results), 3.8), layout="constrained")
-    width = 0.14
+    width = 0.12
     for k, variant in enumerate(VARIANTS):
         points = [
             (i, ratio(result["seconds"]["training"], variant, "plain"))
@@ -297,7 +305,7 @@ def draw(document: dict, path: Path) -> None:
             if variant in result["seconds"]["training"]
         ]
         bars = axes.bar(
-            [i + (k - 2.5) * width for i, _ in points], [r for _, r in points], 0.94 * width,
+            [i + (k - 3) * width for i, _ in points], [r for _, r in points], 0.94 * width,
             color=COLOURS[variant], label=LABELS[variant],
         )  # fmt: skip
         axes.bar_label(bars, [f"{r:.2f}" for _, r in points], fontsize=7, padding=2)

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dia_kernels import SharedAttention, models
+from dia_kernels import SharedAttention, create_attention, models
 
 
 class Stage(nn.Module):
@@ -54,6 +54,8 @@ def resnet50(variant: str, reduction: int) -> nn.Module:
         channels = blocks[0].conv3.out_channels
         if variant == "se":
             stage = Stage(blocks, [models.SqueezeExcitation(channels) for _ in blocks], step_tail)
+        elif variant == "our se":
+            stage = Stage(blocks, [create_attention("se", channels, 16) for _ in blocks], folded_tail)
         elif variant == "pytorchcv":
             from pytorchcv.models.diaresnet import DIAAttention  # a bare machine with a GPU lacks it
 

@@ -171,7 +171,7 @@ class Left:
 
     def __init__(self, first: Tensor, *more: Tensor | None) -> None:
         """All without a graph: a pass that fails leaves this behind, and it may hold no node that holds it."""
-        self.tensors = (first, *more)
+        self.tensors: tuple[Any, ...] = (first, *more)
         self.stream = _stream_of(first)
 
     def used_here(self) -> None:

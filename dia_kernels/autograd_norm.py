@@ -63,25 +63,42 @@ class NormPool(Function):
 
     @staticmethod
     def backward(ctx, dp, *_):
-        z, gamma, beta, tables = saved_tensors(ctx)
-        need_z, need_gamma, need_beta = ctx.needs_input_grad[1:4]
         left = ctx.left.pop(current_pass(), None)
-        if left is not None:
-            dy, y, scale, sums = left.tensors
-            dp = torch.zeros_like(scale) if dp is None else dp
-            dz, dgamma, dbeta = ctx.ops.norm_pool_backward(
-                dy, y, z, scale, dp, sums, tables, gamma, ctx.channel_dim, ctx.batch, need_z
-            )
-            left.used_here()
-        else:
-
-            def pool(z, gamma, beta):
-                normed = Normed(tables, gamma, beta, ctx.eps, ctx.batch)
-                return (reference.pool(_normalised(z, normed, ctx.channel_dim), ctx.channel_dim),)
-
-            dz, dgamma, dbeta = derivative(pool, (z, gamma, beta), (dp,))
-        found = (dz if need_z else None, dgamma if need_gamma else None, dbeta if need_beta else None)
+        grads = _own_gradients(ctx, dp) if left is None else _second_sweep(ctx, dp, left)
+        found = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:4], strict=True))
         return None, *found, *(None,) * 5
+
+
+def _second_sweep(ctx, dp: Tensor | None, left: Left) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of z, gamma and beta through pooling and rescaling."""
+    z, gamma, _, tables = saved_tensors(ctx)
+    dy, y, scale, sums = left.tensors
+    left.used_here()
+    grads: tuple[Tensor, Tensor, Tensor] = ctx.ops.norm_pool_backward(
+        dy,
+        y,
+        z,
+        scale,
+        torch.zeros_like(sums[0]) if dp is None else dp,
+        sums,
+        tables,
+        gamma,
+        ctx.channel_dim,
+        ctx.batch,
+        ctx.needs_input_grad[1],
+    )
+    return grads
+
+
+def _own_gradients(ctx, dp: Tensor | None) -> tuple:
+    """Gradients of z, gamma and beta through the pooling alone, differentiable."""
+    z, gamma, beta, tables = saved_tensors(ctx)
+
+    def pool(z, gamma, beta):
+        normed = Normed(tables, gamma, beta, ctx.eps, ctx.batch)
+        return (reference.pool(_normalised(z, normed, ctx.channel_dim), ctx.channel_dim),)
+
+    return derivative(pool, (z, gamma, beta), (dp,))
 
 
 class NormRescale(Function):
@@ -102,39 +119,44 @@ class NormRescale(Function):
     def backward(ctx, dy):
         if dy is None:
             return (None,) * 11
-        z, scale, y, tables, gamma, beta = saved_tensors(ctx)
-        need_scale, need_shortcut = ctx.needs_input_grad[2:4]
         number = None if torch.is_grad_enabled() else current_pass()
+        dz = dgamma = dbeta = None
         if number is None:
-            dz, dscale, dgamma, dbeta, dshortcut = _differentiable_gradients(ctx, dy, z, scale, y, tables, gamma, beta)
-            grads = (dz, dscale, dshortcut, None, dgamma, dbeta, *(None,) * 4)
-            return None, *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:], strict=True))
-        need_z = ctx.pooled is not None and torch._C._will_engine_execute_node(ctx.pooled)
-        if not need_z and not need_scale and not (need_shortcut and ctx.relu):
-            return None, None, None, dy if need_shortcut else None, *(None,) * 7
-        dscale, sums, g = ctx.ops.norm_rescale_backward(
-            dy, y, z, tables, gamma, beta, ctx.channel_dim, need_shortcut and ctx.relu
-        )
-        masked = need_shortcut and ctx.relu
-        if need_z:
-            source, mask = (g, None) if masked else (dy.detach(), None if y is None else y.detach())
-            ctx.pooled.left[number] = Left(source, mask, scale.detach(), sums)
-        dshortcut = g if masked else dy
-        return (
-            *(None, None, dscale if need_scale else None, dshortcut if need_shortcut else None),
-            *(None,) * 7,
-        )
+            dz, dscale, dshortcut, dgamma, dbeta = _differentiable_gradients(ctx, dy)
+        else:
+            dscale, dshortcut = _first_sweep(ctx, dy, number)
+        grads = (None, dz, dscale, dshortcut, None, dgamma, dbeta, *(None,) * 4)
+        return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
 
 
-def _differentiable_gradients(ctx, dy, z, scale, y, tables, gamma, beta) -> tuple:
-    """Gradients of z, scale, gamma, beta and shortcut with a graph of their own; the ReLU's mask is a constant."""
+def _first_sweep(ctx, dy: Tensor, number: int) -> tuple[Tensor | None, Tensor]:
+    """Gradients of scale and shortcut. The rest is left to the pooling, if the pass of this number comes by it."""
+    z, scale, y, tables, gamma, beta = saved_tensors(ctx)
+    need_scale, masked = ctx.needs_input_grad[2], ctx.needs_input_grad[3] and ctx.relu
+    need_z = ctx.pooled is not None and torch._C._will_engine_execute_node(ctx.pooled)
+    if not (need_z or need_scale or masked):
+        return None, dy
+    dscale, sums, g = ctx.ops.norm_rescale_backward(dy, y, z, tables, gamma, beta, ctx.channel_dim, masked)
+    if need_z:
+        # dy itself, not an alias of it: whoever else holds it sees from the count of references that it may not be
+        # written into.
+        own = dy.detach() if dy.requires_grad else dy
+        source, mask = (g, None) if masked else (own, None if y is None else y.detach())
+        ctx.pooled.left[number] = Left(source, mask, scale.detach(), sums)
+    return dscale, g if masked else dy
+
+
+def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
+    """Gradients of z, scale, shortcut, gamma and beta with a graph of their own; the ReLU's mask is a constant."""
+    z, scale, y, tables, gamma, beta = saved_tensors(ctx)
 
     def before_relu(z, scale, gamma, beta):
         x = _normalised(z, Normed(tables, gamma, beta, ctx.eps, ctx.batch), ctx.channel_dim)
         return ((x * broadcast(scale, z, ctx.channel_dim)).to(z.dtype),)
 
     g = dy if y is None else reference.unrelu(dy, masks.as_result(y, z, ctx.channel_dim))
-    return *derivative(before_relu, (z, scale, gamma, beta), (g,)), g
+    dz, dscale, dgamma, dbeta = derivative(before_relu, (z, scale, gamma, beta), (g,))
+    return dz, dscale, g, dgamma, dbeta
 
 
 def _pool(ops, z, gamma, beta, mean, var, eps, channel_dim, tracked):

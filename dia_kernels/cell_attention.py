@@ -16,6 +16,7 @@ from .norms import Norm
 
 #: Added to a variance before its root, by the authors of SRM: the gradient of the root is infinite at zero.
 STD_EPS = 1e-5
+_MEAN_ALONE = ("mean",)
 
 
 class CellAttention(nn.Module):
@@ -95,6 +96,11 @@ class CellAttention(nn.Module):
             y = self.cell.after(y.movedim(channel_dim, 1))
         return _closed(x, y.movedim(1, channel_dim), shortcut, activation, inplace), state
 
+    @property
+    def folds_norms(self) -> bool:
+        """Whether a batch norm before is folded into pooling and rescaling: not with statistics beside the mean."""
+        return self.cell.statistics == _MEAN_ALONE
+
     def make_constant(self) -> None:
         """See ``Cell.make_constant``."""
         self.cell.make_constant()
@@ -137,7 +143,7 @@ def _pooled(
     """
     backend, _ = functional._checked_call(x, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
     if norm is not None:
-        folded = functional._fold_apart(norm, x, channel_dim, backend) if statistics == ("mean",) else None
+        folded = functional._fold_apart(norm, x, channel_dim, backend) if statistics == _MEAN_ALONE else None
         if folded is not None:
             return x, *functional._norm_pool(x, folded, channel_dim, backend)
         x = functional._called(norm, x, channel_dim)

@@ -79,6 +79,9 @@ def test_units_in_resnet50_agree(networks, reduction):
     assert ("pytorchcv" in built) == (reduction == 4)
     for variant in ("ours", "step"):
         built[variant].load_state_dict(built["eager"].state_dict())
+    built["our se"].load_state_dict(
+        dict(zip(built["our se"].state_dict(), built["se"].state_dict().values(), strict=True))
+    )
     if "pytorchcv" in built:
         theirs = built["pytorchcv"].state_dict()
         ours = built["eager"].state_dict()
@@ -91,7 +94,9 @@ def test_units_in_resnet50_agree(networks, reduction):
         logits = {variant: model(x) for variant, model in built.items()}
     for variant in {"ours", "step", "pytorchcv"} & built.keys():
         torch.testing.assert_close(logits[variant], logits["eager"], rtol=0, atol=1e-9 * logits["eager"].abs().max())
+    torch.testing.assert_close(logits["our se"], logits["se"], rtol=0, atol=1e-9 * logits["se"].abs().max())
     assert not torch.allclose(logits["plain"], logits["eager"])
+    assert not torch.allclose(logits["plain"], logits["se"])
 
 
 @pytest.mark.slow

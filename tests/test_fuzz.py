@@ -112,7 +112,7 @@ def test_any_step(backend, case):
 
 
 @examples(50, share=0.5)
-@given(case=cases(parts=True))
+@given(case=cases(norms=(None, *FOLDED), parts=True))
 def test_any_step_in_parts(backend, case):
     check(case, backend)
 

@@ -34,6 +34,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "pre-activation": lambda: PreResNet(20, options=DIA),
     "dropout": lambda: WideResNet(16, widen=1, dropout=0.5, options=DIA),
     "converted": lambda: share_attention(plain(), reduction=2),
+    "converted, a cell of the mean": lambda: share_attention(plain(), "dsu"),
     "converted, a cell with statistics": lambda: share_attention(plain(), "srm"),
 }
 

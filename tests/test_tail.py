@@ -319,8 +319,10 @@ def test_operators_without_a_kernel_for_the_buffers_leave_them_to_pytorch():
     assert norms_.tracked_by(operators.native, norm, x) is not None
     assert norms_.tracked_by(operators.plain, norm, x) is None
     assert norms_.tracked_by(operators.native, norm, x.double()) is None
-    with torch.autograd.forward_ad.dual_level():
-        assert norms_.tracked_by(operators.native, norm, x) is None
+    with torch.autograd.forward_ad.dual_level(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        SharedAttention(6, 2)(x, norm=norm)
+    assert not [event.name for event in seen.events() if "tracking" in event.name]
+    assert norm.num_batches_tracked == 1
 
 
 def test_autograd_sees_that_buffers_change():

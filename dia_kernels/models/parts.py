@@ -32,7 +32,7 @@ class Options:
         norm: False leaves out the batch norms; the convolutions then have biases.
         in_channels: channels of the images.
         backend: of the attention; see ``SharedAttention``.
-        fold_norm: with DIA, the last batch norm of a block goes into the attention's step; False calls it by itself.
+        fold_norm: the last batch norm of a block goes into its attention; False calls it by itself.
         shared: True for one unit a stage, False for one a block; None for what was published: one a stage of the cells
             that carry a state, one a block of the others. (``"se"`` is then the plain unit of its authors, in PyTorch's
             own operations: what others are compared with.)

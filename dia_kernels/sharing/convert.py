@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..attention import SharedAttention, create_attention
+from ..attention import create_attention
+from ..cell_attention import CellAttention
 from . import blocks, preserve
 from .blocks import Candidate, Pattern, Traced
 from .errors import SharingError
@@ -220,7 +221,7 @@ def _like_block(unit: nn.Module, block: nn.Module) -> None:
 
 def _described(run: list[Candidate], unit: nn.Module, extra_norm: bool, reduction: int) -> Stage:
     width = run[0].channels // reduction if hasattr(unit, "reduction") else None
-    folds = isinstance(unit, SharedAttention) and unit.num_layers == 1
+    folds = not isinstance(unit, CellAttention) or unit.folds_norms
     return Stage(
         blocks=tuple(_described_block(c, extra_norm, folds) for c in run),
         channels=run[0].channels,
