@@ -152,12 +152,12 @@ def cases(
     draw: st.DrawFn,
     *,
     norms: Sequence[str | None] = (None,),
-    parts: bool = False,
+    parts: Sequence[str] = (),
     max_channels: int = 102,
     max_spatial: int = 9,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> Case:
-    """Cases with one of ``norms``; with ``parts`` those that need pool, cell and rescale one by one."""
+    """Cases with one of ``norms``; with ``parts``, reasons, those that need pool, cell and rescale one by one."""
     dims = draw(st.integers(1, 3))
     tokens = draw(st.sampled_from((False, False, True)))
     samples = draw(st.sampled_from((2, 1, 3, 4, 5, 0)))
@@ -169,7 +169,7 @@ def cases(
     norm = draw(st.sampled_from([n for n in norms if not tokens or n in (None, "affine", "function")] or [None]))
     if norm in ("batch", "bare", "untracked", "hooked", "group"):
         assume(samples * math.prod(spatial) > 1)  # PyTorch's own norms refuse one value, or none
-    reasons = draw(st.sets(st.sampled_from(("layers", "scale", "shortcut")), min_size=1)) if parts else ()
+    reasons = draw(st.sets(st.sampled_from(parts), min_size=1)) if parts else ()
     others = [other for other in dtypes if other != dtype] if "shortcut" in reasons else [None, dtype, dtype]
     shortcut_dtype = draw(st.sampled_from(others))
     layers = draw(st.sampled_from((2, 3))) if "layers" in reasons else 1

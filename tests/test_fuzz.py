@@ -112,8 +112,15 @@ def test_any_step(backend, case):
 
 
 @examples(50, share=0.5)
-@given(case=cases(norms=(None, *FOLDED), parts=True))
+@given(case=cases(parts=("layers", "scale", "shortcut")))
 def test_any_step_in_parts(backend, case):
+    check(case, backend)
+
+
+@pytest.mark.parametrize("backend", ["fallback", "cpu"], indirect=True)
+@examples(30, share=0.3)
+@given(case=cases(norms=FOLDED, parts=("layers", "scale")))
+def test_any_step_in_parts_with_a_norm(backend, case):
     check(case, backend)
 
 
