@@ -66,6 +66,13 @@ def is_plain() -> bool:
     )
 
 
+def is_compiled() -> bool:
+    """Whether a call is compiled, to run in this process, and nothing transforms it: the rule ends at 4."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operation on ``tensors``."""
     if torch.is_grad_enabled():
@@ -154,7 +161,7 @@ class Gathered(Function):
 
     @staticmethod
     def backward(ctx, flat):
-        steps = ctx.left.pop(current_pass(), ())
+        steps = ctx.left.pop(_pass(), ())
         for ops in dict.fromkeys(step.ops for step in steps):
             lists = zip(*(step.tensors for step in steps if step.ops is ops), strict=True)
             more = ops.parameter_gradients(*lists, ctx.sizes[0])
@@ -164,35 +171,24 @@ class Gathered(Function):
         return (None,) * 8 if flat is None else tuple(split_parameters(flat, *ctx.sizes))
 
 
-class Left:
-    """What a node of a backward pass leaves for one that the engine runs later in it."""
-
-    __slots__ = ("stream", "tensors")
-
-    def __init__(self, first: Tensor, *more: Tensor | None) -> None:
-        """All without a graph: a pass that fails leaves this behind, and it may hold no node that holds it."""
-        self.tensors: tuple[Any, ...] = (first, *more)
-        self.stream = _stream_of(first)
-
-    def used_here(self) -> None:
-        """Tells the allocator if this is another stream than that on which it was left.
-
-        Nobody has to wait: a gradient has come the same way, by the engine, which made them wait.
-        """
-        left = [t for t in self.tensors if t is not None]
-        if self.stream != _stream_of(left[0]):
-            for t in left:
-                t.record_stream(torch.cuda.current_stream(t.device))
-
-
-class _Step(Left):
+class _Step:
     """What a block leaves for ``Gathered``: its operators and (factors, tables, old h)."""
 
-    __slots__ = ("ops",)
+    __slots__ = ("ops", "stream", "tensors")
 
     def __init__(self, ops: Operators, factors: Tensor, tables: Tensor, h: Tensor) -> None:
-        super().__init__(factors, tables, h.detach())
-        self.ops = ops
+        # Without its graph: a pass that fails leaves this behind, and a node that held a later one would never go.
+        self.ops, self.tensors = ops, (factors, tables, h.detach())
+        self.stream = _stream_of(h)
+
+    def used_here(self) -> None:
+        """Tells the allocator if this is another stream than that of the block.
+
+        Nobody has to wait: the gradient of the state has come the same way, by the engine, which made them wait.
+        """
+        if self.stream != _stream_of(self.tensors[0]):
+            for t in self.tensors:
+                t.record_stream(torch.cuda.current_stream(t.device))
 
 
 def _stream_of(t: Tensor) -> int | None:
@@ -200,7 +196,7 @@ def _stream_of(t: Tensor) -> int | None:
     return torch._C._cuda_getCurrentRawStream(t.device.index) if t.is_cuda else None
 
 
-def current_pass() -> int | None:
+def _pass() -> int | None:
     """A number for the backward pass that runs. None: no engine calls its functions, but a graph compiled of them."""
     if torch.compiler.is_compiling():
         return None
@@ -261,7 +257,7 @@ def _with_token(function: type[Function]) -> type[Function]:
         need, saved = ctx.needs_input_grad[3:], saved_tensors(ctx)
         # A gradient that is to be differentiated goes through the graph, and so does one of a compiled graph. Where
         # this pass comes by no parameter, as in torch.autograd.grad of something else, theirs are not made.
-        number = None if torch.is_grad_enabled() else current_pass()
+        number = None if torch.is_grad_enabled() else _pass()
         need_parameters = number is None or torch._C._will_engine_execute_node(gathered)
         as_factors = number is not None and _better_at_once(ctx.ops, saved[2], gathered.sizes[0])
         *others, last = function.gradients(  # type: ignore[attr-defined]

@@ -1,25 +1,25 @@
 """Pooling and rescaling behind a norm that is folded into them, for cells that no operator computes.
 
-``p = mean(norm(z))``, a cell of any kind, ``y = act(norm(z) * scale + shortcut)``: two autograd Functions, one before
-the cell and one behind it. Their gradients take two sweeps over the map, as a tail's does. The first is the
-rescaling's: it gives the gradients of scale and shortcut, and leaves to the pooling what it has for z and the norm. The
-pooling makes these for both in the second, when dp has come back through the cell. The engine runs a node after all
-that used its results, and ``tables`` makes the rescaling one of these.
+``p = mean(norm(z))``, a cell of any kind, ``y = act(norm(z) * scale + shortcut)``: two nodes of the graph, one before
+the cell and one behind it, and z goes into both. Their gradients take two sweeps over the map, as a tail's does. The
+first is the rescaling's: it makes the gradients of scale and shortcut, and gives none to z and the norm. What it has for
+them it hands on to the pooling, as gradients of two tokens that came from there; and the pooling makes those of z, gamma
+and beta through both in the second sweep, when dp has come back through the cell.
 
-For plain calls only (``autograd.is_plain``). A gradient that is to be differentiated again, and one of a graph that
-compiled autograd traces, goes through the reference, each Function's by itself.
+A gradient that is to be differentiated again, or is mapped over, goes through the reference: each node gives its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from . import masks, reference
-from .autograd import Left, below_autograd, current_pass, derivative, keeps_mask, saved_tensors, wants_gradient
+from . import masks, operators, reference
+from .autograd import below_autograd, derivative, keeps_mask, saved_tensors, transforms_active, wants_gradient
 from .layout import broadcast
 from .norms import Folded, Tracked
 from .operators import Operators
@@ -27,9 +27,11 @@ from .tables import norm_parts
 
 
 class Normed(NamedTuple):
-    """What a rescaling needs of a folded norm, beside its map."""
+    """What a rescaling needs of a folded norm, beside its map: the first in the order of the operator's arguments."""
 
     tables: Tensor
+    token_of_g: Tensor | None
+    token_of_handed: Tensor | None
     gamma: Tensor | None
     beta: Tensor | None
     eps: float
@@ -37,132 +39,68 @@ class Normed(NamedTuple):
     batch: bool
 
 
-def _normalised(z: Tensor, normed: Normed, channel_dim: int) -> Tensor:
+def _is_differentiated() -> bool:
+    """Whether a backward pass is itself recorded, or mapped over."""
+    return torch.is_grad_enabled() or transforms_active()
+
+
+def _normalised(ctx, z: Tensor, tables: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     """The norm of ``z`` by the reference, in the compute dtype; a function of ``z`` through its statistics too."""
-    if normed.batch:
-        mean, var = reference.statistics(z, channel_dim)
-        rstd = (var + normed.eps).rsqrt()
+    if ctx.batch:
+        mean, var = reference.statistics(z, ctx.channel_dim)
+        rstd = (var + ctx.eps).rsqrt()
     else:
-        _, _, mean, rstd = norm_parts(z, normed.tables.detach(), channel_dim)
-    return reference.normalise(z, mean, rstd, normed.gamma, normed.beta, channel_dim)[1]
+        *_, mean, rstd = norm_parts(z, tables.detach(), ctx.channel_dim)
+    return reference.normalise(z, mean, rstd, gamma, beta, ctx.channel_dim)[1]
+
+
+# --- pool ------------------------------------------------------------------------------------------
+# Arguments: z, gamma, beta, mean, var, eps, channel_dim, keep_tokens. Or, of the operator that moves buffers, z, gamma,
+# beta, its ``Tracked``, None, eps, channel_dim, keep_tokens.
+
+
+def _pool_context(ctx, inputs, output) -> None:
+    ctx.ops, z, gamma, beta, mean, _, ctx.eps, ctx.channel_dim, _ = inputs
+    ctx.batch = not isinstance(mean, Tensor)
+    ctx.save_for_backward(z, gamma, beta, output[1])
+
+
+def _pool_gradients(ctx, dp, g, handed, need: tuple, saved: tuple) -> tuple:
+    """Gradients of the inputs of ``norm_pool``; ``g`` and ``handed`` are those of its tokens."""
+    z, gamma, _, tables = saved
+    dp = torch.zeros_like(handed[0]) if dp is None else dp
+    grads = ctx.ops.norm_pool_backward(g, handed, dp, z, tables, gamma, ctx.channel_dim, ctx.batch, need[0])
+    return *(grad if needed else None for grad, needed in zip(grads, need, strict=False)), *(None,) * 5
 
 
 class NormPool(Function):
-    """``operators.norm_pool``, or ``norm_pool_tracking_`` where ``tracked`` is given."""
+    """``operators.norm_pool``, or ``norm_pool_tracking_`` where a ``Tracked`` lies in place of the statistics."""
 
     @staticmethod
-    def forward(ctx, ops, z, gamma, beta, mean, var, eps, channel_dim, tracked):
+    def forward(ctx, *args):
         with below_autograd():
-            p, tables, *statistics = _pool(ops, z, gamma, beta, mean, var, eps, channel_dim, tracked)
-        ctx.ops, ctx.eps, ctx.channel_dim, ctx.batch = ops, eps, channel_dim, mean is None
-        ctx.left = {}
-        ctx.save_for_backward(z, gamma, beta, tables)
-        ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
+            output = _call_pool(*args)
+        _pool_context(ctx, args, output)
+        ctx.mark_non_differentiable(output[1], *output[4:])
         ctx.set_materialize_grads(False)
-        return p, tables, *statistics
+        return output
 
     @staticmethod
-    def backward(ctx, dp, *_):
-        left = ctx.left.pop(current_pass(), None)
-        grads = _own_gradients(ctx, dp) if left is None else _second_sweep(ctx, dp, left)
-        found = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:4], strict=True))
-        return None, *found, *(None,) * 5
+    def backward(ctx, dp, _tables, g, handed, *_):
+        if handed is not None and not _is_differentiated():
+            return None, *_pool_gradients(ctx, dp, g, handed, ctx.needs_input_grad[1:], saved_tensors(ctx))
+        z, gamma, beta, tables = saved_tensors(ctx)
+
+        def pool(z, gamma, beta):
+            return (reference.pool(_normalised(ctx, z, tables, gamma, beta), ctx.channel_dim),)
+
+        return None, *derivative(pool, (z, gamma, beta), (dp,)), *(None,) * 5
 
 
-def _second_sweep(ctx, dp: Tensor | None, left: Left) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of z, gamma and beta through pooling and rescaling."""
-    z, gamma, _, tables = saved_tensors(ctx)
-    dy, y, scale, sums = left.tensors
-    left.used_here()
-    grads: tuple[Tensor, Tensor, Tensor] = ctx.ops.norm_pool_backward(
-        dy,
-        y,
-        z,
-        scale,
-        torch.zeros_like(sums[0]) if dp is None else dp,
-        sums,
-        tables,
-        gamma,
-        ctx.channel_dim,
-        ctx.batch,
-        ctx.needs_input_grad[1],
-    )
-    return grads
-
-
-def _own_gradients(ctx, dp: Tensor | None) -> tuple:
-    """Gradients of z, gamma and beta through the pooling alone, differentiable."""
-    z, gamma, beta, tables = saved_tensors(ctx)
-
-    def pool(z, gamma, beta):
-        normed = Normed(tables, gamma, beta, ctx.eps, ctx.batch)
-        return (reference.pool(_normalised(z, normed, ctx.channel_dim), ctx.channel_dim),)
-
-    return derivative(pool, (z, gamma, beta), (dp,))
-
-
-class NormRescale(Function):
-    """``operators.norm_rescale``."""
-
-    @staticmethod
-    def forward(ctx, ops, z, scale, shortcut, tables, gamma, beta, eps, batch, channel_dim, relu):
-        keep_mask = relu and keeps_mask(ops, z, channel_dim)
-        with below_autograd():
-            y, mask = ops.norm_rescale(z, scale, shortcut, tables, gamma, beta, channel_dim, relu, keep_mask)
-        ctx.ops, ctx.eps, ctx.batch, ctx.channel_dim, ctx.relu = ops, eps, batch, channel_dim, relu
-        ctx.pooled = tables.grad_fn
-        ctx.save_for_backward(z, scale, mask if keep_mask else y if relu else None, tables, gamma, beta)
-        ctx.set_materialize_grads(False)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        if dy is None:
-            return (None,) * 11
-        number = None if torch.is_grad_enabled() else current_pass()
-        dz = dgamma = dbeta = None
-        if number is None:
-            dz, dscale, dshortcut, dgamma, dbeta = _differentiable_gradients(ctx, dy)
-        else:
-            dscale, dshortcut = _first_sweep(ctx, dy, number)
-        grads = (None, dz, dscale, dshortcut, None, dgamma, dbeta, *(None,) * 4)
-        return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
-
-
-def _first_sweep(ctx, dy: Tensor, number: int) -> tuple[Tensor | None, Tensor]:
-    """Gradients of scale and shortcut. The rest is left to the pooling, if the pass of this number comes by it."""
-    z, scale, y, tables, gamma, beta = saved_tensors(ctx)
-    need_scale, masked = ctx.needs_input_grad[2], ctx.needs_input_grad[3] and ctx.relu
-    need_z = ctx.pooled is not None and torch._C._will_engine_execute_node(ctx.pooled)
-    if not (need_z or need_scale or masked):
-        return None, dy
-    dscale, sums, g = ctx.ops.norm_rescale_backward(dy, y, z, tables, gamma, beta, ctx.channel_dim, masked)
-    if need_z:
-        # dy itself, not an alias of it: whoever else holds it sees from the count of references that it may not be
-        # written into.
-        own = dy.detach() if dy.requires_grad else dy
-        source, mask = (g, None) if masked else (own, None if y is None else y.detach())
-        ctx.pooled.left[number] = Left(source, mask, scale.detach(), sums)
-    return dscale, g if masked else dy
-
-
-def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
-    """Gradients of z, scale, shortcut, gamma and beta with a graph of their own; the ReLU's mask is a constant."""
-    z, scale, y, tables, gamma, beta = saved_tensors(ctx)
-
-    def before_relu(z, scale, gamma, beta):
-        x = _normalised(z, Normed(tables, gamma, beta, ctx.eps, ctx.batch), ctx.channel_dim)
-        return ((x * broadcast(scale, z, ctx.channel_dim)).to(z.dtype),)
-
-    g = dy if y is None else reference.unrelu(dy, masks.as_result(y, z, ctx.channel_dim))
-    dz, dscale, dgamma, dbeta = derivative(before_relu, (z, scale, gamma, beta), (g,))
-    return dz, dscale, g, dgamma, dbeta
-
-
-def _pool(ops, z, gamma, beta, mean, var, eps, channel_dim, tracked):
-    if tracked is None:
-        return ops.norm_pool(z, gamma, beta, mean, var, eps, channel_dim)
-    return *ops.norm_pool_tracking_(z, gamma, beta, *tracked.buffers, tracked.factor, eps, channel_dim), None, None
+def _call_pool(ops: Operators, z, gamma, beta, mean, var, eps, channel_dim, keep_tokens) -> tuple:
+    if isinstance(mean, Tracked):
+        return ops.norm_pool_tracking_(z, gamma, beta, *mean.buffers, mean.factor, eps, channel_dim, keep_tokens)
+    return ops.norm_pool(z, gamma, beta, mean, var, eps, channel_dim, keep_tokens)
 
 
 def pool(
@@ -174,25 +112,137 @@ def pool(
     buffers are moved.
     """
     gamma, beta, mean, var, eps = folded[:5]
-    args = (ops, z, gamma, beta, mean, var, eps, channel_dim, tracked)
-    if wants_gradient(z, gamma, beta):
-        p, tables, *statistics = super(Function, NormPool).apply(*args)
+    recorded = wants_gradient(z, gamma, beta)
+    statistics = (mean, var) if tracked is None else (tracked, None)
+    args = (ops, z, gamma, beta, *statistics, eps, channel_dim, recorded)
+    if torch.compiler.is_compiling():
+        p, tables, *results = _call_pool(*args)
+    elif recorded:
+        p, tables, *results = super(Function, NormPool).apply(*args)
     else:
         with below_autograd():
-            p, tables, *statistics = _pool(*args)
+            p, tables, *results = _call_pool(*args)
     if tracked is not None:
         torch.autograd.graph.increment_version(tracked.buffers)
-    own = None if mean is not None or tracked is not None else tuple(statistics)
-    return p, own, Normed(tables, gamma, beta, eps, mean is None)
+    own = None if mean is not None or tracked is not None else tuple(results[2:])
+    tokens = results[:2] if recorded else (None, None)
+    return p, own, Normed(tables, *tokens, gamma, beta, eps, mean is None)
+
+
+# --- rescale ---------------------------------------------------------------------------------------
+# Arguments: z, scale, shortcut, tables, token_of_g, token_of_handed, gamma, beta, channel_dim, relu, keep_mask; the
+# Function's go on with eps and batch, which its second derivatives need.
+
+
+def _rescale_context(ctx, inputs, output) -> None:
+    ctx.ops, z, scale, _, tables, _, _, gamma, beta, ctx.channel_dim, ctx.relu, keep_mask = inputs
+    y, mask = output
+    ctx.save_for_backward(z, scale, mask if keep_mask else y if ctx.relu else None, tables, gamma, beta)
+
+
+def _rescale_gradients(ctx, dy, need: tuple, saved: tuple) -> tuple:
+    """Gradients of the inputs of ``norm_rescale``: none of z, gamma and beta, but of the tokens."""
+    z, scale, y, tables, gamma, beta = saved
+    _, need_scale, need_shortcut, _, need_g, *_ = need
+    masked = ctx.relu and (need_shortcut or need_g)
+    dscale = handed = g = None
+    if need_scale or need_g or masked:
+        dscale, handed, g = ctx.ops.norm_rescale_backward(dy, y, z, scale, tables, gamma, beta, ctx.channel_dim, masked)
+    g = g if ctx.relu else dy
+    return (
+        None,
+        dscale if need_scale else None,
+        g if need_shortcut else None,
+        None,
+        g if need_g else None,
+        handed if need_g else None,
+        *(None,) * 5,
+    )
+
+
+class NormRescale(Function):
+    """``operators.norm_rescale``."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with below_autograd():
+            output = args[0].norm_rescale(*args[1:-2])
+        _rescale_context(ctx, args[:-2], output)
+        ctx.eps, ctx.batch = args[-2:]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 14
+        if not _is_differentiated():
+            return None, *_rescale_gradients(ctx, dy, ctx.needs_input_grad[1:], saved_tensors(ctx)), None, None
+        dz, dscale, dshortcut, dgamma, dbeta = _differentiable_gradients(ctx, dy)
+        grads = (None, dz, dscale, dshortcut, None, None, None, dgamma, dbeta, *(None,) * 5)
+        return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
+    """Gradients of z, scale, shortcut, gamma and beta with a graph of their own; the ReLU's mask is a constant."""
+    z, scale, y, tables, gamma, beta = saved_tensors(ctx)
+
+    def before_relu(z, scale, gamma, beta):
+        x = _normalised(ctx, z, tables, gamma, beta)
+        return ((x * broadcast(scale, z, ctx.channel_dim)).to(z.dtype),)
+
+    g = dy if y is None else reference.unrelu(dy, masks.as_result(y, z, ctx.channel_dim))
+    dz, dscale, dgamma, dbeta = derivative(before_relu, (z, scale, gamma, beta), (g,))
+    return dz, dscale, g, dgamma, dbeta
 
 
 def rescale(
     ops: Operators, z: Tensor, scale: Tensor, shortcut: Tensor | None, normed: Normed, channel_dim: int, relu: bool
 ) -> Tensor:
     """``act(norm(z) * scale + shortcut)`` with the norm of ``pool``."""
+    *of_operator, eps, batch = normed
+    recorded = wants_gradient(z, scale, shortcut, normed.gamma, normed.beta)
+    keep_mask = recorded and relu and keeps_mask(ops, z, channel_dim)
+    args = (z, scale, shortcut, *of_operator, channel_dim, relu, keep_mask)
     y: Tensor
-    if wants_gradient(z, scale, shortcut, normed.tables, normed.gamma, normed.beta):
-        return super(Function, NormRescale).apply(ops, z, scale, shortcut, *normed, channel_dim, relu)
-    with below_autograd():
-        y, _ = ops.norm_rescale(z, scale, shortcut, normed.tables, normed.gamma, normed.beta, channel_dim, relu, False)
+    if torch.compiler.is_compiling():
+        y, _ = ops.norm_rescale(*args)
+    elif recorded:
+        y, _ = super(Function, NormRescale).apply(ops, *args, eps, batch)
+    else:
+        with below_autograd():
+            y, _ = ops.norm_rescale(*args)
     return y
+
+
+# --- compiled --------------------------------------------------------------------------------------
+
+
+def register(ops: Operators) -> None:
+    """Gives the raw operators their gradients, for ``torch.compile``."""
+
+    def formula(name: str, context: Callable, gradients: Callable) -> None:
+        torch.library.register_autograd(
+            f"{operators.NAMESPACE}::{name}{ops.suffix}",
+            gradients,
+            setup_context=lambda ctx, inputs, output: context(ctx, (ops, *inputs), output),
+            lib=operators.library,
+        )
+
+    formula(
+        "norm_pool",
+        _pool_context,
+        lambda ctx, dp, _, g, handed, *rest: _pool_gradients(
+            ctx, dp, g, handed, ctx.needs_input_grad, ctx.saved_tensors
+        ),
+    )
+    formula(
+        "norm_rescale",
+        _rescale_context,
+        lambda ctx, dy, _: _rescale_gradients(ctx, dy, ctx.needs_input_grad, ctx.saved_tensors),
+    )
+
+
+register(operators.native)
+register(operators.plain)

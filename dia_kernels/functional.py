@@ -197,15 +197,15 @@ def _cast_norm(folded: norms.Folded, shape: tuple[int, ...], x: Tensor) -> norms
 def _fold_apart(norm: norms.Norm, x: Tensor, channel_dim: int, backend: str | None) -> norms.Folded | None:
     """What a norm before a cell that runs by itself is folded by; None where the norm has to be called by itself.
 
-    Beyond what ``norms.fold`` asks: a plain call, as the autograd Functions of both parts know nothing of transforms
-    and compilers; kernels; and statistics of this process.
+    Beyond what ``norms.fold`` asks: a call that is plain or compiled, as the gradients of both parts know nothing of
+    transforms; kernels; and statistics of this process.
     """
-    if backend == "reference" or not autograd.is_plain():
+    if backend == "reference" or not (autograd.is_plain() or autograd.is_compiled()):
         return None
     folded = norms.fold(norm, x, channel_dim)
     if folded is None or folded.group is not None:
         return None
-    return folded if norms.has_kernel(backends.operators_of(backend, x), "norm_pool", x.device.type) else None
+    return folded if norms.has_kernel(backends.operators_of(backend, x).suffix, "norm_pool", x.device.type) else None
 
 
 def _norm_pool(
@@ -215,7 +215,7 @@ def _norm_pool(
     ops, shape = backends.operators_of(backend, x), (channels(x, channel_dim),)
     if not _all_fit([t for t in folded[:4] if t is not None], repeat(shape), x):
         folded = _cast_norm(folded, shape, x)
-    tracked = None if folded.module is None else norms.tracked_by(ops, folded.module, x)
+    tracked = norms.tracked_by(ops, folded.module, x) if folded.module is not None and autograd.is_plain() else None
     p, statistics, normed = autograd_norm.pool(ops, x, folded, channel_dim, tracked)
     if folded.module is not None and statistics is not None:
         norms.update_buffers(folded.module, *statistics, x.numel() // max(shape[0], 1))

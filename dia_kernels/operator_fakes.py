@@ -11,7 +11,7 @@ from torch import Tensor
 from . import masks
 from .cells import parameter_count
 from .layout import channels, compute_dtype, empty_map
-from .tables import factor_sizes, norm_table_size, table_sizes
+from .tables import factor_sizes, norm_table_size, norm_tokens, table_sizes
 
 
 def step(x, shortcut, h, c, *rest):
@@ -109,30 +109,30 @@ def tail_spread(dy, y, z, new_h, dp, tables, gamma, shares, channel_dim):
     return empty_map(z, channel_dim)
 
 
-def norm_pool(z, gamma, beta, mean, var, eps, channel_dim):
+def norm_pool(z, gamma, beta, mean, var, eps, channel_dim, keep_tokens):
     n, width = z.shape[0], channels(z, channel_dim)
     p = z.new_empty((n, width), dtype=compute_dtype(z.dtype))
     own = 0 if mean is not None else width
-    return p, p.new_empty(norm_table_size(n, width)), p.new_empty(own), p.new_empty(own)
+    tokens = norm_tokens(z, p, keep_tokens)
+    return p, p.new_empty(norm_table_size(n, width)), *tokens, p.new_empty(own), p.new_empty(own)
 
 
-def norm_pool_tracking_(z, gamma, beta, running_mean, running_var, batches, factor, eps, channel_dim):
-    return norm_pool(z, gamma, beta, None, None, eps, channel_dim)[:2]
+def norm_pool_tracking_(z, gamma, beta, running_mean, running_var, batches, factor, eps, channel_dim, keep_tokens):
+    return norm_pool(z, gamma, beta, None, None, eps, channel_dim, keep_tokens)[:4]
 
 
-def norm_rescale(z, scale, shortcut, tables, gamma, beta, channel_dim, relu, keep_mask):
+def norm_pool_backward(g, handed, dp, z, tables, gamma, channel_dim, batch, need_z):
+    width = channels(z, channel_dim)
+    return empty_map(z, channel_dim) if need_z else z.new_empty(0), dp.new_empty(width), dp.new_empty(width)
+
+
+def norm_rescale(z, scale, shortcut, tables, token_of_g, token_of_handed, gamma, beta, channel_dim, relu, keep_mask):
     return empty_map(z, channel_dim), _mask(z, relu and keep_mask)
 
 
-def norm_rescale_backward(dy, y, z, tables, gamma, beta, channel_dim, need_shortcut):
-    shape = z.shape[0], channels(z, channel_dim)
-    dshortcut = empty_map(z, channel_dim) if need_shortcut else z.new_empty(0)
-    return tables.new_empty(shape), tables.new_empty((2, *shape)), dshortcut
-
-
-def norm_pool_backward(dy, y, z, scale, dp, sums, tables, gamma, channel_dim, batch, need_z):
-    width = channels(z, channel_dim)
-    return empty_map(z, channel_dim) if need_z else z.new_empty(0), dp.new_empty(width), dp.new_empty(width)
+def norm_rescale_backward(dy, y, z, scale, tables, gamma, beta, channel_dim, need_g):
+    g = empty_map(z, channel_dim) if need_g else z.new_empty(0)
+    return scale.new_empty(scale.shape), scale.new_empty((3, *scale.shape)), g
 
 
 def pool(x, channel_dim):

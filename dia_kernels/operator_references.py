@@ -11,7 +11,7 @@ from torch import Tensor
 from . import masks, reference
 from .cells import LSTMParameters, LSTMTrace, join_parameters, squash
 from .layout import broadcast, channels, compute_dtype, output_format, spatial_size
-from .tables import factor_sizes, norm_parts, table_sizes
+from .tables import factor_sizes, norm_parts, norm_tokens, table_sizes
 
 
 def _pack(p: Tensor, trace: LSTMTrace) -> Tensor:
@@ -239,7 +239,7 @@ def tail_spread(dy, y, z, new_h, dp, tables, gamma, shares, channel_dim):
     return _in_format(dz.to(z.dtype), z, channel_dim)
 
 
-def norm_pool(z, gamma, beta, mean, var, eps, channel_dim):
+def norm_pool(z, gamma, beta, mean, var, eps, channel_dim, keep_tokens):
     batch = mean is None
     with torch.autocast(z.device.type, enabled=False):
         if batch:
@@ -247,18 +247,37 @@ def norm_pool(z, gamma, beta, mean, var, eps, channel_dim):
         mean, var = (t.to(compute_dtype(z.dtype)) for t in (mean, var))
         rstd = (var + eps).rsqrt()
         off = reference.pool(z, channel_dim) - mean
-        p = _affine(off * rstd, gamma, beta).clone()
+        p = _affine(off * rstd, gamma, beta)
         tables = _norm_tables(off, mean, rstd)
-    return p, tables, *((mean, var) if batch else (mean.new_empty(0), mean.new_empty(0)))
+    statistics = (mean, var) if batch else (mean.new_empty(0), mean.new_empty(0))
+    return p, tables, *norm_tokens(z, p, keep_tokens), *statistics
 
 
-def norm_pool_tracking_(z, gamma, beta, running_mean, running_var, batches, factor, eps, channel_dim):
-    p, tables, mean, var = norm_pool(z, gamma, beta, None, None, eps, channel_dim)
+def norm_pool_tracking_(z, gamma, beta, running_mean, running_var, batches, factor, eps, channel_dim, keep_tokens):
+    *results, mean, var = norm_pool(z, gamma, beta, None, None, eps, channel_dim, keep_tokens)
     _move(z, running_mean, running_var, batches, mean, var, factor)
-    return p, tables
+    return tuple(results)
 
 
-def norm_rescale(z, scale, shortcut, tables, gamma, beta, channel_dim, relu, keep_mask):
+def norm_pool_backward(g, handed, dp, z, tables, gamma, channel_dim, batch, need_z):
+    _, off, mean, rstd = norm_parts(z, tables, channel_dim)
+    of_bias, of_weight, scale = handed
+    if spatial_size(z, channel_dim) == 0:  # p is the mean of no values, and what it is told goes nowhere
+        dp = torch.zeros_like(dp)
+    dbeta = (scale * of_bias + dp).sum(0)
+    dgamma = (scale * of_weight + dp * off).sum(0) * rstd
+    if z.numel() == 0:  # whatever the mean and the deviation of no values are
+        dbeta, dgamma = torch.zeros_like(dbeta), torch.zeros_like(dgamma)
+    if not need_z:
+        return z.new_empty(0), dgamma, dbeta
+    zn, _ = reference.normalise(z, mean, rstd, None, None, channel_dim)
+    dx = g.to(zn.dtype) * broadcast(scale, z, channel_dim) + reference.spread(dp, zn, channel_dim)
+    shares = torch.stack((dbeta, dgamma)) / max(z.shape[0] * spatial_size(z, channel_dim), 1) if batch else None
+    dz = reference.normalise_backward(dx, zn, rstd, gamma, channel_dim, shares)
+    return _in_format(dz.to(z.dtype), z, channel_dim), dgamma, dbeta
+
+
+def norm_rescale(z, scale, shortcut, tables, token_of_g, token_of_handed, gamma, beta, channel_dim, relu, keep_mask):
     *_, mean, rstd = norm_parts(z, tables, channel_dim)
     _, x = reference.normalise(z, mean, rstd, gamma, beta, channel_dim)
     wide = None if shortcut is None else shortcut.to(x.dtype)
@@ -266,35 +285,18 @@ def norm_rescale(z, scale, shortcut, tables, gamma, beta, channel_dim, relu, kee
     return y, _mask(y, channel_dim, relu and keep_mask)
 
 
-def norm_rescale_backward(dy, y, z, tables, gamma, beta, channel_dim, need_shortcut):
+def norm_rescale_backward(dy, y, z, scale, tables, gamma, beta, channel_dim, need_g):
     *_, mean, rstd = norm_parts(z, tables, channel_dim)
     g = dy if y is None else reference.unrelu(dy, masks.as_result(y, z, channel_dim))
     wide = g.to(mean.dtype)
     off = z.to(mean.dtype) - reference.per_channel(mean, z, channel_dim)
-    sums = torch.stack([reference.sum_positions(t, channel_dim) for t in (wide, wide * off)])
-    dscale = sums[1] * (rstd if gamma is None else rstd * gamma)
-    dscale = dscale if beta is None else dscale + sums[0] * beta
+    of_bias, of_weight = (reference.sum_positions(t, channel_dim) for t in (wide, wide * off))
+    dscale = of_weight * (rstd if gamma is None else rstd * gamma)
+    dscale = dscale if beta is None else dscale + of_bias * beta
     if spatial_size(z, channel_dim) == 0:  # whatever the deviation of no values is
         dscale = torch.zeros_like(dscale)
-    return dscale, sums, _in_format(g.to(z.dtype), z, channel_dim) if need_shortcut else z.new_empty(0)
-
-
-def norm_pool_backward(dy, y, z, scale, dp, sums, tables, gamma, channel_dim, batch, need_z):
-    _, off, mean, rstd = norm_parts(z, tables, channel_dim)
-    if spatial_size(z, channel_dim) == 0:  # p is the mean of no values, and what it is told goes nowhere
-        dp = torch.zeros_like(dp)
-    dbeta = (scale * sums[0] + dp).sum(0)
-    dgamma = (scale * sums[1] + dp * off).sum(0) * rstd
-    if z.numel() == 0:  # whatever the mean and the deviation of no values are
-        dbeta, dgamma = torch.zeros_like(dbeta), torch.zeros_like(dgamma)
-    if not need_z:
-        return z.new_empty(0), dgamma, dbeta
-    g = dy if y is None else reference.unrelu(dy, masks.as_result(y, z, channel_dim))
-    zn, _ = reference.normalise(z, mean, rstd, None, None, channel_dim)
-    dx = g.to(zn.dtype) * broadcast(scale, z, channel_dim) + reference.spread(dp, zn, channel_dim)
-    shares = torch.stack((dbeta, dgamma)) / max(z.shape[0] * spatial_size(z, channel_dim), 1) if batch else None
-    dz = reference.normalise_backward(dx, zn, rstd, gamma, channel_dim, shares)
-    return _in_format(dz.to(z.dtype), z, channel_dim), dgamma, dbeta
+    handed = torch.stack((of_bias, of_weight, scale))
+    return dscale, handed, _in_format(g.to(z.dtype), z, channel_dim) if need_g else z.new_empty(0)
 
 
 def pool(x, channel_dim):

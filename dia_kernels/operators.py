@@ -41,14 +41,17 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 ``tail_spread``         the second half: dz, from dy, y and z (or from the shortcut's gradient and
                         z), ``dp`` and ``shares``: sums over all processes, divided by the
                         number of values of a channel
-``norm_pool``           ``(p, tables, mean, var)``: the mean of each channel of the batch norm of z, (N, C). ``mean``
-                        and ``var`` as in ``tail``.
-``norm_pool_tracking_`` ``(p, tables)``: the same, moving the norm's buffers as ``tail_tracking_`` does
-``norm_rescale``        ``(y, mask)``: ``act(norm(z) * scale + shortcut)``, by the ``tables`` of ``norm_pool``
-``norm_rescale_backward`` ``(dscale, sums, dshortcut)``. ``sums`` (2, N, C): over the positions, of the gradient behind
-                        the ReLU, g, and of g times z less the mean.
-``norm_pool_backward``  ``(dz, dgamma, dbeta)``, by both ways, from dy and y as in ``tail_spread``, ``dp``, and the
-                        ``scale`` and ``sums`` of the rescaling
+``norm_pool``           ``(p, tables, token_of_g, token_of_handed, mean, var)``: the mean of each channel of the
+                        batch norm of z, (N, C). ``mean`` and ``var`` as in ``tail``. The tokens are for
+                        ``norm_rescale``; empty unless ``keep_tokens``.
+``norm_pool_tracking_`` all but ``mean`` and ``var``: the same, moving buffers as ``tail_tracking_`` does
+``norm_pool_backward``  ``(dz, dgamma, dbeta)``, through both: from ``dp`` and what comes to the tokens
+``norm_rescale``        ``(y, mask)``: ``act(norm(z) * scale + shortcut)``, by the ``tables`` of ``norm_pool``.
+                        Nobody reads a value of a token, and there is none: as their gradients, g and
+                        ``handed``, it hands on what the other's needs.
+``norm_rescale_backward`` ``(dscale, handed, g)``: g is the gradient behind the ReLU, that of the shortcut;
+                        ``handed`` (3, N, C) are sums over the positions, of g, and of g times z less the mean;
+                        and the scale
 ``pool``                mean over positions, (N, C), in the compute dtype
 ``rescale``             ``act(x * scale + shortcut)``
 ``rescale_backward``    gradients of x, scale and shortcut
@@ -125,9 +128,9 @@ class Operators:
     tail_spread: Operator
     norm_pool: Operator
     norm_pool_tracking_: Operator
+    norm_pool_backward: Operator
     norm_rescale: Operator
     norm_rescale_backward: Operator
-    norm_pool_backward: Operator
     pool: Operator
     rescale: Operator
     rescale_backward: Operator

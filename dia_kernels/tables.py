@@ -33,3 +33,10 @@ def norm_parts(z: Tensor, tables: Tensor, channel_dim: int) -> tuple[Tensor, Ten
         [tables.numel() - norm_table_size(n, width), n * width, width, width, width]
     )
     return before, off.view(n, width), shift + d, rstd
+
+
+def norm_tokens(z: Tensor, p: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """The tokens of ``operators.norm_pool``: one shaped like z, one (3, N, C), each a single element in memory."""
+    if not wanted:
+        return z.new_empty(0), p.new_empty(0)
+    return z.new_empty(()).expand(z.shape), p.new_empty(()).expand(3, *p.shape)

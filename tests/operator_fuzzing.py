@@ -212,7 +212,7 @@ class Maker:
         arguments = {
             k: v for k, v in self.tail().items() if k in ("z", "shortcut", "gamma", "beta", "mean", "var", "eps")
         }
-        arguments |= self.flags
+        arguments |= self.flags | {"keep_tokens": False}
         if operator == "norm_pool":
             return arguments
         if operator == "norm_pool_tracking_":
@@ -220,12 +220,13 @@ class Maker:
         p, tables, *_ = operators.plain.norm_pool(*ordered("norm_pool", arguments))
         kept = self.keeps_mask(arguments["z"])
         arguments |= {"tables": tables, "scale": self.table(), "keep_mask": kept}
+        arguments |= dict.fromkeys(("token_of_g", "token_of_handed"))
         if operator == "norm_rescale":
             return arguments
         y, mask = operators.plain.norm_rescale(*ordered("norm_rescale", arguments))
-        arguments |= {"dy": self.map(), "y": (mask if kept else y) if self.flags["relu"] else None, "dp": p}
-        arguments |= {"sums": self.draw(2, self.n, self.c), "batch": arguments["mean"] is None}
-        return arguments | self.needs("shortcut", "z")
+        arguments |= {"dy": self.map(), "y": (mask if kept else y) if self.flags["relu"] else None}
+        arguments |= {"g": self.map(), "handed": self.draw(3, self.n, self.c), "dp": p}
+        return arguments | {"batch": arguments["mean"] is None} | self.needs("g", "z")
 
 
 def ordered(operator: str, arguments: dict[str, object]) -> list[object]:
@@ -409,8 +410,10 @@ def tensors_of(result: object) -> list[Tensor]:
 FLAT = {"step_backward": 4, "tail_backward": 6, "tail_reduce": 5}
 
 
-#: Which result is the tables of a norm.
-TABLES_OF_NORM = {"tail": 3, "tail_tracking_": 3, "tail_join": 3, "norm_pool": 1, "norm_pool_tracking_": 1}
+#: Which results are the tables of a norm, which hold what each implementer's own gradient needs, and tokens, which hold
+#: nothing.
+PRIVATE = dict.fromkeys(("tail", "tail_tracking_", "tail_join"), (3,))
+PRIVATE |= dict.fromkeys(("norm_pool", "norm_pool_tracking_"), (1, 2, 3))
 
 
 def apart(call: Call, results: list[Tensor]) -> list[Tensor]:
@@ -429,8 +432,8 @@ def assert_agree(call: Call, found: list[Tensor], expected: list[Tensor], on_gpu
     for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.shape == theirs.shape, f"result {index}: {ours.shape}, the reference {theirs.shape}"
         assert ours.dtype == theirs.dtype, f"result {index}: {ours.dtype}, the reference {theirs.dtype}"
-        if index == TABLES_OF_NORM.get(call.operator):
-            continue  # the tables of a norm hold what each implementation's own gradient needs
+        if index in PRIVATE.get(call.operator, ()):
+            continue
         if on_gpu and index == hidden_reduce > 3 and call.arguments["h"] is None:
             continue  # zeros there, also where others multiply NaN by the state's zeros
         a, b = ours.double(), theirs.double()

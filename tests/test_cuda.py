@@ -263,17 +263,15 @@ def test_operators_keep_their_promises(channels_last):
     torch.library.opcheck(operators.native.parameter_gradients, (*left, 3))
     z, s, dy = x.detach(), s.detach(), torch.randn_like(s)
     gamma, beta = torch.randn(2, 12, device="cuda")
-    torch.library.opcheck(operators.native.norm_pool, (z, gamma, beta, None, None, 1e-5, 1))
-    torch.library.opcheck(operators.native.norm_pool_tracking_, (z, gamma, beta, *buffers, 0.1, 1e-5, 1))
-    p, tables, *_ = operators.native.norm_pool(z, gamma, beta, None, None, 1e-5, 1)
-    rescale = (z, scale, s, tables, gamma, beta, 1, True, False)
+    torch.library.opcheck(operators.native.norm_pool, (z, gamma, beta, None, None, 1e-5, 1, False))
+    torch.library.opcheck(operators.native.norm_pool_tracking_, (z, gamma, beta, *buffers, 0.1, 1e-5, 1, False))
+    p, tables, *_ = operators.native.norm_pool(z, gamma, beta, None, None, 1e-5, 1, False)
+    rescale = (z, scale, s, tables, None, None, gamma, beta, 1, True, False)
     torch.library.opcheck(operators.native.norm_rescale, rescale)
-    given = (dy, operators.native.norm_rescale(*rescale)[0], z, tables, gamma, beta, 1, True)
+    given = (dy, operators.native.norm_rescale(*rescale)[0], z, scale, tables, gamma, beta, 1, True)
     torch.library.opcheck(operators.native.norm_rescale_backward, given)
-    _, sums, g = operators.native.norm_rescale_backward(*given)
-    torch.library.opcheck(
-        operators.native.norm_pool_backward, (g, None, z, scale, p, sums, tables, gamma, 1, True, True)
-    )
+    _, handed, g = operators.native.norm_rescale_backward(*given)
+    torch.library.opcheck(operators.native.norm_pool_backward, (g, handed, p, z, tables, gamma, 1, True, True))
 
 
 @pytest.mark.parametrize(

@@ -318,12 +318,12 @@ DIA_DEVICE void norm_factors(M& m, const NormFactors& args) {
 }
 
 // The gradient of such a scale, from the first sweep's sums, of g and of g (z - shift): of the latter the product about
-// the mean is left in its place.
+// the mean is left in its place. The second sweep needs the scale too: it is put beside them.
 struct ScaleGradients {
   int samples, channels;
+  const float *h, *sum;                  // (N, C): the scale; sums of g
   const float *d, *rstd, *gamma, *beta;  // (C); gamma and beta null: 1 and 0
-  const float* sum;                      // (N, C)
-  float *product, *dscale;               // (N, C)
+  float *product, *dscale, *h_again;     // (N, C)
 };
 
 template <class M>
@@ -335,6 +335,7 @@ DIA_DEVICE void scale_gradients(M& m, const ScaleGradients& args) {
     float product = m.load(args.product + k);
     m.store(args.dscale + k, map_gradient(m.load(args.d + channel), scale, bias, m.load(args.sum + k), product));
     m.store(args.product + k, product);
+    m.store(args.h_again + k, m.load(args.h + k));
   });
 }
 

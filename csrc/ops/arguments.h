@@ -308,16 +308,14 @@ inline void check_norm_rescale(const Tensor& z, const MapInfo& info, const Tenso
   check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
 }
 
-// The gradient of a pooling behind a norm, together with what a rescaling behind it left.
-inline void check_norm_pool_gradient(const Tensor& dy, const OptionalTensor& y, const Tensor& z, const MapInfo& info,
-                                     const Tensor& scale, const Tensor& dp, const Tensor& sums, const Tensor& tables,
-                                     const OptionalTensor& gamma, bool masks) {
+// The gradient of a pooling behind a norm, and of what a rescaling handed on.
+inline void check_norm_pool_gradient(const Tensor& g, const Tensor& handed, const Tensor& dp, const Tensor& z,
+                                     const MapInfo& info, const Tensor& tables, const OptionalTensor& gamma) {
   const ScalarType dtype = compute_scalar_type(z);
   const int64_t n = info.shape.samples, width = info.shape.channels;
-  check_result_gradient(dy, y, z, info, masks);
-  check_scale(scale, info, z);
+  check_map("g", g, z);
+  check_table("handed", handed, {3, n, width}, dtype, z);
   check_table("dp", dp, {n, width}, dtype, z);
-  check_table("sums", sums, {2, n, width}, dtype, z);
   check_norm_tables(tables, z, info);
   check_norm(z, info, gamma, std::nullopt, std::nullopt, std::nullopt);
 }

@@ -12,18 +12,21 @@ namespace dia::ops {
 namespace {
 
 struct Pooled {
-  Tensor p, tables, mean, var;
+  Tensor p, tables;
+  NormTokens tokens;
+  Tensor mean, var;
 };
 
 template <class T>
 Pooled run_norm_pool(const Tensor& z, const MapInfo& info, const OptionalTensor& gamma, const OptionalTensor& beta,
-                     const OptionalTensor& mean, const OptionalTensor& var, double eps) {
+                     const OptionalTensor& mean, const OptionalTensor& var, double eps, bool keep_tokens) {
   using A = Compute<T>;
   const int64_t n = info.shape.samples, width = info.shape.channels;
   const MapReader<T> z_reader(z, info);
   const bool batch = !mean.has_value();
   const Pooled result{empty_table<A>(z, {n, width}), empty_table<A>(z, {NormTables<A>::count(n, width)}),
-                      empty_table<A>(z, {batch ? width : 0}), empty_table<A>(z, {batch ? width : 0})};
+                      norm_tokens<A>(keep_tokens, z, info), empty_table<A>(z, {batch ? width : 0}),
+                      empty_table<A>(z, {batch ? width : 0})};
   NormForward<T> norm(z_reader.map, z, info.shape, gamma, beta, eps, NormTables<A>(result.tables, n, width));
   if (batch) {
     norm.of_batch();
@@ -38,33 +41,36 @@ Pooled run_norm_pool(const Tensor& z, const MapInfo& info, const OptionalTensor&
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_pool(Tensor z, OptionalTensor gamma, OptionalTensor beta,
-                                                     OptionalTensor mean, OptionalTensor var, double eps,
-                                                     int64_t channel_dim) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_pool(Tensor z, OptionalTensor gamma,
+                                                                     OptionalTensor beta, OptionalTensor mean,
+                                                                     OptionalTensor var, double eps,
+                                                                     int64_t channel_dim, bool keep_tokens) {
   const MapInfo info = map_info(z, channel_dim);
   check_norm(z, info, gamma, beta, mean, var);
-  const auto [p, tables, own_mean, own_var] =
-      with_map_type(z, [&]<class T>() { return run_norm_pool<T>(z, info, gamma, beta, mean, var, eps); });
-  return {p, tables, own_mean, own_var};
+  const Pooled of =
+      with_map_type(z, [&]<class T>() { return run_norm_pool<T>(z, info, gamma, beta, mean, var, eps, keep_tokens); });
+  return {of.p, of.tables, of.tokens.of_g, of.tokens.of_handed, of.mean, of.var};
 }
 
 // With the statistics of the batch, towards which the norm's buffers are moved.
-std::tuple<Tensor, Tensor> norm_pool_tracking(Tensor z, OptionalTensor gamma, OptionalTensor beta, Tensor running_mean,
-                                              Tensor running_var, Tensor batches, double factor, double eps,
-                                              int64_t channel_dim) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_pool_tracking(Tensor z, OptionalTensor gamma, OptionalTensor beta,
+                                                              Tensor running_mean, Tensor running_var, Tensor batches,
+                                                              double factor, double eps, int64_t channel_dim,
+                                                              bool keep_tokens) {
   const MapInfo info = map_info(z, channel_dim);
   const TrackedBuffers buffers{running_mean, running_var, batches, factor};
   check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
   check_tracked(buffers, z, info, {z, gamma, beta});
-  const Pooled pooled = with_map_type(
-      z, [&]<class T>() { return run_norm_pool<T>(z, info, gamma, beta, std::nullopt, std::nullopt, eps); });
-  track(buffers, pooled.mean, pooled.var, info.shape);
-  return {pooled.p, pooled.tables};
+  const Pooled of = with_map_type(z, [&]<class T>() {
+    return run_norm_pool<T>(z, info, gamma, beta, std::nullopt, std::nullopt, eps, keep_tokens);
+  });
+  track(buffers, of.mean, of.var, info.shape);
+  return {of.p, of.tables, of.tokens.of_g, of.tokens.of_handed};
 }
 
-std::tuple<Tensor, Tensor> norm_rescale(Tensor z, Tensor scale, OptionalTensor shortcut, Tensor tables,
-                                        OptionalTensor gamma, OptionalTensor beta, int64_t channel_dim, bool relu,
-                                        bool keep_mask) {
+std::tuple<Tensor, Tensor> norm_rescale(Tensor z, Tensor scale, OptionalTensor shortcut, Tensor tables, OptionalTensor,
+                                        OptionalTensor, OptionalTensor gamma, OptionalTensor beta, int64_t channel_dim,
+                                        bool relu, bool keep_mask) {
   const MapInfo info = map_info(z, channel_dim);
   check_norm_rescale(z, info, scale, shortcut, tables, gamma, beta);
   check_no_mask(keep_mask);
@@ -81,54 +87,52 @@ std::tuple<Tensor, Tensor> norm_rescale(Tensor z, Tensor scale, OptionalTensor s
   return {y, empty_mask(false, z, info)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(Tensor dy, OptionalTensor y, Tensor z, Tensor tables,
-                                                         OptionalTensor gamma, OptionalTensor beta, int64_t channel_dim,
-                                                         bool need_shortcut) {
+std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(Tensor dy, OptionalTensor y, Tensor z, Tensor scale,
+                                                         Tensor tables, OptionalTensor gamma, OptionalTensor beta,
+                                                         int64_t channel_dim, bool need_g) {
   const MapInfo info = map_info(z, channel_dim);
   check_result_gradient(dy, y, z, info, false);
-  check_norm_tables(tables, z, info);
-  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+  check_norm_rescale(z, info, scale, std::nullopt, tables, gamma, beta);
   const int64_t n = info.shape.samples, width = info.shape.channels;
-  const Tensor dshortcut = map_if(need_shortcut, z, info), all = dense(tables);
+  const Tensor g = map_if(need_g, z, info), all = dense(tables), scales = dense(scale);
   return with_map_type(z, [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor> {
     using A = Compute<T>;
-    const Tensor dscale = empty_table<A>(z, {n, width}), sums = empty_table<A>(z, {2, n, width});
+    const Tensor dscale = empty_table<A>(z, {n, width}), handed = empty_table<A>(z, {3, n, width});
     const OptionalMapReader<T> y_reader(y, info);
     const MapReader<T> dy_reader(dy, info), z_reader(z, info);
     const NormReduction<T> reduction({dy_reader.map, y_reader.map, z_reader.map},
-                                     need_shortcut ? map_writer<T>(dshortcut, info) : Map<T>{}, info.shape,
-                                     NormTables<A>(all, n, width), Affine<A>(gamma, beta), data_of<A>(sums));
+                                     need_g ? map_writer<T>(g, info) : Map<T>{}, info.shape,
+                                     NormTables<A>(all, n, width), Affine<A>(gamma, beta), data_of<A>(handed));
     for_chunks(n, 0, 0, [&](Chunk chunk) { reduction.run(chunk, data_of<A>(dscale)); });
     // Sums over no values, whatever the deviation of none is.
     if (info.shape.positions == 0)
-      for (const Tensor& of_none : {dscale, sums}) torch::stable::fill_(of_none, 0.0);
-    return {dscale, sums, dshortcut};
+      for (const Tensor& of_none : {dscale, handed}) torch::stable::fill_(of_none, 0.0);
+    std::copy_n(data_of<A>(scales), n * width, data_of<A>(handed) + 2 * n * width);
+    return {dscale, handed, g};
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor dy, OptionalTensor y, Tensor z, Tensor scale, Tensor dp,
-                                                      Tensor sums, Tensor tables, OptionalTensor gamma,
-                                                      int64_t channel_dim, bool batch, bool need_z) {
+std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor g, Tensor handed, Tensor dp, Tensor z, Tensor tables,
+                                                      OptionalTensor gamma, int64_t channel_dim, bool batch,
+                                                      bool need_z) {
   const MapInfo info = map_info(z, channel_dim);
-  check_norm_pool_gradient(dy, y, z, info, scale, dp, sums, tables, gamma, false);
-  const Tensor scales = dense(scale), of_p = dense(dp), of_map = dense(sums), all = dense(tables);
+  check_norm_pool_gradient(g, handed, dp, z, info, tables, gamma);
+  const Tensor of_p = dense(dp), sums = dense(handed), all = dense(tables);
   const int64_t n = info.shape.samples, width = info.shape.channels;
   return with_map_type(z, [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor> {
     using A = Compute<T>;
     const Tensor dgamma = empty_table<A>(z, {width}), dbeta = empty_table<A>(z, {width});
     A *by_gamma = data_of<A>(dgamma), *by_beta = data_of<A>(dbeta);
-    norm_gradients(info.shape, data_of<A>(scales), data_of<A>(of_p), data_of<A>(of_map), NormTables<A>(all, n, width),
-                   by_beta, by_gamma);
+    const A *sum = data_of<A>(sums), *scale = sum + 2 * n * width, *p = data_of<A>(of_p);
+    norm_gradients(info.shape, scale, p, sum, NormTables<A>(all, n, width), by_beta, by_gamma);
     if (!need_z) return {map_if(false, z, info), dgamma, dbeta};
     const Tensor shares = empty_table<A>(z, {2 * width});
     const A count = static_cast<A>(static_cast<double>(info.shape.positions) * static_cast<double>(n));
     A* share = data_of<A>(shares);
     std::transform(by_beta, by_beta + width, share, [count](A v) { return v / count; });
     std::transform(by_gamma, by_gamma + width, share + width, [count](A v) { return v / count; });
-    const OptionalMapReader<T> y_reader(y, info);
-    const MapReader<T> dy_reader(dy, info), z_reader(z, info);
-    Spreading<T> spreading({dy_reader.map, y_reader.map, z_reader.map}, z, info, all, gamma, data_of<A>(scales),
-                           data_of<A>(of_p), batch ? share : nullptr);
+    const MapReader<T> g_reader(g, info), z_reader(z, info);
+    Spreading<T> spreading({g_reader.map, {}, z_reader.map}, z, info, all, gamma, scale, p, batch ? share : nullptr);
     if (batch) spreading.start();
     for_chunks(n, 0, 0, [&](Chunk chunk) { spreading.run(chunk); });
     return {spreading.dz, dgamma, dbeta};

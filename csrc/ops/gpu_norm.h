@@ -8,17 +8,22 @@ namespace {
 
 struct Pooled {
   Tensor p, tables;
+  NormTokens tokens;
   OptionalTensor mean, var;  // of the batch, unless buffers are moved
 };
 
 template <class T>
 Pooled run_norm_pool(const Tensor& z, const MapInfo& info, const OptionalTensor& gamma, const OptionalTensor& beta,
-                     const OptionalTensor& mean, const OptionalTensor& var, double eps,
+                     const OptionalTensor& mean, const OptionalTensor& var, double eps, bool keep_tokens,
                      const kernels::Tracked& tracked) {
   GpuCall call(z, info, 1);
   const int64_t n = call.samples(), width = call.channels();
   const GpuMap<T> map(z, info);
-  Pooled result{call.table({n, width}), call.table({NormTables<float>::count(n, width)}), {}, {}};
+  Pooled result{call.table({n, width}),
+                call.table({NormTables<float>::count(n, width)}),
+                norm_tokens<float>(keep_tokens, z, info),
+                {},
+                {}};
   float* const p = data_of<float>(result.p);
   const NormTables<float> tables(data_of<float>(result.tables), n, width);
   const ForwardNorm norm(call, gamma, beta, tables);
@@ -38,34 +43,36 @@ Pooled run_norm_pool(const Tensor& z, const MapInfo& info, const OptionalTensor&
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_pool(Tensor z, OptionalTensor gamma, OptionalTensor beta,
-                                                     OptionalTensor mean, OptionalTensor var, double eps,
-                                                     int64_t channel_dim) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_pool(Tensor z, OptionalTensor gamma,
+                                                                     OptionalTensor beta, OptionalTensor mean,
+                                                                     OptionalTensor var, double eps,
+                                                                     int64_t channel_dim, bool keep_tokens) {
   const MapInfo info = map_info(z, channel_dim);
   check_norm(z, info, gamma, beta, mean, var);
   return with_gpu_type(z, [&]<class T>() {
-    const Pooled pooled = run_norm_pool<T>(z, info, gamma, beta, mean, var, eps, {});
-    return std::make_tuple(pooled.p, pooled.tables, *pooled.mean, *pooled.var);
+    const Pooled of = run_norm_pool<T>(z, info, gamma, beta, mean, var, eps, keep_tokens, {});
+    return std::make_tuple(of.p, of.tables, of.tokens.of_g, of.tokens.of_handed, *of.mean, *of.var);
   });
 }
 
-std::tuple<Tensor, Tensor> norm_pool_tracking(Tensor z, OptionalTensor gamma, OptionalTensor beta, Tensor running_mean,
-                                              Tensor running_var, Tensor batches, double factor, double eps,
-                                              int64_t channel_dim) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_pool_tracking(Tensor z, OptionalTensor gamma, OptionalTensor beta,
+                                                              Tensor running_mean, Tensor running_var, Tensor batches,
+                                                              double factor, double eps, int64_t channel_dim,
+                                                              bool keep_tokens) {
   const MapInfo info = map_info(z, channel_dim);
   const TrackedBuffers buffers{running_mean, running_var, batches, factor};
   check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
   check_tracked(buffers, z, info, {z, gamma, beta});
   return with_gpu_type(z, [&]<class T>() {
-    const Pooled pooled =
-        run_norm_pool<T>(z, info, gamma, beta, std::nullopt, std::nullopt, eps, tracked_of(buffers, info));
-    return std::make_tuple(pooled.p, pooled.tables);
+    const Pooled of =
+        run_norm_pool<T>(z, info, gamma, beta, std::nullopt, std::nullopt, eps, keep_tokens, tracked_of(buffers, info));
+    return std::make_tuple(of.p, of.tables, of.tokens.of_g, of.tokens.of_handed);
   });
 }
 
-std::tuple<Tensor, Tensor> norm_rescale(Tensor z, Tensor scale, OptionalTensor shortcut, Tensor tables,
-                                        OptionalTensor gamma, OptionalTensor beta, int64_t channel_dim, bool relu,
-                                        bool keep_mask) {
+std::tuple<Tensor, Tensor> norm_rescale(Tensor z, Tensor scale, OptionalTensor shortcut, Tensor tables, OptionalTensor,
+                                        OptionalTensor, OptionalTensor gamma, OptionalTensor beta, int64_t channel_dim,
+                                        bool relu, bool keep_mask) {
   const MapInfo info = map_info(z, channel_dim);
   check_norm_rescale(z, info, scale, shortcut, tables, gamma, beta);
   return with_gpu_type(z, [&]<class T>() {
@@ -90,55 +97,57 @@ std::tuple<Tensor, Tensor> norm_rescale(Tensor z, Tensor scale, OptionalTensor s
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(Tensor dy, OptionalTensor y, Tensor z, Tensor tables,
-                                                         OptionalTensor gamma, OptionalTensor beta, int64_t channel_dim,
-                                                         bool need_shortcut) {
+std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(Tensor dy, OptionalTensor y, Tensor z, Tensor scale,
+                                                         Tensor tables, OptionalTensor gamma, OptionalTensor beta,
+                                                         int64_t channel_dim, bool need_g) {
   const MapInfo info = map_info(z, channel_dim);
   check_result_gradient(dy, y, z, info, true);
-  check_norm_tables(tables, z, info);
-  check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
+  check_norm_rescale(z, info, scale, std::nullopt, tables, gamma, beta);
   return with_gpu_type(z, [&]<class T>() {
     GpuCall call(z, info, 1);
     const int64_t n = call.samples(), width = call.channels(), count = n * width;
-    const Tensor all = dense(tables), dscale = call.table({n, width}), sums = call.table({2, n, width});
+    const Tensor all = dense(tables), scales = dense(scale);
+    const Tensor dscale = call.table({n, width}), handed = call.table({3, n, width});
     const OptionalTensor weight = dense(gamma), bias = dense(beta);
-    const GradientMaps<T> maps(dy, z, ReluResult(y), info, {false, need_shortcut, false, {}, false});
+    const GradientMaps<T> maps(dy, z, ReluResult(y), info, {false, need_g, false, {}, false});
     const NormTables<float> norm(all, n, width);
-    float *const sum = data_of<float>(sums), *const product = sum + count;
-    if (call.positions() == 0) {
-      // Sums over no values, whatever the deviation of none is.
-      for (const Tensor& of_none : {dscale, sums}) torch::stable::fill_(of_none, 0.0);
-      return std::make_tuple(dscale, sums, maps.dshortcut.tensor);
-    }
-    call.launch_sweep(reduce_of(call, maps.maps, norm.shift, sum, product));
     kernels::ScaleGradients args{};
     args.samples = static_cast<int>(n), args.channels = static_cast<int>(width);
-    args.d = norm.d, args.rstd = norm.rstd;
+    args.h = data_of<float>(scales), args.d = norm.d, args.rstd = norm.rstd;
     args.gamma = data_of<float>(weight), args.beta = data_of<float>(bias);
-    args.sum = sum, args.product = product, args.dscale = data_of<float>(dscale);
+    float* const sum = data_of<float>(handed);
+    args.sum = sum, args.product = sum + count, args.h_again = sum + 2 * count;
+    args.dscale = data_of<float>(dscale);
+    // A map without positions may have no memory, which looks as if there were none.
+    if (call.positions() == 0)
+      call.clear(sum, 2 * count);
+    else
+      call.launch_sweep(reduce_of(call, maps.maps, norm.shift, sum, args.product));
     call.launch_elements(args, count);
-    return std::make_tuple(dscale, sums, maps.dshortcut.tensor);
+    // Sums over no values, whatever the deviation of none is.
+    if (call.positions() == 0) call.clear(sum, 2 * count), call.clear(args.dscale, count);
+    return std::make_tuple(dscale, handed, maps.dshortcut.tensor);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor dy, OptionalTensor y, Tensor z, Tensor scale, Tensor dp,
-                                                      Tensor sums, Tensor tables, OptionalTensor gamma,
-                                                      int64_t channel_dim, bool batch, bool need_z) {
+std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor g, Tensor handed, Tensor dp, Tensor z, Tensor tables,
+                                                      OptionalTensor gamma, int64_t channel_dim, bool batch,
+                                                      bool need_z) {
   const MapInfo info = map_info(z, channel_dim);
-  check_norm_pool_gradient(dy, y, z, info, scale, dp, sums, tables, gamma, true);
+  check_norm_pool_gradient(g, handed, dp, z, info, tables, gamma);
   return with_gpu_type(z, [&]<class T>() {
     GpuCall call(z, info, 1);
     const int64_t n = call.samples(), width = call.channels(), count = n * width;
-    const Tensor scales = dense(scale), of_p = dense(dp), of_map = dense(sums), all = dense(tables);
+    const Tensor of_p = dense(dp), sums = dense(handed), all = dense(tables);
     const Tensor dgamma = call.table({width}), dbeta = call.table({width});
     const OptionalTensor weight = dense(gamma);
-    const GradientMaps<T> maps(dy, z, ReluResult(y), info, {need_z, false, false, {}, false});
+    const GradientMaps<T> maps(g, z, ReluResult(std::nullopt), info, {need_z, false, false, {}, false});
     const NormTables<float> norm(all, n, width);
     kernels::NormGradients args{};
     args.samples = static_cast<int>(n), args.channels = static_cast<int>(width);
     args.positions = static_cast<int>(call.positions());
-    args.sum = data_of<float>(of_map), args.product = args.sum + count;
-    args.dp = data_of<float>(of_p), args.off = norm.off, args.new_h = data_of<float>(scales);
+    args.sum = data_of<float>(sums), args.product = args.sum + count, args.new_h = args.sum + 2 * count;
+    args.dp = data_of<float>(of_p), args.off = norm.off;
     args.d = norm.d, args.rstd = norm.rstd, args.gamma = data_of<float>(weight);
     args.dgamma = data_of<float>(dgamma), args.dbeta = data_of<float>(dbeta);
     if (need_z) args.factor = call.scratch(count), args.offset = call.scratch(count);

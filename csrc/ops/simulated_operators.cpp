@@ -224,7 +224,8 @@ class Memory {
   void of(const kernels::ScaleGradients& a) {
     const int64_t c = a.channels, nc = a.samples * c;
     table("d", a.d, c), table("rstd", a.rstd, c), table("gamma", a.gamma, c), table("beta", a.beta, c);
-    table("sum", a.sum, nc), table("product", a.product, nc), table("dscale", a.dscale, nc);
+    table("h", a.h, nc), table("sum", a.sum, nc), table("product", a.product, nc), table("dscale", a.dscale, nc);
+    table("h again", a.h_again, nc);
   }
   void of(const kernels::GivenStatistics& a) {
     const int64_t c = a.channels;

@@ -279,6 +279,18 @@ Tensor empty_table(const Tensor& like, const std::vector<int64_t>& sizes) {
   return empty_strided(sizes, strides, like, dtype_code_of<A>());
 }
 
+// The tokens of a norm before a pooling (operators.py): their shape is all there is of them. Empty if not wanted.
+struct NormTokens {
+  Tensor of_g, of_handed;
+};
+template <class A>
+NormTokens norm_tokens(bool wanted, const Tensor& z, const MapInfo& info) {
+  if (!wanted) return {empty_strided({0}, {1}, z, dtype_code(z)), empty_table<A>(z, {0})};
+  const std::vector<int64_t> handed{3, info.shape.samples, info.shape.channels};
+  return {empty_strided(info.sizes, std::vector<int64_t>(info.sizes.size()), z, dtype_code(z)),
+          empty_strided(handed, std::vector<int64_t>(handed.size()), z, dtype_code_of<A>())};
+}
+
 template <class A>
 A* data_of(const Tensor& t) {
   return static_cast<A*>(t.mutable_data_ptr());

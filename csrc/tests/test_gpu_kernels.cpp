@@ -338,11 +338,13 @@ void tables_of_a_norm() {
   }
   narrow.assign(found.begin(), found.end());
   check_near(narrow.data(), y, "y");
-  kernels::ScaleGradients scales{kSamples, kChannels, of.d, of.rstd, of.gamma, of.beta, gradients.sum};
+  kernels::ScaleGradients scales{kSamples, kChannels, gradients.new_h, gradients.sum, of.d, of.rstd, of.gamma, of.beta};
+  scales.h_again = memory.result("h again", kTable);
   scales.product = memory.add("product about the shift", about_shift), scales.dscale = memory.result("dscale", kTable);
   memory.device.launch(grid, [&](Thread& m) { kernels::scale_gradients(m, scales); });
   check_near(scales.dscale, dscale, "dscale");
   check_near(scales.product, product, "product about the mean");
+  check_near(scales.h_again, h, "h again");
 
   // The same where the sums are those of several processes.
   Values of_beta(dbeta), of_gamma(dgamma);

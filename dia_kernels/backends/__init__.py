@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import autograd, autograd_tail, operators, reference
+from .. import autograd, autograd_norm, autograd_tail, operators, reference
 from . import triton
 
 
@@ -84,6 +84,7 @@ def add(
         operators.library.impl(operator + added.suffix, kernel, torch._C._dispatch_key_for_device(device))
     autograd.register(added)
     autograd_tail.register(added)
+    autograd_norm.register(added)
     _backends[name] = Backend(device, added, missing, float64)
 
 
