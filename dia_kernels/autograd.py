@@ -161,7 +161,7 @@ class Gathered(Function):
 
     @staticmethod
     def backward(ctx, flat):
-        steps = ctx.left.pop(_pass(), ())
+        steps = ctx.left.pop(current_pass(), ())
         for ops in dict.fromkeys(step.ops for step in steps):
             lists = zip(*(step.tensors for step in steps if step.ops is ops), strict=True)
             more = ops.parameter_gradients(*lists, ctx.sizes[0])
@@ -196,7 +196,7 @@ def _stream_of(t: Tensor) -> int | None:
     return torch._C._cuda_getCurrentRawStream(t.device.index) if t.is_cuda else None
 
 
-def _pass() -> int | None:
+def current_pass() -> int | None:
     """A number for the backward pass that runs. None: no engine calls its functions, but a graph compiled of them."""
     if torch.compiler.is_compiling():
         return None
@@ -257,7 +257,7 @@ def _with_token(function: type[Function]) -> type[Function]:
         need, saved = ctx.needs_input_grad[3:], saved_tensors(ctx)
         # A gradient that is to be differentiated goes through the graph, and so does one of a compiled graph. Where
         # this pass comes by no parameter, as in torch.autograd.grad of something else, theirs are not made.
-        number = None if torch.is_grad_enabled() else _pass()
+        number = None if torch.is_grad_enabled() else current_pass()
         need_parameters = number is None or torch._C._will_engine_execute_node(gathered)
         as_factors = number is not None and _better_at_once(ctx.ops, saved[2], gathered.sizes[0])
         *others, last = function.gradients(  # type: ignore[attr-defined]

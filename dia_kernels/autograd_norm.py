@@ -1,12 +1,13 @@
 """Pooling and rescaling behind a norm that is folded into them, for cells that no operator computes.
 
 ``p = mean(norm(z))``, a cell of any kind, ``y = act(norm(z) * scale + shortcut)``: two nodes of the graph, one before
-the cell and one behind it, and z goes into both. Their gradients take two sweeps over the map, as a tail's does. The
-first is the rescaling's: it makes the gradients of scale and shortcut, and gives none to z and the norm. What it has for
-them it hands on to the pooling, as gradients of two tokens that came from there; and the pooling makes those of z, gamma
-and beta through both in the second sweep, when dp has come back through the cell.
+the cell and one behind it, and z goes into both. Their gradients take two sweeps over the map, as a tail's do. The
+first is the rescaling's: it makes the gradients of scale and shortcut, and gives none to z and the norm. What it has
+for these it hands on to the pooling, as gradients of two tokens that came from there; and the pooling makes those of z,
+gamma and beta through both in the second sweep, when dp has come back through the cell.
 
 A gradient that is to be differentiated again, or is mapped over, goes through the reference: each node gives its own.
+So it is in compiled autograd, which knows no node that gives no gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from . import masks, operators, reference
-from .autograd import below_autograd, derivative, keeps_mask, saved_tensors, transforms_active, wants_gradient
+from .autograd import (
+    below_autograd,
+    current_pass,
+    derivative,
+    keeps_mask,
+    saved_tensors,
+    transforms_active,
+    wants_gradient,
+)
 from .layout import broadcast
 from .norms import Folded, Tracked
 from .operators import Operators
@@ -27,11 +36,10 @@ from .tables import norm_parts
 
 
 class Normed(NamedTuple):
-    """What a rescaling needs of a folded norm, beside its map: the first in the order of the operator's arguments."""
+    """What a rescaling needs of a folded norm, beside its map."""
 
     tables: Tensor
-    token_of_g: Tensor | None
-    token_of_handed: Tensor | None
+    tokens: tuple[Tensor, Tensor] | tuple[None, None]
     gamma: Tensor | None
     beta: Tensor | None
     eps: float
@@ -39,9 +47,9 @@ class Normed(NamedTuple):
     batch: bool
 
 
-def _is_differentiated() -> bool:
-    """Whether a backward pass is itself recorded, or mapped over."""
-    return torch.is_grad_enabled() or transforms_active()
+def _by_themselves() -> bool:
+    """Whether in a backward pass each node gives its own gradients."""
+    return torch.is_grad_enabled() or transforms_active() or current_pass() is None
 
 
 def _normalised(ctx, z: Tensor, tables: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
@@ -87,7 +95,7 @@ class NormPool(Function):
 
     @staticmethod
     def backward(ctx, dp, _tables, g, handed, *_):
-        if handed is not None and not _is_differentiated():
+        if handed is not None and not _by_themselves():
             return None, *_pool_gradients(ctx, dp, g, handed, ctx.needs_input_grad[1:], saved_tensors(ctx))
         z, gamma, beta, tables = saved_tensors(ctx)
 
@@ -125,8 +133,8 @@ def pool(
     if tracked is not None:
         torch.autograd.graph.increment_version(tracked.buffers)
     own = None if mean is not None or tracked is not None else tuple(results[2:])
-    tokens = results[:2] if recorded else (None, None)
-    return p, own, Normed(tables, *tokens, gamma, beta, eps, mean is None)
+    tokens = (results[0], results[1]) if recorded else (None, None)
+    return p, own, Normed(tables, tokens, gamma, beta, eps, mean is None)
 
 
 # --- rescale ---------------------------------------------------------------------------------------
@@ -177,7 +185,7 @@ class NormRescale(Function):
     def backward(ctx, dy, _):
         if dy is None:
             return (None,) * 14
-        if not _is_differentiated():
+        if not _by_themselves():
             return None, *_rescale_gradients(ctx, dy, ctx.needs_input_grad[1:], saved_tensors(ctx)), None, None
         dz, dscale, dshortcut, dgamma, dbeta = _differentiable_gradients(ctx, dy)
         grads = (None, dz, dscale, dshortcut, None, None, None, dgamma, dbeta, *(None,) * 5)
@@ -201,10 +209,10 @@ def rescale(
     ops: Operators, z: Tensor, scale: Tensor, shortcut: Tensor | None, normed: Normed, channel_dim: int, relu: bool
 ) -> Tensor:
     """``act(norm(z) * scale + shortcut)`` with the norm of ``pool``."""
-    *of_operator, eps, batch = normed
-    recorded = wants_gradient(z, scale, shortcut, normed.gamma, normed.beta)
+    tables, tokens, gamma, beta, eps, batch = normed
+    recorded = wants_gradient(z, scale, shortcut, gamma, beta)
     keep_mask = recorded and relu and keeps_mask(ops, z, channel_dim)
-    args = (z, scale, shortcut, *of_operator, channel_dim, relu, keep_mask)
+    args = (z, scale, shortcut, tables, *tokens, gamma, beta, channel_dim, relu, keep_mask)
     y: Tensor
     if torch.compiler.is_compiling():
         y, _ = ops.norm_rescale(*args)

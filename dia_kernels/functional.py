@@ -205,7 +205,7 @@ def _fold_apart(norm: norms.Norm, x: Tensor, channel_dim: int, backend: str | No
     folded = norms.fold(norm, x, channel_dim)
     if folded is None or folded.group is not None:
         return None
-    return folded if norms.has_kernel(backends.operators_of(backend, x).suffix, "norm_pool", x.device.type) else None
+    return folded if x.device.type in backends.operators_of(backend, x).folding_devices else None
 
 
 def _norm_pool(

@@ -144,7 +144,7 @@ def tracked_by(ops: Operators, norm: _BatchNorm, z: Tensor) -> Tracked | None:
     if not norm.track_running_stats or norm.momentum is None or type(z) is not Tensor or z.dtype is torch.float64:
         return None
     device = z.device
-    if not has_kernel(ops.suffix, "tail_tracking_", device.type):
+    if not _tracks(ops, device.type):
         return None
     buffers = tuple(map(norm._buffers.__getitem__, _BUFFERS))
     for buffer, dtype in zip(buffers, _DTYPES, strict=True):
@@ -156,10 +156,11 @@ def tracked_by(ops: Operators, norm: _BatchNorm, z: Tensor) -> Tracked | None:
 
 
 @cache
-def has_kernel(suffix: str, name: str, device: str) -> bool:
-    """Whether an operator of an implementer has a kernel of its own, not the reference, for a type of devices."""
+def _tracks(ops: Operators, device: str) -> bool:
+    """Whether ``ops`` has a kernel of its own that moves buffers on a device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}{suffix}", key)
+    name = f"{NAMESPACE}::tail_tracking_{ops.suffix}"
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor) -> None:

@@ -140,6 +140,8 @@ class Operators:
         self.suffix = suffix
         #: By the type of a device, dtypes of the maps whose ReLU leaves a mask for its gradient.
         self.masked_dtypes: dict[str, frozenset[torch.dtype]] = {}
+        #: Types of devices that have kernels of ``norm_pool``, ``norm_rescale`` and their gradients.
+        self.folding_devices: set[str] = set()
         for name, schema in SCHEMAS.items():
             # Any strides are right: without flexible_layout the inductor copies channels_last maps to and fro around
             # each call.
@@ -202,5 +204,8 @@ library_has_cuda: bool = library_error is None and hasattr(ctypes.CDLL(str(LIBRA
 
 #: A mask has a byte for eight values: a GPU's access of sixteen bytes, if they are of 16 bits.
 GPU_MASKED_DTYPES = frozenset((torch.float16, torch.bfloat16))
+if library_error is None:
+    native.folding_devices.add("cpu")
 if library_has_cuda:
+    native.folding_devices.add("cuda")
     native.masked_dtypes["cuda"] = GPU_MASKED_DTYPES

@@ -28,7 +28,7 @@ def library() -> ctypes.CDLL:
 @cache
 def load() -> ctypes.CDLL:
     """``library``, which another process has built."""
-    backends.add("simulated", "cpu", {}, float64=False, masked=operators.GPU_MASKED_DTYPES)
+    backends.add("simulated", "cpu", {}, float64=False, masked=operators.GPU_MASKED_DTYPES, folds=True)
     torch.ops.load_library(LIBRARY)
     loaded = ctypes.CDLL(str(LIBRARY))
     for function in (loaded.dia_simulated_launches, loaded.dia_simulated_seen):

@@ -61,14 +61,16 @@ def add(
     *,
     float64: bool = True,
     masked: Set[torch.dtype] = frozenset(),
+    folds: bool = False,
     missing: Callable[[], str | None] = lambda: None,
 ) -> None:
     """Makes ``kernels`` a backend for tensors on ``device``: an implementation for each name in ``operators.SCHEMAS``.
 
     They have a set of operators to themselves, with the gradients of all others. A native library may implement some,
     under their names and ``_<name>``. Where a kernel is missing, the reference stands in; without ``float64`` for such
-    maps too. ``masked``: dtypes of maps for which ``step`` and ``tail`` know ``keep_mask``. ``missing()`` says why the
-    backend cannot run here.
+    maps too. ``masked``: dtypes of maps for which ``step``, ``tail`` and ``norm_rescale`` know ``keep_mask``.
+    ``folds``: whether there are kernels of ``norm_pool``, ``norm_rescale`` and their gradients, so that it pays to fold
+    a norm that comes before a cell of any kind. ``missing()`` says why the backend cannot run here.
 
     Raises:
         ValueError: there is such a backend, or no such operator.
@@ -80,6 +82,7 @@ def add(
         raise ValueError(f"kernels: there are no operators {', '.join(sorted(unknown))}")
     added = operators.Operators(f"_{name}")
     added.masked_dtypes[device] = frozenset(masked)
+    added.folding_devices |= {device} if folds else set()
     for operator, kernel in kernels.items():
         operators.library.impl(operator + added.suffix, kernel, torch._C._dispatch_key_for_device(device))
     autograd.register(added)
