@@ -9,6 +9,7 @@ import pytest
 import simulated_backend
 import torch
 from accuracy import assert_accurate
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
@@ -406,7 +407,7 @@ def test_compiled(cell, kind):
 
     def keep(graph, _):
         graphs.append(graph)
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
     leaves = {"x": x.clone().requires_grad_(), "shortcut": s.clone().requires_grad_()} | dict(again.named_parameters())
     y = torch.compile(again, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(
