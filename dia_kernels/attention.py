@@ -163,7 +163,7 @@ class SharedAttention(nn.Module):
             inplace: write y over x. Inference only.
             norm: the batch norm (or another norm) of x that comes first; a batch norm costs no pass of its own.
             sample_scale: (N,), a factor for the scale of each sample, as stochastic depth draws it; the state is not
-                scaled. The norm is then called by itself.
+                scaled.
 
         Returns:
             ``(y, state)``: hand the state to the next block of the stage.

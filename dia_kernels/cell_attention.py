@@ -70,8 +70,8 @@ class CellAttention(nn.Module):
             shortcut: the block's other branch, shape of x, or None.
             activation: None or ``"relu"``.
             inplace: write y over x. Inference only.
-            norm: the norm of x that comes first, as in ``functional.step``. Folded in are those that it folds if the
-                cell wants the mean alone and nothing compiles or transforms the call; others are called by themselves.
+            norm: the norm of x that comes first, as in ``functional.step``. Folded in are those that it folds, if the
+                cell wants the mean alone and nothing transforms or exports the call; else it is called by itself.
             sample_scale: (N,), a factor for the scale of each sample, or None.
 
         Returns:

@@ -67,8 +67,8 @@ def step(
             function is called, and the step follows. (arXiv:1502.03167, algorithm 1.)
         sample_scale: (N,), a factor for the scale of each sample: ``y = activation(x * (h * sample_scale[:, None]) +
             shortcut)``, for stochastic depth (arXiv:1603.09382). The state is not scaled. Any floating dtype that the
-            compute dtype holds. With it pool, cell and rescale run one by one, and a norm is folded into these where
-            nothing compiles or transforms the call, else called by itself.
+            compute dtype holds. With it, and with ``stacked`` layers, pool, cell and rescale run one by one, and a norm
+            is folded into these unless something transforms or exports the call, which then calls it by itself.
         backend: a name out of ``dia_kernels.backends.names()``, or None for that of the ``use_backend`` around the
             call; without one, for the best one here.
 
