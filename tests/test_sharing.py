@@ -695,7 +695,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("cell", ["lstm", "lstm_tanh"])
+@pytest.mark.parametrize("cell", ["lstm", pytest.param("lstm_tanh", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_pretrained_networks_output_is_preserved(name, cell):
     model = pretrained(NETWORKS[name]())
