@@ -297,10 +297,13 @@ def test_checkpointed(reentrant):
     assert torch.equal(s.grad, expected[1])
 
 
-def test_the_norms_result_is_not_kept():
-    """Beside the convolution's result z there is y, for its ReLU, and small tables."""
-    attention, norm = create_attention("se", 16, 4), nn.BatchNorm2d(16)
-    z, s = (torch.randn(4, 16, 24, 24, requires_grad=True) for _ in range(2))
+@pytest.mark.parametrize("relu", [True, False])
+def test_what_is_kept(relu):
+    """Beside the convolution's result z there is y, for its ReLU, and tables; to the byte."""
+    n, c, m = 4, 16, 4
+    attention, norm = create_attention("se", c, c // m), nn.BatchNorm2d(c)
+    z, s = (torch.randn(n, c, 24, 24, requires_grad=True) for _ in range(2))
+    parameters = {p.untyped_storage().data_ptr() for p in (*attention.parameters(), *norm.parameters())}
     kept = {}
 
     def keep(t):
@@ -308,10 +311,11 @@ def test_the_norms_result_is_not_kept():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        y = attention(z, norm=norm, shortcut=s, activation="relu")[0]
+        y = attention(z, norm=norm, shortcut=s, activation="relu" if relu else None)[0]
     assert folds(y)
-    maps = 2 * z.untyped_storage().nbytes()
-    assert maps <= sum(kept.values()) < maps + z.untyped_storage().nbytes() // 4
+    found = sum(size for place, size in kept.items() if place not in parameters)
+    maps, tables, of_cell = (1 + relu) * z.numel(), 2 * n * c + 3 * c, n * c + n * m
+    assert found == 4 * (maps + tables + of_cell)
 
 
 @pytest.mark.parametrize("backend", [None, "simulated"])
