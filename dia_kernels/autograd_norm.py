@@ -132,7 +132,10 @@ def pool(
             p, tables, *results = _call_pool(*args)
     if tracked is not None:
         torch.autograd.graph.increment_version(tracked.buffers)
-    own = None if mean is not None or tracked is not None else tuple(results[2:])
+    own = None
+    if mean is None and tracked is None:
+        # For buffers, where no gradient may flow to, which the raw operator does not know.
+        own = (results[2].detach(), results[3].detach())
     tokens = (results[0], results[1]) if recorded else (None, None)
     return p, own, Normed(tables, tokens, gamma, beta, eps, mean is None)
 

@@ -414,15 +414,22 @@ def test_compiled(cell, kind):
         return make_boxed_func(graph.forward)
 
     leaves = {"x": x.clone().requires_grad_(), "shortcut": s.clone().requires_grad_()} | dict(again.named_parameters())
-    y = torch.compile(again, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(
-        *list(leaves.values())[:2]
-    )
+    compiled = torch.compile(again, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    y = compiled(leaves["x"], leaves["shortcut"])
     found = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
     for name, gradient in zip(leaves, found, strict=True):
         if gradient is not None:
             torch.testing.assert_close(gradient, expected[f"d {name}"])
     for name, buffer in again.named_buffers():
         torch.testing.assert_close(buffer.double(), expected[name])
+    assert not any(buffer.requires_grad for buffer in again.buffers())
+    # The next step, from the buffers that this one moved; and one of another size.
+    for shape in (x.shape, (2, 6, 5, 3)):
+        other = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        compiled(other, other.detach()).sum().backward()
+        (dx,) = torch.autograd.grad(copy.deepcopy(again)(other, other.detach()).sum(), other)
+        torch.testing.assert_close(other.grad, dx)
+    graphs = graphs[:2]
     called = [
         str(node.target).split(".")[1]
         for graph in graphs
