@@ -636,20 +636,27 @@ def rescale(ops: Operators, x: Tensor, scale: Tensor, shortcut: Tensor | None, c
 # --- compiled --------------------------------------------------------------------------------------
 
 
+def give_gradient(ops: Operators, name: str, context: Callable, gradients: Callable) -> None:
+    """Gives a raw operator its gradient, for ``torch.compile``; ``context`` takes its inputs behind ``ops``."""
+    torch.library.register_autograd(
+        f"{operators.NAMESPACE}::{name}{ops.suffix}",
+        gradients,
+        setup_context=lambda ctx, inputs, output: context(ctx, (ops, *inputs), output),
+        lib=operators.library,
+    )
+
+
 def register(ops: Operators) -> None:
-    """Gives the raw operators their gradients, for ``torch.compile``."""
-
-    def formula(name: str, context: Callable, gradients: Callable) -> None:
-        torch.library.register_autograd(
-            f"{operators.NAMESPACE}::{name}{ops.suffix}",
-            gradients,
-            setup_context=lambda ctx, inputs, output: context(ctx, (ops, *inputs), output),
-            lib=operators.library,
-        )
-
-    formula("step", _step_context, lambda ctx, *g: _step_formula(ctx, g, _raw_step_backward, ctx.saved_tensors))
-    formula("pool", _pool_context, _pool_gradients)
-    formula(
+    """Gives the raw operators of this file their gradients."""
+    give_gradient(
+        ops,
+        "step",
+        _step_context,
+        lambda ctx, *g: _step_formula(ctx, g, _raw_step_backward, ctx.saved_tensors),
+    )
+    give_gradient(ops, "pool", _pool_context, _pool_gradients)
+    give_gradient(
+        ops,
         "rescale",
         _rescale_context,
         lambda ctx, dy: _rescale_gradients(ctx, dy, _raw_rescale_backward, ctx.saved_tensors),

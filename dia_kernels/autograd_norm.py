@@ -12,7 +12,6 @@ So it is in compiled autograd, which knows no node that gives no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from .autograd import (
     below_autograd,
     current_pass,
     derivative,
+    give_gradient,
     keeps_mask,
     saved_tensors,
     transforms_active,
@@ -231,24 +231,17 @@ def rescale(
 
 
 def register(ops: Operators) -> None:
-    """Gives the raw operators their gradients, for ``torch.compile``."""
-
-    def formula(name: str, context: Callable, gradients: Callable) -> None:
-        torch.library.register_autograd(
-            f"{operators.NAMESPACE}::{name}{ops.suffix}",
-            gradients,
-            setup_context=lambda ctx, inputs, output: context(ctx, (ops, *inputs), output),
-            lib=operators.library,
-        )
-
-    formula(
+    """Gives the raw operators their gradients."""
+    give_gradient(
+        ops,
         "norm_pool",
         _pool_context,
         lambda ctx, dp, _, g, handed, *rest: _pool_gradients(
             ctx, dp, g, handed, ctx.needs_input_grad, ctx.saved_tensors
         ),
     )
-    formula(
+    give_gradient(
+        ops,
         "norm_rescale",
         _rescale_context,
         lambda ctx, dy, _: _rescale_gradients(ctx, dy, ctx.needs_input_grad, ctx.saved_tensors),

@@ -18,6 +18,7 @@ from .autograd import (
     derivative,
     differentiable,
     for_each_parameter,
+    give_gradient,
     join_if_any,
     keeps_mask,
     route,
@@ -218,13 +219,8 @@ class TrackingTail(Tail):
 
 
 def register(ops: Operators) -> None:
-    """Gives the raw operator its gradient, for ``torch.compile``."""
-    torch.library.register_autograd(
-        f"{operators.NAMESPACE}::tail{ops.suffix}",
-        lambda ctx, *grads: _formula(ctx, grads, _raw_backward, ctx.saved_tensors),
-        setup_context=lambda ctx, inputs, output: _context(ctx, (ops, *inputs), output),
-        lib=operators.library,
-    )
+    """Gives the raw operator its gradient."""
+    give_gradient(ops, "tail", _context, lambda ctx, *grads: _formula(ctx, grads, _raw_backward, ctx.saved_tensors))
 
 
 register(operators.native)

@@ -215,7 +215,9 @@ def _norm_pool(
     ops, shape = backends.operators_of(backend, x), (channels(x, channel_dim),)
     if not _all_fit([t for t in folded[:4] if t is not None], repeat(shape), x):
         folded = _cast_norm(folded, shape, x)
-    tracked = norms.tracked_by(ops, folded.module, x) if folded.module is not None and autograd.is_plain() else None
+    tracked = None
+    if folded.module is not None and not torch.compiler.is_compiling():  # then the call is plain: see _fold_apart
+        tracked = norms.tracked_by(ops, folded.module, x)
     p, statistics, normed = autograd_norm.pool(ops, x, folded, channel_dim, tracked)
     if folded.module is not None and statistics is not None:
         norms.update_buffers(folded.module, *statistics, x.numel() // max(shape[0], 1))

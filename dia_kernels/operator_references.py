@@ -293,9 +293,9 @@ def norm_rescale_backward(dy, y, z, scale, tables, gamma, beta, channel_dim, nee
     of_bias, of_weight = (reference.sum_positions(t, channel_dim) for t in (wide, wide * off))
     dscale = of_weight * (rstd if gamma is None else rstd * gamma)
     dscale = dscale if beta is None else dscale + of_bias * beta
-    if spatial_size(z, channel_dim) == 0:  # whatever the deviation of no values is
-        dscale = torch.zeros_like(dscale)
     handed = torch.stack((of_bias, of_weight, scale))
+    if spatial_size(z, channel_dim) == 0:  # whatever the deviation of no values is
+        dscale, handed = torch.zeros_like(dscale), torch.zeros_like(handed)
     return dscale, handed, _in_format(g.to(z.dtype), z, channel_dim) if need_g else z.new_empty(0)
 
 

@@ -51,7 +51,7 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
                         ``handed``, it hands on what the other's needs.
 ``norm_rescale_backward`` ``(dscale, handed, g)``: g is the gradient behind the ReLU, that of the shortcut;
                         ``handed`` (3, N, C) are sums over the positions, of g, and of g times z less the mean;
-                        and the scale
+                        and the scale. Without positions all are zero.
 ``pool``                mean over positions, (N, C), in the compute dtype
 ``rescale``             ``act(x * scale + shortcut)``
 ``rescale_backward``    gradients of x, scale and shortcut

@@ -103,11 +103,13 @@ std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(Tensor dy, OptionalTens
     const NormReduction<T> reduction({dy_reader.map, y_reader.map, z_reader.map},
                                      need_g ? map_writer<T>(g, info) : Map<T>{}, info.shape,
                                      NormTables<A>(all, n, width), Affine<A>(gamma, beta), data_of<A>(handed));
-    for_chunks(n, 0, 0, [&](Chunk chunk) { reduction.run(chunk, data_of<A>(dscale)); });
-    // Sums over no values, whatever the deviation of none is.
-    if (info.shape.positions == 0)
+    if (info.shape.positions > 0) {
+      for_chunks(n, 0, 0, [&](Chunk chunk) { reduction.run(chunk, data_of<A>(dscale)); });
+      std::copy_n(data_of<A>(scales), n * width, data_of<A>(handed) + 2 * n * width);
+    } else {
+      // Sums over no values, whatever the deviation of none is.
       for (const Tensor& of_none : {dscale, handed}) torch::stable::fill_(of_none, 0.0);
-    std::copy_n(data_of<A>(scales), n * width, data_of<A>(handed) + 2 * n * width);
+    }
     return {dscale, handed, g};
   });
 }

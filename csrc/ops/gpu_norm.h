@@ -118,14 +118,13 @@ std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(Tensor dy, OptionalTens
     float* const sum = data_of<float>(handed);
     args.sum = sum, args.product = sum + count, args.h_again = sum + 2 * count;
     args.dscale = data_of<float>(dscale);
-    // A map without positions may have no memory, which looks as if there were none.
-    if (call.positions() == 0)
-      call.clear(sum, 2 * count);
-    else
+    if (call.positions() > 0) {
       call.launch_sweep(reduce_of(call, maps.maps, norm.shift, sum, args.product));
-    call.launch_elements(args, count);
-    // Sums over no values, whatever the deviation of none is.
-    if (call.positions() == 0) call.clear(sum, 2 * count), call.clear(args.dscale, count);
+      call.launch_elements(args, count);
+    } else {
+      // Sums over no values, whatever the deviation of none is.
+      for (const Tensor& of_none : {dscale, handed}) torch::stable::fill_(of_none, 0.0);
+    }
     return std::make_tuple(dscale, handed, maps.dshortcut.tensor);
   });
 }
