@@ -6,8 +6,8 @@ first is the rescaling's: it makes the gradients of scale and shortcut, and give
 for these it hands on to the pooling, as gradients of two tokens that came from there; and the pooling makes those of z,
 gamma and beta through both in the second sweep, when dp has come back through the cell.
 
-A gradient that is to be differentiated again, or is mapped over, goes through the reference: each node gives its own.
-So it is in compiled autograd, which knows no node that gives no gradient.
+A gradient that is to be differentiated again goes through the reference: each node gives its own. So it is in compiled
+autograd, which knows no node that gives no gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from .autograd import (
     give_gradient,
     keeps_mask,
     saved_tensors,
-    transforms_active,
     wants_gradient,
 )
 from .layout import broadcast
@@ -49,7 +48,7 @@ class Normed(NamedTuple):
 
 def _by_themselves() -> bool:
     """Whether in a backward pass each node gives its own gradients."""
-    return torch.is_grad_enabled() or transforms_active() or current_pass() is None
+    return torch.is_grad_enabled() or current_pass() is None
 
 
 def _normalised(ctx, z: Tensor, tables: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
