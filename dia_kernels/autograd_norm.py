@@ -62,22 +62,29 @@ def _normalised(ctx, z: Tensor, tables: Tensor, gamma: Tensor | None, beta: Tens
 
 
 # --- pool ------------------------------------------------------------------------------------------
-# Arguments: z, gamma, beta, mean, var, eps, channel_dim, keep_tokens. Or, of the operator that moves buffers, z, gamma,
-# beta, its ``Tracked``, None, eps, channel_dim, keep_tokens.
+# Arguments: z, gamma, beta, mean, var, eps, channel_dim, with_variance, with_extreme, keep_tokens. Or, of the operator
+# that moves buffers, the same with its ``Tracked`` and None in place of mean and var.
 
 
 def _pool_context(ctx, inputs, output) -> None:
-    ctx.ops, z, gamma, beta, mean, _, ctx.eps, ctx.channel_dim, _ = inputs
+    ctx.ops, z, gamma, beta, mean, _, ctx.eps, ctx.channel_dim, with_variance, with_extreme, _ = inputs
     ctx.batch = not isinstance(mean, Tensor)
-    ctx.save_for_backward(z, gamma, beta, output[1])
+    variance, extreme, where = output[4:7]
+    of_extreme = (extreme, where) if with_extreme else (None, None)
+    ctx.save_for_backward(z, gamma, beta, output[1], variance if with_variance else None, *of_extreme)
 
 
-def _pool_gradients(ctx, dp, g, handed, need: tuple, saved: tuple) -> tuple:
-    """Gradients of the inputs of ``norm_pool``; ``g`` and ``handed`` are those of its tokens."""
-    z, gamma, _, tables = saved
-    dp = torch.zeros_like(handed[0]) if dp is None else dp
-    grads = ctx.ops.norm_pool_backward(g, handed, dp, z, tables, gamma, ctx.channel_dim, ctx.batch, need[0])
-    return *(grad if needed else None for grad, needed in zip(grads, need, strict=False)), *(None,) * 5
+def _pool_gradients(ctx, grads: tuple, need: tuple, saved: tuple) -> tuple:
+    """Gradients of the inputs of ``norm_pool`` from those of its results."""
+    dp, _, g, handed, dvariance, dextreme, *_ = grads
+    z, gamma, _, tables, variance, extreme, where = saved
+    statistics = (
+        torch.zeros_like(handed[0]) if dp is None else dp,
+        *((None, None) if variance is None else (dvariance, variance)),
+        *((None, None, None) if extreme is None else (dextreme, extreme, where)),
+    )
+    grads = ctx.ops.norm_pool_backward(g, handed, *statistics, z, tables, gamma, ctx.channel_dim, ctx.batch, need[0])
+    return *(grad if needed else None for grad, needed in zip(grads, need, strict=False)), *(None,) * 7
 
 
 class NormPool(Function):
@@ -88,32 +95,51 @@ class NormPool(Function):
         with below_autograd():
             output = _call_pool(*args)
         _pool_context(ctx, args, output)
-        ctx.mark_non_differentiable(output[1], *output[4:])
+        ctx.mark_non_differentiable(output[1], *output[6:], *(t for t in output[4:6] if t.numel() == 0))
         ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
-    def backward(ctx, dp, _tables, g, handed, *_):
-        if handed is not None and not _by_themselves():
-            return None, *_pool_gradients(ctx, dp, g, handed, ctx.needs_input_grad[1:], saved_tensors(ctx))
-        z, gamma, beta, tables = saved_tensors(ctx)
+    def backward(ctx, *grads):
+        if grads[3] is not None and not _by_themselves():
+            return None, *_pool_gradients(ctx, grads, ctx.needs_input_grad[1:], saved_tensors(ctx))
+        z, gamma, beta, tables, variance, extreme, where = saved_tensors(ctx)
 
         def pool(z, gamma, beta):
-            return (reference.pool(_normalised(ctx, z, tables, gamma, beta), ctx.channel_dim),)
+            p = reference.pool(_normalised(ctx, z, tables, gamma, beta), ctx.channel_dim)
+            zn = _normalised(ctx, z, tables, None, None)
+            variances = None if variance is None else reference.variance(zn, ctx.channel_dim)
+            return p, variances, None if extreme is None else reference.at_positions(zn, where, ctx.channel_dim)
 
-        return None, *derivative(pool, (z, gamma, beta), (dp,)), *(None,) * 5
+        return None, *derivative(pool, (z, gamma, beta), (grads[0], *grads[4:6])), *(None,) * 7
 
 
-def _call_pool(ops: Operators, z, gamma, beta, mean, var, eps, channel_dim, keep_tokens) -> tuple:
+def _call_pool(ops: Operators, z, gamma, beta, mean, var, *rest) -> tuple:
     if isinstance(mean, Tracked):
-        return ops.norm_pool_tracking_(z, gamma, beta, *mean.buffers, mean.factor, eps, channel_dim, keep_tokens)
-    return ops.norm_pool(z, gamma, beta, mean, var, eps, channel_dim, keep_tokens)
+        eps, *rest = rest
+        return ops.norm_pool_tracking_(z, gamma, beta, *mean.buffers, mean.factor, eps, *rest)
+    return ops.norm_pool(z, gamma, beta, mean, var, *rest)
+
+
+class Pooled(NamedTuple):
+    """Statistics of a map behind a norm, (N, C) each: the mean and, where they are wanted, of the norm's result before
+    its affine the unbiased variance, and the value that the affine makes the largest."""
+
+    p: Tensor
+    variance: Tensor
+    extreme: Tensor
 
 
 def pool(
-    ops: Operators, z: Tensor, folded: Folded, channel_dim: int, tracked: Tracked | None
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Normed]:
-    """``(p, statistics, normed)``: the mean of each channel behind a norm, and what its rescaling needs.
+    ops: Operators,
+    z: Tensor,
+    folded: Folded,
+    channel_dim: int,
+    with_variance: bool,
+    with_extreme: bool,
+    tracked: Tracked | None,
+) -> tuple[Pooled, tuple[Tensor, Tensor] | None, Normed]:
+    """``(pooled, statistics, normed)``: what a cell wants to know of a map behind a norm, and what its rescaling needs.
 
     ``statistics``: mean and biased variance of the batch, where the norm takes them; None with ``tracked``, whose
     buffers are moved.
@@ -121,7 +147,7 @@ def pool(
     gamma, beta, mean, var, eps = folded[:5]
     recorded = wants_gradient(z, gamma, beta)
     statistics = (mean, var) if tracked is None else (tracked, None)
-    args = (ops, z, gamma, beta, *statistics, eps, channel_dim, recorded)
+    args = (ops, z, gamma, beta, *statistics, eps, channel_dim, with_variance, with_extreme, recorded)
     if torch.compiler.is_compiling():
         p, tables, *results = _call_pool(*args)
     elif recorded:
@@ -134,9 +160,9 @@ def pool(
     own = None
     if mean is None and tracked is None:
         # For buffers, where no gradient may flow to, which the raw operator does not know.
-        own = (results[2].detach(), results[3].detach())
+        own = (results[5].detach(), results[6].detach())
     tokens = (results[0], results[1]) if recorded else (None, None)
-    return p, own, Normed(tables, tokens, gamma, beta, eps, mean is None)
+    return Pooled(p, results[2], results[3]), own, Normed(tables, tokens, gamma, beta, eps, mean is None)
 
 
 # --- rescale ---------------------------------------------------------------------------------------
@@ -235,9 +261,7 @@ def register(ops: Operators) -> None:
         ops,
         "norm_pool",
         _pool_context,
-        lambda ctx, dp, _, g, handed, *rest: _pool_gradients(
-            ctx, dp, g, handed, ctx.needs_input_grad, ctx.saved_tensors
-        ),
+        lambda ctx, *grads: _pool_gradients(ctx, grads, ctx.needs_input_grad, ctx.saved_tensors),
     )
     give_gradient(
         ops,

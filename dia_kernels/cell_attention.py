@@ -10,12 +10,10 @@ from torch import Tensor, fx, nn
 from . import backends, functional, reference
 from .autograd_norm import Normed
 from .cells import STATISTICS, Cell
-from .functional import Activation
-from .layout import channels, compute_dtype, no_autocast, spatial_dims, spatial_size
+from .functional import STD_EPS, Activation
+from .layout import channels, compute_dtype, no_autocast, spatial_dims
 from .norms import Norm
 
-#: Added to a variance before its root, by the authors of SRM: the gradient of the root is infinite at zero.
-STD_EPS = 1e-5
 _MEAN_ALONE = ("mean",)
 
 
@@ -24,9 +22,9 @@ class CellAttention(nn.Module):
 
     ``pooled = statistics(x); (scale, state) = cell(pooled, state); y = activation(x * scale + shortcut)``
 
-    The mean is pooled, and the map rescaled, by the operators of the backend, with a batch norm that comes first folded
-    into them; maximum and standard deviation are PyTorch's. The cell never follows autocast; in a graph that
-    ``torch.fx`` traced it does, since the graph holds the cell's own operations.
+    The map is pooled and rescaled by the operators of the backend, with a batch norm that comes first folded into them.
+    The cell never follows autocast; in a graph that ``torch.fx`` traced it does, since the graph holds the cell's own
+    operations.
 
     Args:
         cell: a ``Cell``.
@@ -70,8 +68,8 @@ class CellAttention(nn.Module):
             shortcut: the block's other branch, shape of x, or None.
             activation: None or ``"relu"``.
             inplace: write y over x. Inference only.
-            norm: the norm of x that comes first, as in ``functional.step``. Folded in are those that it folds, if the
-                cell wants the mean alone and nothing transforms or exports the call; else it is called by itself.
+            norm: the norm of x that comes first, as in ``functional.step``. Folded in are those that it folds, if
+                nothing transforms or exports the call; else it is called by itself.
             sample_scale: (N,), a factor for the scale of each sample, or None.
 
         Returns:
@@ -95,11 +93,6 @@ class CellAttention(nn.Module):
         with _no_autocast(x):
             y = self.cell.after(y.movedim(channel_dim, 1))
         return _closed(x, y.movedim(1, channel_dim), shortcut, activation, inplace), state
-
-    @property
-    def folds_norms(self) -> bool:
-        """Whether a batch norm before is folded into pooling and rescaling: not with statistics beside the mean."""
-        return self.cell.statistics == _MEAN_ALONE
 
     def make_constant(self) -> None:
         """See ``Cell.make_constant``."""
@@ -142,26 +135,27 @@ def _pooled(
     what the rescaling needs of the norm.
     """
     backend, _ = functional._checked_call(x, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
+    folded = normed = None
     if norm is not None:
-        folded = functional._fold_apart(norm, x, channel_dim, backend) if statistics == _MEAN_ALONE else None
-        if folded is not None:
-            return x, *functional._norm_pool(x, folded, channel_dim, backend)
-        x = functional._called(norm, x, channel_dim)
-    pool, _ = functional._parts(backend, x)
+        folded = functional._fold_apart(norm, x, channel_dim, backend)
+        x = x if folded is not None else functional._called(norm, x, channel_dim)
+    if folded is None and statistics != _MEAN_ALONE:
+        folded = functional._fold_nothing(x, channel_dim, backend)
     with no_autocast(x):
-        pooled = tuple(pool(x, channel_dim) if s == "mean" else _statistic(s, x, channel_dim) for s in statistics)
-    return x, pooled[0] if len(pooled) == 1 else pooled, None
+        if folded is not None:
+            pooled, normed = functional._norm_pool(x, folded, statistics, channel_dim, backend)
+        else:
+            pool, _ = functional._parts(backend, x)
+            pooled = tuple(pool(x, channel_dim) if s == "mean" else _statistic(s, x, channel_dim) for s in statistics)
+    return x, pooled[0] if len(pooled) == 1 else pooled, normed
 
 
 def _statistic(name: str, x: Tensor, channel_dim: int) -> Tensor:
-    dims, dtype = spatial_dims(x, channel_dim), compute_dtype(x.dtype)
     if x.numel() == 0:
         return reference.pool(x, channel_dim)  # nothing, or NaN where there are samples but no positions
     if name == "max":
-        return x.amax(dims).to(dtype)
-    # Unbiased, as SRM's authors have it. A single position has no unbiased variance; ours is 0.
-    correction = 1 if spatial_size(x, channel_dim) > 1 else 0
-    return (x.to(dtype).var(dims, correction=correction) + STD_EPS).sqrt()
+        return x.amax(spatial_dims(x, channel_dim)).to(compute_dtype(x.dtype))
+    return (reference.variance(x, channel_dim) + STD_EPS).sqrt()
 
 
 def _rescaled(

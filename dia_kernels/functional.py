@@ -20,6 +20,8 @@ State = tuple[Tensor, Tensor]
 Activation = Literal["relu"] | None
 Output = Literal["sigmoid", "tanh"]
 
+#: Added to a variance before its root, by the authors of SRM: the gradient of the root is infinite at zero.
+STD_EPS = 1e-5
 MAP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PLAIN_TYPES = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
@@ -208,20 +210,35 @@ def _fold_apart(norm: norms.Norm, x: Tensor, channel_dim: int, backend: str | No
     return folded if x.device.type in backends.operators_of(backend, x).folding_devices else None
 
 
+def _fold_nothing(x: Tensor, channel_dim: int, backend: str | None) -> norms.Folded | None:
+    """A norm that does nothing, for cells whose statistics only a norm's pooling has; None where it cannot be folded."""
+    width, dtype = channels(x, channel_dim), compute_dtype(x.dtype)
+    return _fold_apart((x.new_ones(width, dtype=dtype), x.new_zeros(width, dtype=dtype)), x, channel_dim, backend)
+
+
 def _norm_pool(
-    x: Tensor, folded: norms.Folded, channel_dim: int, backend: str | None
-) -> tuple[Tensor, autograd_norm.Normed]:
-    """The mean of each channel behind a norm and what its rescaling needs; the norm's buffers are moved."""
+    x: Tensor, folded: norms.Folded, statistics: tuple[str, ...], channel_dim: int, backend: str | None
+) -> tuple[tuple[Tensor, ...], autograd_norm.Normed]:
+    """``statistics`` of each channel behind a norm and what its rescaling needs; the norm's buffers are moved."""
     ops, shape = backends.operators_of(backend, x), (channels(x, channel_dim),)
     if not _all_fit([t for t in folded[:4] if t is not None], repeat(shape), x):
         folded = _cast_norm(folded, shape, x)
     tracked = None
     if folded.module is not None and not torch.compiler.is_compiling():  # then the call is plain: see _fold_apart
         tracked = norms.tracked_by(ops, folded.module, x)
-    p, statistics, normed = autograd_norm.pool(ops, x, folded, channel_dim, tracked)
-    if folded.module is not None and statistics is not None:
-        norms.update_buffers(folded.module, *statistics, x.numel() // max(shape[0], 1))
-    return p, normed
+    wanted = "std" in statistics, "max" in statistics
+    pooled, of_batch, normed = autograd_norm.pool(ops, x, folded, channel_dim, *wanted, tracked)
+    if folded.module is not None and of_batch is not None:
+        norms.update_buffers(folded.module, *of_batch, x.numel() // max(shape[0], 1))
+    gamma, beta = folded[:2]
+    values = {"mean": pooled.p}
+    if "std" in statistics:
+        variance = pooled.variance if gamma is None else pooled.variance * gamma.square()
+        values["std"] = (variance + STD_EPS).sqrt()
+    if "max" in statistics:
+        largest = pooled.extreme if gamma is None else pooled.extreme * gamma
+        values["max"] = largest if beta is None else largest + beta
+    return tuple(map(values.__getitem__, statistics)), normed
 
 
 def _split_step(x, shortcut, h, c, first, rest, sample_scale, channel_dim, relu, output, dropout, folded, backend):
@@ -231,7 +248,7 @@ def _split_step(x, shortcut, h, c, first, rest, sample_scale, channel_dim, relu,
         if folded is None:
             p = _parts(backend, x)[0](x, channel_dim)
         else:
-            p, normed = _norm_pool(x, folded, channel_dim, backend)
+            (p,), normed = _norm_pool(x, folded, ("mean",), channel_dim, backend)
         if h is None:
             h = c = p.new_zeros(len(rest) + 1, *p.shape) if rest else torch.zeros_like(p)
         if rest:

@@ -109,19 +109,26 @@ def tail_spread(dy, y, z, new_h, dp, tables, gamma, shares, channel_dim):
     return empty_map(z, channel_dim)
 
 
-def norm_pool(z, gamma, beta, mean, var, eps, channel_dim, keep_tokens):
+def norm_pool(z, gamma, beta, mean, var, eps, channel_dim, with_variance, with_extreme, keep_tokens):
     n, width = z.shape[0], channels(z, channel_dim)
     p = z.new_empty((n, width), dtype=compute_dtype(z.dtype))
     own = 0 if mean is not None else width
     tokens = norm_tokens(z, p, keep_tokens)
-    return p, p.new_empty(norm_table_size(n, width)), *tokens, p.new_empty(own), p.new_empty(own)
+    statistics = (
+        p.new_empty(p.shape if with_variance else 0),
+        p.new_empty(p.shape if with_extreme else 0),
+        p.new_empty(p.shape if with_extreme else 0, dtype=torch.int64),
+    )
+    tables = p.new_empty(norm_table_size(n, width))
+    return p, tables, *tokens, *statistics, p.new_empty(own), p.new_empty(own)
 
 
-def norm_pool_tracking_(z, gamma, beta, running_mean, running_var, batches, factor, eps, channel_dim, keep_tokens):
-    return norm_pool(z, gamma, beta, None, None, eps, channel_dim, keep_tokens)[:4]
+def norm_pool_tracking_(z, gamma, beta, running_mean, running_var, batches, factor, eps, *rest):
+    return norm_pool(z, gamma, beta, None, None, eps, *rest)[:7]
 
 
-def norm_pool_backward(g, handed, dp, z, tables, gamma, channel_dim, batch, need_z):
+def norm_pool_backward(g, handed, dp, dvariance, variance, dextreme, extreme, where, z, *rest):
+    *_, channel_dim, _batch, need_z = rest
     width = channels(z, channel_dim)
     return empty_map(z, channel_dim) if need_z else z.new_empty(0), dp.new_empty(width), dp.new_empty(width)
 

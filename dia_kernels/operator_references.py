@@ -239,7 +239,7 @@ def tail_spread(dy, y, z, new_h, dp, tables, gamma, shares, channel_dim):
     return _in_format(dz.to(z.dtype), z, channel_dim)
 
 
-def norm_pool(z, gamma, beta, mean, var, eps, channel_dim, keep_tokens):
+def norm_pool(z, gamma, beta, mean, var, eps, channel_dim, with_variance, with_extreme, keep_tokens):
     batch = mean is None
     with torch.autocast(z.device.type, enabled=False):
         if batch:
@@ -249,17 +249,24 @@ def norm_pool(z, gamma, beta, mean, var, eps, channel_dim, keep_tokens):
         off = reference.pool(z, channel_dim) - mean
         p = _affine(off * rstd, gamma, beta)
         tables = _norm_tables(off, mean, rstd)
+        variance = reference.variance(z, channel_dim) * rstd.square() if with_variance else p.new_empty(0)
+        extreme, where = p.new_empty(0), z.new_empty(0, dtype=torch.int64)
+        if with_extreme:
+            where = reference.extreme_positions(z, gamma, channel_dim)
+            extreme = (reference.at_positions(z, where, channel_dim).to(p.dtype) - mean) * rstd
     statistics = (mean, var) if batch else (mean.new_empty(0), mean.new_empty(0))
-    return p, tables, *norm_tokens(z, p, keep_tokens), *statistics
+    return p, tables, *norm_tokens(z, p, keep_tokens), variance, extreme, where, *statistics
 
 
-def norm_pool_tracking_(z, gamma, beta, running_mean, running_var, batches, factor, eps, channel_dim, keep_tokens):
-    *results, mean, var = norm_pool(z, gamma, beta, None, None, eps, channel_dim, keep_tokens)
+def norm_pool_tracking_(z, gamma, beta, running_mean, running_var, batches, factor, eps, *rest):
+    *results, mean, var = norm_pool(z, gamma, beta, None, None, eps, *rest)
     _move(z, running_mean, running_var, batches, mean, var, factor)
     return tuple(results)
 
 
-def norm_pool_backward(g, handed, dp, z, tables, gamma, channel_dim, batch, need_z):
+def norm_pool_backward(
+    g, handed, dp, dvariance, variance, dextreme, extreme, where, z, tables, gamma, channel_dim, batch, need_z
+):
     _, off, mean, rstd = norm_parts(z, tables, channel_dim)
     of_bias, of_weight, scale = handed
     if spatial_size(z, channel_dim) == 0:  # p is the mean of no values, and what it is told goes nowhere
@@ -272,8 +279,19 @@ def norm_pool_backward(g, handed, dp, z, tables, gamma, channel_dim, batch, need
         return z.new_empty(0), dgamma, dbeta
     zn, _ = reference.normalise(z, mean, rstd, None, None, channel_dim)
     dx = g.to(zn.dtype) * broadcast(scale, z, channel_dim) + reference.spread(dp, zn, channel_dim)
-    shares = torch.stack((dbeta, dgamma)) / max(z.shape[0] * spatial_size(z, channel_dim), 1) if batch else None
+    count = max(z.shape[0] * spatial_size(z, channel_dim), 1)
+    shares = torch.stack((dbeta, dgamma)) / count if batch else None
     dz = reference.normalise_backward(dx, zn, rstd, gamma, channel_dim, shares)
+    dzn, sums = torch.zeros_like(zn), torch.zeros_like(torch.stack((dbeta, dgamma)))
+    if dvariance is not None:
+        slope = 2 * dvariance / max(spatial_size(z, channel_dim) - 1, 1)
+        dzn = dzn + (zn - broadcast(off * rstd, z, channel_dim)) * broadcast(slope, z, channel_dim)
+        sums[1] += (2 * dvariance * variance).sum(0)
+    if dextreme is not None:
+        dzn = dzn + reference.put_at_positions(dextreme, where, zn, channel_dim)
+        sums += torch.stack((dextreme.sum(0), (dextreme * extreme).sum(0)))
+    if dvariance is not None or dextreme is not None:
+        dz = dz + reference.normalise_backward(dzn, zn, rstd, None, channel_dim, sums / count if batch else None)
     return _in_format(dz.to(z.dtype), z, channel_dim), dgamma, dbeta
 
 

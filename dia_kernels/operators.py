@@ -41,11 +41,15 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 ``tail_spread``         the second half: dz, from dy, y and z (or from the shortcut's gradient and
                         z), ``dp`` and ``shares``: sums over all processes, divided by the
                         number of values of a channel
-``norm_pool``           ``(p, tables, token_of_g, token_of_handed, mean, var)``: the mean of each channel of the
-                        batch norm of z, (N, C). ``mean`` and ``var`` as in ``tail``. The tokens are for
-                        ``norm_rescale``; empty unless ``keep_tokens``.
+``norm_pool``           ``(p, tables, token_of_g, token_of_handed, variance, extreme, where, mean, var)``: the mean of
+                        each channel of the batch norm of z, (N, C). ``mean`` and ``var`` as in ``tail``. The tokens
+                        are for ``norm_rescale``; empty unless ``keep_tokens``. Of the norm's result before gamma and
+                        beta, each (N, C), if wanted, else empty: the unbiased ``variance`` (of one position 0);
+                        and the ``extreme``, the value that gamma makes the largest, with its position in int64,
+                        ``where`` (the first of equal ones in z; NaN is beyond all).
 ``norm_pool_tracking_`` all but ``mean`` and ``var``: the same, moving buffers as ``tail_tracking_`` does
-``norm_pool_backward``  ``(dz, dgamma, dbeta)``, through both: from ``dp`` and what comes to the tokens
+``norm_pool_backward``  ``(dz, dgamma, dbeta)``, through both: from ``dp`` and what comes to the tokens. The gradients
+                        of variance and extreme, each with its values, go to z alone.
 ``norm_rescale``        ``(y, mask)``: ``act(norm(z) * scale + shortcut)``, by the ``tables`` of ``norm_pool``.
                         Nobody reads a value of a token, and there is none: as their gradients, g and
                         ``handed``, it hands on what the other's needs.

@@ -148,6 +148,47 @@ def normalise_backward(
     return dx * per_channel(factor, zn, channel_dim)
 
 
+def variance(x: Tensor, channel_dim: int) -> Tensor:
+    """Unbiased variance of each channel of each sample, (N, C), in the compute dtype.
+
+    A single position has none by the book; here it is 0. Of no positions it is NaN.
+    """
+    wide, positions = x.to(compute_dtype(x.dtype)), spatial_size(x, channel_dim)
+    off = wide - broadcast(pool(x, channel_dim), x, channel_dim)
+    return sum_positions(off.square(), channel_dim) / (max(positions - 1, 1) if positions else torch.nan)
+
+
+def extreme_positions(z: Tensor, gamma: Tensor | None, channel_dim: int) -> Tensor:
+    """Where each channel of each sample is largest, (N, C) in int64; where ``gamma`` (C,) is negative, smallest.
+
+    Positions are counted in the order of the dimensions; of equal values it is the first. NaN is beyond all others.
+    """
+    if spatial_size(z, channel_dim) == 0:
+        return z.new_zeros((z.shape[0], channels(z, channel_dim)), dtype=torch.int64)
+    if gamma is not None:
+        z = torch.where(per_channel(gamma, z, channel_dim) < 0, -z, z)
+    return _rows(z, channel_dim).argmax(2)
+
+
+def at_positions(x: Tensor, where: Tensor, channel_dim: int) -> Tensor:
+    """What ``x`` is at one position of each channel of each sample, (N, C); NaN where there are no positions."""
+    rows = _rows(x, channel_dim)
+    return rows.gather(2, where[..., None]).squeeze(2) if rows.shape[2] else rows.new_full(where.shape, torch.nan)
+
+
+def put_at_positions(values: Tensor, where: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """Gradient of ``at_positions``: zero but there."""
+    rows = _rows(x, channel_dim)
+    if rows.shape[2]:
+        rows = torch.zeros_like(rows).scatter(2, where[..., None], values[..., None])
+    return rows.view(*rows.shape[:2], *(x.shape[k] for k in spatial_dims(x, channel_dim))).movedim(1, channel_dim)
+
+
+def _rows(x: Tensor, channel_dim: int) -> Tensor:
+    """``x`` as (N, C, HW)."""
+    return x.movedim(channel_dim, 1).flatten(2)
+
+
 def unrelu(dy: Tensor, y: Tensor) -> Tensor:
     """Gradient through the ReLU that made ``y``: zero only where y <= 0, so that NaN passes."""
     return dy.masked_fill(y <= 0, 0)

@@ -48,12 +48,14 @@ SCHEMAS = {
     "tail_spread": "(Tensor? dy, Tensor? y, Tensor z, Tensor new_h, Tensor dp, Tensor tables, Tensor? gamma,"
     " Tensor shares, int channel_dim) -> Tensor",
     "norm_pool": "(Tensor z, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, float eps, int channel_dim,"
-    " bool keep_tokens) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool with_variance, bool with_extreme, bool keep_tokens)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "norm_pool_tracking_": "(Tensor z, Tensor? gamma, Tensor? beta, Tensor(a!) running_mean, Tensor(b!) running_var,"
-    " Tensor(c!) batches, float factor, float eps, int channel_dim, bool keep_tokens)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    "norm_pool_backward": "(Tensor g, Tensor handed, Tensor dp, Tensor z, Tensor tables, Tensor? gamma,"
-    " int channel_dim, bool batch, bool need_z) -> (Tensor, Tensor, Tensor)",
+    " Tensor(c!) batches, float factor, float eps, int channel_dim, bool with_variance, bool with_extreme,"
+    " bool keep_tokens) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "norm_pool_backward": "(Tensor g, Tensor handed, Tensor dp, Tensor? dvariance, Tensor? variance, Tensor? dextreme,"
+    " Tensor? extreme, Tensor? where, Tensor z, Tensor tables, Tensor? gamma, int channel_dim, bool batch, bool need_z)"
+    " -> (Tensor, Tensor, Tensor)",
     "norm_rescale": "(Tensor z, Tensor scale, Tensor? shortcut, Tensor tables, Tensor? token_of_g,"
     " Tensor? token_of_handed, Tensor? gamma, Tensor? beta, int channel_dim, bool relu, bool keep_mask)"
     " -> (Tensor, Tensor)",

@@ -212,12 +212,13 @@ class Maker:
         arguments = {
             k: v for k, v in self.tail().items() if k in ("z", "shortcut", "gamma", "beta", "mean", "var", "eps")
         }
-        arguments |= self.flags | {"keep_tokens": False}
+        arguments |= self.flags | {"with_variance": self.flag(), "with_extreme": self.flag(), "keep_tokens": False}
         if operator == "norm_pool":
             return arguments
         if operator == "norm_pool_tracking_":
             return arguments | self.buffers()
-        p, tables, *_ = operators.plain.norm_pool(*ordered("norm_pool", arguments))
+        pooled = operators.plain.norm_pool(*ordered("norm_pool", arguments))
+        p, tables, _, _, variance, extreme, where, *_ = pooled
         kept = self.keeps_mask(arguments["z"])
         arguments |= {"tables": tables, "scale": self.table(), "keep_mask": kept}
         arguments |= dict.fromkeys(("token_of_g", "token_of_handed"))
@@ -226,6 +227,12 @@ class Maker:
         y, mask = operators.plain.norm_rescale(*ordered("norm_rescale", arguments))
         arguments |= {"dy": self.map(), "y": (mask if kept else y) if self.flags["relu"] else None}
         arguments |= {"g": self.map(), "handed": self.draw(3, self.n, self.c), "dp": p}
+        wanted = arguments["with_variance"], arguments["with_extreme"]
+        arguments |= (
+            {"dvariance": self.table(), "variance": variance} if wanted[0] else dict.fromkeys(("dvariance", "variance"))
+        )
+        of_extreme = ("dextreme", "extreme", "where")
+        arguments |= dict(zip(of_extreme, (self.table(), extreme, where) if wanted[1] else (None,) * 3, strict=True))
         return arguments | {"batch": arguments["mean"] is None} | self.needs("g", "z")
 
 

@@ -263,20 +263,26 @@ def test_operators_keep_their_promises(channels_last):
     torch.library.opcheck(operators.native.parameter_gradients, (*left, 3))
     z, s, dy = x.detach(), s.detach(), torch.randn_like(s)
     gamma, beta = torch.randn(2, 12, device="cuda")
-    torch.library.opcheck(operators.native.norm_pool, (z, gamma, beta, None, None, 1e-5, 1, False))
-    torch.library.opcheck(operators.native.norm_pool_tracking_, (z, gamma, beta, *buffers, 0.1, 1e-5, 1, False))
-    p, tables, *_ = operators.native.norm_pool(z, gamma, beta, None, None, 1e-5, 1, False)
+    torch.library.opcheck(operators.native.norm_pool, (z, gamma, beta, None, None, 1e-5, 1, True, True, False))
+    tracking = (z, gamma, beta, *buffers, 0.1, 1e-5, 1, True, True, False)
+    torch.library.opcheck(operators.native.norm_pool_tracking_, tracking)
+    pooled = operators.native.norm_pool(z, gamma, beta, None, None, 1e-5, 1, True, True, False)
+    p, tables, _, _, variance, extreme, where, *_ = pooled
     rescale = (z, scale, s, tables, None, None, gamma, beta, 1, True, False)
     torch.library.opcheck(operators.native.norm_rescale, rescale)
     given = (dy, operators.native.norm_rescale(*rescale)[0], z, scale, tables, gamma, beta, 1, True)
     torch.library.opcheck(operators.native.norm_rescale_backward, given)
     _, handed, g = operators.native.norm_rescale_backward(*given)
-    torch.library.opcheck(operators.native.norm_pool_backward, (g, handed, p, z, tables, gamma, 1, True, True))
+    statistics = (p, p, variance, p, extreme, where)
+    torch.library.opcheck(
+        operators.native.norm_pool_backward, (g, handed, *statistics, z, tables, gamma, 1, True, True)
+    )
 
 
 @pytest.mark.parametrize(
     ("cell", "norm"),
-    [(cell, "none") for cell in CELLS] + [(c, norm) for c in ("dsu", "se", "eca") for norm in ("batch", "running")],
+    [(cell, "none") for cell in CELLS]
+    + [(c, norm) for c in ("dsu", "se", "eca", "srm", "cbam") for norm in ("batch", "running")],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_cell(cell, dtype, norm):

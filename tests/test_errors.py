@@ -150,7 +150,9 @@ def operator_calls() -> dict[str, tuple]:
     weights = [p.detach() for p in attention().lstm_parameters()]
     y, h, c, tables, _ = operators.native.step(MAP, MAP, *STATE, *weights, 1, True, False, True, False)
     gamma, beta, mean, var = torch.rand(4, 8).unbind()
-    p, of_norm, *_ = operators.native.norm_pool(MAP, gamma, beta, mean, var, 1e-5, 1, False)
+    pooled = operators.native.norm_pool(MAP, gamma, beta, mean, var, 1e-5, 1, True, True, False)
+    p, of_norm, _, _, variance, extreme, where, *_ = pooled
+    statistics = (p, p.clone(), variance, p.clone(), extreme, where)
     return {
         "step": (MAP, MAP, *STATE, *weights, 1, True, False, True, False),
         "step_": (MAP.clone(), MAP, *STATE, *weights, 1, True, False),
@@ -170,9 +172,10 @@ def operator_calls() -> dict[str, tuple]:
             False,
             False,
         ),
-        "norm_pool": (MAP, gamma, beta, mean, var, 1e-5, 1, True),
-        "norm_pool_tracking_": (MAP, gamma, beta, torch.rand(8), torch.rand(8), torch.tensor(3), 0.1, 1e-5, 1, True),
-        "norm_pool_backward": (MAP, torch.rand(3, 2, 8), p, MAP, of_norm, gamma, 1, True, True),
+        "norm_pool": (MAP, gamma, beta, mean, var, 1e-5, 1, True, True, True),
+        "norm_pool_tracking_": (MAP, gamma, beta, torch.rand(8), torch.rand(8), torch.tensor(3), 0.1, 1e-5, 1)
+        + (True,) * 3,
+        "norm_pool_backward": (MAP, torch.rand(3, 2, 8), *statistics, MAP, of_norm, gamma, 1, True, True),
         "norm_rescale": (MAP, STATE[0], MAP, of_norm, None, None, gamma, beta, 1, True, False),
         "norm_rescale_backward": (MAP, y, MAP, STATE[0], of_norm, gamma, beta, 1, True),
         "pool": (MAP, 1),

@@ -377,8 +377,6 @@ def hooked() -> nn.Module:
         ("se", hooked, None),
         ("se", lambda: nn.GroupNorm(2, 6), None),
         ("se", lambda: Hooked(6), None),
-        ("srm", lambda: nn.BatchNorm2d(6), None),
-        ("cbam", lambda: nn.BatchNorm2d(6), None),
         ("se", lambda: nn.BatchNorm2d(6), "reference"),
     ],
 )
@@ -519,14 +517,18 @@ def test_opcheck(name, layout, full):
     gamma, beta = torch.randn(2, 8) if full else (None, None)
     mean, var = (None, None) if full else torch.rand(2, 8)
     opcheck = torch.library.opcheck
-    opcheck(ops.norm_pool, (z, gamma, beta, mean, var, 1e-5, dim, False))
+    opcheck(ops.norm_pool, (z, gamma, beta, mean, var, 1e-5, dim, False, False, False))
     # The values of tokens are anyone's: nothing is compared.
     without_values = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(ops.norm_pool, (z, gamma, beta, mean, var, 1e-5, dim, True), test_utils=without_values)
+    opcheck(ops.norm_pool, (z, gamma, beta, mean, var, 1e-5, dim, False, False, True), test_utils=without_values)
     buffers = torch.zeros(8), torch.ones(8), torch.tensor(0)
-    opcheck(ops.norm_pool_tracking_, (z, gamma, beta, *buffers, 0.1, 1e-5, dim, False))
-    opcheck(ops.norm_pool_tracking_, (z, gamma, beta, *buffers, 0.1, 1e-5, dim, True), test_utils=without_values)
-    p, tables, *tokens, _, _ = ops.norm_pool(z, gamma, beta, mean, var, 1e-5, dim, True)
+    opcheck(ops.norm_pool_tracking_, (z, gamma, beta, *buffers, 0.1, 1e-5, dim, False, False, False))
+    opcheck(
+        ops.norm_pool_tracking_,
+        (z, gamma, beta, *buffers, 0.1, 1e-5, dim, False, False, True),
+        test_utils=without_values,
+    )
+    p, tables, *tokens = ops.norm_pool(z, gamma, beta, mean, var, 1e-5, dim, False, False, True)[:4]
     assert [t.shape for t in tokens] == [z.shape, (3, 3, 8)]
     assert [t.untyped_storage().nbytes() for t in tokens] == [4, 4]
     scale, s = torch.rand(3, 8), s if full else None
@@ -536,7 +538,9 @@ def test_opcheck(name, layout, full):
     opcheck(ops.norm_rescale_backward, (dy, y, z, scale, tables, gamma, beta, dim, full))
     _, handed, g = ops.norm_rescale_backward(dy, y, z, scale, tables, gamma, beta, dim, full)
     for need_z in (True, False):
-        opcheck(ops.norm_pool_backward, (g if full else dy, handed, p, z, tables, gamma, dim, full, need_z))
+        opcheck(
+            ops.norm_pool_backward, (g if full else dy, handed, p, *(None,) * 5, z, tables, gamma, dim, full, need_z)
+        )
 
 
 def test_a_backend_named_around_the_call():

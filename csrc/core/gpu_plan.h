@@ -102,6 +102,11 @@ constexpr int64_t reduce_shared_bytes(const GpuTile& tile, bool interleaved, int
   if (!interleaved) return 8 * (kSweepThreads / 32);
   return 8 * (static_cast<int64_t>(kSweepThreads) * (16 / element_bytes + 1) + tile.channels);
 }
+// Of the sweep that looks for extremes: a value and a position of each value of each thread's packs, of a planar map of
+// each thread.
+constexpr int64_t extreme_shared_bytes(bool interleaved, int element_bytes) {
+  return 8 * static_cast<int64_t>(kSweepThreads) * (interleaved ? 16 / element_bytes + 1 : 1);
+}
 // Of one within a cluster, which makes no moments.
 constexpr int64_t cluster_reduce_bytes(bool interleaved, int element_bytes) {
   if (!interleaved) return 8 * (kClusterThreads / 32);

@@ -11,6 +11,7 @@
 // docs/kernels.md tells the bytes moved, the floor and what was tried.
 #include "kernels.h"
 
+#include "extremes.h"
 #include "rows.h"
 #include "tail.h"
 #include "vector.h"
@@ -419,9 +420,18 @@ void column_sums(const A* table, int64_t rows, int64_t width, A* sums, int64_t b
 }
 
 template <class T>
-constexpr MapKernels<T> map_kernels = {
-    pool<T>,       rescale<T>, reduce_gradient<T>, spread_gradient<T>,      choose_shift<T>,
-    split_mean<T>, moments<T>, normalise<T>,       reduce_norm_gradient<T>, spread_norm_gradient<T>};
+constexpr MapKernels<T> map_kernels = {pool<T>,
+                                       rescale<T>,
+                                       reduce_gradient<T>,
+                                       spread_gradient<T>,
+                                       choose_shift<T>,
+                                       split_mean<T>,
+                                       moments<T>,
+                                       normalise<T>,
+                                       reduce_norm_gradient<T>,
+                                       spread_norm_gradient<T>,
+                                       extremes<T>,
+                                       spread_extreme_gradient<T>};
 
 template <class A>
 constexpr CellKernels<A> cell_kernels = {linear<A>, cell_forward_any<A>, cell_backward_any<A>, bias_relu<A>,

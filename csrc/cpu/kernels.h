@@ -70,14 +70,27 @@ struct SpreadGradient {
 // exact for maps of 16 bits; what is left of the mean is `d`.
 
 // d1 = mean of z - shift, m2 = sum of (z - shift - d1)^2, for each sample and channel. In double: what is wanted of d1
-// is its difference from the batch's, which is small.
+// is its difference from the batch's, which is small. With `own`, a value of each sample and channel, sums are taken
+// about that: where m2 of each sample is wanted for itself, and their means lie further apart than they deviate.
 template <class T>
 struct Moments {
   MapShape shape;
   Map<const T> z;
   const Compute<T>* shift;
+  const Compute<T>* own;
   double* d1;
   double* m2;
+};
+
+// The largest value of each sample and channel, the smallest where gamma, of each channel, is negative; and its
+// position, the first of equal ones. NaN is beyond all. No gamma: the largest.
+template <class T>
+struct Extremes {
+  MapShape shape;
+  Map<const T> z;
+  const Compute<T>* gamma;
+  Compute<T>* value;
+  int64_t* where;
 };
 
 // y = act((z - shift) * scale + offset + shortcut), scale and offset for each sample and channel.
@@ -106,7 +119,8 @@ struct ReduceNormGradient {
   Compute<T>* s1;
 };
 
-// Second sweep: dz = g * scale + (z - shift) * slope + offset; slope for each channel. No dy: g is zero.
+// Second sweep: dz = g * scale + (z - shift) * slope + offset; slope for each channel, those of the samples
+// `slope_stride` apart. No dy: g is zero.
 template <class T>
 struct SpreadNormGradient {
   MapShape shape;
@@ -118,6 +132,16 @@ struct SpreadNormGradient {
   const Compute<T>* scale;
   const Compute<T>* slope;
   const Compute<T>* offset;
+  int64_t slope_stride;
+};
+
+// The same for one position of each channel, where `added` (samples, channels) comes to it. No slope: dz = g * scale +
+// offset.
+template <class T>
+struct SpreadExtremeGradient {
+  SpreadNormGradient<T> sweep;
+  const int64_t* where;
+  const Compute<T>* added;
 };
 
 // Every function works on one sample: a reduction on its channels [begin, end), a rescaling on its
@@ -128,14 +152,17 @@ struct MapKernels {
   void (*rescale)(const Rescale<T>&, int64_t sample, int64_t begin, int64_t end);
   void (*reduce_gradient)(const ReduceGradient<T>&, int64_t sample, int64_t begin, int64_t end);
   void (*spread_gradient)(const SpreadGradient<T>&, int64_t sample, int64_t begin, int64_t end);
-  // For all channels at once: a value of each, or 0, to take its moments about.
-  void (*choose_shift)(const Map<const T>&, const MapShape&, Compute<T>* shift);
+  // For all channels at once: a value of each in a sample, or 0, to take its moments about.
+  void (*choose_shift)(const Map<const T>&, const MapShape&, int64_t sample, Compute<T>* shift);
   // A mean of each channel as shift + d.
   void (*split_mean)(const double* mean, int64_t channels, Compute<T>* shift, Compute<T>* d);
   void (*moments)(const Moments<T>&, int64_t sample, int64_t begin, int64_t end);
   void (*normalise)(const Normalise<T>&, int64_t sample, int64_t begin, int64_t end);
   void (*reduce_norm_gradient)(const ReduceNormGradient<T>&, int64_t sample, int64_t begin, int64_t end);
   void (*spread_norm_gradient)(const SpreadNormGradient<T>&, int64_t sample, int64_t begin, int64_t end);
+  void (*extremes)(const Extremes<T>&, int64_t sample, int64_t begin, int64_t end);
+  // Of channels [begin, end).
+  void (*spread_extreme_gradient)(const SpreadExtremeGradient<T>&, int64_t sample, int64_t begin, int64_t end);
 };
 
 // Gates and new state of samples [begin, end). `gates` (samples, 4 channels) holds the products of the

@@ -24,13 +24,13 @@ struct PerChannel {
   A scalar(int64_t k) const { return interleaved ? table[k] : *table; }
 };
 
-// What the moments are taken about: a value of each channel in the first sample, or 0 where it is not finite.
+// What moments are taken about: a sample's first value of each channel, or 0 where it is not finite.
 template <class T>
-void choose_shift(const Map<const T>& z, const MapShape& shape, Compute<T>* shift) {
+void choose_shift(const Map<const T>& z, const MapShape& shape, int64_t sample, Compute<T>* shift) {
   for (int64_t c = 0; c < shape.channels; ++c) {
     shift[c] = 0;
     if (shape.samples == 0 || shape.positions == 0) continue;
-    const Compute<T> value = widen(z.data[shape.interleaved ? c : c * z.strides.row]);
+    const Compute<T> value = widen(*(shape.interleaved ? row_of(z, sample, 0, c) : row_of(z, sample, c)));
     if (value - value == 0) shift[c] = value;
   }
 }
@@ -48,10 +48,10 @@ void split_mean(const double* mean, int64_t channels, Compute<T>* shift, Compute
   }
 }
 
-// Mean and sum of squares about it from sum and sum of squares about the shift.
-inline void finish_moments(const double* totals, int64_t positions, double* d1, double* m2) {
-  *d1 = totals[0] / static_cast<double>(positions);
-  const double squares = totals[1] - totals[0] * *d1;
+// Mean and sum of squares about it from sum and sum of squares about the own shift, which is `apart` from the common.
+inline void finish_moments(const double* totals, int64_t positions, double apart, double* d1, double* m2) {
+  const double mean = totals[0] / static_cast<double>(positions), squares = totals[1] - totals[0] * mean;
+  *d1 = apart + mean;
   *m2 = squares < 0 ? 0 : squares;
 }
 
@@ -59,10 +59,15 @@ template <class T>
 void moments(const Moments<T>& k, int64_t sample, int64_t begin, int64_t end) {
   using A = Compute<T>;
   double *d1 = k.d1 + sample * k.shape.channels, *m2 = k.m2 + sample * k.shape.channels;
+  const A* about = k.own != nullptr ? k.own + sample * k.shape.channels : k.shift;
+  const auto finish = [&](int64_t c, const double* totals) {
+    const double apart = static_cast<double>(about[c]) - static_cast<double>(k.shift[c]);
+    finish_moments(totals, k.shape.positions, apart, d1 + c, m2 + c);
+  };
   if (!k.shape.interleaved) {
     for (int64_t c = begin; c < end; ++c) {
       const T* z = row_of(k.z, sample, c);
-      const A shift = k.shift[c];
+      const A shift = about[c];
       double totals[2] = {};
       sum_row<A, 2>(
           k.shape.positions, totals,
@@ -76,7 +81,7 @@ void moments(const Moments<T>& k, int64_t sample, int64_t begin, int64_t end) {
             sums[0] += v;
             sums[1] += v * v;
           });
-      finish_moments(totals, k.shape.positions, d1 + c, m2 + c);
+      finish(c, totals);
     }
     return;
   }
@@ -84,15 +89,15 @@ void moments(const Moments<T>& k, int64_t sample, int64_t begin, int64_t end) {
       k.shape.positions, begin, end,
       [&](int64_t row, auto count, int64_t first, int64_t last, auto& tables) {
         const T* z = row_of(k.z, sample, row, first);
-        const A* shift = k.shift + first;
+        const A* shift = about + first;
         A *sum = tables.values[0], *squares = tables.values[1];
         for_row<A>(
             0, last - first,
             [&](int64_t c) {
-              const Vector<A> about = load(shift + c);
+              const Vector<A> of_lanes = load(shift + c);
               Vector<A> s = load(sum + c), q = load(squares + c);
               for (int r = 0; r < count(); ++r) {
-                const Vector<A> v = load(z + r * k.z.strides.row + c) - about;
+                const Vector<A> v = load(z + r * k.z.strides.row + c) - of_lanes;
                 s += v;
                 q += v * v;
               }
@@ -107,7 +112,7 @@ void moments(const Moments<T>& k, int64_t sample, int64_t begin, int64_t end) {
               }
             });
       },
-      [&](int64_t c, const double* totals) { finish_moments(totals, k.shape.positions, d1 + c, m2 + c); });
+      finish);
 }
 
 template <class T, bool interleaved, bool has_shortcut, bool with_relu>
@@ -236,7 +241,7 @@ inline void spread_norm_rows(const SpreadNormGradient<T>& k, int64_t sample, int
   using A = Compute<T>;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t channel = interleaved ? 0 : row, entry = sample * k.shape.channels + channel;
-    const PerChannel<A, interleaved> shift(k.shift + channel), slope(k.slope + channel);
+    const PerChannel<A, interleaved> shift(k.shift + channel), slope(k.slope + sample * k.slope_stride + channel);
     const PerChannel<A, interleaved> scale(k.scale + entry), offset(k.offset + entry);
     const T *dy = row_of(k.dy, sample, row), *y = row_of(k.y, sample, row), *z = row_of(k.z, sample, row);
     T* dz = row_of(k.dz, sample, row);

@@ -99,6 +99,13 @@ struct SampleMoments {
   const float *first, *sum, *rest, *squares;
 };
 
+// The mean of a sample's channel.
+template <class M>
+DIA_DEVICE double mean_of(M& m, const SampleMoments& of, int64_t at, int positions) {
+  const double sum = static_cast<double>(m.load(of.sum + at)) + static_cast<double>(m.load(of.rest + at));
+  return static_cast<double>(m.load(of.first + at)) + sum / positions;
+}
+
 // A channel's moments over all samples: f_0, what the mean is more than that, and the mean of the squares about it.
 struct ChannelMoments {
   double origin, off, var;
@@ -128,6 +135,13 @@ DIA_DEVICE ChannelMoments join_moments(M& m, const Array& scratch, const SampleM
   return {origin, off, sum_of_channel(m, scratch, squares) / count};
 }
 
+// The unbiased variance of a sample's channel behind a norm, before its affine; of one position it is 0.
+template <class M>
+DIA_DEVICE void put_variance(M& m, const SampleMoments& of, float* variance, int64_t at, int positions, float rstd) {
+  const float terms = static_cast<float>(positions > 1 ? positions - 1 : 1);
+  m.store(variance + at, rstd * rstd * (m.load(of.squares + at) / terms));
+}
+
 // What a norm keeps of a batch: its buffers, moved by `factor` towards the mean and, `correction` times the biased one,
 // the variance.
 struct Tracked {
@@ -153,6 +167,7 @@ struct BatchStatistics {
   SampleMoments moments;
   const float *gamma, *beta;               // (C), or null for 1 and 0
   float *off, *p;                          // (N, C): the means of (z - shift) - d, and of x
+  float* variance;                         // (N, C), or null: see put_variance
   float *shift, *d, *scale, *bias, *rstd;  // (C)
   float *mean, *var;                       // (C), or null
   Tracked tracked;
@@ -175,6 +190,7 @@ DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
     for (int n = samples.begin; n < samples.end; ++n) {
       const int64_t at = row_at(n, args.channels) + channel;
       m.store(args.p + at, m.load(args.off + at) * scale + bias);
+      if (args.variance != nullptr) put_variance(m, args.moments, args.variance, at, args.positions, rstd);
     }
     if (!writes_channel(m)) return;
     m.store(args.shift + channel, shift);
@@ -213,19 +229,20 @@ DIA_DEVICE void channel_statistics(M& m, const ChannelStatistics& args) {
   });
 }
 
-// The same of statistics that are given, in float or in double; and of each sample's means, where they are.
+// The same of statistics that are given, in float or in double; and of each sample's means or moments, where they are.
 struct GivenStatistics {
-  int samples, channels;
+  int samples, channels, positions;
   float eps;
   const float *mean, *var;             // (C), or null:
   const double *wide_mean, *wide_var;  // (C)
   const double* means;                 // (N, C), or null
+  SampleMoments moments;               // null: not there
   const float *gamma, *beta;           // (C), or null for 1 and 0
   float *shift, *d, *scale, *bias, *rstd;
-  float *off, *p;  // (N, C), as in BatchStatistics, with `means`
+  float *off, *p, *variance;  // (N, C), as in BatchStatistics, with `means` or `moments`
 
   // Values that a thread each makes.
-  DIA_DEVICE int64_t count() const { return means != nullptr ? row_at(samples, channels) : channels; }
+  DIA_DEVICE int64_t count() const { return off != nullptr ? row_at(samples, channels) : channels; }
 };
 
 template <class M>
@@ -238,10 +255,13 @@ DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
     const float rstd = 1.0f / M::sqrt(static_cast<float>(var + static_cast<double>(args.eps)));
     const float scale = scale_of(m, args.gamma, channel, rstd);
     const float bias = args.beta != nullptr ? m.load(args.beta + channel) : 0.0f;
-    if (args.means != nullptr) {
-      const float off = static_cast<float>(m.load(args.means + k) - mean);
+    if (args.off != nullptr) {
+      const double of_sample =
+          args.means != nullptr ? m.load(args.means + k) : mean_of(m, args.moments, k, args.positions);
+      const float off = static_cast<float>(of_sample - mean);
       m.store(args.off + k, off);
       m.store(args.p + k, off * scale + bias);
+      if (args.variance != nullptr) put_variance(m, args.moments, args.variance, k, args.positions, rstd);
     }
     if (k >= args.channels) return;
     const float shift = static_cast<float>(mean);
@@ -254,13 +274,21 @@ DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
 }
 
 // Gradients of gamma and beta, and what the second sweep of the gradient applies: dz = g factor + (z - shift) slope +
-// offset. The slope is there with the statistics of a batch, through which all samples are tied together.
+// offset. The slope is there with the statistics of a batch (`batch`), through which all samples are tied together, and
+// where there is a variance's gradient; with that it is each sample's own.
+//
+// With zn = (z - mean) rstd and u the gradient of that but for what comes by way of the batch: u = gamma (g h' + dp /
+// HW)
+// + 2 dvariance / (HW - 1) (zn - its mean) + dextreme in one place; dz = rstd (u - mean(u) - zn mean(u zn)).
 struct NormGradients {
   int samples, channels, positions;
+  bool batch;
   const float *sum, *product, *dp, *off, *new_h;  // (N, C): sums of g and g ((z - shift) - d), dp, means, h'
+  const float *dvariance, *variance;              // (N, C), or null
+  const float *dextreme, *extreme;                // (N, C), or null
   const float *d, *rstd, *gamma;                  // (C); gamma null: 1
   float *dgamma, *dbeta;                          // (C)
-  float *factor, *offset, *slope;                 // (N, C), (N, C), (C), each null where it is not wanted
+  float *factor, *offset, *slope;                 // (N, C), (N, C), (C) or (N, C), each null where it is not wanted
 };
 
 template <class M>
@@ -281,17 +309,39 @@ DIA_DEVICE void norm_gradients(M& m, const NormGradients& args) {
       m.store(args.dgamma + channel, dgamma);
       m.store(args.dbeta + channel, dbeta);
     }
-    if (args.offset == nullptr || !there) return;
-    const float positions = static_cast<float>(args.positions), scale = scale_of(m, args.gamma, channel, rstd);
-    float common = 0;
-    if (args.slope != nullptr) {
-      const float count = positions * static_cast<float>(args.samples), slope = -scale * rstd * dgamma / count;
-      common = -scale * dbeta / count - slope * m.load(args.d + channel);
-      if (first) m.store(args.slope + channel, slope);
+    if (args.offset == nullptr) return;
+    const bool has_variance = args.dvariance != nullptr, has_extreme = args.dextreme != nullptr;
+    float of_u = 0, of_u_zn = 0;  // what the statistics add to the sums of u and u zn
+    if (args.batch && (has_variance || has_extreme)) {
+      for (int n = samples.begin; n < samples.end; ++n) {
+        const int64_t at = row_at(n, args.channels) + channel;
+        const float sent = has_extreme ? m.load(args.dextreme + at) : 0.0f;
+        of_u += sent;
+        if (has_extreme) of_u_zn += sent * m.load(args.extreme + at);
+        if (has_variance) of_u_zn += 2.0f * m.load(args.dvariance + at) * m.load(args.variance + at);
+      }
+      of_u = sum_of_channel(m, scratch, of_u), of_u_zn = sum_of_channel(m, scratch, of_u_zn);
     }
+    if (!there) return;
+    const float positions = static_cast<float>(args.positions), scale = scale_of(m, args.gamma, channel, rstd);
+    const float d = m.load(args.d + channel);
+    float common = 0, slope = 0;
+    if (args.batch) {
+      const float count = positions * static_cast<float>(args.samples);
+      slope = -rstd * (scale * dgamma + rstd * of_u_zn) / count;
+      common = -(scale * dbeta + rstd * of_u) / count - slope * d;
+      if (first && !has_variance) m.store(args.slope + channel, slope);
+    }
+    const float twice = 2.0f / (positions > 1.0f ? positions - 1.0f : 1.0f) * rstd * rstd;
     for (int n = samples.begin; n < samples.end; ++n) {
       const int64_t at = row_at(n, args.channels) + channel;
-      m.store(args.offset + at, scale * m.load(args.dp + at) / positions + common);
+      float offset = scale * m.load(args.dp + at) / positions + common;
+      if (has_variance) {
+        const float own = twice * m.load(args.dvariance + at);
+        offset -= own * (m.load(args.off + at) + d);
+        m.store(args.slope + at, slope + own);
+      }
+      m.store(args.offset + at, offset);
       if (args.factor != nullptr) m.store(args.factor + at, scale * m.load(args.new_h + at));
     }
   });

@@ -3,6 +3,7 @@
 
 #include "cluster_gradient.h"
 #include "cluster_step.h"
+#include "extremes.h"
 #include "sweeps.h"
 #include "tile_cell.h"
 #include "weight_gradients.h"
@@ -39,6 +40,14 @@ DIA_DEVICE void run(M& m, const Spread<T>& args) {
   spread<OwnKernel>(m, args);
   // Whoever comes behind waits for this kernel alone.
   if (args.beside) m.wait_for_kernel();
+}
+template <class M, class T>
+DIA_DEVICE void run(M& m, const Extremes<T>& args) {
+  extremes(m, args);
+}
+template <class M, class T>
+DIA_DEVICE void run(M& m, const SpreadExtremeGradient<T>& args) {
+  spread_extreme_gradient(m, args);
 }
 template <class M, class T, bool kAffine>
 DIA_DEVICE void run(M& m, const ClusterStep<T, kAffine>& args) {
@@ -140,6 +149,8 @@ template <class T>
 constexpr bool kIsSweep<Reduce<T>> = true;
 template <class T>
 constexpr bool kIsSweep<Spread<T>> = true;
+template <class T>
+constexpr bool kIsSweep<Extremes<T>> = true;
 template <class Args>
 constexpr bool kHasClusters = false;
 template <class T, bool kAffine>

@@ -50,6 +50,7 @@ struct Spread {
   Samples<uint8_t> passed;      // where the mask of `out` goes; no data: not wanted
   const float *scale, *offset;  // (N, C); null: 0, where nothing is to be scaled by it
   const float *shift, *slope;   // (C), null: 0. With slope out += (x - shift) slope, else (x - shift) scale.
+  bool slope_of_samples;        // the slope is (N, C)
   bool relu;
   bool beside;  // the kernel before, of which it needs nothing: both run at once
 };
@@ -409,7 +410,7 @@ struct Factors {
   DIA_DEVICE Factors(M& m, const Spread<T>& args, const W& walk) {
     const int64_t table = row_at(walk.sample, args.size.channels) + walk.channel;
     if (args.scale != nullptr) load(m, args.scale + table, g);
-    if (args.slope != nullptr) load(m, args.slope + walk.channel, x);
+    if (args.slope != nullptr) load(m, args.slope + (args.slope_of_samples ? table : walk.channel), x);
     DIA_UNROLL
     for (int k = 0; k < kCount; ++k)
       if (args.slope == nullptr) x[k] = g[k];

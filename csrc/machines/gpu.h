@@ -14,8 +14,9 @@ namespace dia {
 // Every kernel, as its arguments: those of a type of maps, and those of tables.
 template <class T>
 using KernelsOfMaps =
-    std::tuple<kernels::Reduce<T>, kernels::Spread<T>, kernels::ClusterStep<T, false>, kernels::ClusterStep<T, true>,
-               kernels::ClusterGradient<T, false>, kernels::ClusterGradient<T, true>>;
+    std::tuple<kernels::Reduce<T>, kernels::Spread<T>, kernels::Extremes<T>, kernels::SpreadExtremeGradient<T>,
+               kernels::ClusterStep<T, false>, kernels::ClusterStep<T, true>, kernels::ClusterGradient<T, false>,
+               kernels::ClusterGradient<T, true>>;
 using KernelsOfTables =
     std::tuple<kernels::BottleneckSums, kernels::CellStates<false>, kernels::CellStates<true>, kernels::JoinParts,
                kernels::BottleneckGradientSums, kernels::CellGradients, kernels::SplitGates<false>,

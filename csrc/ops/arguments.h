@@ -308,14 +308,33 @@ inline void check_norm_rescale(const Tensor& z, const MapInfo& info, const Tenso
   check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
 }
 
+// Statistics that a cell wants beside the mean: what the pooling behind a norm gave, and their gradients.
+struct CellStatistics {
+  OptionalTensor dvariance, variance, dextreme, extreme, where;
+
+  CellStatistics dense_ones() const {
+    return {dense(dvariance), dense(variance), dense(dextreme), dense(extreme), dense(where)};
+  }
+};
+
 // The gradient of a pooling behind a norm, and of what a rescaling handed on.
-inline void check_norm_pool_gradient(const Tensor& g, const Tensor& handed, const Tensor& dp, const Tensor& z,
-                                     const MapInfo& info, const Tensor& tables, const OptionalTensor& gamma) {
+inline void check_norm_pool_gradient(const Tensor& g, const Tensor& handed, const Tensor& dp,
+                                     const CellStatistics& statistics, const Tensor& z, const MapInfo& info,
+                                     const Tensor& tables, const OptionalTensor& gamma) {
   const ScalarType dtype = compute_scalar_type(z);
   const int64_t n = info.shape.samples, width = info.shape.channels;
   check_map("g", g, z);
   check_table("handed", handed, {3, n, width}, dtype, z);
   check_table("dp", dp, {n, width}, dtype, z);
+  const auto check_optional = [&](const char* name, const OptionalTensor& t, ScalarType of) {
+    if (t) check_table(name, *t, {n, width}, of, z);
+  };
+  const auto& [dvariance, variance, dextreme, extreme, where] = statistics;
+  check_optional("dvariance", dvariance, dtype), check_optional("variance", variance, dtype);
+  check_optional("dextreme", dextreme, dtype), check_optional("extreme", extreme, dtype);
+  check_optional("where", where, ScalarType::Long);
+  check(!dvariance || variance, "variance: expected it with its gradient");
+  check(!dextreme || (extreme && where), "extreme, where: expected both with their gradient");
   check_norm_tables(tables, z, info);
   check_norm(z, info, gamma, std::nullopt, std::nullopt, std::nullopt);
 }

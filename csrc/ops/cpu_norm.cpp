@@ -1,6 +1,6 @@
 // The parts of a tail on the CPU, for a cell that is not here: the mean of each channel behind a batch norm, the
 // rescaling behind it, and their gradients. y = act(bn(z) scale + shortcut), p = mean of bn(z); the norm's result is
-// nowhere in memory.
+// nowhere in memory. Beside the mean a cell may want to know the variance of each channel, and its extreme value.
 //
 // The same four sweeps as a tail's, of which each operator has one. The sums that the gradient needs of all samples lie
 // between the two of backward, as do the cell's gradient and dp.
@@ -14,20 +14,31 @@ namespace {
 struct Pooled {
   Tensor p, tables;
   NormTokens tokens;
+  Tensor variance, extreme, where;
   Tensor mean, var;
 };
 
 template <class T>
 Pooled run_norm_pool(const Tensor& z, const MapInfo& info, const OptionalTensor& gamma, const OptionalTensor& beta,
-                     const OptionalTensor& mean, const OptionalTensor& var, double eps, bool keep_tokens) {
+                     const OptionalTensor& mean, const OptionalTensor& var, double eps, bool with_variance,
+                     bool with_extreme, bool keep_tokens) {
   using A = Compute<T>;
   const int64_t n = info.shape.samples, width = info.shape.channels;
   const MapReader<T> z_reader(z, info);
   const bool batch = !mean.has_value();
-  const Pooled result{empty_table<A>(z, {n, width}), empty_table<A>(z, {NormTables<A>::count(n, width)}),
-                      norm_tokens<A>(keep_tokens, z, info), empty_table<A>(z, {batch ? width : 0}),
+  const auto table_if = [&](bool wanted) { return wanted ? empty_table<A>(z, {n, width}) : empty_table<A>(z, {0}); };
+  const Pooled result{empty_table<A>(z, {n, width}),
+                      empty_table<A>(z, {NormTables<A>::count(n, width)}),
+                      norm_tokens<A>(keep_tokens, z, info),
+                      table_if(with_variance),
+                      table_if(with_extreme),
+                      empty_places(with_extreme, z, n, width),
+                      empty_table<A>(z, {batch ? width : 0}),
                       empty_table<A>(z, {batch ? width : 0})};
-  NormForward<T> norm(z_reader.map, z, info.shape, gamma, beta, eps, NormTables<A>(result.tables, n, width));
+  StatisticTables<A> wanted;
+  if (with_variance) wanted.variance = data_of<A>(result.variance);
+  if (with_extreme) wanted.extreme = data_of<A>(result.extreme), wanted.where = data_of<int64_t>(result.where);
+  NormForward<T> norm(z_reader.map, z, info.shape, gamma, beta, eps, NormTables<A>(result.tables, n, width), wanted);
   if (batch) {
     norm.of_batch();
     norm.copy_statistics_to(result.mean, result.var);
@@ -41,31 +52,32 @@ Pooled run_norm_pool(const Tensor& z, const MapInfo& info, const OptionalTensor&
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_pool(Tensor z, OptionalTensor gamma,
-                                                                     OptionalTensor beta, OptionalTensor mean,
-                                                                     OptionalTensor var, double eps,
-                                                                     int64_t channel_dim, bool keep_tokens) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_pool(
+    Tensor z, OptionalTensor gamma, OptionalTensor beta, OptionalTensor mean, OptionalTensor var, double eps,
+    int64_t channel_dim, bool with_variance, bool with_extreme, bool keep_tokens) {
   const MapInfo info = map_info(z, channel_dim);
   check_norm(z, info, gamma, beta, mean, var);
-  const Pooled of =
-      with_map_type(z, [&]<class T>() { return run_norm_pool<T>(z, info, gamma, beta, mean, var, eps, keep_tokens); });
-  return {of.p, of.tables, of.tokens.of_g, of.tokens.of_handed, of.mean, of.var};
+  const Pooled of = with_map_type(z, [&]<class T>() {
+    return run_norm_pool<T>(z, info, gamma, beta, mean, var, eps, with_variance, with_extreme, keep_tokens);
+  });
+  const auto& [of_g, of_handed] = of.tokens;
+  return {of.p, of.tables, of_g, of_handed, of.variance, of.extreme, of.where, of.mean, of.var};
 }
 
 // With the statistics of the batch, towards which the norm's buffers are moved.
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_pool_tracking(Tensor z, OptionalTensor gamma, OptionalTensor beta,
-                                                              Tensor running_mean, Tensor running_var, Tensor batches,
-                                                              double factor, double eps, int64_t channel_dim,
-                                                              bool keep_tokens) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_pool_tracking(
+    Tensor z, OptionalTensor gamma, OptionalTensor beta, Tensor running_mean, Tensor running_var, Tensor batches,
+    double factor, double eps, int64_t channel_dim, bool with_variance, bool with_extreme, bool keep_tokens) {
   const MapInfo info = map_info(z, channel_dim);
   const TrackedBuffers buffers{running_mean, running_var, batches, factor};
   check_norm(z, info, gamma, beta, std::nullopt, std::nullopt);
   check_tracked(buffers, z, info, {z, gamma, beta});
   const Pooled of = with_map_type(z, [&]<class T>() {
-    return run_norm_pool<T>(z, info, gamma, beta, std::nullopt, std::nullopt, eps, keep_tokens);
+    return run_norm_pool<T>(z, info, gamma, beta, std::nullopt, std::nullopt, eps, with_variance, with_extreme,
+                            keep_tokens);
   });
   track(buffers, of.mean, of.var, info.shape);
-  return {of.p, of.tables, of.tokens.of_g, of.tokens.of_handed};
+  return {of.p, of.tables, of.tokens.of_g, of.tokens.of_handed, of.variance, of.extreme, of.where};
 }
 
 std::tuple<Tensor, Tensor> norm_rescale(Tensor z, Tensor scale, OptionalTensor shortcut, Tensor tables, OptionalTensor,
@@ -114,11 +126,15 @@ std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(Tensor dy, OptionalTens
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor g, Tensor handed, Tensor dp, Tensor z, Tensor tables,
-                                                      OptionalTensor gamma, int64_t channel_dim, bool batch,
-                                                      bool need_z) {
+std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor g, Tensor handed, Tensor dp, OptionalTensor dvariance,
+                                                      OptionalTensor variance, OptionalTensor dextreme,
+                                                      OptionalTensor extreme, OptionalTensor where, Tensor z,
+                                                      Tensor tables, OptionalTensor gamma, int64_t channel_dim,
+                                                      bool batch, bool need_z) {
   const MapInfo info = map_info(z, channel_dim);
-  check_norm_pool_gradient(g, handed, dp, z, info, tables, gamma);
+  const CellStatistics given{dvariance, variance, dextreme, extreme, where};
+  check_norm_pool_gradient(g, handed, dp, given, z, info, tables, gamma);
+  const CellStatistics statistics = given.dense_ones();
   const Tensor of_p = dense(dp), sums = dense(handed), all = dense(tables);
   const int64_t n = info.shape.samples, width = info.shape.channels;
   return with_map_type(z, [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor> {
@@ -134,7 +150,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor g, Tensor handed, T
     std::transform(by_beta, by_beta + width, share, [count](A v) { return v / count; });
     std::transform(by_gamma, by_gamma + width, share + width, [count](A v) { return v / count; });
     const MapReader<T> g_reader(g, info), z_reader(z, info);
-    Spreading<T> spreading({g_reader.map, {}, z_reader.map}, z, info, all, gamma, scale, p, batch ? share : nullptr);
+    const StatisticGradients<A> gradients{data_of<A>(statistics.dvariance), data_of<A>(statistics.variance),
+                                          data_of<A>(statistics.dextreme), data_of<A>(statistics.extreme),
+                                          data_of<int64_t>(statistics.where)};
+    Spreading<T> spreading({g_reader.map, {}, z_reader.map}, z, info, all, gamma, scale, p, batch ? share : nullptr,
+                           gradients);
     if (batch) spreading.start();
     for_chunks(n, 0, 0, [&](Chunk chunk) { spreading.run(chunk); });
     return {spreading.dz, dgamma, dbeta};

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <optional>
 
 #include "../core/tracked.h"
@@ -34,10 +35,13 @@ void for_table_columns(int64_t samples, int64_t channels, Body body) {
   parallel_for(0, channels, std::max<int64_t>(kGrain / std::max<int64_t>(samples, 1), 1), body);
 }
 
+// Beside the moments the extremes, while the map is in the cache.
 template <class T>
-void run_moments(const Moments<T>& args, Chunk chunk) {
-  for_channel_ranges(args.shape, chunk,
-                     [&](int64_t n, int64_t a, int64_t b) { map_kernels<T>().moments(args, n, a, b); });
+void run_moments(const Moments<T>& args, Chunk chunk, const std::optional<Extremes<T>>& extremes = std::nullopt) {
+  for_channel_ranges(args.shape, chunk, [&](int64_t n, int64_t a, int64_t b) {
+    map_kernels<T>().moments(args, n, a, b);
+    if (extremes) map_kernels<T>().extremes(*extremes, n, a, b);
+  });
 }
 
 template <class T>
@@ -88,6 +92,15 @@ void copy_statistics(const Tensor& table, double* to) {
     std::copy_n(data_of<A>(from), from.numel(), to);
 }
 
+// What a cell may want to know of the norm's result before its affine, beside the mean: of each sample and channel the
+// unbiased variance; the extreme value, that which the affine makes the largest, and its position. Null: not wanted.
+template <class A>
+struct StatisticTables {
+  A* variance = nullptr;
+  A* extreme = nullptr;
+  int64_t* where = nullptr;
+};
+
 // Forward: the norm's tables, and p, from moments that a first sweep makes or that are given.
 template <class T>
 class NormForward {
@@ -95,13 +108,16 @@ class NormForward {
 
  public:
   NormForward(const Map<const T>& z_map, const Tensor& z, const MapShape& shape, const OptionalTensor& gamma,
-              const OptionalTensor& beta, double eps, const NormTables<A>& tables)
+              const OptionalTensor& beta, double eps, const NormTables<A>& tables,
+              const StatisticTables<A>& wanted = {})
       : affine(gamma, beta),
         norm(tables),
         z_(z_map),
         shape_(shape),
         eps_(eps),
+        wanted_(wanted),
         shift_(empty_table<A>(z, {shape.channels})),
+        own_(empty_table<A>(z, {wanted.variance != nullptr ? shape.samples * shape.channels : 0})),
         values_(empty_table<double>(z, {2 * shape.samples * shape.channels + 2 * shape.channels})),
         d1_(data_of<double>(values_)),
         m2_(d1_ + shape.samples * shape.channels),
@@ -113,9 +129,8 @@ class NormForward {
   void of_batch() {
     A* shift = data_of<A>(shift_);
     about_ = shift;
-    map_kernels<T>().choose_shift(z_, shape_, shift);
-    const Moments<T> moments{shape_, z_, shift, d1_, m2_};
-    for_chunks(shape_.samples, 0, 0, [&](Chunk chunk) { run_moments(moments, chunk); });
+    map_kernels<T>().choose_shift(z_, shape_, 0, shift);
+    for_chunks(shape_.samples, 0, 0, [&](Chunk chunk) { take_moments(chunk); });
     batch_statistics<A>(d1_, m2_, shift, shape_, means_, variances_);
     use_statistics();
   }
@@ -131,18 +146,25 @@ class NormForward {
     std::copy_n(data_of<double>(means), means.numel(), d1_);
     std::fill_n(zero, shape_.channels, A(0));
   }
-  // With statistics that were given: the means of a chunk's samples, by a sweep.
-  void sweep(Chunk chunk) const { run_moments(Moments<T>{shape_, z_, norm.shift, d1_, m2_}, chunk); }
+  // With statistics that were given: the moments of a chunk's samples, by a sweep.
+  void sweep(Chunk chunk) const { take_moments(chunk); }
 
-  // From the means to p, what the mean of the norm's result is.
+  // From the moments to p, what the mean of the norm's result is, and to the statistics that are wanted beside it.
   void put_means(Chunk chunk, A* p) const {
     const int64_t width = shape_.channels;
+    const double terms = static_cast<double>(std::max<int64_t>(shape_.positions - 1, 1));
     for_samples(chunk, width, [&](int64_t a, int64_t b) {
       for (int64_t k = a; k < b; ++k)
         for (int64_t ch = 0; ch < width; ++ch) {
           const int64_t at = k * width + ch;
+          const A rstd = norm.rstd[ch];
           norm.off[at] = static_cast<A>(d1_[at] - (means_[ch] - static_cast<double>(about_[ch])));
-          p[at] = affine.gamma(ch) * norm.rstd[ch] * norm.off[at] + affine.beta(ch);
+          p[at] = affine.gamma(ch) * rstd * norm.off[at] + affine.beta(ch);
+          if (wanted_.variance != nullptr) wanted_.variance[at] = rstd * rstd * static_cast<A>(m2_[at] / terms);
+          if (wanted_.extreme != nullptr) {
+            A& extreme = wanted_.extreme[at];
+            extreme = ((extreme - norm.shift[ch]) - norm.d[ch]) * rstd;
+          }
         }
     });
   }
@@ -157,6 +179,24 @@ class NormForward {
   NormTables<A> norm;
 
  private:
+  void take_moments(Chunk chunk) const {
+    const int64_t width = shape_.channels;
+    A* own = wanted_.variance != nullptr ? data_of<A>(own_) : nullptr;
+    if (own != nullptr)
+      for_samples(chunk, width, [&](int64_t a, int64_t b) {
+        for (int64_t k = a; k < b; ++k) map_kernels<T>().choose_shift(z_, shape_, k, own + k * width);
+      });
+    std::optional<Extremes<T>> extremes;
+    if (wanted_.extreme != nullptr) {
+      if (shape_.positions > 0) {
+        extremes = Extremes<T>{shape_, z_, affine.gamma_data, wanted_.extreme, wanted_.where};
+      } else {
+        std::fill_n(wanted_.extreme, shape_.samples * width, std::numeric_limits<A>::quiet_NaN());
+        std::fill_n(wanted_.where, shape_.samples * width, 0);
+      }
+    }
+    run_moments(Moments<T>{shape_, z_, about_, own, d1_, m2_}, chunk, extremes);
+  }
   void use_statistics() const {
     map_kernels<T>().split_mean(means_, shape_.channels, norm.shift, norm.d);
     for (int64_t ch = 0; ch < shape_.channels; ++ch)
@@ -166,7 +206,8 @@ class NormForward {
   Map<const T> z_;
   MapShape shape_;
   double eps_;
-  Tensor shift_, values_;
+  StatisticTables<A> wanted_;
+  Tensor shift_, own_, values_;
   double *d1_, *m2_, *means_, *variances_;
   const A* about_;  // (C): what the moments are about
 };
@@ -296,7 +337,21 @@ void norm_gradients(const MapShape& shape, const A* scale, const A* dp, const A*
   });
 }
 
-// The second sweep: reads g and, with batch statistics, z; writes dz.
+// What comes to StatisticTables in the gradient, and their values. Null: not wanted, or no gradient.
+template <class A>
+struct StatisticGradients {
+  const A *of_variance = nullptr, *variance = nullptr;
+  const A *of_extreme = nullptr, *extreme = nullptr;
+  const int64_t* where = nullptr;
+
+  bool any() const { return of_variance != nullptr || of_extreme != nullptr; }
+};
+
+// The second sweep: reads g and, with batch statistics or a variance's gradient, z; writes dz.
+//
+// With zn = (z - mean) rstd, the norm's result before its affine, and u its gradient but for what comes by way of the
+// batch's statistics: u = gamma (g h' + dp / HW) + 2 dvariance / (HW - 1) (zn - its mean) + dextreme in one place, and
+// dz = rstd (u - mean(u) - zn mean(u zn)).
 template <class T>
 class Spreading {
   using A = Compute<T>;
@@ -304,60 +359,102 @@ class Spreading {
  public:
   // `shares`: dbeta and dgamma divided by the number of a channel's values; null where the statistics were given.
   Spreading(const Sources<T>& sources, const Tensor& z, const MapInfo& info, const Tensor& tables,
-            const OptionalTensor& gamma, const A* new_h, const A* dp, const A* shares)
+            const OptionalTensor& gamma, const A* new_h, const A* dp, const A* shares,
+            const StatisticGradients<A>& statistics = {})
       : dz(empty_map(z, info)),
         sources_(sources),
         shape_(info.shape),
         new_h_(new_h),
         dp_(dp),
         shares_(shares),
+        statistics_(statistics),
         norm_(tables, shape_.samples, shape_.channels),
         affine_(gamma, std::nullopt),
-        scratch_(empty_table<A>(z, {2 * shape_.samples * shape_.channels + shape_.channels})),
+        scratch_(empty_table<A>(z, {(4 * shape_.samples + 3) * shape_.channels})),
         scale_(data_of<A>(scratch_)),
         offset_(scale_ + shape_.samples * shape_.channels),
-        slope_(offset_ + shape_.samples * shape_.channels),
+        added_(offset_ + shape_.samples * shape_.channels),
+        mean_u_(added_ + shape_.samples * shape_.channels),
+        mean_u_zn_(mean_u_ + shape_.channels),
+        slope_(mean_u_zn_ + shape_.channels),
         to_(map_writer<T>(dz, info)) {}
 
   // With batch statistics, once the shares are there.
   void start() {
-    for (int64_t ch = 0; ch < shape_.channels; ++ch)
-      slope_[ch] = -affine_.gamma(ch) * norm_.rstd[ch] * norm_.rstd[ch] * dgamma(ch);
+    const double count = static_cast<double>(shape_.positions) * static_cast<double>(shape_.samples);
+    for_table_columns(shape_.samples, shape_.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t ch = begin; ch < end; ++ch) {
+        double of_u = 0, of_u_zn = 0;
+        if (statistics_.any())
+          for (int64_t k = 0; k < shape_.samples; ++k) add_statistics(k * shape_.channels + ch, of_u, of_u_zn);
+        mean_u_[ch] = affine_.gamma(ch) * shares_[ch] + static_cast<A>(of_u / count);
+        mean_u_zn_[ch] = affine_.gamma(ch) * shares_[shape_.channels + ch] + static_cast<A>(of_u_zn / count);
+        slope_[ch] = -norm_.rstd[ch] * norm_.rstd[ch] * mean_u_zn_[ch];
+      }
+    });
   }
 
   void run(Chunk chunk) {
     const int64_t width = shape_.channels;
     const A positions = static_cast<A>(shape_.positions);
+    const auto& [of_variance, variance, of_extreme, extreme, where] = statistics_;
+    const A twice = A(2) / std::max<A>(positions - 1, 1);
+    const int64_t stride = of_variance != nullptr ? width : 0;
     for_samples(chunk, width, [&](int64_t a, int64_t b) {
       for (int64_t k = a; k < b; ++k)
         for (int64_t ch = 0; ch < width; ++ch) {
           const int64_t at = k * width + ch;
-          const A factor = affine_.gamma(ch) * norm_.rstd[ch];
-          A pooled = dp_[at] / positions;
-          if (shares_ != nullptr) pooled += norm_.d[ch] * norm_.rstd[ch] * dgamma(ch) - shares_[ch];
+          const A rstd = norm_.rstd[ch], factor = affine_.gamma(ch) * rstd;
+          A offset = factor * dp_[at] / positions, slope = 0;
+          if (of_variance != nullptr) {
+            slope = twice * of_variance[at] * rstd * rstd;
+            offset -= slope * (norm_.off[at] + norm_.d[ch]);
+          }
+          if (shares_ != nullptr) {
+            const A common = rstd * rstd * mean_u_zn_[ch];
+            slope -= common;
+            offset += common * norm_.d[ch] - rstd * mean_u_[ch];
+          }
           scale_[at] = factor * new_h_[at];
-          offset_[at] = factor * pooled;
+          offset_[at] = offset;
+          if (of_extreme != nullptr) added_[at] = rstd * of_extreme[at];
+          if (stride > 0) slope_[at] = slope;
         }
     });
     const auto& [dy, y, z] = sources_;
-    if (shares_ != nullptr)
-      run_spread(SpreadNormGradient<T>{shape_, dy, y, z, to_, norm_.shift, scale_, slope_, offset_}, chunk);
+    const bool sloping = shares_ != nullptr || of_variance != nullptr;
+    const SpreadNormGradient<T> sweep{shape_,  dy,    y, z, to_, norm_.shift, scale_, sloping ? slope_ : nullptr,
+                                      offset_, stride};
+    if (sloping)
+      run_spread(sweep, chunk);
     else
       run_spread_gradient(SpreadGradient<T>{shape_, dy, y, to_, scale_, offset_}, chunk);
+    if (of_extreme != nullptr && positions > 0)
+      for_samples(chunk, width, [&](int64_t a, int64_t b) {
+        for (int64_t k = a; k < b; ++k) map_kernels<T>().spread_extreme_gradient({sweep, where, added_}, k, 0, width);
+      });
   }
 
   Tensor dz;
 
  private:
-  A dgamma(int64_t ch) const { return shares_[shape_.channels + ch]; }
+  // What the statistics add, of a sample and channel, to the sums over all positions of u and of u zn.
+  void add_statistics(int64_t at, double& of_u, double& of_u_zn) const {
+    const auto& [of_variance, variance, of_extreme, extreme, where] = statistics_;
+    if (of_variance != nullptr) of_u_zn += 2 * static_cast<double>(of_variance[at]) * static_cast<double>(variance[at]);
+    if (of_extreme == nullptr) return;
+    of_u += static_cast<double>(of_extreme[at]);
+    of_u_zn += static_cast<double>(of_extreme[at]) * static_cast<double>(extreme[at]);
+  }
 
   Sources<T> sources_;
   MapShape shape_;
   const A *new_h_, *dp_, *shares_;
+  StatisticGradients<A> statistics_;
   NormTables<A> norm_;
   Affine<A> affine_;
   Tensor scratch_;
-  A *scale_, *offset_, *slope_;
+  A *scale_, *offset_, *added_, *mean_u_, *mean_u_zn_, *slope_;
   Map<T> to_;
 };
 

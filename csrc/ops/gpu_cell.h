@@ -205,6 +205,12 @@ class GpuCall {
     launch_tasks(args, false, 0);
   }
 
+  template <class T>
+  void launch_sweep(kernels::Extremes<T> args) {
+    args.tile = detail::reduce_tile_of(swept<T>(args.size, {args.x}), limits_, true);
+    launch_tasks(args, args.size.interleaved, extreme_shared_bytes(args.size.interleaved, sizeof(T)));
+  }
+
   // A step, or a gradient up to its second sweep, by clusters of `together` samples each.
   template <class T, bool kAffine>
   void launch_clusters(kernels::ClusterStep<T, kAffine> args, int64_t together) {

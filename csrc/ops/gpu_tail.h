@@ -7,6 +7,12 @@
 namespace dia::ops {
 namespace {
 
+// What a norm's kernels make of each sample's channels, (N, C): the means of (z - shift) - d and of x; and of the
+// norm's result before its affine the variance, or null.
+struct SampleTables {
+  float *off, *p, *variance;
+};
+
 // The norm's tables forward: of this batch, or of given statistics.
 struct ForwardNorm {
   OptionalTensor gamma, beta;
@@ -22,15 +28,17 @@ struct ForwardNorm {
         scale(call.scratch(call.channels())),
         bias(call.scratch(call.channels())) {}
 
-  // `means` of each sample: what they make goes to `off` and `p`.
-  void given(GpuCall& call, const Tensor& mean, const Tensor& var, const OptionalTensor& means, double eps, float* off,
-             float* p) const {
+  // `means` of each sample, or their moments: what they make goes to `of`.
+  void given(GpuCall& call, const Tensor& mean, const Tensor& var, const OptionalTensor& means,
+             const kernels::SampleMoments& moments, double eps, const SampleTables& of) const {
     const Tensor m = dense(mean), v = dense(var);
     const OptionalTensor of_samples = dense(means);
     kernels::GivenStatistics args{};
     args.samples = static_cast<int>(call.samples()), args.channels = static_cast<int>(call.channels());
-    args.eps = static_cast<float>(eps);
-    if (of_samples) args.means = data_of<double>(of_samples), args.off = off, args.p = p;
+    args.positions = static_cast<int>(call.positions()), args.eps = static_cast<float>(eps);
+    if (of_samples) args.means = data_of<double>(of_samples);
+    args.moments = moments;
+    if (of_samples || moments.first != nullptr) args.off = of.off, args.p = of.p, args.variance = of.variance;
     const auto either = [](const Tensor& t, const float*& narrow, const double*& wide) {
       if (t.scalar_type() == ScalarType::Double)
         wide = static_cast<const double*>(t.const_data_ptr());
@@ -44,13 +52,13 @@ struct ForwardNorm {
     call.launch_elements(args, args.count());
   }
   // The buffers are moved with it.
-  void of_batch(GpuCall& call, const kernels::SampleMoments& moments, double eps, float* off, float* p, float* mean,
+  void of_batch(GpuCall& call, const kernels::SampleMoments& moments, double eps, const SampleTables& of, float* mean,
                 float* var, const kernels::Tracked& tracked) const {
     kernels::BatchStatistics args{};
     args.samples = static_cast<int>(call.samples()), args.channels = static_cast<int>(call.channels());
     args.positions = static_cast<int>(call.positions()), args.eps = static_cast<float>(eps);
     args.moments = moments, args.gamma = data_of<float>(gamma), args.beta = data_of<float>(beta);
-    args.off = off, args.p = p;
+    args.off = of.off, args.p = of.p, args.variance = of.variance;
     args.shift = shift, args.d = d, args.scale = scale, args.bias = bias, args.rstd = rstd;
     args.mean = mean, args.var = var, args.tracked = tracked;
     call.launch_channels(args);
@@ -107,7 +115,7 @@ TailResult run_tail(const TailArguments& given, const MapInfo& info, const kerne
   const ForwardNorm norm(call, given.gamma, given.beta, tables);
   const ForwardMaps<T> maps{z_map.samples, s_map.samples, y.samples, mask_samples<uint8_t>(mask, info)};
   float *const off = tables.off, *const p = cell.args.tables.p;
-  if (given.mean) norm.given(call, *given.mean, *given.var, given.means, given.eps, off, p);
+  if (given.mean) norm.given(call, *given.mean, *given.var, given.means, {}, given.eps, {off, p, nullptr});
   if (given.mean && !given.means) {
     run_forward<T, true>(call, forward_plan<T>(call, info, maps, given.relu, GpuNorm::given), cell, maps, given.relu,
                          norm.affine(), off);
@@ -118,7 +126,8 @@ TailResult run_tail(const TailArguments& given, const MapInfo& info, const kerne
   if (!given.mean) {
     if (tracked.running_mean == nullptr) mean = call.table({width}), var = call.table({width});
     const auto values_of = [](const OptionalTensor& t) { return t ? data_of<float>(*t) : nullptr; };
-    norm.of_batch(call, run_moments(call, maps.x), given.eps, off, p, values_of(mean), values_of(var), tracked);
+    norm.of_batch(call, run_moments(call, maps.x), given.eps, {off, p, nullptr}, values_of(mean), values_of(var),
+                  tracked);
   }
   float *factor = call.scratch(n * width), *added = call.scratch(n * width);
   const kernels::Spread<T> spread = spread_of(call, maps, given.relu, factor, added, norm.shift);
@@ -210,10 +219,10 @@ struct TailBackward {
   }
 
   // The gradients of gamma and beta, behind what is computed before.
-  kernels::NormGradients of_norm(float* dgamma, float* dbeta) const {
+  kernels::NormGradients of_norm(bool batch, float* dgamma, float* dbeta) const {
     kernels::NormGradients args{};
     args.samples = static_cast<int>(call.samples()), args.channels = static_cast<int>(call.channels());
-    args.positions = static_cast<int>(call.positions());
+    args.positions = static_cast<int>(call.positions()), args.batch = batch;
     args.sum = norm.sum, args.product = norm.product, args.dp = norm.dp, args.off = tables.off;
     args.new_h = norm.again.new_h, args.d = tables.d, args.rstd = tables.rstd, args.gamma = data_of<float>(gamma);
     args.dgamma = dgamma, args.dbeta = dbeta;
@@ -242,7 +251,7 @@ TailGradients run_tail_backward(const GradientArguments& given, const MapInfo& i
   const int64_t n = call.samples(), width = call.channels();
   const BackwardMaps<T>& maps = of.maps.maps;
   const Tensor dgamma = call.table({width}), dbeta = call.table({width});
-  kernels::NormGradients gradients = of.of_norm(data_of<float>(dgamma), data_of<float>(dbeta));
+  kernels::NormGradients gradients = of.of_norm(batch, data_of<float>(dgamma), data_of<float>(dbeta));
   if (batch) {
     float *factor = nullptr, *offset = nullptr, *slope = nullptr;
     if (wanted.x) factor = call.scratch(n * width), offset = call.scratch(n * width), slope = call.scratch(width);
@@ -335,7 +344,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail_reduce(
     float* const of_beta = data_of<float>(sums);
     of.norm.dp = data_of<float>(dp);
     of.run_first(info, nullptr);
-    call.launch_channels(of.of_norm(of_beta + width, of_beta));
+    call.launch_channels(of.of_norm(true, of_beta + width, of_beta));
     of.parameters.launch(call, of.cell.args);
     if (z.numel() == 0) torch::stable::fill_(sums, 0.0);
     return std::make_tuple(sums, of.maps.dshortcut.tensor, dp, of.cell.old_dh, of.cell.old_dc, of.parameters.result);

@@ -108,7 +108,23 @@ class Memory {
     const int64_t c = a.size.channels, nc = a.size.samples * c;
     map("dy", a.dy, a.size), map("y", a.y, a.size), map("x", a.x, a.size), map("shortcut", a.shortcut, a.size);
     map("out", a.out, a.size), mask("mask", a.mask, a.size), mask("passed", a.passed, a.size);
-    table("scale", a.scale, nc), table("offset", a.offset, nc), table("shift", a.shift, c), table("slope", a.slope, c);
+    table("scale", a.scale, nc), table("offset", a.offset, nc), table("shift", a.shift, c);
+    table("slope", a.slope, a.slope_of_samples ? nc : c);
+  }
+  template <class T>
+  void of(const kernels::Extremes<T>& a) {
+    const int64_t c = a.size.channels, nc = a.size.samples * c;
+    map("x", a.x, a.size);
+    table("gamma", a.gamma, c), table("shift", a.shift, c), table("d", a.d, c), table("rstd", a.rstd, c);
+    table("extreme", a.extreme, nc), table("where", a.where, nc);
+  }
+  template <class T>
+  void of(const kernels::SpreadExtremeGradient<T>& a) {
+    const int64_t c = a.size.channels, nc = a.size.samples * c;
+    map("dy", a.dy, a.size), map("x", a.x, a.size), map("out", a.out, a.size);
+    table("scale", a.scale, nc), table("offset", a.offset, nc), table("shift", a.shift, c), table("rstd", a.rstd, c);
+    table("slope", a.slope, a.slope_of_samples ? nc : c);
+    table("dextreme", a.dextreme, nc), table("where", a.where, nc);
   }
   void parts(const kernels::BottleneckParts& parts, int64_t samples, int64_t bottleneck) {
     table("parts", parts.data, parts.count * samples * 2 * bottleneck);
@@ -198,7 +214,7 @@ class Memory {
   }
   void of(const kernels::BatchStatistics& a) {
     const int64_t c = a.channels, nc = a.samples * c;
-    moments(a.moments, nc);
+    moments(a.moments, nc), table("variance", a.variance, nc);
     table("gamma", a.gamma, c), table("beta", a.beta, c), table("shift", a.shift, c), table("d", a.d, c);
     table("scale", a.scale, c), table("bias", a.bias, c), table("rstd", a.rstd, c);
     table("mean", a.mean, c), table("var", a.var, c), table("off", a.off, nc), table("p", a.p, nc);
@@ -234,7 +250,8 @@ class Memory {
     table("shift", a.shift, c), table("d", a.d, c), table("scale", a.scale, c), table("bias", a.bias, c);
     table("rstd", a.rstd, c);
     const int64_t nc = static_cast<int64_t>(a.samples) * a.channels;
-    table("means", a.means, nc), table("off", a.off, nc), table("p", a.p, nc);
+    table("means", a.means, nc), table("off", a.off, nc), table("p", a.p, nc), table("variance", a.variance, nc);
+    if (a.moments.first != nullptr) moments(a.moments, nc);
   }
   void of(const kernels::MeanGradients& a) {
     table("dp", a.dp, a.count), table("scale", a.scale, a.channels), table("offset", a.offset, a.count);
@@ -243,7 +260,10 @@ class Memory {
     const int64_t c = a.channels, nc = a.samples * c;
     table("sum", a.sum, nc), table("product", a.product, nc), table("dp", a.dp, nc), table("off", a.off, nc);
     table("new_h", a.new_h, nc), table("d", a.d, c), table("gamma", a.gamma, c), table("rstd", a.rstd, c);
-    table("factor", a.factor, nc), table("offset", a.offset, nc), table("slope", a.slope, c);
+    table("factor", a.factor, nc), table("offset", a.offset, nc);
+    table("slope", a.slope, a.dvariance != nullptr ? nc : c);
+    table("dvariance", a.dvariance, nc), table("variance", a.variance, nc);
+    table("dextreme", a.dextreme, nc), table("extreme", a.extreme, nc);
     table("dgamma", a.dgamma, c), table("dbeta", a.dbeta, c);
   }
 

@@ -279,6 +279,12 @@ Tensor empty_table(const Tensor& like, const std::vector<int64_t>& sizes) {
   return empty_strided(sizes, strides, like, dtype_code_of<A>());
 }
 
+// Positions, (N, C).
+inline Tensor empty_places(bool wanted, const Tensor& like, int64_t n, int64_t c) {
+  return wanted ? empty_strided({n, c}, {std::max<int64_t>(c, 1), 1}, like, aoti_torch_dtype_int64())
+                : empty_strided({0}, {1}, like, aoti_torch_dtype_int64());
+}
+
 // The tokens of a norm before a pooling (operators.py): their shape is all there is of them. Empty if not wanted.
 struct NormTokens {
   Tensor of_g, of_handed;

@@ -293,7 +293,7 @@ void tables_of_a_norm() {
   Values sum(kTable), product(kTable), dgamma(kChannels), dbeta(kChannels), dz(kMap), found(kMap);
   for (int k = 0; k < kMap; ++k)
     sum[k / kPositions] += g[k], product[k / kPositions] += g[k] * (in[kX][k] - mean[channel(k)]);
-  kernels::NormGradients gradients{kSamples, kChannels, kPositions};
+  kernels::NormGradients gradients{kSamples, kChannels, kPositions, true};
   gradients.sum = memory.add("sum of g", sum), gradients.product = memory.add("product", product);
   gradients.dp = memory.add("dp", dp), gradients.off = memory.add("off", off), gradients.new_h = memory.add("h", h);
   gradients.d = of.d, gradients.gamma = of.gamma, gradients.rstd = of.rstd;
@@ -318,7 +318,7 @@ void tables_of_a_norm() {
   check_near(narrow.data(), dz, "dz");
 
   // With statistics that were given there is no way through them.
-  gradients.slope = nullptr;
+  gradients.batch = false, gradients.slope = nullptr;
   memory.device.launch(grid, [&](Thread& m) { kernels::norm_gradients(m, gradients); });
   Values apart(kTable);
   for (int k = 0; k < kTable; ++k) apart[k] = scale[k % kChannels] * dp[k] / kPositions;

@@ -176,14 +176,14 @@ void check_tail_shape(const MapShape& shape, int64_t gap, uint32_t seed) {
     for (auto& v : *table) v = static_cast<A>(value(random));
 
   const auto& k = maps<T>();
-  k.choose_shift(z.reader(), shape, shift.data());
-  const Moments<T> moments{shape, z.reader(), shift.data(), d1.data(), m2.data()};
+  k.choose_shift(z.reader(), shape, 0, shift.data());
+  const Moments<T> moments{shape, z.reader(), shift.data(), nullptr, d1.data(), m2.data()};
   const Normalise<T> normalise{shape,        z.reader(),   s.reader(),    out.writer(),
                                shift.data(), scale.data(), offset.data(), true};
   const ReduceNormGradient<T> reduce{shape,      dy.reader(),  y.reader(), z.reader(),
                                      g.writer(), shift.data(), s0.data(),  s1.data()};
-  const SpreadNormGradient<T> spread{shape,        dy.reader(),  y.reader(),   z.reader(),   dz.writer(),
-                                     shift.data(), scale.data(), slope.data(), offset.data()};
+  const SpreadNormGradient<T> spread{shape,        dy.reader(),  y.reader(),   z.reader(),    dz.writer(),
+                                     shift.data(), scale.data(), slope.data(), offset.data(), 0};
   const int64_t channel_cut = shape.channels / 3, row_cut = shape.rows() / 2;
   for (int64_t n = 0; n < shape.samples; ++n) {
     for (const auto& [a, b] : {std::pair{int64_t{0}, channel_cut}, std::pair{channel_cut, shape.channels}}) {

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..attention import create_attention
-from ..cell_attention import CellAttention
 from . import blocks, preserve
 from .blocks import Candidate, Pattern, Traced
 from .errors import SharingError
@@ -221,9 +220,8 @@ def _like_block(unit: nn.Module, block: nn.Module) -> None:
 
 def _described(run: list[Candidate], unit: nn.Module, extra_norm: bool, reduction: int) -> Stage:
     width = run[0].channels // reduction if hasattr(unit, "reduction") else None
-    folds = not isinstance(unit, CellAttention) or unit.folds_norms
     return Stage(
-        blocks=tuple(_described_block(c, extra_norm, folds) for c in run),
+        blocks=tuple(_described_block(c, extra_norm) for c in run),
         channels=run[0].channels,
         width=width,
         parameters=sum(p.numel() for p in unit.parameters()),
@@ -231,7 +229,7 @@ def _described(run: list[Candidate], unit: nn.Module, extra_norm: bool, reductio
     )
 
 
-def _described_block(candidate: Candidate, extra_norm: bool, folds: bool) -> Block:
+def _described_block(candidate: Candidate, extra_norm: bool) -> Block:
     kind = type(candidate.module).__name__
     if isinstance(candidate.how, Adapter):
         return Block(candidate.name, kind, (), ("by an adapter",))
@@ -240,7 +238,7 @@ def _described_block(candidate: Candidate, extra_norm: bool, folds: bool) -> Blo
     fused: list[str] = []
     apart: list[str] = []
     if tail.norm is not None or extra_norm:
-        (fused if folds else apart).append("norm" if folds else "norm called by itself")
+        fused.append("norm")
     else:
         apart.append(f"no norm: its branch ends in {_called(root, tail)}")
     drops = tail.drops(root)
