@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from . import backends, functional, reference
+from . import backends, functional, norms, reference
 from .autograd_norm import Normed
 from .cells import STATISTICS, Cell
 from .functional import STD_EPS, Activation
@@ -139,8 +139,8 @@ def _pooled(
     if norm is not None:
         folded = functional._fold_apart(norm, x, channel_dim, backend)
         x = x if folded is not None else functional._called(norm, x, channel_dim)
-    if folded is None and statistics != _MEAN_ALONE:
-        folded = functional._fold_nothing(x, channel_dim, backend)
+    if folded is None and statistics != _MEAN_ALONE and functional._folds_apart(x, backend):
+        folded = norms.nothing(x, channel_dim)
     with no_autocast(x):
         if folded is not None:
             pooled, normed = functional._norm_pool(x, folded, statistics, channel_dim, backend)

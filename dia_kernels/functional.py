@@ -196,24 +196,24 @@ def _cast_norm(folded: norms.Folded, shape: tuple[int, ...], x: Tensor) -> norms
     return folded._replace(gamma=gamma, beta=beta, mean=mean, var=var)
 
 
+def _folds_apart(x: Tensor, backend: str | None) -> bool:
+    """Whether a norm before a cell that runs by itself may be folded.
+
+    There have to be kernels; and a call that is plain or compiled, as the gradients of both parts know nothing of
+    transforms.
+    """
+    if backend == "reference" or not (autograd.is_plain() or autograd.is_compiled()):
+        return False
+    return x.device.type in backends.operators_of(backend, x).folding_devices
+
+
 def _fold_apart(norm: norms.Norm, x: Tensor, channel_dim: int, backend: str | None) -> norms.Folded | None:
     """What a norm before a cell that runs by itself is folded by; None where the norm has to be called by itself.
 
-    Beyond what ``norms.fold`` asks: a call that is plain or compiled, as the gradients of both parts know nothing of
-    transforms; kernels; and statistics of this process.
+    Beyond what ``norms.fold`` asks, its statistics have to be of this process.
     """
-    if backend == "reference" or not (autograd.is_plain() or autograd.is_compiled()):
-        return None
-    folded = norms.fold(norm, x, channel_dim)
-    if folded is None or folded.group is not None:
-        return None
-    return folded if x.device.type in backends.operators_of(backend, x).folding_devices else None
-
-
-def _fold_nothing(x: Tensor, channel_dim: int, backend: str | None) -> norms.Folded | None:
-    """A norm that does nothing, for cells whose statistics only a norm's pooling has; None where it cannot be folded."""
-    width, dtype = channels(x, channel_dim), compute_dtype(x.dtype)
-    return _fold_apart((x.new_ones(width, dtype=dtype), x.new_zeros(width, dtype=dtype)), x, channel_dim, backend)
+    folded = norms.fold(norm, x, channel_dim) if _folds_apart(x, backend) else None
+    return None if folded is None or folded.group is not None else folded
 
 
 def _norm_pool(

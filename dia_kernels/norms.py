@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .autograd import transforms_active
+from .layout import channels, compute_dtype
 from .operators import Operators
 from .schemas import NAMESPACE
 
@@ -62,6 +63,12 @@ def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
     if _is_batch_norm(norm):
         return _fold_batch_norm(norm, z)  # type: ignore[arg-type]
     return _with_running_statistics(norm) if _is_frozen(norm) else None
+
+
+def nothing(x: Tensor, channel_dim: int) -> Folded:
+    """A norm that changes nothing, for those who want of the map ``x`` what only the pooling behind a norm has."""
+    mean = x.new_zeros(channels(x, channel_dim), dtype=compute_dtype(x.dtype))
+    return Folded(None, None, mean, torch.ones_like(mean), 0.0)
 
 
 def folds(norm: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cells import LSTMParameters, LSTMTrace, lstm, squash
-from .layout import broadcast, compute_dtype, no_autocast, output_format, spatial_dims, spatial_size
+from .layout import broadcast, channels, compute_dtype, no_autocast, output_format, spatial_dims, spatial_size
 
 
 def pool(x: Tensor, channel_dim: int) -> Tensor:
