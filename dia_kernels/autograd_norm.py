@@ -116,8 +116,7 @@ class NormPool(Function):
 
 def _call_pool(ops: Operators, z, gamma, beta, mean, var, *rest) -> tuple:
     if isinstance(mean, Tracked):
-        eps, *rest = rest
-        return ops.norm_pool_tracking_(z, gamma, beta, *mean.buffers, mean.factor, eps, *rest)
+        return ops.norm_pool_tracking_(z, gamma, beta, *mean.buffers, mean.factor, *rest)
     return ops.norm_pool(z, gamma, beta, mean, var, *rest)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import pytest
 import simulated
 import torch
+from every_statistic import EveryStatistic
 from simulated_backend import device, library, lie, seen
 from torch import nn
 from two_blocks import gradient_in_halves
 
-from dia_kernels import backends, create_attention
+from dia_kernels import CellAttention, backends, create_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,10 +31,11 @@ NOT_USED = {
 }
 
 
-#: A batch norm in front, one of running statistics, none; one over several processes, by its operators; and one around
-#: a cell that is not here.
+#: A batch norm in front, one of running statistics, none; one over several processes, by its operators; one around a
+#: cell that is not here; and one before a cell that looks at more than the mean.
 NORMS = {"batch": nn.BatchNorm2d(40), "running": nn.BatchNorm2d(40).eval(), "none": None, "processes": None}
 NORMS["apart"] = nn.BatchNorm2d(40)
+NORMS["statistics"], NORMS["statistics, none"] = nn.BatchNorm2d(8), None
 
 
 def run(norm: str) -> None:
@@ -43,6 +45,15 @@ def run(norm: str) -> None:
         gradient_in_halves(ops, "cpu", torch.float32, False, relu=True, need_shortcut=False, mask=False)
         return
     torch.manual_seed(0)
+    if norm.startswith("statistics"):
+        attention = CellAttention(EveryStatistic(8), backend="simulated")
+        # More than the blocks of one launch take at a time, and extremes at both ends of the map.
+        for shape, layout in (((20, 8, 8, 8), torch.contiguous_format), ((150, 8, 2, 2), torch.channels_last)):
+            x, s, dy = (t.contiguous(memory_format=layout) for t in torch.randn(3, *shape))
+            x[0, 0, 0, 0] = x[-1, -1, -1, -1] = 9
+            x, s = x.requires_grad_(), s.requires_grad_()
+            attention(x, shortcut=s, activation="relu", norm=NORMS[norm])[0].backward(dy)
+        return
     x, s = (torch.randn(5, 40, 3, 3, requires_grad=True) for _ in range(2))
     attention = create_attention("dsu" if norm == "apart" else "lstm", 40, 5, backend="simulated")
     y, state = attention(x, shortcut=s, activation="relu", norm=NORMS[norm])

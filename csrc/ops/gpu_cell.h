@@ -208,7 +208,11 @@ class GpuCall {
   template <class T>
   void launch_sweep(kernels::Extremes<T> args) {
     args.tile = detail::reduce_tile_of(swept<T>(args.size, {args.x}), limits_, true);
-    launch_tasks(args, args.size.interleaved, extreme_shared_bytes(args.size.interleaved, sizeof(T)));
+    const int64_t shared = extreme_shared_bytes(args.size.interleaved, sizeof(T));
+    if (args.size.interleaved)
+      launch_tasks(args, true, shared);
+    else
+      launch_blocks(args, kernels::tasks_of(args.size, args.tile), kSweepResident, shared);
   }
 
   // A step, or a gradient up to its second sweep, by clusters of `together` samples each.
