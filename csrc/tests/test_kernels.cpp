@@ -66,6 +66,7 @@ double decode(T v) {
     const double sign = v.bits & 0x8000 ? -1 : 1;
     const int exponent = (v.bits >> 10) & 31;
     const int mantissa = v.bits & 0x3ff;
+    if (exponent == 31) return sign / (mantissa == 0 ? 0.0 : NAN);
     return sign * (exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25));
   } else {
     return static_cast<double>(v);
@@ -229,6 +230,80 @@ void check_tail_shape(const MapShape& shape, int64_t gap, uint32_t seed) {
       CHECK(std::memcmp(&out.data[e], &untouched.data[e], sizeof(T)) == 0);
 }
 
+// Moments about each sample's own value, and slopes of each sample; extremes, and the gradient that goes to them. The
+// map has few values, infinities and NaN among them.
+template <class T>
+void check_statistics_shape(const MapShape& shape, int64_t gap, uint32_t seed) {
+  using A = Compute<T>;
+  std::mt19937 random(seed);
+  Block<T> z(shape, gap, random), plain(shape, gap, random), dy(shape, gap, random), y(shape, gap, random);
+  Block<T> dz(shape, gap, random);
+  const A special[] = {std::numeric_limits<A>::infinity(), -std::numeric_limits<A>::infinity(),
+                       std::numeric_limits<A>::quiet_NaN()};
+  for (T& v : z.data) {
+    const int die = static_cast<int>(random() % 64);
+    narrow(die < 3 ? special[die] : static_cast<A>(die % 4), &v);
+  }
+  const size_t entries = static_cast<size_t>(shape.samples * shape.channels);
+  const size_t channels = static_cast<size_t>(shape.channels);
+  std::vector<A> gamma(channels), shift(channels), own(entries), found(entries);
+  std::vector<A> slope(entries), scale(entries), offset(entries), added(entries);
+  std::vector<int64_t> where(entries);
+  std::vector<double> d1(entries), m2(entries);
+  for (auto* table : {&gamma, &shift, &slope, &scale, &offset, &added})
+    for (auto& v : *table) v = static_cast<A>(value(random));
+  gamma[0] = 0;
+
+  const auto& k = maps<T>();
+  for (int64_t n = 0; n < shape.samples; ++n) k.choose_shift(plain.reader(), shape, n, own.data() + n * shape.channels);
+  const Moments<T> moments{shape, plain.reader(), shift.data(), own.data(), d1.data(), m2.data()};
+  const int64_t cut = shape.channels / 3, row_cut = shape.rows() / 2;
+  for (const A* signs : {static_cast<const A*>(nullptr), static_cast<const A*>(gamma.data())}) {
+    const Extremes<T> extremes{shape, z.reader(), signs, found.data(), where.data()};
+    const SpreadNormGradient<T> spread{shape,        dy.reader(),  y.reader(),   plain.reader(), dz.writer(),
+                                       shift.data(), scale.data(), slope.data(), offset.data(),  shape.channels};
+    const SpreadExtremeGradient<T> at_extremes{spread, where.data(), added.data()};
+    for (int64_t n = 0; n < shape.samples; ++n) {
+      for (const auto& [a, b] : {std::pair{int64_t{0}, cut}, std::pair{cut, shape.channels}}) {
+        k.moments(moments, n, a, b);
+        k.extremes(extremes, n, a, b);
+      }
+      for (const auto& [a, b] : {std::pair{int64_t{0}, row_cut}, std::pair{row_cut, shape.rows()}})
+        k.spread_norm_gradient(spread, n, a, b);
+      for (const auto& [a, b] : {std::pair{int64_t{0}, cut}, std::pair{cut, shape.channels}})
+        k.spread_extreme_gradient(at_extremes, n, a, b);
+    }
+    for (int64_t n = 0; n < shape.samples; ++n)
+      for (int64_t c = 0; c < shape.channels; ++c) {
+        const size_t entry = static_cast<size_t>(n * shape.channels + c);
+        const bool smallest = signs != nullptr && gamma[static_cast<size_t>(c)] < 0;
+        int64_t at = 0;
+        double sum = 0, squares = 0;
+        const double about = static_cast<double>(own[entry]);
+        CHECK_EQUAL(about, plain.at(n, c, 0));
+        for (int64_t i = 0; i < shape.positions; ++i) {
+          const double v = z.at(n, c, i), best = z.at(n, c, at), off = plain.at(n, c, i) - about;
+          if ((smallest ? v < best : v > best) || (std::isnan(v) && !std::isnan(best))) at = i;
+          sum += off, squares += off * off;
+        }
+        CHECK_EQUAL(where[entry], at);
+        const double of = static_cast<double>(found[entry]);
+        CHECK(of == z.at(n, c, at) || (std::isnan(of) && std::isnan(z.at(n, c, at))));
+        const double mean = sum / static_cast<double>(shape.positions);
+        const double apart = about - static_cast<double>(shift[static_cast<size_t>(c)]);
+        CHECK(std::abs(d1[entry] - (apart + mean)) <= 1e-15 * (std::abs(apart) + std::abs(mean)));
+        CHECK(std::abs(m2[entry] - (squares - sum * mean)) <= 1e-12 * (1 + squares));
+        for (int64_t i = 0; i < shape.positions; ++i) {
+          const double masked = y.at(n, c, i) <= 0 ? 0 : dy.at(n, c, i);
+          const double sent = (plain.at(n, c, i) - static_cast<double>(shift[static_cast<size_t>(c)])) *
+                                  static_cast<double>(slope[entry]) +
+                              static_cast<double>(offset[entry]) + masked * static_cast<double>(scale[entry]);
+          CHECK_EQUAL(dz.at(n, c, i), rounded<T>(i == at ? sent + static_cast<double>(added[entry]) : sent));
+        }
+      }
+  }
+}
+
 // A mean is split into a part that the map's type holds and the rest, beyond float16's range too.
 template <class T>
 void check_split_mean() {
@@ -255,6 +330,7 @@ void check_maps() {
         for (const int64_t gap : {0, 3}) {
           check_shape<T>({2, channels, positions, interleaved}, gap, seed++);
           check_tail_shape<T>({2, channels, positions, interleaved}, gap, seed++);
+          if (positions > 0) check_statistics_shape<T>({2, channels, positions, interleaved}, gap, seed++);
         }
       }
 }
