@@ -396,3 +396,27 @@ def test_inplace():
         y, _ = attention(x, inplace=True)
     assert y is x
     assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("backend", [None, "simulated"])
+@pytest.mark.parametrize("kind", ["batch", "running"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_mean_far_from_zero(layout, kind, backend):
+    """Results and gradients keep their digits: the mean is taken off in two parts, of which neither is lost."""
+    ops_of("simulated")
+    torch.manual_seed(0)
+    attention, norm = CellAttention(EveryStatistic(8), backend=backend), nn.BatchNorm2d(8).train(kind == "batch")
+    # No two of a channel alike: of equal ones either may count.
+    values = torch.rand(3, 8, 25).argsort(2).view(3, 8, 5, 5) * torch.rand(3, 8, 1, 1).add(1) / 256
+    z = LAYOUTS[layout](1e4 + torch.randn(8, 1, 1) / 3 + values)
+    norm.running_mean.copy_(z.mean((0, 2, 3))), norm.running_var.fill_(1 / 64**2)
+    dy, found = torch.randn(z.shape), []
+    for wide in (False, True):
+        module = copy.deepcopy(attention).double() if wide else attention
+        module.backend = "reference" if wide else backend
+        own, maps = (copy.deepcopy(norm).double(), (z.double(), dy.double())) if wide else (norm, (z, dy))
+        leaves = (maps[0].requires_grad_(), *module.parameters(), *own.parameters())
+        y, _ = module(maps[0], norm=own)
+        found.append([y, *torch.autograd.grad(y, leaves, maps[1])])
+    for ours, truth in zip(*found, strict=True):
+        assert (ours - truth).abs().max() <= 2e-5 * truth.abs().max()
