@@ -5,16 +5,19 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from . import backends, functional, norms, reference
 from .autograd_norm import Normed
 from .cells import STATISTICS, Cell
 from .functional import STD_EPS, Activation
-from .layout import channels, compute_dtype, no_autocast, spatial_dims
+from .layout import channels, compute_dtype, no_autocast, output_format, spatial_dims
 from .norms import Norm
 
 _MEAN_ALONE = ("mean",)
+#: Shortcut, activation and inplace of a rescaling that does not close the block.
+_OPEN = (None, None, False)
 
 
 class CellAttention(nn.Module):
@@ -39,9 +42,9 @@ class CellAttention(nn.Module):
         super().__init__()
         if not isinstance(cell, Cell):
             raise TypeError(f"cell: expected a dia_kernels.Cell, got {type(cell).__name__}")
-        wanted = cell.statistics
-        if not isinstance(wanted, tuple) or not wanted or not set(wanted) <= set(STATISTICS):
-            raise ValueError(f"cell: expected statistics to be a tuple out of {', '.join(STATISTICS)}, got {wanted!r}")
+        _check_statistics("statistics", cell.statistics)
+        if not isinstance(cell.position_statistics, tuple) or cell.position_statistics:
+            _check_statistics("position_statistics", cell.position_statistics)
         check_placement(channel_dim, backend)
         self.cell = cell
         self.channel_dim = channel_dim
@@ -86,13 +89,19 @@ class CellAttention(nn.Module):
         x, pooled, normed = prepared[0], prepared[1], prepared[2]
         with _no_autocast(x):
             scale, state = self.cell(pooled, state)
-        if not self._has_after:
-            y = _rescaled(x, normed, scale, shortcut, activation, channel_dim, inplace, sample_scale, backend)
-            return y, state
-        y = _rescaled(x, normed, scale, None, None, channel_dim, False, sample_scale, backend)
-        with _no_autocast(x):
-            y = self.cell.after(y.movedim(channel_dim, 1))
-        return _closed(x, y.movedim(1, channel_dim), shortcut, activation, inplace), state
+        closing, across = (shortcut, activation, inplace), self.cell.position_statistics
+        opens = across or self._has_after
+        y = _rescaled(x, normed, scale, channel_dim, sample_scale, backend, *(_OPEN if opens else closing))
+        if across:
+            seen = _pooled_across(y, across, channel_dim, backend)
+            with _no_autocast(x):
+                scale = self.cell.position_scale(seen[0])
+            y = _rescaled_across(x, y, seen[1], scale, channel_dim, backend, *(_OPEN if self._has_after else closing))
+        if self._has_after:
+            with _no_autocast(x):
+                y = self.cell.after(y.movedim(channel_dim, 1))
+            y = _closed(x, y.movedim(1, channel_dim), *closing)
+        return y, state
 
     def make_constant(self) -> None:
         """See ``Cell.make_constant``."""
@@ -100,6 +109,11 @@ class CellAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return "" if self.channel_dim == 1 else f"channel_dim={self.channel_dim}"
+
+
+def _check_statistics(name: str, wanted: object) -> None:
+    if not isinstance(wanted, tuple) or not wanted or not set(wanted) <= set(STATISTICS):
+        raise ValueError(f"cell: expected {name} to be a tuple out of {', '.join(STATISTICS)}, got {wanted!r}")
 
 
 def check_placement(channel_dim: int, backend: str | None) -> None:
@@ -135,19 +149,43 @@ def _pooled(
     what the rescaling needs of the norm.
     """
     backend, _ = functional._checked_call(x, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
-    folded = normed = None
+    folded = None
     if norm is not None:
         folded = functional._fold_apart(norm, x, channel_dim, backend)
         x = x if folded is not None else functional._called(norm, x, channel_dim)
+    pooled, normed = _statistics(x, statistics, folded, channel_dim, backend)
+    return x, pooled[0] if len(pooled) == 1 else pooled, normed
+
+
+def _statistics(
+    x: Tensor, statistics: tuple[str, ...], folded: norms.Folded | None, channel_dim: int, backend: str | None
+) -> tuple[tuple[Tensor, ...], Normed | None]:
+    """``statistics`` of each channel behind the norm ``folded``, and what the rescaling needs of that."""
     if folded is None and statistics != _MEAN_ALONE and functional._folds_apart(x, backend):
         folded = norms.nothing(x, channel_dim)
     with no_autocast(x):
         if folded is not None:
-            pooled, normed = functional._norm_pool(x, folded, statistics, channel_dim, backend)
-        else:
-            pool, _ = functional._parts(backend, x)
-            pooled = tuple(pool(x, channel_dim) if s == "mean" else _statistic(s, x, channel_dim) for s in statistics)
-    return x, pooled[0] if len(pooled) == 1 else pooled, normed
+            return functional._norm_pool(x, folded, statistics, channel_dim, backend)
+        pool, _ = functional._parts(backend, x)
+        return tuple(pool(x, channel_dim) if s == "mean" else _statistic(s, x, channel_dim) for s in statistics), None
+
+
+def _across(x: Tensor, channel_dim: int) -> tuple[Tensor, int]:
+    """The map ``x`` seen the other way round, its positions as channels and its channels as positions, and its dim."""
+    if channel_dim == 1 and output_format(x, 1) == torch.contiguous_format:
+        return x.flatten(2), -1
+    return x.movedim(channel_dim, -1).flatten(1, -2), 1
+
+
+def _pooled_across(
+    x: Tensor, statistics: tuple[str, ...], channel_dim: int, backend: str | None
+) -> tuple[Tensor | tuple[Tensor, ...], Normed | None]:
+    """``statistics`` over the channels at each position of ``x``, (N, \\*spatial), and what the rescaling needs."""
+    seen, dim = _across(x, channel_dim)
+    pooled, normed = _statistics(seen, statistics, None, dim, backends.chosen(backend, x.device))
+    spatial = [x.shape[k] for k in spatial_dims(x, channel_dim)]
+    maps = tuple(p.unflatten(1, spatial) for p in pooled)
+    return maps[0] if len(maps) == 1 else maps, normed
 
 
 def _statistic(name: str, x: Tensor, channel_dim: int) -> Tensor:
@@ -162,22 +200,56 @@ def _rescaled(
     x: Tensor,
     normed: Normed | None,
     scale: Tensor,
-    shortcut: Tensor | None,
-    activation: Activation,
     channel_dim: int,
-    inplace: bool,
     sample_scale: Tensor | None,
     backend: str | None,
+    shortcut: Tensor | None,
+    activation: Activation,
+    inplace: bool,
 ) -> Tensor:
     """``activation(x * scale + shortcut)``, x behind its norm; a shortcut of another dtype is added by PyTorch."""
     shape = (x.shape[0], channels(x, channel_dim))
     scale = functional._cast("cell scale", scale, shape, x)
     if sample_scale is not None:
         scale = functional._scaled(scale, functional._cast("sample_scale", sample_scale, shape[:1], x))
+    y = _times(x, normed, scale, shortcut, activation, channel_dim, backend)
+    return _written(x, y) if inplace else y
+
+
+def _times(
+    x: Tensor,
+    normed: Normed | None,
+    scale: Tensor,
+    shortcut: Tensor | None,
+    activation: Activation,
+    channel_dim: int,
+    backend: str | None,
+) -> Tensor:
     rescale = functional._rescale_of(backends.chosen(backend, x.device), x, normed)
     if shortcut is not None and shortcut.dtype != x.dtype:
         return functional._closed(rescale(x, scale, None, channel_dim, False), shortcut, activation)
-    y = rescale(x, scale, shortcut, channel_dim, activation == "relu")
+    return rescale(x, scale, shortcut, channel_dim, activation == "relu")
+
+
+def _rescaled_across(
+    x: Tensor,
+    y: Tensor,
+    normed: Normed | None,
+    scale: Tensor,
+    channel_dim: int,
+    backend: str | None,
+    shortcut: Tensor | None,
+    activation: Activation,
+    inplace: bool,
+) -> Tensor:
+    """``activation(y * scale + shortcut)`` with a scale for each position of ``y``, which was made of the map ``x``."""
+    spatial = tuple(x.shape[k] for k in spatial_dims(x, channel_dim))
+    scale = functional._cast("cell position_scale", scale, (x.shape[0], *spatial), x).flatten(1)
+    seen, dim = _across(y, channel_dim)
+    if shortcut is not None:
+        shortcut = shortcut.flatten(2) if dim == -1 else shortcut.movedim(channel_dim, -1).flatten(1, -2)
+    y = _times(seen, normed, scale, shortcut, activation, dim, backend)
+    y = y.unflatten(-1, spatial) if dim == -1 else y.unflatten(1, spatial).movedim(-1, channel_dim)
     return _written(x, y) if inplace else y
 
 
@@ -194,6 +266,8 @@ def _closed(x: Tensor, y: Tensor, shortcut: Tensor | None, activation: Activatio
 fx.wrap("_check_inplace")
 fx.wrap("_pooled")
 fx.wrap("_rescaled")
+fx.wrap("_pooled_across")
+fx.wrap("_rescaled_across")
 fx.wrap("_closed")
 
 

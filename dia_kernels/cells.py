@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .layout import compute_dtype
-
 OUTPUTS = ("sigmoid", "tanh")
 
 #: What a ``Cell`` can want to know of each channel of each sample.
@@ -167,9 +165,12 @@ class Cell(nn.Module):
     Attributes:
         statistics: out of ``"mean"``, ``"std"`` (the root of the unbiased variance plus 1e-5) and ``"max"``, over the
             positions of each channel of each sample.
+        position_statistics: out of the same, over the channels at each position of the rescaled map, for
+            ``position_scale``. Empty: no scale for each position.
     """
 
     statistics: tuple[str, ...] = ("mean",)
+    position_statistics: tuple[str, ...] = ()
 
     def forward(self, pooled: Any, state: Any) -> tuple[Tensor, Any]:
         """The scale and the new state.
@@ -183,6 +184,18 @@ class Cell(nn.Module):
             ``(scale, state)``: (N, C), and anything that the next block is to get.
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def position_scale(self, pooled: Any) -> Tensor:
+        """The scale of each position of the rescaled map, which is multiplied by it before shortcut and activation.
+
+        Args:
+            pooled: (N, \\*spatial) in the compute dtype. With several ``position_statistics`` a tuple of such, in their
+                order.
+
+        Returns:
+            The scale, (N, \\*spatial).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no position_scale")
 
     def after(self, y: Tensor) -> Tensor:
         """A change to the rescaled map, before shortcut and activation: as it is, unless a subclass says otherwise.
@@ -410,6 +423,7 @@ class CBAM(Cell):
     """
 
     statistics = ("mean", "max")
+    position_statistics = ("max", "mean")
     running_mean: Tensor
     running_var: Tensor
 
@@ -443,15 +457,15 @@ class CBAM(Cell):
         first, second = (_linear(self.expand, torch.relu(_linear(self.reduce, p))) for p in (mean, largest))
         return torch.sigmoid(first + second), None
 
-    def after(self, y: Tensor) -> Tensor:
-        """``y`` (N, C, \\*spatial) times the scale of each position."""
-        wide = _wide_map(y, self.spatial)
-        seen = torch.cat((wide.amax(1, keepdim=True), wide.mean(1, keepdim=True)), 1)
+    def position_scale(self, pooled: tuple[Tensor, Tensor]) -> Tensor:
+        """That of each position, (N, \\*spatial), from (max, mean) over the channels."""
+        largest, mean = pooled
+        seen = _both_seen(largest, mean, self.spatial)
         convolve = _CONVOLUTIONS[self.spatial][1]
-        z = convolve(seen, self.conv.weight.to(wide.dtype), padding=self.conv.padding)
+        z = convolve(seen, self.conv.weight.to(seen.dtype), padding=self.conv.padding)
         buffers, affine = (self.running_mean, self.running_var), (self.norm_weight, self.norm_bias)
         z = _batch_norm(z, *buffers, None, *affine, self.training, 0.01, 1e-5)
-        return (wide * torch.sigmoid(z)).to(y.dtype)
+        return torch.sigmoid(z).squeeze(1)
 
     def make_constant(self) -> None:
         """The expansion's weight is zero, and that of the norm."""
@@ -501,11 +515,11 @@ def _state_like(state: Any, p: Tensor) -> tuple[Tensor, Tensor]:
     return state[0].to(p.dtype), state[1].to(p.dtype)
 
 
-def _wide_map(y: Tensor, spatial: int) -> Tensor:
-    """``y`` in the compute dtype."""
-    if y.ndim != spatial + 2:
-        raise ValueError(f"x: expected {spatial} spatial dimensions, those of the CBAM, got shape {tuple(y.shape)}")
-    return y.to(compute_dtype(y.dtype))
+def _both_seen(largest: Tensor, mean: Tensor, spatial: int) -> Tensor:
+    """Two statistics of each position as the channels of a map."""
+    if mean.ndim != spatial + 1:
+        raise ValueError(f"x: expected {spatial} spatial dimensions, those of the CBAM, got {mean.ndim - 1}")
+    return torch.stack((largest, mean), 1)
 
 
 def _batch_norm(
@@ -530,5 +544,5 @@ def _batch_norm(
 
 
 fx.wrap("_state_like")
-fx.wrap("_wide_map")
+fx.wrap("_both_seen")
 fx.wrap("_batch_norm")

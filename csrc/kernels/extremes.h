@@ -63,13 +63,13 @@ DIA_DEVICE void put_extreme(M& m, const Extremes<T>& args, int channel, int64_t 
 template <bool kInterleaved, class M, class T, class W, int kCount>
 DIA_DEVICE void find_extremes(M& m, const Extremes<T>& args, const W& walk, int first, int apart,
                               const float (&sign)[kCount], Extreme (&best)[kCount]) {
-  for (int begin = 0; begin < walk.count; begin += kPacksOfEach) {
-    Pack<T> x[kPacksOfEach]{};
+  for (int begin = 0; begin < walk.count; begin += kPacksPlanar) {
+    Pack<T> x[kPacksPlanar]{};
     DIA_UNROLL
-    for (int b = 0; b < kPacksOfEach; ++b)
+    for (int b = 0; b < kPacksPlanar; ++b)
       if (begin + b < walk.count) x[b] = walk.load(m, args.x, begin + b, true);
     DIA_UNROLL
-    for (int b = 0; b < kPacksOfEach; ++b) {
+    for (int b = 0; b < kPacksPlanar; ++b) {
       const int number = begin + b;
       if (number >= walk.count) continue;
       DIA_UNROLL
