@@ -89,6 +89,11 @@ def in_guards(rng: random.Random, t: Tensor) -> Tensor:
     return wide.copy_(t)
 
 
+#: Those of maps that may have no channels: a cell has at least one, and a norm with buffers too.
+CHANNELS_OR_NONE = ("pool", "statistics", "rescale", "rescale_backward", "norm_pool", "norm_pool_backward")
+CHANNELS_OR_NONE += ("norm_rescale", "norm_rescale_backward")
+
+
 class Maker:
     """Tensors of one valid problem, with a map of ``dtype``; ``masked``: whether its ReLU may have a mask."""
 
@@ -159,6 +164,9 @@ class Maker:
 
     def arguments(self, operator: str) -> dict[str, object]:
         """All arguments of a valid call, by name, in any order."""
+        if self.rng.random() < 0.05 and operator in CHANNELS_OR_NONE:
+            self.c = 0
+            self.shape = tuple(0 if d == self.channel_dim % len(self.shape) else k for d, k in enumerate(self.shape))
         if operator in ("pool", "statistics"):
             return {names_of(operator)[0]: self.map(), "channel_dim": self.channel_dim}
         if operator == "rescale":

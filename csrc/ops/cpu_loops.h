@@ -119,7 +119,8 @@ void for_channel_ranges(const MapShape& shape, Chunk chunk, Body body) {
 // Rows of a table of `width` values a sample.
 template <class Body>
 void for_samples(Chunk chunk, int64_t width, Body body) {
-  parallel_for(chunk.first, chunk.first + chunk.count, std::max<int64_t>(kGrain / 8 / width, 1), body);
+  parallel_for(chunk.first, chunk.first + chunk.count, std::max<int64_t>(kGrain / 8 / std::max<int64_t>(width, 1), 1),
+               body);
 }
 
 template <class T>
