@@ -3,7 +3,7 @@
     python bench/tail.py                      every shape, both layouts (about 15 minutes on two cores)
     python bench/tail.py --without compile    without torch.compile
     python bench/tail.py --shapes 32x512x28x28,32x2048x7x7r20
-    python bench/tail.py --cell se            another cell than the LSTM: ``dsu``, ``se``, ``eca``
+    python bench/tail.py --cell se            another cell than the LSTM: ``dsu``, ``se``, ``eca``, ``srm``, ``cbam``
 
 Implementations: ``plain`` (batch norm, addition, ReLU: the block without attention), ``eager`` (batch norm and the
 attention step in plain PyTorch), ``step`` (batch norm, then our step), ``ours`` (the batch norm folded in), and
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from unfused import EagerAttention
 
 from dia_kernels import SharedAttention, create_attention
+from dia_kernels.functional import STD_EPS
 
 matplotlib.use("Agg")
 
@@ -46,7 +47,7 @@ LABELS = {
     "ours": "ours, norm folded in",
 }
 #: Cells that can be timed, and whether they have a state (h, c).
-CELLS = {"lstm": True, "dsu": True, "se": False, "eca": False}
+CELLS = {"lstm": True, "dsu": True, "se": False, "eca": False, "srm": False, "cbam": False}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 #: Seconds of samples for each shape and layout.
 BUDGET = 12.0
@@ -113,20 +114,30 @@ class EagerTail(nn.Module):
             EagerAttention(channels, reduction) if cell == "lstm" else create_attention(cell, channels, reduction).cell
         )
 
-    def scale(self, x: Tensor, *state: Tensor) -> Tensor:
-        """That of the attention, for a map behind its norm."""
+    def rescaled(self, x: Tensor, *state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A map behind its norm, by the attention, before the addition; and the state."""
         if isinstance(self.attention, EagerAttention):
-            return self.attention.cell(x, state)[0]
-        return self.attention(x.mean((2, 3)), state or None)[0]
+            after = self.attention.cell(x, state)
+            scale = after[0]
+        else:
+            scale, after = self.attention(statistics_of(self.attention.statistics, x, (2, 3)), state or None)
+        y = x * scale[..., None, None]
+        if not isinstance(self.attention, EagerAttention) and self.attention.position_statistics:
+            y = y * self.attention.position_scale(statistics_of(self.attention.position_statistics, y, 1))[:, None]
+        return y, after if state else ()
 
     def forward(self, z: Tensor, shortcut: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        x = self.norm(z)
-        if isinstance(self.attention, EagerAttention):
-            y, after = self.attention(x, state, shortcut)
-        else:
-            scale, after = self.attention(x.mean((2, 3)), state or None)
-            y = torch.relu(x * scale[..., None, None] + shortcut)
-        return y, *(after or ())
+        y, after = self.rescaled(self.norm(z), *state)
+        return torch.relu(y + shortcut), *after
+
+
+def statistics_of(names: Sequence[str], x: Tensor, dims: int | tuple[int, ...]) -> Tensor | tuple[Tensor, ...]:
+    """What a cell wants to know of a map, as a user writes it."""
+    by_name = {
+        "mean": lambda: x.mean(dims), "max": lambda: x.amax(dims), "std": lambda: (x.var(dims) + STD_EPS).sqrt()
+    }  # fmt: skip
+    found = tuple(by_name[name]() for name in names)
+    return found[0] if len(found) == 1 else found
 
 
 class OurTail(nn.Module):
@@ -143,7 +154,7 @@ class OurTail(nn.Module):
             y, after = self.attention(z, state or None, norm=self.norm, shortcut=shortcut, activation="relu")
         else:
             y, after = self.attention(self.norm(z), state or None, shortcut=shortcut, activation="relu")
-        return y, *(after or ())
+        return y, *(after if state else ())
 
 
 @dataclass
@@ -193,7 +204,7 @@ def problem_of(shape: Shape, cell: str, layout: str, seed: int, eager: EagerTail
     z, shortcut, *state = draw(*size), draw(*size), *(draw(*size[:2]) for _ in range(tables))
     with torch.no_grad():
         x = torch.nn.functional.batch_norm(z, None, None, eager.norm.weight, eager.norm.bias, training=True)
-        shortcut = contract.away_from_kink(shortcut, x * eager.scale(x, *state)[..., None, None] + shortcut)
+        shortcut = contract.away_from_kink(shortcut, eager.rescaled(x, *state)[0] + shortcut)
     inputs = tuple(t.requires_grad_() for t in (z, shortcut, *state))
     return Problem(inputs, (draw(*size), *(draw(*size[:2]) for _ in range(tables))))
 
