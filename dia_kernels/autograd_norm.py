@@ -108,7 +108,7 @@ class NormPool(Function):
         def pool(z, gamma, beta):
             p = reference.pool(_normalised(ctx, z, tables, gamma, beta), ctx.channel_dim)
             zn = _normalised(ctx, z, tables, None, None)
-            variances = None if variance is None else reference.variance(zn, ctx.channel_dim)
+            variances = None if variance is None else reference.variance(zn, ctx.channel_dim).double()
             return p, variances, None if extreme is None else reference.at_positions(zn, where, ctx.channel_dim)
 
         return None, *derivative(pool, (z, gamma, beta), (grads[0], *grads[4:6])), *(None,) * 7
@@ -122,7 +122,7 @@ def _call_pool(ops: Operators, z, gamma, beta, mean, var, *rest) -> tuple:
 
 class Pooled(NamedTuple):
     """Statistics of a map behind a norm, (N, C) each: the mean and, where they are wanted, of the norm's result before
-    its affine the unbiased variance, and the value that the affine makes the largest."""
+    its affine the unbiased variance (in float64), and the value that the affine makes the largest."""
 
     p: Tensor
     variance: Tensor

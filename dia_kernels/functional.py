@@ -234,7 +234,7 @@ def _norm_pool(
     values = {"mean": pooled.p}
     if "std" in statistics:
         variance = pooled.variance if gamma is None else pooled.variance * gamma.square()
-        values["std"] = (variance + STD_EPS).sqrt()
+        values["std"] = (variance + STD_EPS).sqrt().to(pooled.p.dtype)
     if "max" in statistics:
         largest = pooled.extreme if gamma is None else pooled.extreme * gamma
         values["max"] = largest if beta is None else largest + beta

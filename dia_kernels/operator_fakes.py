@@ -115,7 +115,7 @@ def norm_pool(z, gamma, beta, mean, var, eps, channel_dim, with_variance, with_e
     own = 0 if mean is not None else width
     tokens = norm_tokens(z, p, keep_tokens)
     statistics = (
-        p.new_empty(p.shape if with_variance else 0),
+        p.new_empty(p.shape if with_variance else 0, dtype=torch.float64),
         p.new_empty(p.shape if with_extreme else 0),
         p.new_empty(p.shape if with_extreme else 0, dtype=torch.int64),
     )

@@ -249,7 +249,9 @@ def norm_pool(z, gamma, beta, mean, var, eps, channel_dim, with_variance, with_e
         off = reference.pool(z, channel_dim) - mean
         p = _affine(off * rstd, gamma, beta)
         tables = _norm_tables(off, mean, rstd)
-        variance = reference.variance(z, channel_dim) * rstd.square() if with_variance else p.new_empty(0)
+        variance = p.new_empty(0, dtype=torch.float64)
+        if with_variance:
+            variance = reference.variance(z, channel_dim).double() / (var.double() + eps)
         extreme, where = p.new_empty(0), z.new_empty(0, dtype=torch.int64)
         if with_extreme:
             where = reference.extreme_positions(z, gamma, channel_dim)
@@ -284,7 +286,7 @@ def norm_pool_backward(
     dz = reference.normalise_backward(dx, zn, rstd, gamma, channel_dim, shares)
     dzn, sums = torch.zeros_like(zn), torch.zeros_like(torch.stack((dbeta, dgamma)))
     if dvariance is not None:
-        slope = 2 * dvariance / max(spatial_size(z, channel_dim) - 1, 1)
+        slope = (2 * dvariance / max(spatial_size(z, channel_dim) - 1, 1)).to(zn.dtype)
         dzn = dzn + (zn - broadcast(off * rstd, z, channel_dim)) * broadcast(slope, z, channel_dim)
         sums[1] += (2 * dvariance * variance).sum(0)
     if dextreme is not None:

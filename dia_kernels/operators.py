@@ -44,8 +44,8 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 ``norm_pool``           ``(p, tables, token_of_g, token_of_handed, variance, extreme, where, mean, var)``: the mean of
                         each channel of the batch norm of z, (N, C). ``mean`` and ``var`` as in ``tail``. The tokens
                         are for ``norm_rescale``; empty unless ``keep_tokens``. Of the norm's result before gamma and
-                        beta, each (N, C), if wanted, else empty: the unbiased ``variance`` (of one position 0);
-                        and the ``extreme``, the value that gamma makes the largest, with its position in int64,
+                        beta, each (N, C), if wanted, else empty: the unbiased ``variance`` in float64 (of one
+                        position 0); and the ``extreme``, the value that gamma makes the largest, with its position in int64,
                         ``where`` (the first of equal ones in z; NaN is beyond all).
 ``norm_pool_tracking_`` all but ``mean`` and ``var``: the same, moving buffers as ``tail_tracking_`` does
 ``norm_pool_backward``  ``(dz, dgamma, dbeta)``, through both: from ``dp`` and what comes to the tokens. The gradients

@@ -236,11 +236,10 @@ class Maker:
         arguments |= {"dy": self.map(), "y": (mask if kept else y) if self.flags["relu"] else None}
         arguments |= {"g": self.map(), "handed": self.draw(3, self.n, self.c), "dp": p}
         wanted = arguments["with_variance"], arguments["with_extreme"]
-        arguments |= (
-            {"dvariance": self.table(), "variance": variance} if wanted[0] else dict.fromkeys(("dvariance", "variance"))
-        )
-        of_extreme = ("dextreme", "extreme", "where")
-        arguments |= dict(zip(of_extreme, (self.table(), extreme, where) if wanted[1] else (None,) * 3, strict=True))
+        of_variance = self.draw(self.n, self.c, dtype=torch.float64), variance
+        of_extreme = self.table(), extreme, where
+        given = (of_variance if wanted[0] else (None,) * 2) + (of_extreme if wanted[1] else (None,) * 3)
+        arguments |= dict(zip(("dvariance", "variance", "dextreme", "extreme", "where"), given, strict=True))
         return arguments | {"batch": arguments["mean"] is None} | self.needs("g", "z")
 
 

@@ -273,7 +273,7 @@ def test_operators_keep_their_promises(channels_last):
     given = (dy, operators.native.norm_rescale(*rescale)[0], z, scale, tables, gamma, beta, 1, True)
     torch.library.opcheck(operators.native.norm_rescale_backward, given)
     _, handed, g = operators.native.norm_rescale_backward(*given)
-    statistics = (p, p, variance, p, extreme, where)
+    statistics = (p, variance, variance, p, extreme, where)
     torch.library.opcheck(
         operators.native.norm_pool_backward, (g, handed, *statistics, z, tables, gamma, 1, True, True)
     )

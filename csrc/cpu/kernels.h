@@ -152,8 +152,8 @@ struct MapKernels {
   void (*rescale)(const Rescale<T>&, int64_t sample, int64_t begin, int64_t end);
   void (*reduce_gradient)(const ReduceGradient<T>&, int64_t sample, int64_t begin, int64_t end);
   void (*spread_gradient)(const SpreadGradient<T>&, int64_t sample, int64_t begin, int64_t end);
-  // For all channels at once: a value of each in a sample, or 0, to take its moments about.
-  void (*choose_shift)(const Map<const T>&, const MapShape&, int64_t sample, Compute<T>* shift);
+  // For all channels at once: a value of each, or 0, to take its moments about.
+  void (*choose_shift)(const Map<const T>&, const MapShape&, Compute<T>* shift);
   // A mean of each channel as shift + d.
   void (*split_mean)(const double* mean, int64_t channels, Compute<T>* shift, Compute<T>* d);
   void (*moments)(const Moments<T>&, int64_t sample, int64_t begin, int64_t end);

@@ -24,13 +24,13 @@ struct PerChannel {
   A scalar(int64_t k) const { return interleaved ? table[k] : *table; }
 };
 
-// What moments are taken about: a sample's first value of each channel, or 0 where it is not finite.
+// What the moments are taken about: a value of each channel in the first sample, or 0 where it is not finite.
 template <class T>
-void choose_shift(const Map<const T>& z, const MapShape& shape, int64_t sample, Compute<T>* shift) {
+void choose_shift(const Map<const T>& z, const MapShape& shape, Compute<T>* shift) {
   for (int64_t c = 0; c < shape.channels; ++c) {
     shift[c] = 0;
     if (shape.samples == 0 || shape.positions == 0) continue;
-    const Compute<T> value = widen(*(shape.interleaved ? row_of(z, sample, 0, c) : row_of(z, sample, c)));
+    const Compute<T> value = widen(z.data[shape.interleaved ? c : c * z.strides.row]);
     if (value - value == 0) shift[c] = value;
   }
 }

@@ -135,11 +135,13 @@ DIA_DEVICE ChannelMoments join_moments(M& m, const Array& scratch, const SampleM
   return {origin, off, sum_of_channel(m, scratch, squares) / count};
 }
 
-// The unbiased variance of a sample's channel behind a norm, before its affine; of one position it is 0.
+// The unbiased variance of a sample's channel behind a norm, before its affine; of one position it is 0. In double, as
+// what a cell makes of it may tell samples apart that differ by little. `of_norm`: the norm's, with its eps.
 template <class M>
-DIA_DEVICE void put_variance(M& m, const SampleMoments& of, float* variance, int64_t at, int positions, float rstd) {
-  const float terms = static_cast<float>(positions > 1 ? positions - 1 : 1);
-  m.store(variance + at, rstd * rstd * (m.load(of.squares + at) / terms));
+DIA_DEVICE void put_variance(M& m, const SampleMoments& of, double* variance, int64_t at, int positions,
+                             double of_norm) {
+  const double terms = positions > 1 ? positions - 1 : 1;
+  m.store(variance + at, static_cast<double>(m.load(of.squares + at)) / (terms * of_norm));
 }
 
 // What a norm keeps of a batch: its buffers, moved by `factor` towards the mean and, `correction` times the biased one,
@@ -167,7 +169,7 @@ struct BatchStatistics {
   SampleMoments moments;
   const float *gamma, *beta;               // (C), or null for 1 and 0
   float *off, *p;                          // (N, C): the means of (z - shift) - d, and of x
-  float* variance;                         // (N, C), or null: see put_variance
+  double* variance;                        // (N, C), or null: see put_variance
   float *shift, *d, *scale, *bias, *rstd;  // (C)
   float *mean, *var;                       // (C), or null
   Tracked tracked;
@@ -190,7 +192,8 @@ DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
     for (int n = samples.begin; n < samples.end; ++n) {
       const int64_t at = row_at(n, args.channels) + channel;
       m.store(args.p + at, m.load(args.off + at) * scale + bias);
-      if (args.variance != nullptr) put_variance(m, args.moments, args.variance, at, args.positions, rstd);
+      if (args.variance != nullptr)
+        put_variance(m, args.moments, args.variance, at, args.positions, of.var + static_cast<double>(args.eps));
     }
     if (!writes_channel(m)) return;
     m.store(args.shift + channel, shift);
@@ -239,7 +242,8 @@ struct GivenStatistics {
   SampleMoments moments;               // null: not there
   const float *gamma, *beta;           // (C), or null for 1 and 0
   float *shift, *d, *scale, *bias, *rstd;
-  float *off, *p, *variance;  // (N, C), as in BatchStatistics, with `means` or `moments`
+  float *off, *p;    // (N, C), as in BatchStatistics, with `means` or `moments`
+  double* variance;  // (N, C), or null
 
   // Values that a thread each makes.
   DIA_DEVICE int64_t count() const { return off != nullptr ? row_at(samples, channels) : channels; }
@@ -261,7 +265,8 @@ DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
       const float off = static_cast<float>(of_sample - mean);
       m.store(args.off + k, off);
       m.store(args.p + k, off * scale + bias);
-      if (args.variance != nullptr) put_variance(m, args.moments, args.variance, k, args.positions, rstd);
+      if (args.variance != nullptr)
+        put_variance(m, args.moments, args.variance, k, args.positions, var + static_cast<double>(args.eps));
     }
     if (k >= args.channels) return;
     const float shift = static_cast<float>(mean);
@@ -284,7 +289,7 @@ struct NormGradients {
   int samples, channels, positions;
   bool batch;
   const float *sum, *product, *dp, *off, *new_h;  // (N, C): sums of g and g ((z - shift) - d), dp, means, h'
-  const float *dvariance, *variance;              // (N, C), or null
+  const double *dvariance, *variance;             // (N, C), or null
   const float *dextreme, *extreme;                // (N, C), or null
   const float *d, *rstd, *gamma;                  // (C); gamma null: 1
   float *dgamma, *dbeta;                          // (C)
@@ -318,7 +323,7 @@ DIA_DEVICE void norm_gradients(M& m, const NormGradients& args) {
         const float sent = has_extreme ? m.load(args.dextreme + at) : 0.0f;
         of_u += sent;
         if (has_extreme) of_u_zn += sent * m.load(args.extreme + at);
-        if (has_variance) of_u_zn += 2.0f * m.load(args.dvariance + at) * m.load(args.variance + at);
+        if (has_variance) of_u_zn += static_cast<float>(2.0 * m.load(args.dvariance + at) * m.load(args.variance + at));
       }
       of_u = sum_of_channel(m, scratch, of_u), of_u_zn = sum_of_channel(m, scratch, of_u_zn);
     }
@@ -337,7 +342,7 @@ DIA_DEVICE void norm_gradients(M& m, const NormGradients& args) {
       const int64_t at = row_at(n, args.channels) + channel;
       float offset = scale * m.load(args.dp + at) / positions + common;
       if (has_variance) {
-        const float own = twice * m.load(args.dvariance + at);
+        const float own = twice * static_cast<float>(m.load(args.dvariance + at));
         offset -= own * (m.load(args.off + at) + d);
         m.store(args.slope + at, slope + own);
       }

@@ -30,8 +30,10 @@ struct Reduce {
   Samples<T> g;            // no data: not wanted
   const float* shift;      // (C), or null for 0
   // (N, C), for the moments of a batch: a sample's first value of each channel is its shift, and is written here; and
-  // what rounding takes off the sum. Then `product` has the squares about each sample's own mean.
+  // what rounding takes off the sum. Then `product` has the squares about each sample's own mean. Where each sample's
+  // are wanted for themselves (`centred`), the shift is the mean of four values: squares about an outlier lose digits.
   float *first, *rest;
+  bool centred;
   // (N, C): sums of g and of g (x - shift), without dy of x - shift. Null: not wanted.
   float *sum, *product;
   Means means;  // of x, if there is no dy; no p: not wanted
@@ -201,6 +203,18 @@ DIA_DEVICE void sum_up_for(M& m, const Reduce<T>& args, const W& walk, Sums<W>& 
     sum_up<Summed::x, false>(m, args, walk, sums);
 }
 
+// What the moments of a sample's channel are taken about, whose values lie `step` apart from `at` on.
+template <class M, class T>
+DIA_DEVICE float moments_shift(M& m, const Reduce<T>& args, const T* at, int step) {
+  if (args.size.positions == 0) return 0.0f;
+  const float first = M::widen(m.load(at));
+  if (!args.centred) return first;
+  float sum = first;
+  DIA_UNROLL
+  for (int k = 1; k < 4; ++k) sum += M::widen(m.load(at + static_cast<int64_t>(args.size.positions) * k / 4 * step));
+  return sum - sum == 0.0f ? 0.25f * sum : 0.0f;
+}
+
 // Where the first sum of a channel is put.
 template <class M, class T>
 DIA_DEVICE void put_sum(M& m, const Reduce<T>& args, int channel, int64_t at, float sum) {
@@ -267,9 +281,10 @@ DIA_DEVICE void reduce_planar(M& m, const Reduce<T>& args) {
     const bool writes = there && m.thread() % lanes == 0;
     float shift = 0;
     if (args.shift != nullptr && there) shift = m.load(args.shift + walk.channel);
-    if (moments && there && args.size.positions > 0)
-      shift = M::widen(
-          m.load(args.x.data + walk.sample * args.x.stride + static_cast<int64_t>(walk.channel) * args.size.positions));
+    if (moments && there) {
+      const int64_t begin = walk.sample * args.x.stride + static_cast<int64_t>(walk.channel) * args.size.positions;
+      shift = moments_shift(m, args, args.x.data + begin, 1);
+    }
     Sums<W> sums;
     DIA_UNROLL
     for (int k = 0; k < W::kValues; ++k) sums.shift[k] = shift;
@@ -352,8 +367,10 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
       for (int k = 0; k < W::kValues; ++k) {
         if (walk.channel + k >= channels.end) continue;
         if (args.shift != nullptr) sums.shift[k] = m.load(args.shift + walk.channel + k);
-        if (moments && size.positions > 0)
-          sums.shift[k] = M::widen(m.load(args.x.data + sample * args.x.stride + walk.channel + k));
+        if (moments) {
+          const T* at = args.x.data + sample * args.x.stride + walk.channel + k;
+          sums.shift[k] = moments_shift(m, args, at, size.channels);
+        }
       }
     }
     sum_up_for<Use>(m, args, walk, sums);
@@ -365,7 +382,7 @@ DIA_DEVICE void reduce_interleaved(M& m, const Reduce<T>& args) {
           m, rows, channels.size(), scratch, [&](int k) { return sums.second[k]; },
           [&](int j, double squares) {
             const T* at = args.x.data + sample * args.x.stride + channels.begin + j;
-            put_moments(m, args, table + j, size.positions, size.positions > 0 ? M::widen(m.load(at)) : 0.0f,
+            put_moments(m, args, table + j, size.positions, moments_shift(m, args, at, size.channels),
                         static_cast<double>(totals[j]), squares);
           });
       continue;

@@ -275,7 +275,7 @@ void batch_statistics(Arguments& of, Launches& launches) {
                                       of.pointer<const float>("beta"),
                                       of.pointer<float>("off"),
                                       of.pointer<float>("p"),
-                                      of.pointer<float>("variance"),
+                                      of.pointer<double>("variance"),
                                       of.pointer<float>("shift"),
                                       of.pointer<float>("d"),
                                       of.pointer<float>("scale"),

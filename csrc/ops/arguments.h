@@ -330,7 +330,7 @@ inline void check_norm_pool_gradient(const Tensor& g, const Tensor& handed, cons
     if (t) check_table(name, *t, {n, width}, of, z);
   };
   const auto& [dvariance, variance, dextreme, extreme, where] = statistics;
-  check_optional("dvariance", dvariance, dtype), check_optional("variance", variance, dtype);
+  check_optional("dvariance", dvariance, ScalarType::Double), check_optional("variance", variance, ScalarType::Double);
   check_optional("dextreme", dextreme, dtype), check_optional("extreme", extreme, dtype);
   check_optional("where", where, ScalarType::Long);
   check(!dvariance || variance, "variance: expected it with its gradient");

@@ -26,17 +26,16 @@ Pooled run_norm_pool(const Tensor& z, const MapInfo& info, const OptionalTensor&
   const int64_t n = info.shape.samples, width = info.shape.channels;
   const MapReader<T> z_reader(z, info);
   const bool batch = !mean.has_value();
-  const auto table_if = [&](bool wanted) { return wanted ? empty_table<A>(z, {n, width}) : empty_table<A>(z, {0}); };
   const Pooled result{empty_table<A>(z, {n, width}),
                       empty_table<A>(z, {NormTables<A>::count(n, width)}),
                       norm_tokens<A>(keep_tokens, z, info),
-                      table_if(with_variance),
-                      table_if(with_extreme),
+                      empty_table<double>(z, with_variance ? std::vector{n, width} : std::vector{int64_t{0}}),
+                      empty_table<A>(z, with_extreme ? std::vector{n, width} : std::vector{int64_t{0}}),
                       empty_places(with_extreme, z, n, width),
                       empty_table<A>(z, {batch ? width : 0}),
                       empty_table<A>(z, {batch ? width : 0})};
   StatisticTables<A> wanted;
-  if (with_variance) wanted.variance = data_of<A>(result.variance);
+  if (with_variance) wanted.variance = data_of<double>(result.variance);
   if (with_extreme) wanted.extreme = data_of<A>(result.extreme), wanted.where = data_of<int64_t>(result.where);
   NormForward<T> norm(z_reader.map, z, info.shape, gamma, beta, eps, NormTables<A>(result.tables, n, width), wanted);
   if (batch) {
@@ -150,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor g, Tensor handed, T
     std::transform(by_beta, by_beta + width, share, [count](A v) { return v / count; });
     std::transform(by_gamma, by_gamma + width, share + width, [count](A v) { return v / count; });
     const MapReader<T> g_reader(g, info), z_reader(z, info);
-    const StatisticGradients<A> gradients{data_of<A>(statistics.dvariance), data_of<A>(statistics.variance),
+    const StatisticGradients<A> gradients{data_of<double>(statistics.dvariance), data_of<double>(statistics.variance),
                                           data_of<A>(statistics.dextreme), data_of<A>(statistics.extreme),
                                           data_of<int64_t>(statistics.where)};
     Spreading<T> spreading({g_reader.map, {}, z_reader.map}, z, info, all, gamma, scale, p, batch ? share : nullptr,

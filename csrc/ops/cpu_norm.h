@@ -35,11 +35,24 @@ void for_table_columns(int64_t samples, int64_t channels, Body body) {
   parallel_for(0, channels, std::max<int64_t>(kGrain / std::max<int64_t>(samples, 1), 1), body);
 }
 
-// Beside the moments the extremes, while the map is in the cache.
+// Beside the moments the extremes, while the map is in the cache. With `own` (samples, channels) the moments are taken
+// twice: about the shift, and then about each sample's mean, which is put there, so that each sample's variance keeps
+// its digits.
 template <class T>
-void run_moments(const Moments<T>& args, Chunk chunk, const std::optional<Extremes<T>>& extremes = std::nullopt) {
+void run_moments(const Moments<T>& args, Chunk chunk, Compute<T>* own = nullptr,
+                 const std::optional<Extremes<T>>& extremes = std::nullopt) {
+  const int64_t width = args.shape.channels;
   for_channel_ranges(args.shape, chunk, [&](int64_t n, int64_t a, int64_t b) {
     map_kernels<T>().moments(args, n, a, b);
+    if (own != nullptr) {
+      for (int64_t c = a; c < b; ++c) {
+        const double mean = static_cast<double>(args.shift[c]) + args.d1[n * width + c];
+        own[n * width + c] = mean - mean == 0 ? static_cast<Compute<T>>(mean) : args.shift[c];
+      }
+      Moments<T> again = args;
+      again.own = own;
+      map_kernels<T>().moments(again, n, a, b);
+    }
     if (extremes) map_kernels<T>().extremes(*extremes, n, a, b);
   });
 }
@@ -93,10 +106,11 @@ void copy_statistics(const Tensor& table, double* to) {
 }
 
 // What a cell may want to know of the norm's result before its affine, beside the mean: of each sample and channel the
-// unbiased variance; the extreme value, that which the affine makes the largest, and its position. Null: not wanted.
+// unbiased variance, in double, as what a cell makes of it may tell samples apart that differ by little; the extreme
+// value, that which the affine makes the largest, and its position. Null: not wanted.
 template <class A>
 struct StatisticTables {
-  A* variance = nullptr;
+  double* variance = nullptr;
   A* extreme = nullptr;
   int64_t* where = nullptr;
 };
@@ -129,7 +143,7 @@ class NormForward {
   void of_batch() {
     A* shift = data_of<A>(shift_);
     about_ = shift;
-    map_kernels<T>().choose_shift(z_, shape_, 0, shift);
+    map_kernels<T>().choose_shift(z_, shape_, shift);
     for_chunks(shape_.samples, 0, 0, [&](Chunk chunk) { take_moments(chunk); });
     batch_statistics<A>(d1_, m2_, shift, shape_, means_, variances_);
     use_statistics();
@@ -160,7 +174,7 @@ class NormForward {
           const A rstd = norm.rstd[ch];
           norm.off[at] = static_cast<A>(d1_[at] - (means_[ch] - static_cast<double>(about_[ch])));
           p[at] = affine.gamma(ch) * rstd * norm.off[at] + affine.beta(ch);
-          if (wanted_.variance != nullptr) wanted_.variance[at] = rstd * rstd * static_cast<A>(m2_[at] / terms);
+          if (wanted_.variance != nullptr) wanted_.variance[at] = m2_[at] / terms / (variances_[ch] + eps_);
           if (wanted_.extreme != nullptr) {
             A& extreme = wanted_.extreme[at];
             extreme = ((extreme - norm.shift[ch]) - norm.d[ch]) * rstd;
@@ -182,10 +196,6 @@ class NormForward {
   void take_moments(Chunk chunk) const {
     const int64_t width = shape_.channels;
     A* own = wanted_.variance != nullptr ? data_of<A>(own_) : nullptr;
-    if (own != nullptr)
-      for_samples(chunk, width, [&](int64_t a, int64_t b) {
-        for (int64_t k = a; k < b; ++k) map_kernels<T>().choose_shift(z_, shape_, k, own + k * width);
-      });
     std::optional<Extremes<T>> extremes;
     if (wanted_.extreme != nullptr) {
       if (shape_.positions > 0) {
@@ -195,7 +205,7 @@ class NormForward {
         std::fill_n(wanted_.where, shape_.samples * width, 0);
       }
     }
-    run_moments(Moments<T>{shape_, z_, about_, own, d1_, m2_}, chunk, extremes);
+    run_moments(Moments<T>{shape_, z_, about_, nullptr, d1_, m2_}, chunk, own, extremes);
   }
   void use_statistics() const {
     map_kernels<T>().split_mean(means_, shape_.channels, norm.shift, norm.d);
@@ -340,7 +350,7 @@ void norm_gradients(const MapShape& shape, const A* scale, const A* dp, const A*
 // What comes to StatisticTables in the gradient, and their values. Null: not wanted, or no gradient.
 template <class A>
 struct StatisticGradients {
-  const A *of_variance = nullptr, *variance = nullptr;
+  const double *of_variance = nullptr, *variance = nullptr;
   const A *of_extreme = nullptr, *extreme = nullptr;
   const int64_t* where = nullptr;
 
@@ -407,7 +417,7 @@ class Spreading {
           const A rstd = norm_.rstd[ch], factor = affine_.gamma(ch) * rstd;
           A offset = factor * dp_[at] / positions, slope = 0;
           if (of_variance != nullptr) {
-            slope = twice * of_variance[at] * rstd * rstd;
+            slope = twice * static_cast<A>(of_variance[at]) * rstd * rstd;
             offset -= slope * (norm_.off[at] + norm_.d[ch]);
           }
           if (shares_ != nullptr) {
@@ -441,7 +451,7 @@ class Spreading {
   // What the statistics add, of a sample and channel, to the sums over all positions of u and of u zn.
   void add_statistics(int64_t at, double& of_u, double& of_u_zn) const {
     const auto& [of_variance, variance, of_extreme, extreme, where] = statistics_;
-    if (of_variance != nullptr) of_u_zn += 2 * static_cast<double>(of_variance[at]) * static_cast<double>(variance[at]);
+    if (of_variance != nullptr) of_u_zn += 2 * of_variance[at] * variance[at];
     if (of_extreme == nullptr) return;
     of_u += static_cast<double>(of_extreme[at]);
     of_u_zn += static_cast<double>(of_extreme[at]) * static_cast<double>(extreme[at]);

@@ -279,7 +279,7 @@ std::tuple<Tensor, Tensor, Tensor> run_statistics(const Tensor& z, const MapInfo
   const Tensor shift = empty_table<A>(z, {width}), squares = empty_table<double>(z, {n * width});
   A* shifts = data_of<A>(shift);
   double* d1 = data_of<double>(means);
-  map_kernels<T>().choose_shift(reader.map, info.shape, 0, shifts);
+  map_kernels<T>().choose_shift(reader.map, info.shape, shifts);
   const Moments<T> moments{info.shape, reader.map, shifts, nullptr, d1, data_of<double>(squares)};
   for_chunks(n, 0, 0, [&](Chunk chunk) { run_moments(moments, chunk); });
   batch_statistics<A>(d1, moments.m2, shifts, info.shape, data_of<double>(mean), data_of<double>(var));

@@ -28,7 +28,7 @@ Pooled run_norm_pool(const Tensor& z, const MapInfo& info, const OptionalTensor&
   Pooled result{call.table({n, width}),
                 call.table({NormTables<float>::count(n, width)}),
                 norm_tokens<float>(keep_tokens, z, info),
-                wanted.variance ? call.table({n, width}) : call.table({0}),
+                empty_table<double>(z, wanted.variance ? std::vector{n, width} : std::vector{int64_t{0}}),
                 wanted.extreme ? call.table({n, width}) : call.table({0}),
                 empty_places(wanted.extreme, z, n, width),
                 {},
@@ -36,16 +36,16 @@ Pooled run_norm_pool(const Tensor& z, const MapInfo& info, const OptionalTensor&
   const NormTables<float> tables(data_of<float>(result.tables), n, width);
   const ForwardNorm norm(call, gamma, beta, tables);
   const SampleTables of{tables.off, data_of<float>(result.p),
-                        wanted.variance ? data_of<float>(result.variance) : nullptr};
+                        wanted.variance ? data_of<double>(result.variance) : nullptr};
   if (!mean) {
     if (tracked.running_mean == nullptr) result.mean = call.table({width}), result.var = call.table({width});
     const auto values_of = [](const OptionalTensor& t) { return t ? data_of<float>(*t) : nullptr; };
-    norm.of_batch(call, run_moments(call, map.samples), eps, of, values_of(result.mean), values_of(result.var),
-                  tracked);
+    norm.of_batch(call, run_moments(call, map.samples, wanted.variance), eps, of, values_of(result.mean),
+                  values_of(result.var), tracked);
   } else {
     result.mean = call.table({0}), result.var = call.table({0});
     if (wanted.variance) {
-      norm.given(call, *mean, *var, std::nullopt, run_moments(call, map.samples), eps, of);
+      norm.given(call, *mean, *var, std::nullopt, run_moments(call, map.samples, wanted.variance), eps, of);
     } else {
       norm.given(call, *mean, *var, std::nullopt, {}, eps, of);
       kernels::Reduce<T> reduce{};
@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor g, Tensor handed, T
     kernels::NormGradients args{};
     args.samples = static_cast<int>(n), args.channels = static_cast<int>(width);
     args.positions = static_cast<int>(call.positions()), args.batch = batch;
-    args.dvariance = data_of<float>(statistics.dvariance), args.variance = data_of<float>(statistics.variance);
+    args.dvariance = data_of<double>(statistics.dvariance), args.variance = data_of<double>(statistics.variance);
     args.dextreme = data_of<float>(statistics.dextreme), args.extreme = data_of<float>(statistics.extreme);
     args.sum = data_of<float>(sums), args.product = args.sum + count, args.new_h = args.sum + 2 * count;
     args.dp = data_of<float>(of_p), args.off = norm.off;

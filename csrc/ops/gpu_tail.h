@@ -10,7 +10,8 @@ namespace {
 // What a norm's kernels make of each sample's channels, (N, C): the means of (z - shift) - d and of x; and of the
 // norm's result before its affine the variance, or null.
 struct SampleTables {
-  float *off, *p, *variance;
+  float *off, *p;
+  double* variance;
 };
 
 // The norm's tables forward: of this batch, or of given statistics.
@@ -88,12 +89,12 @@ struct TailResult {
   Tensor mask;
 };
 
-// The first sweep: the moments of every sample.
+// The first sweep: the moments of every sample; `centred` where each sample's are wanted for themselves.
 template <class T>
-kernels::SampleMoments run_moments(GpuCall& call, const Samples<const T>& z) {
+kernels::SampleMoments run_moments(GpuCall& call, const Samples<const T>& z, bool centred = false) {
   const int64_t count = call.samples() * call.channels();
   kernels::Reduce<T> reduce{};
-  reduce.size = call.size(call.samples()), reduce.x = z;
+  reduce.size = call.size(call.samples()), reduce.x = z, reduce.centred = centred;
   reduce.first = call.scratch(count), reduce.rest = call.scratch(count);
   reduce.sum = call.scratch(count), reduce.product = call.scratch(count);
   call.launch_sweep(reduce);
