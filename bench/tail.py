@@ -222,7 +222,9 @@ def breach(shape: Shape, cell: str, layout: str) -> str | None:
     truth = modules_of(shape, cell)["eager"].double()
     record = contract.Accuracy(torch.float32, max(shape.h * shape.w * shape.n, 4 * shape.c))
     large = shape.n * shape.c * shape.h * shape.w >= LARGE
-    for seed in range(DRAWS if large else DRAWS_OF_SMALL):
+    # A norm over the samples makes much of rounding, eager's and ours, and now and then very much.
+    draws = (DRAWS if large else DRAWS_OF_SMALL) * (4 if cell == "srm" else 1)
+    for seed in range(draws):
         problem = problem_of(shape, cell, layout, seed, modules["eager"])
         found = [results(modules[name], problem) for name in ("ours", "eager")]
         record.add(*found, results(truth, problem.double()))

@@ -428,7 +428,7 @@ def test_a_mean_far_from_zero(layout, kind, backend):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", [6, 16])
 def test_deviations_tell_samples_apart(size, layout, name):
-    """A norm over the samples, as SRM's, sees what their deviations differ by: that is held to eager PyTorch's error."""
+    """A norm over the samples, as SRM's, sees what deviations differ by: that is held to eager PyTorch's error."""
     ours, theirs = [], []
     for seed in range(40):
         torch.manual_seed(seed)
