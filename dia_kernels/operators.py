@@ -45,8 +45,8 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
                         each channel of the batch norm of z, (N, C). ``mean`` and ``var`` as in ``tail``. The tokens
                         are for ``norm_rescale``; empty unless ``keep_tokens``. Of the norm's result before gamma and
                         beta, each (N, C), if wanted, else empty: the unbiased ``variance`` in float64 (of one
-                        position 0); and the ``extreme``, the value that gamma makes the largest, with its position in int64,
-                        ``where`` (the first of equal ones in z; NaN is beyond all).
+                        position 0); the ``extreme``, which is the value that gamma makes the largest; and its
+                        position in int64, ``where`` (the first of equal ones in z; NaN is beyond all).
 ``norm_pool_tracking_`` all but ``mean`` and ``var``: the same, moving buffers as ``tail_tracking_`` does
 ``norm_pool_backward``  ``(dz, dgamma, dbeta)``, through both: from ``dp`` and what comes to the tokens. The gradients
                         of variance and extreme, each with its values, go to z alone.

@@ -33,26 +33,41 @@ struct Extreme {
   }
 };
 
+// The candidates of a row's lanes, each with the number of its vector. Two such take turns: one would wait for itself.
+template <class A>
+struct ExtremeLanes {
+  typename Lanes<A>::IntVector turns{}, turn{};
+  Vector<A> values;
+
+  void take(Vector<A> next, typename Lanes<A>::Int step) {
+    turn += step;
+    const auto taken = beyond<A>(next, values);
+    values = select<A>(taken, next, values);
+    turns = (taken & turn) | (~taken & turns);
+  }
+  void give(Extreme<A>* best) const {
+    for (int64_t lane = 0; lane < Lanes<A>::count; ++lane)
+      best->take(values[lane], static_cast<int64_t>(turns[lane]) * Lanes<A>::count + lane);
+  }
+};
+
 template <class T>
 Extreme<Compute<T>> extreme_of_row(const T* z, int64_t length, Compute<T> sign) {
   using A = Compute<T>;
-  using Int = typename Lanes<A>::IntVector;
   constexpr int64_t lanes = Lanes<A>::count;
   Extreme<A> best{widen(z[0]) * sign, 0};
-  if (length >= lanes) {
-    Vector<A> values = load(z) * sign;
-    Int turns{}, turn{};
-    for (int64_t k = lanes; k + lanes <= length; k += lanes) {
-      turn += 1;
-      const Vector<A> next = load(z + k) * sign;
-      const Int taken = beyond<A>(next, values);
-      values = select<A>(taken, next, values);
-      turns = (taken & turn) | (~taken & turns);
+  int64_t k = 0;
+  if (length >= 2 * lanes) {
+    ExtremeLanes<A> even, odd;
+    even.values = load(z) * sign, odd.values = load(z + lanes) * sign;
+    odd.turns += 1, odd.turn += 1;
+    for (k = 2 * lanes; k + 2 * lanes <= length; k += 2 * lanes) {
+      even.take(load(z + k) * sign, 2);
+      odd.take(load(z + k + lanes) * sign, 2);
     }
-    for (int64_t lane = 0; lane < lanes; ++lane)
-      best.take(values[lane], static_cast<int64_t>(turns[lane]) * lanes + lane);
+    even.give(&best), odd.give(&best);
   }
-  for (int64_t k = length < lanes ? 0 : length / lanes * lanes; k < length; ++k) best.take(widen(z[k]) * sign, k);
+  for (; k < length; ++k) best.take(widen(z[k]) * sign, k);
   return best;
 }
 

@@ -41,19 +41,26 @@ void for_table_columns(int64_t samples, int64_t channels, Body body) {
 template <class T>
 void run_moments(const Moments<T>& args, Chunk chunk, Compute<T>* own = nullptr,
                  const std::optional<Extremes<T>>& extremes = std::nullopt) {
-  const int64_t width = args.shape.channels;
-  for_channel_ranges(args.shape, chunk, [&](int64_t n, int64_t a, int64_t b) {
-    map_kernels<T>().moments(args, n, a, b);
-    if (own != nullptr) {
-      for (int64_t c = a; c < b; ++c) {
-        const double mean = static_cast<double>(args.shift[c]) + args.d1[n * width + c];
-        own[n * width + c] = mean - mean == 0 ? static_cast<Compute<T>>(mean) : args.shift[c];
+  constexpr int64_t kElements = 1 << 13;  // of the rows that are read again while they are in the nearest cache
+  const MapShape& shape = args.shape;
+  const bool all = shape.interleaved || (own == nullptr && !extremes);
+  Moments<T> again = args;
+  again.own = own;
+  for_channel_ranges(shape, chunk, [&](int64_t n, int64_t begin, int64_t end) {
+    const int64_t step = all ? end - begin : std::max<int64_t>(kElements / std::max<int64_t>(shape.positions, 1), 1);
+    for (int64_t a = begin; a < end; a += step) {
+      const int64_t b = std::min(a + step, end);
+      map_kernels<T>().moments(args, n, a, b);
+      if (own != nullptr) {
+        for (int64_t c = a; c < b; ++c) {
+          const int64_t at = n * shape.channels + c;
+          const double mean = static_cast<double>(args.shift[c]) + args.d1[at];
+          own[at] = mean - mean == 0 ? static_cast<Compute<T>>(mean) : args.shift[c];
+        }
+        map_kernels<T>().moments(again, n, a, b);
       }
-      Moments<T> again = args;
-      again.own = own;
-      map_kernels<T>().moments(again, n, a, b);
+      if (extremes) map_kernels<T>().extremes(*extremes, n, a, b);
     }
-    if (extremes) map_kernels<T>().extremes(*extremes, n, a, b);
   });
 }
 
