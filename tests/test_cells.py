@@ -357,6 +357,7 @@ def test_traces_symbolically(name):
 
 class Halving(Cell):
     statistics = ("max", "mean")
+    position_statistics = ("mean",)
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -366,6 +367,9 @@ class Halving(Cell):
         largest, mean = pooled
         memory = mean if state is None else (mean + state) / 2
         return torch.sigmoid(self.weight * largest + memory), memory
+
+    def position_scale(self, mean):
+        return torch.sigmoid(mean)
 
 
 @pytest.mark.parametrize("channel_dim", [1, -1])
@@ -380,7 +384,8 @@ def test_a_users_cell(channel_dim, backend):
     def by_hand(x, memory):
         mean = x.mean(dim)
         memory = mean if memory is None else (mean + memory) / 2
-        return x * (x.amax(dim) + memory).sigmoid().unsqueeze(dim), memory
+        y = x * (x.amax(dim) + memory).sigmoid().unsqueeze(dim)
+        return y * y.mean(channel_dim, keepdim=True).sigmoid(), memory
 
     first, memory = by_hand(x, None)
     second, memory = by_hand(first, memory)

@@ -1,5 +1,6 @@
 """Bad input: one clear error that names the argument, and nothing changed."""
 
+import functools
 import re
 
 import pytest
@@ -145,6 +146,7 @@ def test_a_state_from_an_earlier_pass_ends_in_an_error_that_says_so():
 # --- the native operators, called directly ---------------------------------------------------------
 
 
+@functools.cache
 def operator_calls() -> dict[str, tuple]:
     """A good call of every operator, with every optional tensor there."""
     weights = [p.detach() for p in attention().lstm_parameters()]
@@ -184,6 +186,11 @@ def operator_calls() -> dict[str, tuple]:
     }
 
 
+def good_call(name: str) -> list:
+    """The arguments of a good call, which may be written over."""
+    return [a.clone() if isinstance(a, torch.Tensor) else a for a in operator_calls()[name]]
+
+
 def with_wrong_size(t: torch.Tensor, dim: int, change: int) -> torch.Tensor:
     sizes = list(t.shape)
     sizes[dim] += change
@@ -213,7 +220,7 @@ def wrong_calls():
 @pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
 @pytest.mark.parametrize(("name", "index", "fault"), list(wrong_calls()))
 def test_a_native_operator_refuses_a_wrong_tensor_and_writes_nothing(name, index, fault):
-    arguments = list(operator_calls()[name])
+    arguments = good_call(name)
     good = arguments[index]
     arguments[index] = with_wrong_size(good, *fault) if isinstance(fault, tuple) else good.to(fault)
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -266,7 +273,7 @@ def test_wrong_lists_of_what_steps_left(change, message):
 
 @pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
 def test_a_step_without_a_state_has_no_factors():
-    arguments = list(operator_calls()["step_backward"])
+    arguments = good_call("step_backward")
     arguments[5] = arguments[6] = None
     arguments[-1] = True
     with pytest.raises(RuntimeError, match="dia_kernels: as_factors: expected a step with a state"):
@@ -276,7 +283,7 @@ def test_a_step_without_a_state_has_no_factors():
 @pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
 @pytest.mark.parametrize("other", [0, 1, 5, 7, 11, 14])
 def test_buffers_that_share_memory_are_refused(other):
-    arguments = list(operator_calls()["tail_tracking_"])
+    arguments = good_call("tail_tracking_")
     memory = arguments[other].reshape(-1)
     arguments[6] = memory[:8]
     before = memory.clone()
@@ -288,7 +295,7 @@ def test_buffers_that_share_memory_are_refused(other):
 @pytest.mark.skipif(operators.library_error is not None, reason=f"the native library: {operators.library_error}")
 @pytest.mark.parametrize("name", list(operator_calls()))
 def test_a_native_operator_refuses_a_wrong_channel_dim(name):
-    arguments = list(operator_calls()[name])
+    arguments = good_call(name)
     arguments[next(k for k, a in enumerate(arguments) if type(a) is int)] = 2
     with torch.no_grad(), pytest.raises(RuntimeError, match="dia_kernels: channel_dim"):
         getattr(operators.native, name)(*arguments)

@@ -293,7 +293,7 @@ def test_positions_that_are_none(name):
 
 
 @pytest.mark.parametrize("full", [True, False])
-@pytest.mark.parametrize("layout", [*LAYOUTS, "tokens"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens"])
 @pytest.mark.parametrize("name", ["native", "simulated"])
 def test_opcheck(name, layout, full):
     ops, dim = ops_of(name), -1 if layout == "tokens" else 1
@@ -302,7 +302,7 @@ def test_opcheck(name, layout, full):
     mean, var = (None, None) if full else torch.rand(2, 8)
     opcheck = torch.library.opcheck
     buffers = torch.zeros(8), torch.ones(8), torch.tensor(0)
-    for wanted in ((True, False), (False, True), (True, True)):
+    for wanted in ((True, False), (False, True)) if full else ((True, True),):
         opcheck(ops.norm_pool, (z, gamma, beta, mean, var, 1e-5, dim, *wanted, False))
         opcheck(ops.norm_pool_tracking_, (z, gamma, beta, *buffers, 0.1, 1e-5, dim, *wanted, False))
     p, tables, _, _, variance, extreme, where, *_ = ops.norm_pool(
@@ -310,7 +310,7 @@ def test_opcheck(name, layout, full):
     )
     handed = torch.randn(3, 3, 8)
     for of_variance in ((variance, variance), (None, None)):
-        for of_extreme in ((p, extreme, where), (None, None, None)):
+        for of_extreme in ((p, extreme, where), (None, None, None)) if full else ((p, extreme, where),):
             arguments = (g, handed, p, *of_variance, *of_extreme, z, tables, gamma, dim, full, True)
             opcheck(ops.norm_pool_backward, arguments)
 
