@@ -16,7 +16,8 @@ struct PerChannel {
   const A* table;  // at the row's first channel
   Vector<A> constant;
 
-  explicit PerChannel(const A* at) : table(at), constant(splat(*at)) {}
+  // Interleaved, there may be no channel.
+  explicit PerChannel(const A* at) : table(at), constant(splat(interleaved ? A(0) : *at)) {}
   Vector<A> lanes(int64_t k) const {
     if constexpr (interleaved) return load(table + k);
     return constant;

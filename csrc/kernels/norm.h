@@ -318,12 +318,15 @@ DIA_DEVICE void norm_gradients(M& m, const NormGradients& args) {
     const bool has_variance = args.dvariance != nullptr, has_extreme = args.dextreme != nullptr;
     float of_u = 0, of_u_zn = 0;  // what the statistics add to the sums of u and u zn
     if (args.batch && (has_variance || has_extreme)) {
+      DIA_NO_UNROLL
       for (int n = samples.begin; n < samples.end; ++n) {
         const int64_t at = row_at(n, args.channels) + channel;
         const float sent = has_extreme ? m.load(args.dextreme + at) : 0.0f;
         of_u += sent;
         if (has_extreme) of_u_zn += sent * m.load(args.extreme + at);
-        if (has_variance) of_u_zn += static_cast<float>(2.0 * m.load(args.dvariance + at) * m.load(args.variance + at));
+        if (has_variance)
+          of_u_zn +=
+              2.0f * static_cast<float>(m.load(args.dvariance + at)) * static_cast<float>(m.load(args.variance + at));
       }
       of_u = sum_of_channel(m, scratch, of_u), of_u_zn = sum_of_channel(m, scratch, of_u_zn);
     }
