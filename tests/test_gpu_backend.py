@@ -304,7 +304,11 @@ def test_launches_around_a_cell_that_is_not_here(norm, forward, backward):
         assert launches() == backward
 
 
-@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 3), (torch.bfloat16, 4), (torch.float32, 66)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "count"),
+    [(torch.float32, 3), (torch.bfloat16, 4), pytest.param(torch.float32, 66, marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize("norm", [False, True])
 def test_blocks_that_share_parameters(layouts, norm, dtype, count):
     """From the second block on the gradient of the parameters is one launch for all, of sixty-four at a time."""

@@ -406,7 +406,7 @@ def test_transformed_calls_call_the_norm_by_itself():
 
 
 @pytest.mark.parametrize("kind", ["batch", "running"])
-@pytest.mark.parametrize("cell", ["se", "dsu", "stacked"])
+@pytest.mark.parametrize("cell", ["se", "dsu", pytest.param("stacked", marks=pytest.mark.slow)])
 def test_compiled(cell, kind):
     """As one graph, the norm folded; the same gradients and buffers."""
     stage = Stage(cell, 6, kind, activation="relu").double()

@@ -282,9 +282,10 @@ DIA_DEVICE void given_statistics(M& m, const GivenStatistics& args) {
 // offset. The slope is there with the statistics of a batch (`batch`), through which all samples are tied together, and
 // where there is a variance's gradient; with that it is each sample's own.
 //
-// With zn = (z - mean) rstd and u the gradient of that but for what comes by way of the batch: u = gamma (g h' + dp /
-// HW)
-// + 2 dvariance / (HW - 1) (zn - its mean) + dextreme in one place; dz = rstd (u - mean(u) - zn mean(u zn)).
+// With zn = (z - mean) rstd and u the gradient of that but for what comes by way of the batch,
+//
+//     u = gamma (g h' + dp / HW) + 2 dvariance / (HW - 1) (zn - its mean) + dextreme in one place
+//     dz = rstd (u - mean(u) - zn mean(u zn))
 struct NormGradients {
   int samples, channels, positions;
   bool batch;
