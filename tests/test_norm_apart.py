@@ -10,6 +10,7 @@ import simulated_backend
 import torch
 from accuracy import assert_accurate
 from functorch.compile import make_boxed_func
+from normed_stages import LAYOUTS, Stage, assert_equal_in_float64, folds, gradients
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
@@ -22,7 +23,6 @@ from dia_kernels import (
     SharedAttention,
     backends,
     create_attention,
-    functional,
     operators,
     use_backend,
 )
@@ -35,40 +35,6 @@ pytestmark = [
     ),
 ]
 
-EPS = torch.finfo(torch.float64).eps
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-}
-
-
-class Stage(nn.Module):
-    """Two blocks that share attention, each with a norm of its own."""
-
-    def __init__(self, cell: str, c: int, kind: str = "batch", *, dims: int = 2, **options) -> None:
-        super().__init__()
-        torch.manual_seed(c)
-        self.attention = attention_of(cell, c)
-        self.options = options
-        norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
-        self.norms = nn.ModuleList(norm(c, affine=kind != "bare").train(kind in ("batch", "bare")) for _ in range(2))
-        for n in self.norms:
-            n.running_mean.normal_(), n.running_var.uniform_(0.5, 1.5)
-            for p in n.parameters():  # away from zero: the next norm divides by what is left of a channel
-                p.data = torch.where(torch.rand(c) < 0.5, -1, 1) * (0.5 + torch.rand(c))
-        self.kind = kind
-
-    def forward(self, x: Tensor, shortcut: Tensor | None, apart: bool = False) -> Tensor:
-        y, state = x, None
-        for n in self.norms:
-            norm = (n.weight, n.bias) if self.kind == "pair" else n
-            if apart:
-                y = functional._called(norm, y, self.attention.channel_dim)
-                norm = None
-            y, state = self.attention(y, state, shortcut=shortcut, norm=norm, **self.options)
-        return y
-
 
 def attention_of(cell: str, c: int, **options) -> nn.Module:
     if cell == "stacked":
@@ -78,31 +44,9 @@ def attention_of(cell: str, c: int, **options) -> nn.Module:
     return create_attention(cell, c, min(c, 2), **options)
 
 
-def folds(y: Tensor) -> bool:
-    """Whether a result was made behind a folded norm."""
-    return "NormRescale" in type(y.grad_fn).__name__
-
-
-def gradients(stage: Stage, x: Tensor, s: Tensor | None, dy: Tensor, apart: bool = False) -> dict[str, Tensor]:
-    """Result, gradients and buffers by name, of a copy of ``stage`` in the compute dtype of x."""
-    wide = x.dtype == torch.float64
-    stage = copy.deepcopy(stage).to(torch.float64 if wide else torch.float32)
-    leaves = {"x": x.detach().requires_grad_()}
-    if s is not None:
-        leaves["shortcut"] = s.detach().requires_grad_()
-    y = stage(leaves["x"], leaves.get("shortcut"), apart)
-    assert folds(y) is not apart
-    found = torch.autograd.grad(y, [*leaves.values(), *stage.parameters()], dy.to(y.dtype), allow_unused=True)
-    names = (*leaves, *dict(stage.named_parameters()))
-    results = {f"d {name}": g for name, g in zip(names, found, strict=True) if g is not None}
-    return {"y": y.detach()} | results | {name: b.double() for name, b in stage.named_buffers()}
-
-
-def assert_equal_in_float64(found: dict[str, Tensor], expected: dict[str, Tensor], terms: int) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        scale = max(expected[name].abs().max().item(), 1e-3)
-        assert (value - expected[name]).abs().max().item() <= 64 * terms**0.5 * EPS * scale, name
+def stage_of(cell: str, c: int, kind: str = "batch", **options) -> Stage:
+    torch.manual_seed(c)
+    return Stage(attention_of(cell, c), c, kind, **options)
 
 
 OPERATORS = pytest.mark.parametrize("backend", ["fallback", "cpu"], indirect=True)
@@ -113,7 +57,7 @@ OPERATORS = pytest.mark.parametrize("backend", ["fallback", "cpu"], indirect=Tru
 @pytest.mark.parametrize("cell", ["dsu", "se", "eca", "stacked"])
 @pytest.mark.parametrize("shape", [(3, 12, 7, 7), (2, 25, 9), (2, 6, 3, 2, 4), (5, 102, 1, 1)], ids=str)
 def test_cells_and_norms(cell, kind, shape, backend):
-    stage = Stage(cell, shape[1], kind, dims=len(shape) - 2, activation="relu")
+    stage = stage_of(cell, shape[1], kind, dims=len(shape) - 2, activation="relu")
     x, s, dy = torch.randn(3, *shape, dtype=torch.float64)
     expected = gradients(stage, x, s, dy, apart=True)
     # The gradient behind a norm whose values lie about their mean loses what the deviation takes from it.
@@ -126,7 +70,7 @@ def test_cells_and_norms(cell, kind, shape, backend):
 @pytest.mark.parametrize("with_shortcut", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_options(layout, with_shortcut, relu, training, backend):
-    stage = Stage("se", 25, "batch" if training else "running", activation="relu" if relu else None)
+    stage = stage_of("se", 25, "batch" if training else "running", activation="relu" if relu else None)
     x, s, dy = torch.randn(3, 3, 25, 6, 5, dtype=torch.float64)
     x, s = LAYOUTS[layout](x), LAYOUTS[layout](s) if with_shortcut else None
     assert_equal_in_float64(gradients(stage, x, s, dy), gradients(stage, x, s, dy, apart=True), 1200)
@@ -186,14 +130,14 @@ def test_tokens_take_an_affine():
 def test_a_sample_scale(cell, training):
     """Stochastic depth folds the norm too; a dropped sample still counts in its statistics."""
     k = torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64)
-    stage = Stage(cell, 12, "batch" if training else "running", activation="relu", sample_scale=k)
+    stage = stage_of(cell, 12, "batch" if training else "running", activation="relu", sample_scale=k)
     x, s, dy = torch.randn(3, 3, 12, 5, 5, dtype=torch.float64)
     assert_equal_in_float64(gradients(stage, x, s, dy), gradients(stage, x, s, dy, apart=True), 600)
 
 
 @pytest.mark.parametrize("relu", [True, False])
 def test_only_what_is_asked_for(relu):
-    stage = Stage("dsu", 6, activation="relu" if relu else None).double()
+    stage = stage_of("dsu", 6, activation="relu" if relu else None).double()
     x, s, dy = torch.randn(3, 3, 6, 4, 5, dtype=torch.float64)
     every = gradients(stage, x, s, dy)
     for name in ("x", "shortcut", *dict(stage.named_parameters())):
@@ -216,7 +160,7 @@ def test_only_what_is_asked_for(relu):
 @pytest.mark.parametrize("kind", ["batch", "running", "bare"])
 @pytest.mark.parametrize("relu", [True, False])
 def test_first_and_second_derivatives(kind, relu):
-    stage = Stage("se", 4, kind, activation="relu" if relu else None).double()
+    stage = stage_of("se", 4, kind, activation="relu" if relu else None).double()
     values = [torch.randn(2, 4, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert gradcheck(stage, values)
     assert gradgradcheck(stage, values, atol=1e-4)
@@ -268,7 +212,7 @@ def test_the_state_alone():
 
 def test_passes_do_not_meet():
     """Several through one graph, one that fails among them, and some of several threads."""
-    stage = Stage("dsu", 6, activation="relu").double()
+    stage = stage_of("dsu", 6, activation="relu").double()
     x, s = (t.requires_grad_() for t in torch.randn(2, 3, 6, 4, 5, dtype=torch.float64))
     y = stage(x, s)
     every = [torch.autograd.grad((k * y).sum(), x, retain_graph=True)[0] for k in (1, 2)]
@@ -297,7 +241,7 @@ def test_passes_do_not_meet():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed(reentrant):
-    stage = Stage("dsu", 6, activation="relu").double()
+    stage = stage_of("dsu", 6, activation="relu").double()
     x, s = (t.requires_grad_() for t in torch.randn(2, 3, 6, 4, 5, dtype=torch.float64))
     expected = [*torch.autograd.grad(copy.deepcopy(stage)(x, s).sum(), (x, s))]
     checkpoint(stage, x, s, use_reentrant=reentrant).sum().backward()
@@ -409,7 +353,7 @@ def test_transformed_calls_call_the_norm_by_itself():
 @pytest.mark.parametrize("cell", ["se", "dsu", pytest.param("stacked", marks=pytest.mark.slow)])
 def test_compiled(cell, kind):
     """As one graph, the norm folded; the same gradients and buffers."""
-    stage = Stage(cell, 6, kind, activation="relu").double()
+    stage = stage_of(cell, 6, kind, activation="relu").double()
     x, s, dy = torch.randn(3, 3, 6, 4, 5, dtype=torch.float64)
     expected = gradients(stage, x, s, dy)
     torch._dynamo.reset()
@@ -446,7 +390,7 @@ def test_compiled(cell, kind):
 
 
 def test_compiled_autograd():
-    stage = Stage("dsu", 6, activation="relu").double()
+    stage = stage_of("dsu", 6, activation="relu").double()
     x, s = (t.requires_grad_() for t in torch.randn(2, 3, 6, 4, 5, dtype=torch.float64))
     expected = torch.autograd.grad(copy.deepcopy(stage)(x, s).sum(), (x, s))
     y = stage(x, s).sum()
@@ -458,7 +402,7 @@ def test_compiled_autograd():
 
 @pytest.mark.parametrize("relu", [True, False])
 def test_gradients_mapped_over(relu):
-    stage = Stage("se", 6, activation="relu" if relu else None).double()
+    stage = stage_of("se", 6, activation="relu" if relu else None).double()
     x, s = (t.requires_grad_() for t in torch.randn(2, 2, 6, 2, 3, dtype=torch.float64))
     y = stage(x, s)
     many = torch.randn(3, *y.shape, dtype=torch.float64)

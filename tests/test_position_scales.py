@@ -9,6 +9,7 @@ import pytest
 import simulated_backend
 import torch
 from accuracy import assert_accurate
+from normed_stages import EPS, LAYOUTS
 from torch import Tensor, fx, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -17,12 +18,6 @@ from dia_kernels.functional import STD_EPS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EPS = torch.finfo(torch.float64).eps
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-}
 BACKENDS = pytest.mark.parametrize("backend", ["fallback", "cpu"], indirect=True)
 
 

@@ -9,6 +9,7 @@ import simulated_backend
 import torch
 from accuracy import assert_accurate
 from every_statistic import EveryStatistic, OneStatistic
+from normed_stages import LAYOUTS, Stage, assert_equal_in_float64, gradients
 from simulated_backend import device, launches
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -23,12 +24,6 @@ pytestmark = [
     ),
 ]
 
-EPS = torch.finfo(torch.float64).eps
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-}
 KINDS = ("batch", "running", "bare", "pair", "none")
 OPERATORS = pytest.mark.parametrize("backend", ["fallback", "cpu"], indirect=True)
 
@@ -40,50 +35,8 @@ def ops_of(name: str) -> operators.Operators:
     return operators.native
 
 
-class Blocks(nn.Module):
-    """Two blocks that share a cell, each with a norm of its own of some kind."""
-
-    def __init__(self, cell: nn.Module, c: int, kind: str, dims: int = 2, **options) -> None:
-        super().__init__()
-        self.attention, self.options, self.kind = CellAttention(cell), options, kind
-        norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
-        self.norms = nn.ModuleList(norm(c, affine=kind != "bare").train(kind in ("batch", "bare")) for _ in range(2))
-        for n in self.norms:
-            n.running_mean.normal_(), n.running_var.uniform_(0.5, 1.5)
-            for p in n.parameters():
-                p.data = torch.where(torch.rand(c) < 0.5, -1, 1) * (0.5 + torch.rand(c))
-
-    def forward(self, x: Tensor, shortcut: Tensor | None, apart: bool = False) -> Tensor:
-        """``apart``: norms are called by themselves, and statistics are PyTorch's."""
-        y, state = x, None
-        self.attention.backend = "reference" if apart else None
-        for n in self.norms:
-            norm = {"pair": (n.weight, n.bias), "none": None}.get(self.kind, n)
-            if apart and norm is not None:
-                y, norm = functional._called(norm, y, 1), None
-            y, state = self.attention(y, state, shortcut=shortcut, norm=norm, **self.options)
-        return y
-
-
-def gradients(blocks: Blocks, x: Tensor, s: Tensor | None, dy: Tensor, apart: bool = False) -> dict[str, Tensor]:
-    """Result, gradients and buffers by name, of a copy of ``blocks``."""
-    blocks = copy.deepcopy(blocks).double()
-    leaves = {"x": x.detach().requires_grad_()}
-    if s is not None:
-        leaves["shortcut"] = s.detach().requires_grad_()
-    y = blocks(leaves["x"], leaves.get("shortcut"), apart)
-    assert ("NormRescale" in type(y.grad_fn).__name__) is not apart
-    names = (*leaves, *dict(blocks.named_parameters()))
-    found = torch.autograd.grad(y, [*leaves.values(), *blocks.parameters()], dy, allow_unused=True)
-    results = {f"d {name}": g for name, g in zip(names, found, strict=True) if g is not None}
-    return {"y": y.detach()} | results | {name: b.double() for name, b in blocks.named_buffers()}
-
-
-def assert_equal_in_float64(found: dict[str, Tensor], expected: dict[str, Tensor], terms: int) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        scale = max(expected[name].abs().max().item(), 1e-3)
-        assert (value - expected[name]).abs().max().item() <= 64 * terms**0.5 * EPS * scale, name
+def stage_of(cell: nn.Module, c: int, kind: str, dims: int = 2, **options) -> Stage:
+    return Stage(CellAttention(cell), c, kind, dims=dims, **options)
 
 
 @OPERATORS
@@ -91,7 +44,7 @@ def assert_equal_in_float64(found: dict[str, Tensor], expected: dict[str, Tensor
 @pytest.mark.parametrize("shape", [(3, 12, 7, 7), (2, 25, 9), (2, 6, 3, 2, 4), (5, 102, 1, 1)], ids=str)
 def test_every_statistic(kind, shape, backend):
     torch.manual_seed(shape[1])
-    blocks = Blocks(EveryStatistic(shape[1]), shape[1], kind, len(shape) - 2, activation="relu")
+    blocks = stage_of(EveryStatistic(shape[1]), shape[1], kind, len(shape) - 2, activation="relu")
     x, s, dy = torch.randn(3, *shape, dtype=torch.float64)
     expected = gradients(blocks, x, s, dy, apart=True)
     assert_equal_in_float64(gradients(blocks, x, s, dy), expected, 16 * shape[0] * shape[1])
@@ -103,7 +56,7 @@ def test_every_statistic(kind, shape, backend):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_statistic(layout, statistic, kind, backend):
     torch.manual_seed(0)
-    blocks = Blocks(OneStatistic(25, statistic), 25, kind)
+    blocks = stage_of(OneStatistic(25, statistic), 25, kind)
     x, s, dy = torch.randn(3, 3, 25, 6, 5, dtype=torch.float64)
     x, s = LAYOUTS[layout](x), LAYOUTS[layout](s)
     assert_equal_in_float64(gradients(blocks, x, s, dy), gradients(blocks, x, s, dy, apart=True), 1200)
@@ -114,7 +67,7 @@ def test_one_statistic(layout, statistic, kind, backend):
 def test_published_cells(name, kind):
     torch.manual_seed(0)
     cell = create_attention(name, 12, 3, blocks=2).cell
-    blocks = Blocks(cell, 12, kind, activation="relu")
+    blocks = stage_of(cell, 12, kind, activation="relu")
     x, s, dy = torch.randn(3, 6, 12, 6, 5, dtype=torch.float64)
     called = []
     for own in (blocks, copy.deepcopy(blocks)):
@@ -215,7 +168,7 @@ def test_samples_far_apart(layout, batch, name):
 @pytest.mark.parametrize("kind", ["batch", "running", "none"])
 def test_first_and_second_derivatives(kind):
     torch.manual_seed(0)
-    blocks = Blocks(EveryStatistic(4), 4, kind).double()
+    blocks = stage_of(EveryStatistic(4), 4, kind).double()
     values = [torch.randn(2, 4, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert gradcheck(blocks, values)
     assert gradgradcheck(blocks, values, atol=1e-4)
@@ -318,7 +271,7 @@ def test_opcheck(name, layout, full):
 def test_compiled():
     """Three training steps, of which the second and third find the buffers that the one before has moved."""
     torch.manual_seed(0)
-    blocks = Blocks(EveryStatistic(6), 6, "batch", activation="relu")
+    blocks = stage_of(EveryStatistic(6), 6, "batch", activation="relu")
     other = copy.deepcopy(blocks)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     for _ in range(3):
