@@ -62,7 +62,7 @@ class CellAttention(nn.Module):
         norm: Norm | None = None,
         sample_scale: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        """``y = activation(x * scale + shortcut)`` with the scale of the cell.
+        """``y = activation(x * scale + shortcut)`` with the scale of the cell, and that of each position if it has one.
 
         Args:
             x: feature map (N, C, \\*spatial), or (N, \\*spatial, C) with ``channel_dim=-1``; float64, float32, float16
@@ -89,9 +89,10 @@ class CellAttention(nn.Module):
         x, pooled, normed = prepared[0], prepared[1], prepared[2]
         with _no_autocast(x):
             scale, state = self.cell(pooled, state)
+        # What rescales last closes the block.
         closing, across = (shortcut, activation, inplace), self.cell.position_statistics
-        opens = across or self._has_after
-        y = _rescaled(x, normed, scale, channel_dim, sample_scale, backend, *(_OPEN if opens else closing))
+        more = across or self._has_after
+        y = _rescaled(x, normed, scale, channel_dim, sample_scale, backend, *(_OPEN if more else closing))
         if across:
             seen = _pooled_across(y, across, channel_dim, backend)
             with _no_autocast(x):
@@ -152,7 +153,8 @@ def _pooled(
     folded = None
     if norm is not None:
         folded = functional._fold_apart(norm, x, channel_dim, backend)
-        x = x if folded is not None else functional._called(norm, x, channel_dim)
+        if folded is None:
+            x = functional._called(norm, x, channel_dim)
     pooled, normed = _statistics(x, statistics, folded, channel_dim, backend)
     return x, pooled[0] if len(pooled) == 1 else pooled, normed
 

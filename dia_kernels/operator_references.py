@@ -284,16 +284,16 @@ def norm_pool_backward(
     count = max(z.shape[0] * spatial_size(z, channel_dim), 1)
     shares = torch.stack((dbeta, dgamma)) / count if batch else None
     dz = reference.normalise_backward(dx, zn, rstd, gamma, channel_dim, shares)
-    dzn, sums = torch.zeros_like(zn), torch.zeros_like(torch.stack((dbeta, dgamma)))
+    # The statistics' gradients go to zn: each by itself through the norm before its affine.
     if dvariance is not None:
         slope = (2 * dvariance / max(spatial_size(z, channel_dim) - 1, 1)).to(zn.dtype)
-        dzn = dzn + (zn - broadcast(off * rstd, z, channel_dim)) * broadcast(slope, z, channel_dim)
-        sums[1] += (2 * dvariance * variance).sum(0)
+        dzn = (zn - broadcast(off * rstd, z, channel_dim)) * broadcast(slope, z, channel_dim)
+        shares = torch.stack((torch.zeros_like(rstd), (2 * dvariance * variance).sum(0).to(rstd.dtype))) / count
+        dz = dz + reference.normalise_backward(dzn, zn, rstd, None, channel_dim, shares if batch else None)
     if dextreme is not None:
-        dzn = dzn + reference.put_at_positions(dextreme, where, zn, channel_dim)
-        sums += torch.stack((dextreme.sum(0), (dextreme * extreme).sum(0)))
-    if dvariance is not None or dextreme is not None:
-        dz = dz + reference.normalise_backward(dzn, zn, rstd, None, channel_dim, sums / count if batch else None)
+        dzn = reference.put_at_positions(dextreme, where, zn, channel_dim)
+        shares = torch.stack((dextreme.sum(0), (dextreme * extreme).sum(0))) / count
+        dz = dz + reference.normalise_backward(dzn, zn, rstd, None, channel_dim, shares if batch else None)
     return _in_format(dz.to(z.dtype), z, channel_dim), dgamma, dbeta
 
 

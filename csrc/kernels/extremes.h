@@ -1,13 +1,11 @@
 // The extreme values of a map's channels behind a norm, their positions, and the gradient that goes there.
 //
-//   Extremes              reads the map once, in packs and through registers as `reduce` does: of each value of its
-//   packs a
-//                         thread keeps the one that gamma makes the largest, and its position. Threads that share a
-//                         channel meet once a task in shared memory: two barriers of an interleaved map, of a planar
-//                         one as often as its threads can be halved.
-//   SpreadExtremeGradient  a value for each channel of each sample, after the second sweep of a gradient has written
-//   all
-//                         others: it is made again with what comes to it, so that it is rounded once.
+// `extremes` reads the map once, in packs and through registers as `reduce` does: a thread keeps of its values that
+// which gamma makes the largest, and its position. Threads that share a channel meet once a task in shared memory: two
+// barriers of an interleaved map, of a planar one as often as its threads can be halved.
+//
+// `spread_extreme_gradient` makes a value of each channel of each sample again, after the second sweep of a gradient
+// has written all of them, with what comes to it: so it is rounded once.
 //
 // Of equal values the first counts: the same position whatever the number of threads. NaN is beyond all.
 //

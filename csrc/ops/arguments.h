@@ -311,11 +311,11 @@ inline void check_norm_rescale(const Tensor& z, const MapInfo& info, const Tenso
 // Statistics that a cell wants beside the mean: what the pooling behind a norm gave, and their gradients.
 struct CellStatistics {
   OptionalTensor dvariance, variance, dextreme, extreme, where;
-
-  CellStatistics dense_ones() const {
-    return {dense(dvariance), dense(variance), dense(dextreme), dense(extreme), dense(where)};
-  }
 };
+
+inline CellStatistics dense(const CellStatistics& of) {
+  return {dense(of.dvariance), dense(of.variance), dense(of.dextreme), dense(of.extreme), dense(of.where)};
+}
 
 // The gradient of a pooling behind a norm, and of what a rescaling handed on.
 inline void check_norm_pool_gradient(const Tensor& g, const Tensor& handed, const Tensor& dp,

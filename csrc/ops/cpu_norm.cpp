@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor g, Tensor handed, T
   const MapInfo info = map_info(z, channel_dim);
   const CellStatistics given{dvariance, variance, dextreme, extreme, where};
   check_norm_pool_gradient(g, handed, dp, given, z, info, tables, gamma);
-  const CellStatistics statistics = given.dense_ones();
+  const CellStatistics statistics = dense(given);
   const Tensor of_p = dense(dp), sums = dense(handed), all = dense(tables);
   const int64_t n = info.shape.samples, width = info.shape.channels;
   return with_map_type(z, [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor> {

@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor g, Tensor handed, T
   const MapInfo info = map_info(z, channel_dim);
   const CellStatistics given{dvariance, variance, dextreme, extreme, where};
   check_norm_pool_gradient(g, handed, dp, given, z, info, tables, gamma);
-  const CellStatistics statistics = given.dense_ones();
+  const CellStatistics statistics = dense(given);
   return with_gpu_type(z, [&]<class T>() {
     GpuCall call(z, info, 1);
     const int64_t n = call.samples(), width = call.channels(), count = n * width;
