@@ -61,6 +61,11 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 ``rescale_backward``    gradients of x, scale and shortcut
 ======================  ======================================================================
 
+``<name>_into``, of those in ``schemas.RESULT_MAPS``, does the same, but writes its maps into the caller's, which come
+after the other arguments, and returns the rest. They have to have the sizes and strides of the operator's own, apart in
+memory from all arguments; None for a map that the flags do not ask for. Neither autograd nor tensor versions know of
+what is written: for ``inductor``.
+
 Where a gradient takes y, it takes the mask in its place, of implementers that keep one (but for ``rescale_backward``).
 
 An operator may not return its input: with no ReLU the gradient of the shortcut is the incoming
@@ -79,9 +84,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import operator_fakes, operator_references
+from . import inductor, operator_fakes, operator_references
 from .layout import shares_memory
-from .schemas import NAMESPACE, SCHEMAS
+from .schemas import INTO_SCHEMAS, NAMESPACE, RESULT_MAPS, SCHEMAS
 
 Operator: TypeAlias = Any  # torch._ops.OpOverload, which knows no types
 
@@ -96,6 +101,7 @@ def _on_one_device(operator: Operator, fake: Callable[..., Any]) -> Callable[...
     names = [argument.name for argument in operator._schema.arguments]
 
     def checked(*args):
+        inductor.prepare()
         lists = ((name, arg if isinstance(arg, list) else [arg]) for name, arg in zip(names, args, strict=False))
         tensors = [(name, t) for name, of in lists for t in of if isinstance(t, Tensor)]
         first, device = tensors[0][0], tensors[0][1].device
@@ -107,10 +113,37 @@ def _on_one_device(operator: Operator, fake: Callable[..., Any]) -> Callable[...
     return checked
 
 
-#: What runs on every device without a kernel of its own, and on fake tensors, by the operator's name.
-_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    name: (getattr(operator_references, name), getattr(operator_fakes, name)) for name in SCHEMAS
-}
+def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Operator:
+    """Defines an operator, with what runs on every device without a kernel of its own and on fake tensors."""
+    # Any strides are right: without flexible_layout the inductor copies channels_last maps to and fro around each call.
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    operator = getattr(torch.ops.dia_kernels, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _on_one_device(operator, fake), lib=library)
+    return operator
+
+
+def _into(operator: Operator, maps: dict[int, str]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What the form of ``operator`` does that writes into given maps, without a kernel for it; and its fake."""
+
+    def rest(results):
+        results = results if isinstance(results, tuple) else (results,)
+        others = tuple(result for place, result in enumerate(results) if place not in maps)
+        return others[0] if len(others) == 1 else others or None
+
+    @torch.no_grad()
+    def kernel(*args):
+        args, given = args[: -len(maps)], args[-len(maps) :]
+        results = operator(*args)
+        for place, t in zip(maps, given, strict=True):
+            if t is not None:
+                t.copy_(results[place] if isinstance(results, tuple) else results)
+        return rest(results)
+
+    def fake(*args):
+        return rest(operator(*args[: -len(maps)]))
+
+    return kernel, fake
 
 
 class Operators:
@@ -147,14 +180,8 @@ class Operators:
         #: Types of devices that have kernels of ``norm_pool``, ``norm_rescale`` and their gradients.
         self.folding_devices: set[str] = set()
         for name, schema in SCHEMAS.items():
-            # Any strides are right: without flexible_layout the inductor copies channels_last maps to and fro around
-            # each call.
-            library.define(f"{name}{suffix}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-            kernel, fake = _KERNELS[name]
-            library.impl(name + suffix, kernel, "CompositeExplicitAutograd")
-            setattr(self, name, getattr(torch.ops.dia_kernels, name + suffix).default)
-            checked = _on_one_device(getattr(self, name), fake)
-            torch.library.register_fake(f"{NAMESPACE}::{name}{suffix}", checked, lib=library)
+            kernel, fake = getattr(operator_references, name), getattr(operator_fakes, name)
+            setattr(self, name, _define(name + suffix, schema, kernel, fake))
         library.impl("step_" + suffix, partial(_step_in_place_version, self.step_), "ADInplaceOrView", with_keyset=True)
 
     def __repr__(self) -> str:
@@ -179,6 +206,11 @@ def _step_in_place_version(step_: Operator, keyset, x, *args):
 
 #: Those that the native library implements.
 native = Operators("")
+#: Forms of those that write into maps of the caller's, for a compiler (``inductor``), by the operator's name.
+native_into: dict[str, Operator] = {
+    name: _define(f"{name}_into", schema, *_into(getattr(native, name), RESULT_MAPS[name]))
+    for name, schema in INTO_SCHEMAS.items()
+}
 #: Those that nobody implements: the reference, on every device and in every dtype.
 plain = Operators("_plain")
 

@@ -67,7 +67,31 @@ SCHEMAS = {
     " bool need_scale, bool need_shortcut) -> (Tensor, Tensor, Tensor)",
 }
 
+#: The maps among the results of an operator, by their places there: ``<name>_into`` writes them into the caller's.
+RESULT_MAPS = {
+    "step": {0: "y"},
+    "step_backward": {0: "dx", 1: "dshortcut"},
+    "tail": {0: "y"},
+    "tail_backward": {0: "dz", 1: "dshortcut"},
+    "norm_pool_backward": {0: "dz"},
+    "norm_rescale": {0: "y"},
+    "norm_rescale_backward": {2: "g"},
+    "rescale": {0: "y"},
+    "rescale_backward": {0: "dx", 2: "dshortcut"},
+}
+
+
+def _into(schema: str, maps: dict[int, str]) -> str:
+    arguments, results = schema.rsplit(") -> ", 1)
+    given = "".join(f", Tensor({alias}!)? {name}" for alias, name in zip("ab", maps.values(), strict=False))
+    rest = results.count("Tensor") - len(maps)
+    return f"{arguments}{given}) -> " + ("Tensor" if rest == 1 else f"({', '.join(['Tensor'] * rest)})")
+
+
+#: Of ``<name>_into``, by the operator's name.
+INTO_SCHEMAS = {name: _into(SCHEMAS[name], maps) for name, maps in RESULT_MAPS.items()}
+
 
 if __name__ == "__main__":
-    for name, schema in SCHEMAS.items():
+    for name, schema in [*SCHEMAS.items(), *((f"{name}_into", schema) for name, schema in INTO_SCHEMAS.items())]:
         print(f'"{name}{schema}",')

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dia_kernels import backends, masks, operators
 from dia_kernels.cells import split_parameters
+from dia_kernels.schemas import RESULT_MAPS
 
 NAN = float("nan")
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -483,6 +484,8 @@ def run(call: Call, faults: list[str], operators_: operators.Operators) -> str:
     assert len(devices) == 1, f"tensors of several devices were taken: {devices}"
     if devices == {"meta"}:
         return "computed"
+    if operators_ is operators.native and call.operator in RESULT_MAPS:
+        assert_same_into(call, result)
     if is_comparable(call, faults):
         try:
             expected = tensors_of(reference(*fresh))
@@ -493,6 +496,21 @@ def run(call: Call, faults: list[str], operators_: operators.Operators) -> str:
                 result, expected = [*result, call.arguments[name]], [*expected, theirs]
         assert_agree(call, result, expected, on_gpu=operators_ is not operators.native)
     return "computed"
+
+
+def assert_same_into(call: Call, expected: list[Tensor]) -> None:
+    """That into given maps the operator writes what it returned, and returns the rest."""
+    maps = RESULT_MAPS[call.operator]
+    given = [torch.full_like(t, NAN) if t.ndim > 1 else None for t in (expected[place] for place in maps)]
+    rest = operators.native_into[call.operator](*call.arguments.values(), *given)
+    found = [] if rest is None else tensors_of(rest)
+    for place, t in zip(maps, given, strict=True):
+        found.insert(place, expected[place] if t is None else t)
+    for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert ours.shape == theirs.shape, f"result {index} into given maps: {ours.shape}, not {theirs.shape}"
+        if index not in PRIVATE.get(call.operator, ()):
+            same = torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
+            assert same, f"result {index} into given maps: not that of the operator"
 
 
 def overlaps_itself(t: Tensor) -> bool:

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "cpu_cell.h"
+#include "results.h"
 
 namespace dia::ops {
 namespace {
@@ -38,10 +39,11 @@ StepResult run_step(const Tensor& x, const MapInfo& info, const Map<const T>& x_
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x, OptionalTensor shortcut, OptionalTensor h,
-                                                        OptionalTensor c, Tensor w1, Tensor b1, Tensor w2, Tensor b2,
-                                                        Tensor v1, Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim,
-                                                        bool relu, bool tanh_output, bool keep_tables, bool keep_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(const ResultMaps<0>& results, Tensor x, OptionalTensor shortcut,
+                                                        OptionalTensor h, OptionalTensor c, Tensor w1, Tensor b1,
+                                                        Tensor w2, Tensor b2, Tensor v1, Tensor a1, Tensor v2,
+                                                        Tensor a2, int64_t channel_dim, bool relu, bool tanh_output,
+                                                        bool keep_tables, bool keep_mask) {
   const Parameters w{w1, b1, w2, b2, v1, a1, v2, a2};
   const MapInfo info = map_info(x, channel_dim);
   check_step(x, info, shortcut, h, c, w);
@@ -49,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(Tensor x, OptionalTensor
   return with_map_type(x, [&]<class T>() {
     const MapReader<T> x_reader(x, info);
     const OptionalMapReader<T> s_reader(shortcut, info);
-    const Tensor y = empty_map(x, info);
+    const Tensor y = results.make(0, true, x, info);
     StepResult result = run_step<T>(x, info, x_reader.map, s_reader.map, map_writer<T>(y, info), dense(h), dense(c), w,
                                     relu, tanh_output);
     if (!keep_tables) result.tables = empty_table<Compute<T>>(x, {0});
@@ -88,10 +90,11 @@ struct Wanted {
 };
 
 template <class T>
-StepGradients run_step_backward(const OptionalTensor& dy, const OptionalTensor& dh, const OptionalTensor& dc,
-                                const Tensor& x, const OptionalTensor& y, const OptionalTensor& h,
-                                const OptionalTensor& c, const Tensor& new_c, const Tensor& tables_tensor,
-                                const Weights& w, const MapInfo& info, bool tanh_output, Wanted wanted) {
+StepGradients run_step_backward(const ResultMaps<0, 1>& results, const OptionalTensor& dy, const OptionalTensor& dh,
+                                const OptionalTensor& dc, const Tensor& x, const OptionalTensor& y,
+                                const OptionalTensor& h, const OptionalTensor& c, const Tensor& new_c,
+                                const Tensor& tables_tensor, const Weights& w, const MapInfo& info, bool tanh_output,
+                                Wanted wanted) {
   using A = Compute<T>;
   const int64_t n = info.shape.samples, width = info.shape.channels, positions = info.shape.positions;
   const int64_t m = w.input_reduce.size(0);
@@ -100,8 +103,7 @@ StepGradients run_step_backward(const OptionalTensor& dy, const OptionalTensor& 
   const OptionalMapReader<T> dy_reader(dy, info), y_reader(dy ? y : std::nullopt, info);
   const MapReader<T> x_reader(x, info);
   const Tables<A> tables(data_of<A>(tables_tensor), n, width, m);
-  const Tensor dx = wanted.x ? empty_map(x, info) : empty_strided({0}, {1}, x, dtype_code(x));
-  const Tensor dshortcut = wanted.shortcut ? empty_map(x, info) : empty_strided({0}, {1}, x, dtype_code(x));
+  const Tensor dx = results.make(0, wanted.x, x, info), dshortcut = results.make(1, wanted.shortcut, x, info);
   CellGradientPass<A> cell({dh, dc, h, c, new_c, tables, w, n, width, tanh_output}, x, dy.has_value(), wanted.x,
                            wanted.state, wanted.parameters);
 
@@ -127,16 +129,17 @@ StepGradients run_step_backward(const OptionalTensor& dy, const OptionalTensor& 
   return {dx, dshortcut, cell.old_dh, cell.old_dc, cell.parameters()};
 }
 
-StepGradients step_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor x, OptionalTensor y,
-                            OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, Tensor w1, Tensor w2,
-                            Tensor v1, Tensor v2, int64_t channel_dim, bool relu, bool tanh_output, bool need_x,
-                            bool need_shortcut, bool need_state, bool need_parameters, bool as_factors) {
+StepGradients step_backward(const ResultMaps<0, 1>& results, OptionalTensor dy, OptionalTensor dh, OptionalTensor dc,
+                            Tensor x, OptionalTensor y, OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables,
+                            Tensor w1, Tensor w2, Tensor v1, Tensor v2, int64_t channel_dim, bool relu,
+                            bool tanh_output, bool need_x, bool need_shortcut, bool need_state, bool need_parameters,
+                            bool as_factors) {
   const MapInfo info = map_info(x, channel_dim);
   const Weights w{w1, w2, v1, v2};
   check_step_gradient(dy, dh, dc, x, info, y, h, c, new_c, tables, 0, w, relu, false);
   return with_map_type(x, [&]<class T>() {
-    return run_step_backward<T>(dy, dense(dh), dense(dc), x, relu ? y : std::nullopt, dense(h), dense(c), dense(new_c),
-                                dense(tables), w, info, tanh_output,
+    return run_step_backward<T>(results, dy, dense(dh), dense(dc), x, relu ? y : std::nullopt, dense(h), dense(c),
+                                dense(new_c), dense(tables), w, info, tanh_output,
                                 {need_x, need_shortcut, need_state, {need_parameters, as_factors, h}});
   });
 }
@@ -226,7 +229,8 @@ Tensor pool(Tensor x, int64_t channel_dim) {
   });
 }
 
-Tensor rescale(Tensor x, Tensor scale, OptionalTensor shortcut, int64_t channel_dim, bool relu) {
+Tensor rescale(const ResultMaps<0>& results, Tensor x, Tensor scale, OptionalTensor shortcut, int64_t channel_dim,
+               bool relu) {
   const MapInfo info = map_info(x, channel_dim);
   check_scale(scale, info, x);
   if (shortcut) check_map("shortcut", *shortcut, x);
@@ -234,15 +238,15 @@ Tensor rescale(Tensor x, Tensor scale, OptionalTensor shortcut, int64_t channel_
   return with_map_type(x, [&]<class T>() {
     const MapReader<T> reader(x, info);
     const OptionalMapReader<T> s_reader(shortcut, info);
-    const Tensor y = empty_map(x, info);
+    const Tensor y = results.make(0, true, x, info);
     run_rescale<T>({info.shape, reader.map, s_reader.map, map_writer<T>(y, info), data_of<Compute<T>>(scales), relu},
                    {0, info.shape.samples});
     return y;
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> rescale_backward(Tensor dy, Tensor x, Tensor scale, OptionalTensor y,
-                                                    int64_t channel_dim, bool need_x, bool need_scale,
+std::tuple<Tensor, Tensor, Tensor> rescale_backward(const ResultMaps<0, 2>& results, Tensor dy, Tensor x, Tensor scale,
+                                                    OptionalTensor y, int64_t channel_dim, bool need_x, bool need_scale,
                                                     bool need_shortcut) {
   const MapInfo info = map_info(x, channel_dim);
   check_scale(scale, info, x);
@@ -253,8 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(Tensor dy, Tensor x, Tensor 
     using A = Compute<T>;
     const MapReader<T> dy_reader(dy, info), x_reader(x, info);
     const OptionalMapReader<T> y_reader(y, info);
-    const Tensor dx = need_x ? empty_map(x, info) : empty_strided({0}, {1}, x, dtype_code(x));
-    const Tensor dshortcut = need_shortcut ? empty_map(x, info) : empty_strided({0}, {1}, x, dtype_code(x));
+    const Tensor dx = results.make(0, need_x, x, info), dshortcut = results.make(1, need_shortcut, x, info);
     const Tensor dscale =
         need_scale ? empty_table<A>(x, {info.shape.samples, info.shape.channels}) : empty_table<A>(x, {0});
     const Map<T> g = need_shortcut ? map_writer<T>(dshortcut, info) : Map<T>{};
@@ -279,13 +282,13 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(Tensor dy, Tensor x, Tensor 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dia_kernels, CPU, m) {
-  m.impl("step", TORCH_BOX(&step));
+  DIA_IMPL_FORMS(m, step);
   m.impl("step_", TORCH_BOX(&step_in_place));
-  m.impl("step_backward", TORCH_BOX(&step_backward));
+  DIA_IMPL_FORMS(m, step_backward);
   m.impl("parameter_gradients", TORCH_BOX(&parameter_gradients));
   m.impl("pool", TORCH_BOX(&pool));
-  m.impl("rescale", TORCH_BOX(&rescale));
-  m.impl("rescale_backward", TORCH_BOX(&rescale_backward));
+  DIA_IMPL_FORMS(m, rescale);
+  DIA_IMPL_FORMS(m, rescale_backward);
 }
 
 }  // namespace dia::ops

@@ -8,6 +8,8 @@
 
 #include <tuple>
 
+#include "results.h"
+
 namespace dia::ops {
 namespace {
 
@@ -79,13 +81,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_pool_tra
   return {of.p, of.tables, of.tokens.of_g, of.tokens.of_handed, of.variance, of.extreme, of.where};
 }
 
-std::tuple<Tensor, Tensor> norm_rescale(Tensor z, Tensor scale, OptionalTensor shortcut, Tensor tables, OptionalTensor,
-                                        OptionalTensor, OptionalTensor gamma, OptionalTensor beta, int64_t channel_dim,
-                                        bool relu, bool keep_mask) {
+std::tuple<Tensor, Tensor> norm_rescale(const ResultMaps<0>& results, Tensor z, Tensor scale, OptionalTensor shortcut,
+                                        Tensor tables, OptionalTensor, OptionalTensor, OptionalTensor gamma,
+                                        OptionalTensor beta, int64_t channel_dim, bool relu, bool keep_mask) {
   const MapInfo info = map_info(z, channel_dim);
   check_norm_rescale(z, info, scale, shortcut, tables, gamma, beta);
   check_no_mask(keep_mask);
-  const Tensor y = empty_map(z, info), scales = dense(scale), all = dense(tables);
+  const Tensor y = results.make(0, true, z, info), scales = dense(scale), all = dense(tables);
   with_map_type(z, [&]<class T>() {
     using A = Compute<T>;
     const MapReader<T> z_reader(z, info);
@@ -98,14 +100,14 @@ std::tuple<Tensor, Tensor> norm_rescale(Tensor z, Tensor scale, OptionalTensor s
   return {y, empty_mask(false, z, info)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(Tensor dy, OptionalTensor y, Tensor z, Tensor scale,
-                                                         Tensor tables, OptionalTensor gamma, OptionalTensor beta,
-                                                         int64_t channel_dim, bool need_g) {
+std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(const ResultMaps<2>& results, Tensor dy, OptionalTensor y,
+                                                         Tensor z, Tensor scale, Tensor tables, OptionalTensor gamma,
+                                                         OptionalTensor beta, int64_t channel_dim, bool need_g) {
   const MapInfo info = map_info(z, channel_dim);
   check_result_gradient(dy, y, z, info, false);
   check_norm_rescale(z, info, scale, std::nullopt, tables, gamma, beta);
   const int64_t n = info.shape.samples, width = info.shape.channels;
-  const Tensor g = map_if(need_g, z, info), all = dense(tables), scales = dense(scale);
+  const Tensor g = results.make(0, need_g, z, info), all = dense(tables), scales = dense(scale);
   return with_map_type(z, [&]<class T>() -> std::tuple<Tensor, Tensor, Tensor> {
     using A = Compute<T>;
     const Tensor dscale = empty_table<A>(z, {n, width}), handed = empty_table<A>(z, {3, n, width});
@@ -125,11 +127,12 @@ std::tuple<Tensor, Tensor, Tensor> norm_rescale_backward(Tensor dy, OptionalTens
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor g, Tensor handed, Tensor dp, OptionalTensor dvariance,
-                                                      OptionalTensor variance, OptionalTensor dextreme,
-                                                      OptionalTensor extreme, OptionalTensor where, Tensor z,
-                                                      Tensor tables, OptionalTensor gamma, int64_t channel_dim,
-                                                      bool batch, bool need_z) {
+std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(const ResultMaps<0>& results, Tensor g, Tensor handed, Tensor dp,
+                                                      OptionalTensor dvariance, OptionalTensor variance,
+                                                      OptionalTensor dextreme, OptionalTensor extreme,
+                                                      OptionalTensor where, Tensor z, Tensor tables,
+                                                      OptionalTensor gamma, int64_t channel_dim, bool batch,
+                                                      bool need_z) {
   const MapInfo info = map_info(z, channel_dim);
   const CellStatistics given{dvariance, variance, dextreme, extreme, where};
   check_norm_pool_gradient(g, handed, dp, given, z, info, tables, gamma);
@@ -142,7 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor g, Tensor handed, T
     A *by_gamma = data_of<A>(dgamma), *by_beta = data_of<A>(dbeta);
     const A *sum = data_of<A>(sums), *scale = sum + 2 * n * width, *p = data_of<A>(of_p);
     norm_gradients(info.shape, scale, p, sum, NormTables<A>(all, n, width), by_beta, by_gamma);
-    if (!need_z) return {map_if(false, z, info), dgamma, dbeta};
+    const Tensor dz = results.make(0, need_z, z, info);
+    if (!need_z) return {dz, dgamma, dbeta};
     const Tensor shares = empty_table<A>(z, {2 * width});
     const A count = static_cast<A>(static_cast<double>(info.shape.positions) * static_cast<double>(n));
     A* share = data_of<A>(shares);
@@ -152,11 +156,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor g, Tensor handed, T
     const StatisticGradients<A> gradients{data_of<double>(statistics.dvariance), data_of<double>(statistics.variance),
                                           data_of<A>(statistics.dextreme), data_of<A>(statistics.extreme),
                                           data_of<int64_t>(statistics.where)};
-    Spreading<T> spreading({g_reader.map, {}, z_reader.map}, z, info, all, gamma, scale, p, batch ? share : nullptr,
+    Spreading<T> spreading({g_reader.map, {}, z_reader.map}, dz, info, all, gamma, scale, p, batch ? share : nullptr,
                            gradients);
     if (batch) spreading.start();
     for_chunks(n, 0, 0, [&](Chunk chunk) { spreading.run(chunk); });
-    return {spreading.dz, dgamma, dbeta};
+    return {dz, dgamma, dbeta};
   });
 }
 
@@ -165,9 +169,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_pool_backward(Tensor g, Tensor handed, T
 STABLE_TORCH_LIBRARY_IMPL(dia_kernels, CPU, m) {
   m.impl("norm_pool", TORCH_BOX(&norm_pool));
   m.impl("norm_pool_tracking_", TORCH_BOX(&norm_pool_tracking));
-  m.impl("norm_rescale", TORCH_BOX(&norm_rescale));
-  m.impl("norm_rescale_backward", TORCH_BOX(&norm_rescale_backward));
-  m.impl("norm_pool_backward", TORCH_BOX(&norm_pool_backward));
+  DIA_IMPL_FORMS(m, norm_rescale);
+  DIA_IMPL_FORMS(m, norm_rescale_backward);
+  DIA_IMPL_FORMS(m, norm_pool_backward);
 }
 
 }  // namespace dia::ops

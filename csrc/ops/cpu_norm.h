@@ -278,11 +278,6 @@ inline void track(const TrackedBuffers& of, const Tensor& mean, const Tensor& va
   ++*data_of<int64_t>(of.batches);
 }
 
-// The map where it is wanted, else an empty tensor.
-inline Tensor map_if(bool wanted, const Tensor& like, const MapInfo& info) {
-  return wanted ? empty_map(like, info) : empty_strided({0}, {1}, like, dtype_code(like));
-}
-
 // What the second sweep reads: g, or dy with the y that masks it, and z. Absent ones have no data.
 template <class T>
 struct Sources {
@@ -375,11 +370,10 @@ class Spreading {
 
  public:
   // `shares`: dbeta and dgamma divided by the number of a channel's values; null where the statistics were given.
-  Spreading(const Sources<T>& sources, const Tensor& z, const MapInfo& info, const Tensor& tables,
+  Spreading(const Sources<T>& sources, const Tensor& dz, const MapInfo& info, const Tensor& tables,
             const OptionalTensor& gamma, const A* new_h, const A* dp, const A* shares,
             const StatisticGradients<A>& statistics = {})
-      : dz(empty_map(z, info)),
-        sources_(sources),
+      : sources_(sources),
         shape_(info.shape),
         new_h_(new_h),
         dp_(dp),
@@ -387,7 +381,7 @@ class Spreading {
         statistics_(statistics),
         norm_(tables, shape_.samples, shape_.channels),
         affine_(gamma, std::nullopt),
-        scratch_(empty_table<A>(z, {(4 * shape_.samples + 3) * shape_.channels})),
+        scratch_(empty_table<A>(dz, {(4 * shape_.samples + 3) * shape_.channels})),
         scale_(data_of<A>(scratch_)),
         offset_(scale_ + shape_.samples * shape_.channels),
         added_(offset_ + shape_.samples * shape_.channels),
@@ -451,8 +445,6 @@ class Spreading {
         for (int64_t k = a; k < b; ++k) map_kernels<T>().spread_extreme_gradient({sweep, where, added_}, k, 0, width);
       });
   }
-
-  Tensor dz;
 
  private:
   // What the statistics add, of a sample and channel, to the sums over all positions of u and of u zn.

@@ -8,6 +8,7 @@
 
 #include "cpu_cell.h"
 #include "cpu_norm.h"
+#include "results.h"
 
 namespace dia::ops {
 namespace {
@@ -15,15 +16,15 @@ namespace {
 using TailResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
-TailResult run_tail(const Tensor& z, const MapInfo& info, const OptionalTensor& shortcut, const OptionalTensor& h,
-                    const OptionalTensor& c, const OptionalTensor& gamma, const OptionalTensor& beta,
-                    const OptionalTensor& given_mean, const OptionalTensor& given_var,
+TailResult run_tail(const ResultMaps<0>& results, const Tensor& z, const MapInfo& info, const OptionalTensor& shortcut,
+                    const OptionalTensor& h, const OptionalTensor& c, const OptionalTensor& gamma,
+                    const OptionalTensor& beta, const OptionalTensor& given_mean, const OptionalTensor& given_var,
                     const OptionalTensor& sample_means, double eps, const Parameters& w, bool relu, bool tanh_output) {
   using A = Compute<T>;
   const int64_t n = info.shape.samples, width = info.shape.channels, m = w.input_reduce_weight.size(0);
   const MapReader<T> z_reader(z, info);
   const OptionalMapReader<T> s_reader(shortcut, info);
-  const Tensor y = empty_map(z, info);
+  const Tensor y = results.make(0, true, z, info);
   const Tensor new_h = empty_table<A>(z, {n, width}), new_c = empty_table<A>(z, {n, width});
   const Tensor all = empty_table<A>(z, {Tables<A>::count(n, width, m) + NormTables<A>::count(n, width)});
   const Tables<A> tables(data_of<A>(all), n, width, m);
@@ -59,27 +60,28 @@ TailResult run_tail(const Tensor& z, const MapInfo& info, const OptionalTensor& 
 }
 
 // A tail's arguments, checked.
-TailResult checked_tail(const Tensor& z, const OptionalTensor& shortcut, const OptionalTensor& h,
-                        const OptionalTensor& c, const OptionalTensor& gamma, const OptionalTensor& beta,
-                        const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& means, double eps,
-                        const Parameters& w, int64_t channel_dim, bool relu, bool tanh_output, bool keep_mask) {
+TailResult checked_tail(const ResultMaps<0>& results, const Tensor& z, const OptionalTensor& shortcut,
+                        const OptionalTensor& h, const OptionalTensor& c, const OptionalTensor& gamma,
+                        const OptionalTensor& beta, const OptionalTensor& mean, const OptionalTensor& var,
+                        const OptionalTensor& means, double eps, const Parameters& w, int64_t channel_dim, bool relu,
+                        bool tanh_output, bool keep_mask) {
   const MapInfo info = map_info(z, channel_dim);
   check_step(z, info, shortcut, h, c, w);
   check_norm(z, info, gamma, beta, mean, var);
   if (means) check_means(*means, z, info);
   check_no_mask(keep_mask);
   return with_map_type(z, [&]<class T>() {
-    return run_tail<T>(z, info, shortcut, dense(h), dense(c), gamma, beta, mean, var, dense(means), eps, w, relu,
-                       tanh_output);
+    return run_tail<T>(results, z, info, shortcut, dense(h), dense(c), gamma, beta, mean, var, dense(means), eps, w,
+                       relu, tanh_output);
   });
 }
 
-TailResult tail(Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c, OptionalTensor gamma,
-                OptionalTensor beta, OptionalTensor mean, OptionalTensor var, double eps, Tensor w1, Tensor b1,
-                Tensor w2, Tensor b2, Tensor v1, Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim, bool relu,
-                bool tanh_output, bool keep_mask) {
-  return checked_tail(z, shortcut, h, c, gamma, beta, mean, var, std::nullopt, eps, {w1, b1, w2, b2, v1, a1, v2, a2},
-                      channel_dim, relu, tanh_output, keep_mask);
+TailResult tail(const ResultMaps<0>& results, Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
+                OptionalTensor gamma, OptionalTensor beta, OptionalTensor mean, OptionalTensor var, double eps,
+                Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1, Tensor v2, Tensor a2,
+                int64_t channel_dim, bool relu, bool tanh_output, bool keep_mask) {
+  return checked_tail(results, z, shortcut, h, c, gamma, beta, mean, var, std::nullopt, eps,
+                      {w1, b1, w2, b2, v1, a1, v2, a2}, channel_dim, relu, tanh_output, keep_mask);
 }
 
 // With the statistics of the batch, towards which the norm's buffers are moved.
@@ -92,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_tracking(
   const TrackedBuffers buffers{running_mean, running_var, batches, factor};
   check_tracked(buffers, z, info, {z, shortcut, h, c, gamma, beta, w1, b1, w2, b2, v1, a1, v2, a2});
   const auto [y, new_h, new_c, tables, mean, var, mask] =
-      checked_tail(z, shortcut, h, c, gamma, beta, std::nullopt, std::nullopt, std::nullopt, eps,
+      checked_tail({}, z, shortcut, h, c, gamma, beta, std::nullopt, std::nullopt, std::nullopt, eps,
                    {w1, b1, w2, b2, v1, a1, v2, a2}, channel_dim, relu, tanh_output, keep_mask);
   track(buffers, mean, var, info.shape);
   return {y, new_h, new_c, tables, mask};
@@ -104,8 +106,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_join(
     Tensor mean, Tensor var, Tensor means, double eps, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1,
     Tensor v2, Tensor a2, int64_t channel_dim, bool relu, bool tanh_output, bool keep_mask) {
   const auto [y, new_h, new_c, tables, none, nothing, mask] =
-      checked_tail(z, shortcut, h, c, gamma, beta, mean, var, means, eps, {w1, b1, w2, b2, v1, a1, v2, a2}, channel_dim,
-                   relu, tanh_output, keep_mask);
+      checked_tail({}, z, shortcut, h, c, gamma, beta, mean, var, means, eps, {w1, b1, w2, b2, v1, a1, v2, a2},
+                   channel_dim, relu, tanh_output, keep_mask);
   return {y, new_h, new_c, tables, mask};
 }
 
@@ -135,8 +137,10 @@ class Reduction {
   using A = Compute<T>;
 
  public:
-  Reduction(const GivenGradient& given, bool need_p, bool need_shortcut, bool need_state, WantedParameters parameters)
-      : dshortcut(map_if(need_shortcut, given.z, given.info)),
+  // `g`, the map for the shortcut's gradient, if that is wanted.
+  Reduction(const GivenGradient& given, const Tensor& g, bool need_p, bool need_shortcut, bool need_state,
+            WantedParameters parameters)
+      : dshortcut(g),
         cell({given.dh, given.dc, given.h, given.c, given.new_c, given.cell_tables<A>(), given.weights, given.samples(),
               given.width(), given.tanh_output},
              given.z, given.dy.has_value(), need_p, need_state, parameters),
@@ -185,13 +189,15 @@ struct Wanted {
 using TailGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
-TailGradients run_tail_backward(const GivenGradient& given, bool batch, Wanted wanted) {
+TailGradients run_tail_backward(const ResultMaps<0, 1>& results, const GivenGradient& given, bool batch,
+                                Wanted wanted) {
   using A = Compute<T>;
   const Tensor& z = given.z;
   const MapInfo& info = given.info;
   const int64_t n = given.samples(), width = given.width();
   const double count = static_cast<double>(info.shape.positions) * static_cast<double>(n);
-  Reduction<T> reduction(given, wanted.z || wanted.affine, wanted.shortcut, wanted.state, wanted.parameters);
+  const Tensor dz = results.make(0, wanted.z, z, info), dshortcut = results.make(1, wanted.shortcut, z, info);
+  Reduction<T> reduction(given, dshortcut, wanted.z || wanted.affine, wanted.shortcut, wanted.state, wanted.parameters);
   const auto& cell = reduction.cell;
   const Tensor sums = empty_table<A>(z, {2 * width}), shares = empty_table<A>(z, {2 * width});
   A *sum = data_of<A>(sums), *share = data_of<A>(shares);
@@ -199,7 +205,7 @@ TailGradients run_tail_backward(const GivenGradient& given, bool batch, Wanted w
   const Sources<T> sources = reduction.sources();
   std::optional<Spreading<T>> spreading;
   if (wanted.z)
-    spreading.emplace(sources, z, info, given.tables, given.gamma, cell.new_h, cell.dp, batch ? share : nullptr);
+    spreading.emplace(sources, dz, info, given.tables, given.gamma, cell.new_h, cell.dp, batch ? share : nullptr);
   if (batch) {
     for_chunks(n, 0, 0, [&](Chunk chunk) { reduction.run(chunk); });
     if (wanted.z || wanted.affine) reduction.channel_sums(sum, sum + width);
@@ -223,13 +229,7 @@ TailGradients run_tail_backward(const GivenGradient& given, bool batch, Wanted w
     std::copy(sum, sum + width, data_of<A>(dbeta));
     std::copy(sum + width, sum + 2 * width, data_of<A>(dgamma));
   }
-  return {wanted.z ? spreading->dz : map_if(false, z, info),
-          reduction.dshortcut,
-          cell.old_dh,
-          cell.old_dc,
-          dgamma,
-          dbeta,
-          cell.parameters()};
+  return {dz, dshortcut, cell.old_dh, cell.old_dc, dgamma, dbeta, cell.parameters()};
 }
 
 // The arguments of the gradient, checked.
@@ -254,15 +254,16 @@ GivenGradient given_gradient(OptionalTensor dy, OptionalTensor dh, OptionalTenso
           tanh_output};
 }
 
-TailGradients tail_backward(OptionalTensor dy, OptionalTensor dh, OptionalTensor dc, Tensor z, OptionalTensor y,
-                            OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables, OptionalTensor gamma,
-                            OptionalTensor beta, Tensor w1, Tensor w2, Tensor v1, Tensor v2, int64_t channel_dim,
-                            bool relu, bool tanh_output, bool batch, bool need_z, bool need_shortcut, bool need_state,
-                            bool need_parameters, bool need_affine, bool as_factors) {
+TailGradients tail_backward(const ResultMaps<0, 1>& results, OptionalTensor dy, OptionalTensor dh, OptionalTensor dc,
+                            Tensor z, OptionalTensor y, OptionalTensor h, OptionalTensor c, Tensor new_c, Tensor tables,
+                            OptionalTensor gamma, OptionalTensor beta, Tensor w1, Tensor w2, Tensor v1, Tensor v2,
+                            int64_t channel_dim, bool relu, bool tanh_output, bool batch, bool need_z,
+                            bool need_shortcut, bool need_state, bool need_parameters, bool need_affine,
+                            bool as_factors) {
   const GivenGradient given = given_gradient(dy, dh, dc, z, y, h, c, new_c, tables, gamma, beta, {w1, w2, v1, v2},
                                              channel_dim, relu, tanh_output);
   return with_map_type(z, [&]<class T>() {
-    return run_tail_backward<T>(given, batch,
+    return run_tail_backward<T>(results, given, batch,
                                 {need_z, need_shortcut, need_state, {need_parameters, as_factors, h}, need_affine});
   });
 }
@@ -304,13 +305,14 @@ ReducedGradients tail_reduce(OptionalTensor dy, OptionalTensor dh, OptionalTenso
   return with_map_type(z, [&]<class T>() -> ReducedGradients {
     using A = Compute<T>;
     const int64_t n = given.samples(), width = given.width();
-    Reduction<T> reduction(given, true, need_shortcut, need_state, {need_parameters, false, h});
+    const Tensor dshortcut = map_if(need_shortcut, z, given.info);
+    Reduction<T> reduction(given, dshortcut, true, need_shortcut, need_state, {need_parameters, false, h});
     const auto& cell = reduction.cell;
     for_chunks(n, 0, 0, [&](Chunk chunk) { reduction.run(chunk); });
     const Tensor sums = empty_table<A>(z, {2, width}), dp = empty_table<A>(z, {n, width});
     reduction.channel_sums(data_of<A>(sums), data_of<A>(sums) + width);
     std::copy_n(cell.dp, n * width, data_of<A>(dp));
-    return {sums, reduction.dshortcut, dp, cell.old_dh, cell.old_dc, cell.parameters()};
+    return {sums, dshortcut, dp, cell.old_dh, cell.old_dc, cell.parameters()};
   });
 }
 
@@ -323,20 +325,21 @@ Tensor tail_spread(OptionalTensor dy, OptionalTensor y, Tensor z, Tensor new_h, 
     const Tensor h = dense(new_h), p = dense(dp), all = dense(tables), share = dense(shares);
     const OptionalMapReader<T> dy_reader(dy, info), y_reader(dy ? y : std::nullopt, info);
     const MapReader<T> z_reader(z, info);
-    Spreading<T> spreading({dy_reader.map, y_reader.map, z_reader.map}, z, info, all, gamma, data_of<A>(h),
+    const Tensor dz = empty_map(z, info);
+    Spreading<T> spreading({dy_reader.map, y_reader.map, z_reader.map}, dz, info, all, gamma, data_of<A>(h),
                            data_of<A>(p), data_of<A>(share));
     spreading.start();
     for_chunks(info.shape.samples, 0, 0, [&](Chunk chunk) { spreading.run(chunk); });
-    return spreading.dz;
+    return dz;
   });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dia_kernels, CPU, m) {
-  m.impl("tail", TORCH_BOX(&tail));
+  DIA_IMPL_FORMS(m, tail);
   m.impl("tail_tracking_", TORCH_BOX(&tail_tracking));
-  m.impl("tail_backward", TORCH_BOX(&tail_backward));
+  DIA_IMPL_FORMS(m, tail_backward);
   m.impl("statistics", TORCH_BOX(&statistics));
   m.impl("tail_join", TORCH_BOX(&tail_join));
   m.impl("tail_reduce", TORCH_BOX(&tail_reduce));

@@ -171,6 +171,11 @@ inline Tensor empty_map(const Tensor& x, const MapInfo& info) {
   return map;
 }
 
+// The map where it is wanted, else an empty tensor.
+inline Tensor map_if(bool wanted, const Tensor& like, const MapInfo& info) {
+  return wanted ? empty_map(like, info) : empty_strided({0}, {1}, like, dtype_code(like));
+}
+
 // A map as a kernel reads it. Where the kernel cannot walk the tensor as it is, `tensor` is a copy.
 template <class T>
 struct MapReader {

@@ -1,0 +1,118 @@
+// Maps among an operator's results that its caller has made: each operator `name` that can write into them is there a
+// second time, as `name_into`. A compiler, which knows what memory is free, gives it memory that is mapped and perhaps
+// in a cache, where a map of our own is fresh (docs/kernels.md, huge pages).
+#pragma once
+
+#include <array>
+#include <tuple>
+#include <utility>
+
+#include "tensors.h"
+
+namespace dia::ops {
+
+// The maps among the results, which stand at `places` there. Those that the caller has made, in this order; or nothing,
+// and each is made when it is asked for.
+template <int... places>
+class ResultMaps {
+ public:
+  using Given = std::array<OptionalTensor, sizeof...(places)>;
+
+  ResultMaps() = default;
+  explicit ResultMaps(Given given) : given_(std::move(given)) {}
+
+  // The k-th, shaped like x; an empty tensor where it is not wanted.
+  Tensor make(size_t k, bool wanted, const Tensor& x, const MapInfo& info) const {
+    if (!given_) return map_if(wanted, x, info);
+    const OptionalTensor& map = (*given_)[k];
+    check(map.has_value() == wanted, "into: result ", std::array{places...}[k],
+          wanted ? ": expected a map, got None" : ": a map that the flags do not ask for");
+    if (!wanted) return map_if(false, x, info);
+    check_map("into", *map, x);
+    for (int64_t d = 0; d < x.dim() && x.numel() > 0; ++d)
+      check(x.size(d) == 1 || map->stride(d) == info.strides[d], "into: result ", std::array{places...}[k],
+            ": expected the strides that the operator gives its own");
+    return *map;
+  }
+
+ private:
+  std::optional<Given> given_;
+};
+
+namespace detail {
+
+template <int>
+using EachMap = OptionalTensor;
+
+// The bytes of t, first and last.
+inline std::pair<const char*, const char*> bytes_of(const Tensor& t) {
+  const char* first = static_cast<const char*>(t.const_data_ptr());
+  return {first, first + extent(t) * static_cast<int64_t>(t.element_size())};
+}
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  const auto [a_first, a_last] = bytes_of(a);
+  const auto [b_first, b_last] = bytes_of(b);
+  return a_first < b_last && b_first < a_last;
+}
+inline bool overlap(const Tensor& a, const OptionalTensor& b) { return b && overlap(a, *b); }
+template <class Other>
+bool overlap(const Tensor&, const Other&) {
+  return false;
+}
+
+template <int place, int... places>
+auto unless_in(Tensor& t) {
+  if constexpr (((place == places) || ...))
+    return std::tuple<>();
+  else
+    return std::tuple<Tensor>(std::move(t));
+}
+
+// What an operator returns beside its maps.
+template <int... places, class... Results, size_t... all>
+auto rest_of(std::tuple<Results...>& results, std::index_sequence<all...>) {
+  return std::tuple_cat(unless_in<static_cast<int>(all), places...>(std::get<all>(results))...);
+}
+
+}  // namespace detail
+
+// The two forms of an operator that takes a ResultMaps before its arguments.
+template <auto operation>
+struct Forms;
+
+template <class Results, int... places, class... Arguments,
+          Results (*operation)(const ResultMaps<places...>&, Arguments...)>
+struct Forms<operation> {
+  // With maps of its own.
+  static Results own(Arguments... arguments) { return operation({}, std::move(arguments)...); }
+
+  // Into `maps`, which no argument may overlap.
+  static auto into(Arguments... arguments, detail::EachMap<places>... maps) {
+    const auto check_apart = [&](const OptionalTensor& map) {
+      check(!map || !(detail::overlap(*map, arguments) || ...), "into: a map that shares memory with an argument");
+    };
+    (check_apart(maps), ...);
+    if constexpr (sizeof...(places) == 2) {
+      const typename ResultMaps<places...>::Given given{maps...};
+      check(!given[0] || !detail::overlap(*given[0], given[1]), "into: maps that share memory");
+    }
+    const ResultMaps<places...> results({maps...});
+    if constexpr (std::is_same_v<Results, Tensor>) {
+      operation(results, std::move(arguments)...);
+    } else {
+      Results all = operation(results, std::move(arguments)...);
+      auto rest = detail::rest_of<places...>(all, std::make_index_sequence<std::tuple_size_v<Results>>());
+      if constexpr (std::tuple_size_v<decltype(rest)> == 1)
+        return std::get<0>(rest);
+      else
+        return rest;
+    }
+  }
+};
+
+}  // namespace dia::ops
+
+// Registers an operator in both forms.
+#define DIA_IMPL_FORMS(m, name)                             \
+  m.impl(#name, TORCH_BOX(&::dia::ops::Forms<&name>::own)); \
+  m.impl(#name "_into", TORCH_BOX(&::dia::ops::Forms<&name>::into))

@@ -1,0 +1,72 @@
+"""How torch.compile's inductor runs our operators on a CPU: their maps go into buffers of its own.
+
+By itself the inductor calls an operator as it is, and each of its results is fresh memory, which the system must first
+fill: for maps that the C library maps anew each time (32 MB and more) that takes longer than the operator. What the
+inductor allocates it uses again, as soon as nobody needs it. So an operator is lowered to its form that writes into
+given maps (``operators``, ``<name>_into``). On a GPU memory comes from torch's allocator, which keeps it, and there is
+nothing to gain.
+
+Torch has a way of its own, overloads that are tagged ``out``; in 2.14 it fails where a result is not used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from .schemas import RESULT_MAPS
+
+
+def prepare() -> None:
+    """Tells the inductor, once it is there: whoever does not compile does not wait for its import."""
+    if "torch._inductor.lowering" in sys.modules:
+        _register()
+
+
+@cache
+def _register() -> None:
+    from torch._inductor import lowering
+
+    for name, maps in RESULT_MAPS.items():
+        operator, into = (getattr(torch.ops.dia_kernels, n).default for n in (name, f"{name}_into"))
+        lowering.register_lowering(operator, type_promotion_kind=None)(partial(_lower, operator, into, maps))
+
+
+def _lower(operator: Callable, into: Callable, maps: dict[int, str], *args: Any) -> Any:
+    """Puts a call of ``operator`` into the inductor's graph, as one of ``into``."""
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    # The operator as it is. Where it only tells what its results look like, nobody uses it, and it does not run.
+    results = _call(operator, *args)
+    devices = {str(arg.get_device()) for arg in args if isinstance(arg, ir.IRNode)}
+    if devices != {"cpu"} or V.graph.cpp_wrapper:
+        return results
+    all_results = list(results) if isinstance(results, (tuple, list)) else [results]
+    for place in maps:
+        all_results[place] = _buffer(all_results[place])
+    # A map that is not wanted is an empty tensor of one dimension.
+    given = [t if len(t.get_size()) > 1 else None for t in (all_results[place] for place in maps)]
+    rest = _call(into, *args, *given)
+    others = [place for place in range(len(all_results)) if place not in maps]
+    for place, result in zip(others, rest if isinstance(rest, (tuple, list)) else [rest], strict=False):
+        all_results[place] = result
+    return tuple(all_results) if isinstance(results, (tuple, list)) else all_results[0]
+
+
+def _call(operator: Callable, *args: Any) -> Any:
+    from torch._inductor import lowering
+
+    return lowering.fallback_handler(operator, add_to_fallback_set=False)(*args)
+
+
+def _buffer(like: Any) -> Any:
+    """Uninitialised memory with the layout of a result, which the inductor gives out and takes back."""
+    from torch._inductor import lowering
+
+    layout = like.get_layout()
+    return lowering.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device=layout.device)

@@ -1,0 +1,282 @@
+"""Operators that write into maps of the caller's, and the compiler that makes these maps."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import operator_fuzzing
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+from torch.library import opcheck
+
+from dia_kernels import SharedAttention, create_attention, models, operators
+from dia_kernels.schemas import RESULT_MAPS
+
+needs_native = pytest.mark.skipif(operators.library_error is not None, reason="the native library is not loaded")
+
+
+def call_of(name: str, seed: int, dtype: torch.dtype = torch.float32) -> list:
+    """The arguments of a call that is right."""
+    arguments = operator_fuzzing.Maker(random.Random(f"{name}/{seed}"), dtype, False).arguments(name)
+    return [arguments[argument] for argument in operator_fuzzing.names_of(name)]
+
+
+def results_of(name: str, arguments: list) -> tuple[Tensor, ...]:
+    results = getattr(operators.native, name)(*arguments)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def maps_for(name: str, results: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Maps full of NaN to write into, for the ``results`` of the same call; None for those that are not wanted."""
+    wanted = [results[place] for place in RESULT_MAPS[name]]
+    return [torch.full_like(t, float("nan")) if t.ndim > 1 else None for t in wanted]
+
+
+def joined(name: str, rest: object, maps: list[Tensor | None]) -> list[Tensor]:
+    """Results as the operator itself returns them."""
+    rest = [] if rest is None else list(rest) if isinstance(rest, tuple) else [rest]
+    for place, t in zip(RESULT_MAPS[name], maps, strict=True):
+        rest.insert(place, torch.empty(0) if t is None else t)
+    return rest
+
+
+@pytest.mark.parametrize("kernel", ["native", "copied"])
+@pytest.mark.parametrize("name", RESULT_MAPS)
+def test_the_same_bits_as_the_operator(name, kernel):
+    into: Callable = operators.native_into[name]
+    if kernel == "copied":
+        into, _ = operators._into(getattr(operators.native, name), RESULT_MAPS[name])
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    for seed in range(30):
+        arguments = call_of(name, seed, dtypes[seed % 3])
+        expected = results_of(name, arguments)
+        maps = maps_for(name, expected)
+        found = joined(name, into(*arguments, *maps), maps)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.shape == theirs.shape, seed
+            assert torch.equal(ours, theirs) or torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7)), seed
+
+
+@pytest.mark.parametrize("name", RESULT_MAPS)
+def test_opcheck(name):
+    arguments, maps = good_call(name)
+    opcheck(operators.native_into[name], (*arguments, *maps))
+
+
+def good_call(name: str, wanted: bool = True) -> tuple[list, list[Tensor | None]]:
+    """A call on samples, channels and positions, and its maps, which are all wanted, or not all."""
+    for seed in range(1000):
+        arguments = call_of(name, seed)
+        maps = maps_for(name, results_of(name, arguments))
+        size = map_of(name, arguments).shape
+        if len(size) == 4 and min(size) > 1 and all(t is not None for t in maps) == wanted:
+            return arguments, maps
+    raise AssertionError("no such call")
+
+
+def map_of(name: str, arguments: list) -> Tensor:
+    return next(a for n, a in zip(operator_fuzzing.names_of(name), arguments, strict=True) if n in ("x", "z"))
+
+
+def strided(t: Tensor) -> Tensor:
+    return torch.empty(*t.shape[:-1], 2 * t.shape[-1]).fill_(float("nan"))[..., ::2]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda t: t[1:], "into: expected sizes"),
+        (lambda t: t.double(), "into: unexpected dtype"),
+        (lambda t: t.to("meta"), "on meta"),
+        (strided, "into: result . ?: expected the strides"),
+        (lambda t: None, "into: result . ?: expected a map"),
+    ],
+    ids=["sizes", "dtype", "device", "strides", "none"],
+)
+@pytest.mark.parametrize("name", RESULT_MAPS)
+def test_a_wrong_map_is_refused(name, wrong, message):
+    arguments, maps = good_call(name)
+    for place, good in enumerate(maps):
+        given = [*maps[:place], wrong(good), *maps[place + 1 :]]
+        with pytest.raises(RuntimeError, match=message):
+            operators.native_into[name](*arguments, *given)
+        assert all(t is None or t.is_meta or t.isnan().all() for t in given), "written into"
+
+
+@needs_native
+@pytest.mark.parametrize("name", [name for name in RESULT_MAPS if name.endswith("_backward")])
+def test_a_map_that_is_not_asked_for_is_refused(name):
+    arguments, maps = good_call(name, wanted=False)
+    with pytest.raises(RuntimeError, match="that the flags do not ask for"):
+        operators.native_into[name](*arguments, *(torch.empty_like(map_of(name, arguments)) for _ in maps))
+
+
+@needs_native
+@pytest.mark.parametrize("name", RESULT_MAPS)
+def test_a_map_that_shares_memory_is_refused(name):
+    """Else the second sweep would read what the first has written."""
+    arguments, maps = good_call(name)
+    size = maps[0].shape
+    whole = torch.randn(maps[0].numel() + 1)
+    place, old = next(
+        (i, a) for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.shape == size and a.dtype == whole.dtype
+    )
+    arguments[place] = whole[:-1].view(size).copy_(old)
+    maps[0] = whole[1:].as_strided(maps[0].shape, maps[0].stride())
+    before = whole.clone()
+    with pytest.raises(RuntimeError, match="shares memory with an argument"):
+        operators.native_into[name](*arguments, *maps)
+    assert torch.equal(whole, before)
+    if len(maps) == 2:
+        arguments[place] = old
+        with pytest.raises(RuntimeError, match="maps that share memory"):
+            operators.native_into[name](*arguments, maps[1], maps[1])
+
+
+# --- the compiler -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+class Stage(nn.Module):
+    """Blocks with one attention; `norm`: each has a batch norm before it, which is folded in."""
+
+    def __init__(self, attention: nn.Module, norm: bool, blocks: int = 3) -> None:
+        super().__init__()
+        self.attention = attention
+        self.convolutions = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, bias=not norm) for _ in range(blocks))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) if norm else None for _ in range(blocks))
+
+    def forward(self, x):
+        state = None
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            more = {} if norm is None else {"norm": norm}
+            x, state = self.attention(convolution(x), state, shortcut=x, activation="relu", **more)
+        return x
+
+
+def called(code: list[str]) -> set[str]:
+    """The names of our operators in what the inductor has written."""
+    return set(re.findall(r"ops\.dia_kernels\.(\w+)\.default\(", "\n".join(code)))
+
+
+STAGES = {
+    "step": (lambda: Stage(SharedAttention(8, 2), norm=False), {"step_into"}, {"step_into", "step_backward_into"}),
+    "tail": (lambda: Stage(SharedAttention(8, 2), norm=True), {"tail_into"}, {"tail_into", "tail_backward_into"}),
+    "cell": (
+        lambda: Stage(create_attention("se", 8, 2), norm=True),
+        {"norm_pool", "norm_rescale_into"},
+        {"norm_pool", "norm_rescale_into", "norm_pool_backward_into", "norm_rescale_backward_into"},
+    ),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kind", STAGES)
+def test_the_inductor_serves_and_trains_in_buffers_of_its_own(kind, memory_format):
+    torch.manual_seed(0)
+    make, serving, training = STAGES[kind]
+    stage = make()
+    x = torch.randn(3, 8, 6, 5).contiguous(memory_format=memory_format).requires_grad_()
+    compiled = torch.compile(stage, fullgraph=True)
+    with torch.no_grad():
+        stage.eval()
+        y, code = run_and_get_code(compiled, x)
+        torch.testing.assert_close(y, stage(x), rtol=0, atol=1e-5)
+        assert y.stride() == stage(x).stride()
+    assert called(code) == serving
+    assert "# reuse" in "\n".join(code)
+    stage.train()
+    wanted = [x, *stage.parameters()]
+    found, code = run_and_get_code(lambda: torch.autograd.grad(compiled(x).square().sum(), wanted))
+    assert called(code) == training
+    expected = torch.autograd.grad(stage(x).square().sum(), wanted)
+    for ours, theirs in zip(found, expected, strict=True):
+        scale = theirs.abs().max().clamp(min=1)
+        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-5)
+
+
+@needs_native
+def test_any_batch_goes_into_buffers_too():
+    stage = STAGES["tail"][0]().eval()
+    compiled = torch.compile(stage, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for size in ((3, 8, 6, 7), (5, 8, 9, 4), (2, 8, 16, 16)):
+            x = torch.randn(size)
+            y, code = run_and_get_code(compiled, x)
+            torch.testing.assert_close(y, stage(x), rtol=0, atol=1e-5)
+            if size[0] == 3:
+                assert called(code) == {"tail_into"}
+
+
+@needs_native
+def test_results_that_nobody_uses():
+    """The state behind the last block, and a step whose map goes nowhere: only its state is used."""
+    attention = SharedAttention(8, 2).requires_grad_(False)
+
+    def state_alone(x):
+        return attention(x * 2, None, shortcut=x)[1]
+
+    def nothing_of_the_second(x):
+        y, state = attention(x * 2)
+        attention(y, state)
+        return y
+
+    x = torch.randn(2, 8, 4, 4)
+    for function in (state_alone, nothing_of_the_second):
+        found, expected = torch.compile(function, fullgraph=True)(x), function(x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@needs_native
+def test_a_map_that_is_a_result_of_the_graph_and_an_argument_of_the_next_block():
+    """Nothing that is still wanted is written over."""
+    attention = SharedAttention(8, 2).requires_grad_(False)
+
+    def every_map(x):
+        state, maps = None, []
+        for _ in range(4):
+            x, state = attention(x + 1, state, shortcut=x, activation="relu")
+            maps.append(x)
+        return maps, x.mean()
+
+    x = torch.randn(2, 8, 4, 4)
+    found, expected = torch.compile(every_map, fullgraph=True)(x), every_map(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert len({t.data_ptr() for t in found[0]}) == 4
+
+
+def test_whoever_does_not_compile_does_not_import_the_inductor():
+    call = "dia_kernels.SharedAttention(8, device='meta')(torch.ones(1, 8, 2, 2, device='meta'))"
+    check = "assert 'torch._inductor.lowering' not in sys.modules"
+    subprocess.run([sys.executable, "-c", f"import sys, torch, dia_kernels; {call}; {check}"], check=True)
+
+
+@pytest.mark.slow
+@needs_native
+def test_a_whole_network():
+    torch.manual_seed(0)
+    network = models.create("resnet20", 10, attention="dia")
+    x, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    compiled = torch.compile(network, fullgraph=True)
+
+    def gradients(model):
+        return torch.autograd.grad(nn.functional.cross_entropy(model(x), labels), list(network.parameters()))
+
+    for ours, theirs in zip(gradients(compiled), gradients(network), strict=True):
+        scale = theirs.abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-3)
