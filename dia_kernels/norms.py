@@ -173,7 +173,7 @@ def _tracks(ops: Operators, device: str) -> bool:
 def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
     """What the norm does to its buffers, from a batch's mean and biased variance over ``count`` values.
 
-    No gradient flows through ``mean`` and ``var``.
+    A batch without values counts as one, but has no statistics. No gradient flows through ``mean`` and ``var``.
     """
     if not norm.track_running_stats:
         return
@@ -187,12 +187,15 @@ def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Ten
         batches.add_(1)
         if norm.momentum is None:
             factor = 1.0 / float(batches)
-    if running_mean is not None:
-        move(running_mean, mean, factor)
-    if running_var is not None:
-        rest = count - 1
-        unbiased = var * (count / (rest.clamp(min=1) if isinstance(rest, Tensor) else max(rest, 1)))
-        move(running_var, unbiased, factor)
+    if isinstance(count, Tensor):
+        correction = count / (count - 1).clamp(min=1)
+    elif count == 0:
+        return
+    else:
+        correction = count / max(count - 1, 1)
+    for running, value in ((running_mean, mean), (running_var, var * correction)):
+        if running is not None:
+            move(running, torch.where(count > 0, value, running) if isinstance(count, Tensor) else value, factor)
 
 
 def _check_mapped(mean: Tensor, running_mean: Tensor | None) -> None:

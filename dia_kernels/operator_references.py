@@ -153,7 +153,10 @@ def tail_join(z, shortcut, h, c, gamma, beta, mean, var, means, eps, *rest):
 
 
 def _move(z, running_mean, running_var, batches, mean, var, factor) -> None:
-    """Moves a norm's buffers towards the statistics of the batch ``z``."""
+    """Moves a norm's buffers towards the statistics of the batch ``z``, unless it has no values."""
+    if z.numel() == 0:
+        batches += 1
+        return
     count = z.numel() // max(running_mean.numel(), 1)
     unbiased = var * (count / max(count - 1, 1))
     moved = running_mean.lerp(mean, factor), running_var.lerp(unbiased, factor), batches + 1

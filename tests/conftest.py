@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from dia_kernels import backends, operators
+from dia_kernels import backends, operator_references, operators
 from dia_kernels.backends import triton
 
 BACKENDS = ("reference", "fallback", "cpu")
@@ -35,8 +35,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one
         if operators.library_error is not None:
             pytest.skip(f"no native kernels here: {operators.library_error}")
         return "cpu"
-    for name, (kernel, _fake) in operators._KERNELS.items():
-        monkeypatch.setattr(operators.native, name, kernel)
+    for name in operators.SCHEMAS:
+        monkeypatch.setattr(operators.native, name, getattr(operator_references, name))
     return None
 
 

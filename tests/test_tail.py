@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import simulated_backend
 import torch
 from accuracy import assert_accurate
 from problems import lstm_parameters, tail_arguments
@@ -15,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
-from dia_kernels import SharedAttention, functional, models, operators
+from dia_kernels import SharedAttention, create_attention, functional, models, operators
 from dia_kernels import norms as norms_
 
 Tensors = dict[str, Tensor]
@@ -199,6 +200,56 @@ def test_a_channel_far_from_zero_loses_no_digits(view, backend, request):
     for name in ("y", "h", "c", "dz", "dgamma", "dbeta"):
         error = (found[name].double() - truth[name]).abs().max() / truth[name].abs().max()
         assert error < (2e-5 if native else 0.2), name
+
+
+def corners(z: torch.Tensor) -> None:
+    """As a padded convolution leaves them, but more so."""
+    z[..., 0, 0] += 100 * z.std()
+
+
+def pixel(z: torch.Tensor) -> None:
+    z[0, :, 0, 0] = 60
+
+
+@pytest.mark.parametrize("outliers", [corners, pixel])
+@pytest.mark.parametrize("view", [lambda t: t, last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("backend", ["cpu", "simulated", "interpreted"])
+def test_outliers_cost_no_digits(backend, view, outliers, request):
+    """The moments of a channel are taken about one of its values, which may be no outlier."""
+    if backend == "cpu" and operators.library_error is not None:
+        pytest.skip(f"no native kernels here: {operators.library_error}")
+    if backend == "simulated":
+        simulated_backend.library()
+    if backend == "interpreted":
+        request.getfixturevalue("interpreted")
+    draws = [make((4, 12, 16, 16), dtype=torch.float32, shortcut=False, view=view, seed=seed) for seed in range(12)]
+    for tensors, _ in draws:
+        outliers(tensors["z"])
+
+    def norm(t):
+        return norm_of(t, True)
+
+    def solved(step, **options):
+        return [solve(step, *draw, norm, relu=False, **options) for draw in draws]
+
+    found, eager, truth = solved(folded, backend=backend), solved(separate), solved(separate, dtype=torch.float64)
+    for name in truth[0]:
+        stacked = (torch.stack([draw[name] for draw in part]) for part in (found, truth, eager))
+        assert_accurate(*stacked, name, 2048)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("size", [(0, 6, 4, 5), (3, 6, 0, 5)], ids=str)
+@pytest.mark.parametrize("attention", ["lstm", "se"])
+def test_a_batch_of_no_values_leaves_the_running_statistics_alone(attention, size, momentum, backend):
+    """A detector's head may have no proposals. The batch counts, as it does in PyTorch."""
+    ours, theirs = nn.BatchNorm2d(6, momentum=momentum), nn.BatchNorm2d(6, momentum=momentum)
+    module = create_attention(attention, 6, 2, backend=backend)
+    for x in (torch.randn(2, 6, 4, 5), torch.randn(size), torch.randn(3, 6, 4, 5)):
+        module(x, norm=ours, activation="relu")
+        theirs(x)
+    for (name, found), expected in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("view", [lambda t: t, last], ids=["contiguous", "channels_last"])

@@ -5,6 +5,7 @@
 // shortcut's gradient), then reads g and z and writes dz.
 #pragma once
 
+#include "../core/shift.h"
 #include "rows.h"
 
 namespace dia::cpu::DIA_ISA {
@@ -25,14 +26,19 @@ struct PerChannel {
   A scalar(int64_t k) const { return interleaved ? table[k] : *table; }
 };
 
-// What the moments are taken about: a value of each channel in the first sample, or 0 where it is not finite.
+// What the moments are taken about: a value of each channel, out of three samples (core/shift.h).
 template <class T>
 void choose_shift(const Map<const T>& z, const MapShape& shape, Compute<T>* shift) {
   for (int64_t c = 0; c < shape.channels; ++c) {
     shift[c] = 0;
     if (shape.samples == 0 || shape.positions == 0) continue;
-    const Compute<T> value = widen(z.data[shape.interleaved ? c : c * z.strides.row]);
-    if (value - value == 0) shift[c] = value;
+    Compute<T> values[3];
+    for (int k = 0; k < 3; ++k) {
+      const int64_t sample = (shape.samples - 1) * k / 2, place = shift_place(shape.positions, k);
+      const T* at = z.data + sample * z.strides.sample;
+      values[k] = widen(shape.interleaved ? at[place * z.strides.row + c] : at[c * z.strides.row + place]);
+    }
+    shift[c] = shift_of(values[0], values[1], values[2]);
   }
 }
 

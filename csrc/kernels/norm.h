@@ -2,7 +2,7 @@
 //
 // x = ((z - shift) - d) scale + bias, a value of each channel. `shift` is the float next to the mean and `d` the rest
 // of the mean, so that nothing cancels (docs/kernels.md; arXiv:1502.03167, algorithm 1). Of a batch, in double,
-// from each sample's sum about its own first value f_n and its squares m2_n about its own mean:
+// from each sample's sum about its own value f_n (core/shift.h) and its squares m2_n about its own mean:
 //
 //     d_n = (f_n - f_0) + sum_n / HW,  D = mean over n of d_n,  mean = f_0 + D
 //     var = mean over n of (m2_n / HW + (d_n - D)^2)
@@ -153,10 +153,12 @@ struct Tracked {
 };
 
 template <class M>
-DIA_DEVICE void track(M& m, const Tracked& of, int channel, float mean, float var) {
-  m.store(of.running_mean + channel, moved(m.load(of.running_mean + channel), mean, of.factor));
-  const float unbiased = scaled(var, of.correction);
-  m.store(of.running_var + channel, moved(m.load(of.running_var + channel), unbiased, of.factor));
+DIA_DEVICE void track(M& m, const Tracked& of, bool any, int channel, float mean, float var) {
+  if (any) {  // of no values there are no statistics: as in PyTorch, the batch counts, and nothing is moved
+    m.store(of.running_mean + channel, moved(m.load(of.running_mean + channel), mean, of.factor));
+    const float unbiased = scaled(var, of.correction);
+    m.store(of.running_var + channel, moved(m.load(of.running_var + channel), unbiased, of.factor));
+  }
   if (channel == 0) m.store(of.batches, m.load(of.batches) + 1);
 }
 
@@ -202,7 +204,8 @@ DIA_DEVICE void batch_statistics(M& m, const BatchStatistics& args) {
     m.store(args.scale + channel, scale);
     m.store(args.bias + channel, bias);
     if (args.mean != nullptr) m.store(args.mean + channel, shift), m.store(args.var + channel, var);
-    if (args.tracked.running_mean != nullptr) track(m, args.tracked, channel, shift, var);
+    if (args.tracked.running_mean != nullptr)
+      track(m, args.tracked, args.samples > 0 && args.positions > 0, channel, shift, var);
   });
 }
 

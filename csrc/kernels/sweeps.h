@@ -14,6 +14,7 @@
 // slow, more with few samples.
 #pragma once
 
+#include "../core/shift.h"
 #include "gradient.h"
 #include "norm.h"
 #include "walk.h"
@@ -29,9 +30,9 @@ struct Reduce {
   Mask mask;               // in place of y
   Samples<T> g;            // no data: not wanted
   const float* shift;      // (C), or null for 0
-  // (N, C), for the moments of a batch: a sample's first value of each channel is its shift, and is written here; and
-  // what rounding takes off the sum. Then `product` has the squares about each sample's own mean. Where each sample's
-  // are wanted for themselves (`centred`), the shift is the mean of four values: squares about an outlier lose digits.
+  // (N, C), for the moments of a batch: each sample's shift of each channel, one of its values (core/shift.h), is written
+  // here; and what rounding takes off the sum. Then `product` has the squares about each sample's own mean. `centred`:
+  // each sample's are wanted for themselves.
   float *first, *rest;
   bool centred;
   // (N, C): sums of g and of g (x - shift), without dy of x - shift. Null: not wanted.
@@ -207,12 +208,15 @@ DIA_DEVICE void sum_up_for(M& m, const Reduce<T>& args, const W& walk, Sums<W>& 
 template <class M, class T>
 DIA_DEVICE float moments_shift(M& m, const Reduce<T>& args, const T* at, int step) {
   if (args.size.positions == 0) return 0.0f;
-  const float first = M::widen(m.load(at));
-  if (!args.centred) return first;
-  float sum = first;
+  // Of 16 bits the values themselves have fewer digits than an outlier could cost.
+  if (sizeof(T) == 2 && !args.centred) {
+    const float first = M::widen(m.load(at));
+    return first - first == 0.0f ? first : 0.0f;
+  }
+  float values[3];
   DIA_UNROLL
-  for (int k = 1; k < 4; ++k) sum += M::widen(m.load(at + static_cast<int64_t>(args.size.positions) * k / 4 * step));
-  return sum - sum == 0.0f ? 0.25f * sum : 0.0f;
+  for (int k = 0; k < 3; ++k) values[k] = M::widen(m.load(at + shift_place(args.size.positions, k) * step));
+  return shift_of(values[0], values[1], values[2]);
 }
 
 // Where the first sum of a channel is put.
@@ -231,7 +235,7 @@ DIA_DEVICE void put_moments(M& m, const Reduce<T>& args, int64_t at, int positio
   const double about_mean = squares - total * total / static_cast<double>(positions);
   m.store(args.first + at, first);
   m.store(args.sum + at, sum);
-  m.store(args.rest + at, static_cast<float>(total - static_cast<double>(sum)));
+  m.store(args.rest + at, sum - sum == 0.0f ? static_cast<float>(total - static_cast<double>(sum)) : 0.0f);
   m.store(args.product + at, about_mean < 0 ? 0.0f : static_cast<float>(about_mean));  // not a maximum: NaN passes
 }
 

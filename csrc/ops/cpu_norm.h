@@ -274,7 +274,8 @@ inline void track(const TrackedBuffers& of, const Tensor& mean, const Tensor& va
       at[k] = moved(at[k], scaled(values[k], scale), static_cast<float>(of.factor));
   };
   const double count = static_cast<double>(shape.samples) * static_cast<double>(shape.positions);
-  move(of.running_mean, mean, 1.0f), move(of.running_var, var, static_cast<float>(correction_of(count)));
+  // Of no values there are no statistics: as in PyTorch, the batch counts, and nothing is moved.
+  if (count > 0) move(of.running_mean, mean, 1.0f), move(of.running_var, var, static_cast<float>(correction_of(count)));
   ++*data_of<int64_t>(of.batches);
 }
 

@@ -93,15 +93,21 @@ def reduce(
 
 @_of_maps
 def moments(x, first, total, squares, count, length, sc, sl, x_stride, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):
-    """Of each sample and channel: its first value, the sum about it, and the squares about its own mean.
+    """Of each sample and channel: one of its values, the sum about it, and the squares about its own mean.
 
-    Two sums about the first value, float64 where lanes meet and so in their tables; what rounding leaves of the squares
-    is never negative. NaN passes.
+    Two sums about a value, float64 where lanes meet and so in their tables; what rounding leaves of the squares is never
+    negative. NaN passes. The value, put into ``first``, is the median of three (csrc/core/shift.h says why).
     """
     sample = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     known = channels < count
-    origin = tl.load(x + sample * x_stride + channels.to(tl.int64) * sc, mask=known, other=0.0).to(tl.float32)
+    row = x + sample * x_stride + channels.to(tl.int64) * sc
+    length_64 = tl.full([], length, tl.int64)
+    a = tl.load(row + length_64 * 27 // 128 * sl, mask=known, other=0.0).to(tl.float32)
+    b = tl.load(row + length_64 * 66 // 128 * sl, mask=known, other=0.0).to(tl.float32)
+    c = tl.load(row + length_64 * 107 // 128 * sl, mask=known, other=0.0).to(tl.float32)
+    median = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+    origin = tl.where((a - a) + (b - b) + (c - c) == 0.0, median, 0.0)
     sums = tl.zeros([CHANNELS, POSITIONS], tl.float32)
     products = tl.zeros([CHANNELS, POSITIONS], tl.float32)
     for begin in range(0, length, POSITIONS):
@@ -308,7 +314,7 @@ def batch_statistics(
 ):  # fmt: skip
     """The norm's tables of a batch, from the ``moments`` of each sample.
 
-    In float64, from each sample's sum about its own first value and its squares about its own mean (see
+    In float64, from each sample's sum about a value of its own and its squares about its own mean (see
     ``csrc/kernels/norm.h``): ``shift`` is the float next to the mean, ``d`` the rest of it, ``off`` each sample's mean
     less the mean. A program has some channels, and all samples.
     """
