@@ -19,22 +19,10 @@
 namespace dia::cpu::DIA_ISA {
 namespace {
 
-// Adds `count` rows, each at `stride` from the last, to the table of sums.
-template <class T, int count>
-inline void add_rows(const T* x, int64_t stride, int64_t width, Compute<T>* table) {
-  using A = Compute<T>;
-  for_row<A>(
-      0, width,
-      [&](int64_t c) {
-        Vector<A> sum = load(x + c);
-        for (int r = 1; r < count; ++r) sum += load(x + r * stride + c);
-        store<A>(load(table + c) + sum, table + c);
-      },
-      [&](int64_t c) {
-        A sum = widen(x[c]);
-        for (int r = 1; r < count; ++r) sum += widen(x[r * stride + c]);
-        table[c] += sum;
-      });
+// Adds a row of values to one sum for each channel.
+template <class T>
+inline auto adding(const T* x) {
+  return [x](int64_t c, auto* sums) { *sums += values_at<std::remove_pointer_t<decltype(sums)>>(x + c); };
 }
 
 template <class T>
@@ -56,9 +44,7 @@ void pool(const Pool<T>& k, int64_t sample, int64_t begin, int64_t end) {
   }
   sum_columns<A, 1>(
       k.shape.positions, begin, end,
-      [&](int64_t row, auto count, int64_t first, int64_t last, auto& tables) {
-        add_rows<T, count()>(row_of(k.x, sample, row, first), k.x.strides.row, last - first, tables.values[0]);
-      },
+      [&](int64_t row, int64_t first) { return adding(row_of(k.x, sample, row, first)); },
       [&](int64_t c, const double* total) { p[c] = static_cast<A>(*total) / static_cast<A>(k.shape.positions); });
 }
 
@@ -144,27 +130,14 @@ inline void reduce_channels(const ReduceGradient<T>& k, int64_t sample, int64_t 
   }
   sum_columns<A, 1>(
       k.shape.positions, begin, end,
-      [&](int64_t row, auto count, int64_t first, int64_t last, auto& tables) {
-        A* table = tables.values[0];
+      [&](int64_t row, int64_t first) {
         const T *dy = row_of(k.dy, sample, row, first), *y = row_of(k.y, sample, row, first);
         const T* x = row_of(k.x, sample, row, first);
         T* g = row_of(k.g, sample, row, first);
-        for_row<A>(
-            0, last - first,
-            [&](int64_t c) {
-              Vector<A> sum = load(table + c);
-              for (int r = 0; r < count(); ++r)
-                sum += load(x + r * k.x.strides.row + c) *
-                       gradient_vector<T, with_relu, write>(dy + r * k.dy.strides.row, y + r * k.y.strides.row,
-                                                            g + r * k.g.strides.row, c);
-              store<A>(sum, table + c);
-            },
-            [&](int64_t c) {
-              for (int r = 0; r < count(); ++r)
-                table[c] += widen(x[r * k.x.strides.row + c]) *
-                            gradient_scalar<T, with_relu, write>(dy + r * k.dy.strides.row, y + r * k.y.strides.row,
-                                                                 g + r * k.g.strides.row, c);
-            });
+        return [=](int64_t c, auto* sums) {
+          using V = std::remove_pointer_t<decltype(sums)>;
+          *sums += values_at<V>(x + c) * gradient_at<V, T, with_relu, write>(dy, y, g, c);
+        };
       },
       [&](int64_t c, const double* total) { dscale[c] = static_cast<A>(*total); });
 }
@@ -412,10 +385,7 @@ void mask(A* dz, const A* z, int64_t begin, int64_t end) {
 template <class A>
 void column_sums(const A* table, int64_t rows, int64_t width, A* sums, int64_t begin, int64_t end) {
   sum_columns<A, 1>(
-      rows, begin, end,
-      [&](int64_t row, auto count, int64_t first, int64_t last, auto& tables) {
-        add_rows<A, count()>(table + row * width + first, width, last - first, tables.values[0]);
-      },
+      rows, begin, end, [&](int64_t row, int64_t first) { return adding(table + row * width + first); },
       [&](int64_t c, const double* total) { sums[c] = static_cast<A>(*total); });
 }
 

@@ -69,9 +69,10 @@ struct SpreadGradient {
 // no digits are lost where the mean is large and the deviation small. It is one that T holds, so that z - shift is
 // exact for maps of 16 bits; what is left of the mean is `d`.
 
-// d1 = mean of z - shift, m2 = sum of (z - shift - d1)^2, for each sample and channel. In double: what is wanted of d1
-// is its difference from the batch's, which is small. With `own`, a value of each sample and channel, sums are taken
-// about that: where m2 of each sample is wanted for itself, and their means lie further apart than they deviate.
+// d1 = mean of z - shift, m2 = sum of (z - shift - d1)^2, for each sample and channel; without m2 the mean alone. In
+// double: what is wanted of d1 is its difference from the batch's, which is small. With `own`, a value of each sample
+// and channel, sums are taken about that: where m2 of each sample is wanted for itself, and their means lie further
+// apart than they deviate.
 template <class T>
 struct Moments {
   MapShape shape;

@@ -45,6 +45,9 @@ constexpr int kAccumulators = 4;
 constexpr int64_t kRowBlock = 32;
 // Channels of an interleaved reduction done together: their sums fill half a first-level cache.
 constexpr int64_t kTile = 1024;
+// Vectors of channels whose sums are kept in registers, and of how many channels that is done.
+constexpr int kStrip = 4;
+constexpr int64_t kNarrow = 16;
 
 // Adds `sums` sums over a planar row to totals: `add(k, parts)` adds the terms of the lanes at positions k.. to
 // parts[0], parts[1], ..., and `add_scalar(k, totals)` those of one position. Terms may also write.
@@ -84,33 +87,77 @@ inline void for_row(int64_t begin, int64_t end, VectorBody vector_body, ScalarBo
   for (; k < end; ++k) scalar_body(k);
 }
 
-// The sums, table by table, of a tile of channels of an interleaved map.
-template <class A, int sums>
-struct SumTables {
-  A values[sums][kTile];
-};
+// Values of V, a vector or one: for what is written once for both.
+template <class V, class T>
+inline V values_at(const T* from) {
+  if constexpr (std::is_same_v<V, Compute<T>>)
+    return widen(*from);
+  else
+    return load(from);
+}
+
+// Channels [0, width) of the rows [row, stop) into `tables`, a table for each sum. `of_row(r)` makes what adds a row:
+// it is called with a channel and the sums there, of a vector of channels or of one.
+template <class A, int sums, class OfRow>
+inline void add_block(int64_t row, int64_t stop, int64_t width, A (&tables)[sums][kTile], OfRow of_row) {
+  constexpr int64_t lanes = Lanes<A>::count, strip = kStrip * lanes;
+  // Few channels: strips of them, whose sums stay in registers, since sums in memory would wait for one another. Of
+  // many a strip would read a little here and a little there.
+  const int64_t strips = width < kNarrow * lanes ? width / strip * strip : 0;
+  for (int64_t c = 0; c < strips; c += strip) {
+    Vector<A> parts[kStrip][sums] = {};
+    for (int64_t r = row; r < stop; ++r) {
+      const auto add = of_row(r);
+      for (int v = 0; v < kStrip; ++v) add(c + v * lanes, parts[v]);
+    }
+    for (int v = 0; v < kStrip; ++v)
+      for (int s = 0; s < sums; ++s) store<A>(parts[v][s], tables[s] + c + v * lanes);
+  }
+  if (strips == width) return;
+  for (int s = 0; s < sums; ++s)
+    for (int64_t c = strips; c < width; ++c) tables[s][c] = 0;
+  const auto add_rows = [&](auto... adds) {
+    for_row<A>(
+        strips, width,
+        [&](int64_t c) {
+          Vector<A> parts[sums];
+          for (int s = 0; s < sums; ++s) parts[s] = load(tables[s] + c);
+          (adds(c, parts), ...);
+          for (int s = 0; s < sums; ++s) store<A>(parts[s], tables[s] + c);
+        },
+        [&](int64_t c) {
+          A parts[sums];
+          for (int s = 0; s < sums; ++s) parts[s] = tables[s][c];
+          (adds(c, parts), ...);
+          for (int s = 0; s < sums; ++s) tables[s][c] = parts[s];
+        });
+  };
+  // By twos: with four the many streams cost a quarter of the bandwidth.
+  for (; row + 2 <= stop; row += 2) add_rows(of_row(row), of_row(row + 1));
+  for (; row < stop; ++row) add_rows(of_row(row));
+}
 
 // `sums` sums over the rows of an interleaved map for channels [begin, end); `finish(channel, totals)` takes them.
-// `add_rows(row, count, first, last, tables)` adds `count` rows (1 or 2: with 4 the many streams cost a quarter of the
-// bandwidth) of channels [first, last) to tables.values[sum][channel - first].
-template <class A, int sums, class AddRows, class Finish>
-inline void sum_columns(int64_t rows, int64_t begin, int64_t end, AddRows add_rows, Finish finish) {
+// `of_row(row, first)` makes what adds that row: it is called with a channel, counted from `first` on, and the sums
+// there.
+template <class A, int sums, class OfRow, class Finish>
+inline void sum_columns(int64_t rows, int64_t begin, int64_t end, OfRow of_row, Finish finish) {
   for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t last = least(first + kTile, end), width = last - first;
-    SumTables<A, sums> tables;
-    double totals[kTile][sums];
-    for (int64_t c = 0; c < width; ++c)
-      for (int s = 0; s < sums; ++s) totals[c][s] = 0;
-    for (int64_t row = 0; row < rows;) {
-      const int64_t stop = least(row + kRowBlock, rows);
+    const int64_t width = least(kTile, end - first);
+    A tables[sums][kTile];
+    double totals[sums][kTile];
+    for (int s = 0; s < sums; ++s)
+      for (int64_t c = 0; c < width; ++c) totals[s][c] = 0;
+    for (int64_t row = 0; row < rows; row += kRowBlock) {
+      add_block<A, sums>(row, least(row + kRowBlock, rows), width, tables, [&](int64_t r) { return of_row(r, first); });
       for (int s = 0; s < sums; ++s)
-        for (int64_t c = 0; c < width; ++c) tables.values[s][c] = 0;
-      for (; row + 2 <= stop; row += 2) add_rows(row, std::integral_constant<int, 2>{}, first, last, tables);
-      for (; row < stop; ++row) add_rows(row, std::integral_constant<int, 1>{}, first, last, tables);
-      for (int s = 0; s < sums; ++s)
-        for (int64_t c = 0; c < width; ++c) totals[c][s] += tables.values[s][c];
+        for (int64_t c = 0; c < width; ++c) totals[s][c] += tables[s][c];
     }
-    for (int64_t c = 0; c < width; ++c) finish(first + c, totals[c]);
+    for (int64_t c = 0; c < width; ++c) {
+      double of_channel[sums];
+      for (int s = 0; s < sums; ++s) of_channel[s] = totals[s][c];
+      finish(first + c, of_channel);
+    }
   }
 }
 
@@ -128,6 +175,14 @@ inline Compute<T> gradient_scalar(const T* dy, const T* y, T* g, int64_t k) {
   if constexpr (with_relu) v = masked<Compute<T>>(v, widen(y[k]));
   if constexpr (write) narrow(v, g + k);
   return v;
+}
+
+template <class V, class T, bool with_relu, bool write>
+inline V gradient_at(const T* dy, const T* y, T* g, int64_t k) {
+  if constexpr (std::is_same_v<V, Compute<T>>)
+    return gradient_scalar<T, with_relu, write>(dy, y, g, k);
+  else
+    return gradient_vector<T, with_relu, write>(dy, y, g, k);
 }
 
 }  // namespace

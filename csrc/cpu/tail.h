@@ -55,71 +55,62 @@ void split_mean(const double* mean, int64_t channels, Compute<T>* shift, Compute
   }
 }
 
-// Mean and sum of squares about it from sum and sum of squares about the own shift, which is `apart` from the common.
-inline void finish_moments(const double* totals, int64_t positions, double apart, double* d1, double* m2) {
-  const double mean = totals[0] / static_cast<double>(positions), squares = totals[1] - totals[0] * mean;
-  *d1 = apart + mean;
-  *m2 = squares < 0 ? 0 : squares;
-}
-
-template <class T>
-void moments(const Moments<T>& k, int64_t sample, int64_t begin, int64_t end) {
+template <class T, bool squares>
+inline void moments_of_channels(const Moments<T>& k, int64_t sample, int64_t begin, int64_t end) {
   using A = Compute<T>;
-  double *d1 = k.d1 + sample * k.shape.channels, *m2 = k.m2 + sample * k.shape.channels;
-  const A* about = k.own != nullptr ? k.own + sample * k.shape.channels : k.shift;
+  constexpr int count = squares ? 2 : 1;
+  const int64_t table = sample * k.shape.channels;
+  const A* about = k.own != nullptr ? k.own + table : k.shift;
+  // From sums about the own shift, which is `apart` from the common one.
   const auto finish = [&](int64_t c, const double* totals) {
     const double apart = static_cast<double>(about[c]) - static_cast<double>(k.shift[c]);
-    finish_moments(totals, k.shape.positions, apart, d1 + c, m2 + c);
+    const double mean = totals[0] / static_cast<double>(k.shape.positions);
+    k.d1[table + c] = apart + mean;
+    if constexpr (squares) {
+      const double about_mean = totals[1] - totals[0] * mean;
+      k.m2[table + c] = about_mean < 0 ? 0 : about_mean;
+    }
   };
   if (!k.shape.interleaved) {
     for (int64_t c = begin; c < end; ++c) {
       const T* z = row_of(k.z, sample, c);
       const A shift = about[c];
-      double totals[2] = {};
-      sum_row<A, 2>(
+      double totals[count] = {};
+      sum_row<A, count>(
           k.shape.positions, totals,
           [&](int64_t i, Vector<A>* sums) {
             const Vector<A> v = load(z + i) - shift;
             sums[0] += v;
-            sums[1] += v * v;
+            if constexpr (squares) sums[1] += v * v;
           },
           [&](int64_t i, double* sums) {
             const double v = widen(z[i]) - shift;
             sums[0] += v;
-            sums[1] += v * v;
+            if constexpr (squares) sums[1] += v * v;
           });
       finish(c, totals);
     }
     return;
   }
-  sum_columns<A, 2>(
+  sum_columns<A, count>(
       k.shape.positions, begin, end,
-      [&](int64_t row, auto count, int64_t first, int64_t last, auto& tables) {
+      [&](int64_t row, int64_t first) {
         const T* z = row_of(k.z, sample, row, first);
         const A* shift = about + first;
-        A *sum = tables.values[0], *squares = tables.values[1];
-        for_row<A>(
-            0, last - first,
-            [&](int64_t c) {
-              const Vector<A> of_lanes = load(shift + c);
-              Vector<A> s = load(sum + c), q = load(squares + c);
-              for (int r = 0; r < count(); ++r) {
-                const Vector<A> v = load(z + r * k.z.strides.row + c) - of_lanes;
-                s += v;
-                q += v * v;
-              }
-              store<A>(s, sum + c);
-              store<A>(q, squares + c);
-            },
-            [&](int64_t c) {
-              for (int r = 0; r < count(); ++r) {
-                const A v = widen(z[r * k.z.strides.row + c]) - shift[c];
-                sum[c] += v;
-                squares[c] += v * v;
-              }
-            });
+        return [=](int64_t c, auto* sums) {
+          using V = std::remove_pointer_t<decltype(sums)>;
+          const V v = values_at<V>(z + c) - values_at<V>(shift + c);
+          sums[0] += v;
+          if constexpr (squares) sums[1] += v * v;
+        };
       },
       finish);
+}
+
+template <class T>
+void moments(const Moments<T>& k, int64_t sample, int64_t begin, int64_t end) {
+  k.m2 != nullptr ? moments_of_channels<T, true>(k, sample, begin, end)
+                  : moments_of_channels<T, false>(k, sample, begin, end);
 }
 
 template <class T, bool interleaved, bool has_shortcut, bool with_relu>
@@ -197,34 +188,17 @@ inline void reduce_norm_channels(const ReduceNormGradient<T>& k, int64_t sample,
   }
   sum_columns<A, 2>(
       k.shape.positions, begin, end,
-      [&](int64_t row, auto count, int64_t first, int64_t last, auto& tables) {
+      [&](int64_t row, int64_t first) {
         const T *dy = row_of(k.dy, sample, row, first), *y = row_of(k.y, sample, row, first);
         const T* z = row_of(k.z, sample, row, first);
         T* to = row_of(k.g, sample, row, first);
         const A* shift = k.shift + first;
-        A *sum = tables.values[0], *product = tables.values[1];
-        for_row<A>(
-            0, last - first,
-            [&](int64_t c) {
-              const Vector<A> about = load(shift + c);
-              Vector<A> s = load(sum + c), p = load(product + c);
-              for (int r = 0; r < count(); ++r) {
-                const Vector<A> g = gradient_vector<T, with_relu, write>(
-                    dy + r * k.dy.strides.row, y + r * k.y.strides.row, to + r * k.g.strides.row, c);
-                s += g;
-                p += g * (load(z + r * k.z.strides.row + c) - about);
-              }
-              store<A>(s, sum + c);
-              store<A>(p, product + c);
-            },
-            [&](int64_t c) {
-              for (int r = 0; r < count(); ++r) {
-                const A g = gradient_scalar<T, with_relu, write>(dy + r * k.dy.strides.row, y + r * k.y.strides.row,
-                                                                 to + r * k.g.strides.row, c);
-                sum[c] += g;
-                product[c] += g * (widen(z[r * k.z.strides.row + c]) - shift[c]);
-              }
-            });
+        return [=](int64_t c, auto* sums) {
+          using V = std::remove_pointer_t<decltype(sums)>;
+          const V g = gradient_at<V, T, with_relu, write>(dy, y, to, c);
+          sums[0] += g;
+          sums[1] += g * (values_at<V>(z + c) - values_at<V>(shift + c));
+        };
       },
       [&](int64_t c, const double* totals) {
         s0[c] = static_cast<A>(totals[0]);

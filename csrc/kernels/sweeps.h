@@ -30,9 +30,9 @@ struct Reduce {
   Mask mask;               // in place of y
   Samples<T> g;            // no data: not wanted
   const float* shift;      // (C), or null for 0
-  // (N, C), for the moments of a batch: each sample's shift of each channel, one of its values (core/shift.h), is written
-  // here; and what rounding takes off the sum. Then `product` has the squares about each sample's own mean. `centred`:
-  // each sample's are wanted for themselves.
+  // (N, C), for the moments of a batch: each sample's shift of each channel, one of its values (core/shift.h), is
+  // written here; and what rounding takes off the sum. Then `product` has the squares about each sample's own mean.
+  // `centred`: each sample's are wanted for themselves.
   float *first, *rest;
   bool centred;
   // (N, C): sums of g and of g (x - shift), without dy of x - shift. Null: not wanted.

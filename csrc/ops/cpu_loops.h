@@ -45,14 +45,16 @@ const CellKernels<A>& cell_kernels() {
     return kernels().cell32;
 }
 
-// A part of the shared last-level cache: the other threads' data and the streams want room too.
+// A part of the shared last-level cache: the other threads' data and the streams want room too. Not more than 8 MB: in
+// a virtual machine the system may tell the caches of all the processor's dies, 384 MB where 32 MB are to be had.
 int64_t cache_bytes() {
   static const int64_t bytes = [] {
+    constexpr int64_t most = int64_t{8} << 20;
     int64_t size = 0;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     size = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #endif
-    return size > 0 ? size / 4 : int64_t{8} << 20;
+    return size > 0 ? std::min(size / 4, most) : most;
   }();
   return bytes;
 }

@@ -151,7 +151,7 @@ class NormForward {
     A* shift = data_of<A>(shift_);
     about_ = shift;
     map_kernels<T>().choose_shift(z_, shape_, shift);
-    for_chunks(shape_.samples, 0, 0, [&](Chunk chunk) { take_moments(chunk); });
+    for_chunks(shape_.samples, 0, 0, [&](Chunk chunk) { take_moments(chunk, m2_); });
     batch_statistics<A>(d1_, m2_, shift, shape_, means_, variances_);
     use_statistics();
   }
@@ -167,8 +167,8 @@ class NormForward {
     std::copy_n(data_of<double>(means), means.numel(), d1_);
     std::fill_n(zero, shape_.channels, A(0));
   }
-  // With statistics that were given: the moments of a chunk's samples, by a sweep.
-  void sweep(Chunk chunk) const { take_moments(chunk); }
+  // With statistics that were given: the means of a chunk's samples, and what else is wanted, by a sweep.
+  void sweep(Chunk chunk) const { take_moments(chunk, wanted_.variance != nullptr ? m2_ : nullptr); }
 
   // From the moments to p, what the mean of the norm's result is, and to the statistics that are wanted beside it.
   void put_means(Chunk chunk, A* p) const {
@@ -200,7 +200,7 @@ class NormForward {
   NormTables<A> norm;
 
  private:
-  void take_moments(Chunk chunk) const {
+  void take_moments(Chunk chunk, double* squares) const {
     const int64_t width = shape_.channels;
     A* own = wanted_.variance != nullptr ? data_of<A>(own_) : nullptr;
     std::optional<Extremes<T>> extremes;
@@ -212,7 +212,7 @@ class NormForward {
         std::fill_n(wanted_.where, shape_.samples * width, 0);
       }
     }
-    run_moments(Moments<T>{shape_, z_, about_, nullptr, d1_, m2_}, chunk, own, extremes);
+    run_moments(Moments<T>{shape_, z_, about_, nullptr, d1_, squares}, chunk, own, extremes);
   }
   void use_statistics() const {
     map_kernels<T>().split_mean(means_, shape_.channels, norm.shift, norm.d);

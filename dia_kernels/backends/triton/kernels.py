@@ -95,8 +95,8 @@ def reduce(
 def moments(x, first, total, squares, count, length, sc, sl, x_stride, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):
     """Of each sample and channel: one of its values, the sum about it, and the squares about its own mean.
 
-    Two sums about a value, float64 where lanes meet and so in their tables; what rounding leaves of the squares is never
-    negative. NaN passes. The value, put into ``first``, is the median of three (csrc/core/shift.h says why).
+    Two sums about a value, float64 where lanes meet and so in their tables; what rounding leaves of the squares is
+    never negative. NaN passes. The value, put into ``first``, is the median of three (csrc/core/shift.h says why).
     """
     sample = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
