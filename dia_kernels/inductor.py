@@ -3,8 +3,8 @@
 By itself the inductor calls an operator as it is, and each of its results is fresh memory, which the system must first
 fill: for maps that the C library maps anew each time (32 MB and more) that takes longer than the operator. What the
 inductor allocates it uses again, as soon as nobody needs it. So an operator is lowered to its form that writes into
-given maps (``operators``, ``<name>_into``). On a GPU memory comes from torch's allocator, which keeps it, and there is
-nothing to gain.
+given maps (``operators``, ``<name>_into``); and where it is the last to read a convolution's result, over that. On a
+GPU memory comes from torch's allocator, which keeps it, and there is nothing to gain.
 
 Torch has a way of its own, overloads that are tagged ``out``; in 2.14 it fails where a result is not used.
 """
@@ -14,11 +14,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import takewhile
 from typing import Any
 
 import torch
+import torch.fx
 
-from .schemas import RESULT_MAPS
+from .schemas import NAMESPACE, OVER_FIRST, RESULT_MAPS
 
 
 def prepare() -> None:
@@ -33,10 +35,11 @@ def _register() -> None:
 
     for name, maps in RESULT_MAPS.items():
         operator, into = (getattr(torch.ops.dia_kernels, n).default for n in (name, f"{name}_into"))
-        lowering.register_lowering(operator, type_promotion_kind=None)(partial(_lower, operator, into, maps))
+        lower = partial(_lower, operator, into, maps, name in OVER_FIRST)
+        lowering.register_lowering(operator, type_promotion_kind=None)(lower)
 
 
-def _lower(operator: Callable, into: Callable, maps: dict[int, str], *args: Any) -> Any:
+def _lower(operator: Callable, into: Callable, maps: dict[int, str], over_first: bool, *args: Any) -> Any:
     """Puts a call of ``operator`` into the inductor's graph, as one of ``into``."""
     from torch._inductor import ir
     from torch._inductor.virtualized import V
@@ -48,7 +51,8 @@ def _lower(operator: Callable, into: Callable, maps: dict[int, str], *args: Any)
         return results
     all_results = list(results) if isinstance(results, (tuple, list)) else [results]
     for place in maps:
-        all_results[place] = _buffer(all_results[place])
+        over = over_first and _is_free(args[0], all_results[place])
+        all_results[place] = args[0] if over else _buffer(all_results[place])
     # A map that is not wanted is an empty tensor of one dimension.
     given = [t if len(t.get_size()) > 1 else None for t in (all_results[place] for place in maps)]
     rest = _call(into, *args, *given)
@@ -56,6 +60,32 @@ def _lower(operator: Callable, into: Callable, maps: dict[int, str], *args: Any)
     for place, result in zip(others, rest if isinstance(rest, (tuple, list)) else [rest], strict=False):
         all_results[place] = result
     return tuple(all_results) if isinstance(results, (tuple, list)) else all_results[0]
+
+
+def _is_free(first: Any, result: Any) -> bool:
+    """Whether the first argument of the call at hand, a convolution's result, may become ``result``.
+
+    Nobody may read it afterwards, and it has to lie in memory as the result would.
+    """
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    node = V.graph.current_node
+    made_by = node.args[0]
+    if made_by.target is not torch.ops.aten.convolution.default or sum(arg is made_by for arg in node.args) > 1:
+        return False
+    if not all(_comes_before(user, node) for user in made_by.users if user is not node):
+        return False
+    if not isinstance(first.data, ir.StorageBox) or not isinstance(first.data.data, ir.Buffer):
+        return False
+    layouts = [t.get_layout() for t in (first, result)]
+    return layouts[0].size == layouts[1].size and layouts[0].stride == layouts[1].stride
+
+
+def _comes_before(user: torch.fx.Node, node: torch.fx.Node) -> bool:
+    """Whether ``user``, before ``node``, is an operator of ours, whose results share no memory with its arguments."""
+    ours = getattr(user.target, "namespace", None) == NAMESPACE
+    return ours and any(earlier is user for earlier in takewhile(lambda other: other is not node, node.graph.nodes))
 
 
 def _call(operator: Callable, *args: Any) -> Any:

@@ -80,6 +80,9 @@ RESULT_MAPS = {
     "rescale_backward": {0: "dx", 2: "dshortcut"},
 }
 
+#: Of these, those that may be given their first argument as y, and then write over it.
+OVER_FIRST = ("step", "tail", "norm_rescale", "rescale")
+
 
 def _into(schema: str, maps: dict[int, str]) -> str:
     arguments, results = schema.rsplit(") -> ", 1)

@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
 
 from dia_kernels import SharedAttention, create_attention, models, operators
-from dia_kernels.schemas import RESULT_MAPS
+from dia_kernels.schemas import OVER_FIRST, RESULT_MAPS
 
 needs_native = pytest.mark.skipif(operators.library_error is not None, reason="the native library is not loaded")
 
@@ -140,6 +140,30 @@ def test_a_map_that_shares_memory_is_refused(name):
             operators.native_into[name](*arguments, maps[1], maps[1])
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OVER_FIRST)
+def test_the_map_may_be_the_first_argument(name, dtype):
+    for seed in range(20):
+        arguments = call_of(name, seed, dtype)
+        expected = results_of(name, arguments)
+        over = torch.empty_like(expected[0]).copy_(arguments[0])
+        rest = operators.native_into[name](over, *arguments[1:], over)
+        for ours, theirs in zip(joined(name, rest, [over]), expected, strict=True):
+            assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7)), seed
+
+
+@needs_native
+@pytest.mark.parametrize("name", [name for name in RESULT_MAPS if name not in OVER_FIRST])
+def test_a_gradient_is_not_written_over_an_argument(name):
+    arguments, maps = good_call(name)
+    x = map_of(name, arguments)
+    same = torch.empty_like(maps[0]).copy_(x)
+    arguments = [same if argument is x else argument for argument in arguments]
+    with pytest.raises(RuntimeError, match="shares memory with an argument"):
+        operators.native_into[name](*arguments, same, *maps[1:])
+
+
 # --- the compiler -----------------------------------------------------------------------------------
 
 
@@ -173,6 +197,13 @@ def called(code: list[str]) -> set[str]:
     return set(re.findall(r"ops\.dia_kernels\.(\w+)\.default\(", "\n".join(code)))
 
 
+def written_over(code: list[str]) -> tuple[int, int]:
+    """How many calls write over their first argument, and how many do not."""
+    calls = [call.split(", ") for call in re.findall(r"ops\.dia_kernels\.\w+_into\.default\((.*)\)", "\n".join(code))]
+    over = sum(arguments[0] == arguments[-1] for arguments in calls)
+    return over, len(calls) - over
+
+
 STAGES = {
     "step": (lambda: Stage(SharedAttention(8, 2), norm=False), {"step_into"}, {"step_into", "step_backward_into"}),
     "tail": (lambda: Stage(SharedAttention(8, 2), norm=True), {"tail_into"}, {"tail_into", "tail_backward_into"}),
@@ -199,11 +230,14 @@ def test_the_inductor_serves_and_trains_in_buffers_of_its_own(kind, memory_forma
         torch.testing.assert_close(y, stage(x), rtol=0, atol=1e-5)
         assert y.stride() == stage(x).stride()
     assert called(code) == serving
-    assert "# reuse" in "\n".join(code)
+    assert written_over(code) == (3, 0)
     stage.train()
     wanted = [x, *stage.parameters()]
     found, code = run_and_get_code(lambda: torch.autograd.grad(compiled(x).square().sum(), wanted))
     assert called(code) == training
+    over, elsewhere = written_over(code)
+    assert over == 0  # of each z the gradient is still to be taken
+    assert elsewhere == 3 * len([name for name in training if name.endswith("_into")])
     expected = torch.autograd.grad(stage(x).square().sum(), wanted)
     for ours, theirs in zip(found, expected, strict=True):
         scale = theirs.abs().max().clamp(min=1)
@@ -240,6 +274,47 @@ def test_results_that_nobody_uses():
     for function in (state_alone, nothing_of_the_second):
         found, expected = torch.compile(function, fullgraph=True)(x), function(x)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_convolution_whose_result_is_still_wanted(norm):
+    """Returned itself, as a view, as the shortcut, or read by a later operation: then it is not written over."""
+    attention, convolution = SharedAttention(8, 2).requires_grad_(False), nn.Conv2d(8, 8, 3, padding=1)
+    more = {"norm": nn.BatchNorm2d(8).eval()} if norm else {}
+
+    def returned(x):
+        z = convolution(x)
+        return attention(z, **more)[0], z
+
+    def viewed(x):
+        z = convolution(x)
+        view = z.view(z.shape[0], -1)
+        return attention(z, **more)[0], view
+
+    def view_read_later(x):
+        z = convolution(x)
+        view = z.flatten(2).transpose(1, 2)
+        y = attention(z, **more)[0]
+        return y, (view + 1).sum()
+
+    def its_own_shortcut(x):
+        z = convolution(x)
+        return (attention(z, shortcut=z, activation="relu", **more)[0],)
+
+    def twice(x):
+        z = convolution(x)
+        y, state = attention(z, **more)
+        return (y, *attention(z, state, **more)[:1])
+
+    x = torch.randn(2, 8, 4, 4)
+    for function in (returned, viewed, view_read_later, its_own_shortcut, twice):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            found, code = run_and_get_code(torch.compile(function, fullgraph=True), x)
+            torch.testing.assert_close(found, function(x), rtol=1e-5, atol=1e-5, msg=function.__name__)
+        # Of two, the last may.
+        assert written_over(code)[0] == (function is twice), function.__name__
 
 
 @needs_native

@@ -16,10 +16,11 @@ namespace {
 using TailResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
-TailResult run_tail(const ResultMaps<0>& results, const Tensor& z, const MapInfo& info, const OptionalTensor& shortcut,
-                    const OptionalTensor& h, const OptionalTensor& c, const OptionalTensor& gamma,
-                    const OptionalTensor& beta, const OptionalTensor& given_mean, const OptionalTensor& given_var,
-                    const OptionalTensor& sample_means, double eps, const Parameters& w, bool relu, bool tanh_output) {
+TailResult run_tail(const ResultOverFirst& results, const Tensor& z, const MapInfo& info,
+                    const OptionalTensor& shortcut, const OptionalTensor& h, const OptionalTensor& c,
+                    const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& given_mean,
+                    const OptionalTensor& given_var, const OptionalTensor& sample_means, double eps,
+                    const Parameters& w, bool relu, bool tanh_output) {
   using A = Compute<T>;
   const int64_t n = info.shape.samples, width = info.shape.channels, m = w.input_reduce_weight.size(0);
   const MapReader<T> z_reader(z, info);
@@ -60,7 +61,7 @@ TailResult run_tail(const ResultMaps<0>& results, const Tensor& z, const MapInfo
 }
 
 // A tail's arguments, checked.
-TailResult checked_tail(const ResultMaps<0>& results, const Tensor& z, const OptionalTensor& shortcut,
+TailResult checked_tail(const ResultOverFirst& results, const Tensor& z, const OptionalTensor& shortcut,
                         const OptionalTensor& h, const OptionalTensor& c, const OptionalTensor& gamma,
                         const OptionalTensor& beta, const OptionalTensor& mean, const OptionalTensor& var,
                         const OptionalTensor& means, double eps, const Parameters& w, int64_t channel_dim, bool relu,
@@ -76,7 +77,7 @@ TailResult checked_tail(const ResultMaps<0>& results, const Tensor& z, const Opt
   });
 }
 
-TailResult tail(const ResultMaps<0>& results, Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
+TailResult tail(const ResultOverFirst& results, Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
                 OptionalTensor gamma, OptionalTensor beta, OptionalTensor mean, OptionalTensor var, double eps,
                 Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1, Tensor v2, Tensor a2,
                 int64_t channel_dim, bool relu, bool tanh_output, bool keep_mask) {

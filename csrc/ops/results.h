@@ -12,14 +12,15 @@
 namespace dia::ops {
 
 // The maps among the results, which stand at `places` there. Those that the caller has made, in this order; or nothing,
-// and each is made when it is asked for.
-template <int... places>
-class ResultMaps {
+// and each is made when it is asked for. `over`: the map may be the operator's first argument, which it then writes
+// over.
+template <bool over, int... places>
+class Results {
  public:
   using Given = std::array<OptionalTensor, sizeof...(places)>;
 
-  ResultMaps() = default;
-  explicit ResultMaps(Given given) : given_(std::move(given)) {}
+  Results() = default;
+  explicit Results(Given given) : given_(std::move(given)) {}
 
   // The k-th, shaped like x; an empty tensor where it is not wanted.
   Tensor make(size_t k, bool wanted, const Tensor& x, const MapInfo& info) const {
@@ -38,6 +39,10 @@ class ResultMaps {
  private:
   std::optional<Given> given_;
 };
+
+template <int... places>
+using ResultMaps = Results<false, places...>;
+using ResultOverFirst = Results<true, 0>;
 
 namespace detail {
 
@@ -60,6 +65,15 @@ bool overlap(const Tensor&, const Other&) {
   return false;
 }
 
+// Whether they are one map, element by element.
+inline bool is_same_map(const Tensor& a, const Tensor& b) {
+  bool same = a.const_data_ptr() == b.const_data_ptr() && a.dim() == b.dim();
+  for (int64_t d = 0; same && d < a.dim(); ++d)
+    same = a.size(d) == b.size(d) && (a.size(d) == 1 || a.stride(d) == b.stride(d));
+  return same;
+}
+inline bool is_same_map(const Tensor&, const OptionalTensor&) { return false; }
+
 template <int place, int... places>
 auto unless_in(Tensor& t) {
   if constexpr (((place == places) || ...))
@@ -76,36 +90,38 @@ auto rest_of(std::tuple<Results...>& results, std::index_sequence<all...>) {
 
 }  // namespace detail
 
-// The two forms of an operator that takes a ResultMaps before its arguments.
+// The two forms of an operator that takes its Results before its arguments.
 template <auto operation>
 struct Forms;
 
-template <class Results, int... places, class... Arguments,
-          Results (*operation)(const ResultMaps<places...>&, Arguments...)>
+template <class Returned, bool over, int... places, class First, class... Rest,
+          Returned (*operation)(const Results<over, places...>&, First, Rest...)>
 struct Forms<operation> {
   // With maps of its own.
-  static Results own(Arguments... arguments) { return operation({}, std::move(arguments)...); }
+  static Returned own(First first, Rest... rest) { return operation({}, std::move(first), std::move(rest)...); }
 
-  // Into `maps`, which no argument may overlap.
-  static auto into(Arguments... arguments, detail::EachMap<places>... maps) {
+  // Into `maps`, which overlap no argument.
+  static auto into(First first, Rest... rest, detail::EachMap<places>... maps) {
     const auto check_apart = [&](const OptionalTensor& map) {
-      check(!map || !(detail::overlap(*map, arguments) || ...), "into: a map that shares memory with an argument");
+      if (!map) return;
+      const bool shared = detail::overlap(*map, first) && !(over && detail::is_same_map(*map, first));
+      check(!shared && !(detail::overlap(*map, rest) || ...), "into: a map that shares memory with an argument");
     };
     (check_apart(maps), ...);
     if constexpr (sizeof...(places) == 2) {
-      const typename ResultMaps<places...>::Given given{maps...};
+      const typename Results<over, places...>::Given given{maps...};
       check(!given[0] || !detail::overlap(*given[0], given[1]), "into: maps that share memory");
     }
-    const ResultMaps<places...> results({maps...});
-    if constexpr (std::is_same_v<Results, Tensor>) {
-      operation(results, std::move(arguments)...);
+    const Results<over, places...> results({maps...});
+    if constexpr (std::is_same_v<Returned, Tensor>) {
+      operation(results, std::move(first), std::move(rest)...);
     } else {
-      Results all = operation(results, std::move(arguments)...);
-      auto rest = detail::rest_of<places...>(all, std::make_index_sequence<std::tuple_size_v<Results>>());
-      if constexpr (std::tuple_size_v<decltype(rest)> == 1)
-        return std::get<0>(rest);
+      Returned all = operation(results, std::move(first), std::move(rest)...);
+      auto others = detail::rest_of<places...>(all, std::make_index_sequence<std::tuple_size_v<Returned>>());
+      if constexpr (std::tuple_size_v<decltype(others)> == 1)
+        return std::get<0>(others);
       else
-        return rest;
+        return others;
     }
   }
 };
