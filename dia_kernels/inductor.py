@@ -71,7 +71,7 @@ def _is_free(first: Any, result: Any) -> bool:
     from torch._inductor.virtualized import V
 
     node = V.graph.current_node
-    made_by = node.args[0]
+    made_by: Any = node.args[0]
     if made_by.target is not torch.ops.aten.convolution.default or sum(arg is made_by for arg in node.args) > 1:
         return False
     if not all(_comes_before(user, node) for user in made_by.users if user is not node):

@@ -187,13 +187,11 @@ def update_buffers(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int | Ten
         batches.add_(1)
         if norm.momentum is None:
             factor = 1.0 / float(batches)
-    if isinstance(count, Tensor):
-        correction = count / (count - 1).clamp(min=1)
-    elif count == 0:
+    if not isinstance(count, Tensor) and count == 0:
         return
-    else:
-        correction = count / max(count - 1, 1)
-    for running, value in ((running_mean, mean), (running_var, var * correction)):
+    rest = count - 1
+    unbiased = var * (count / (rest.clamp(min=1) if isinstance(rest, Tensor) else max(rest, 1)))
+    for running, value in ((running_mean, mean), (running_var, unbiased)):
         if running is not None:
             move(running, torch.where(count > 0, value, running) if isinstance(count, Tensor) else value, factor)
 
