@@ -53,7 +53,7 @@ def test_targets_and_tables(tail, tmp_path):
 @pytest.mark.parametrize("cell", ["lstm", "dsu", "se", "eca", "srm", "cbam"])
 def test_a_small_tail_is_right_and_timed(tail, cell, layout):
     # SRM's norm is over the samples: of few it makes much of rounding.
-    found = tail.measure(tail.Shape(16, 16, 6, 6), layout, compiled=False, budget=0.01, cell=cell)
+    found = tail.measure(tail.Shape(64, 16, 6, 6), layout, compiled=False, budget=0.01, cell=cell)
     assert found["wrong"] is None
     assert set(found["seconds"]) == {"plain", "eager", "step", "ours"}
 

@@ -215,9 +215,16 @@ STAGES = {
 }
 
 
+#: A case of them takes some seconds.
+CASES = [(kind, memory_format) for kind in STAGES for memory_format in (torch.contiguous_format, torch.channels_last)]
+QUICK = {("tail", torch.channels_last), ("cell", torch.contiguous_format)}
+
+
 @needs_native
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize(
+    ("kind", "memory_format"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow, id=f"{case[0]}-{case[1]}") for case in CASES],
+)
 def test_the_inductor_serves_and_trains_in_buffers_of_its_own(kind, memory_format):
     torch.manual_seed(0)
     make, serving, training = STAGES[kind]
@@ -244,6 +251,7 @@ def test_the_inductor_serves_and_trains_in_buffers_of_its_own(kind, memory_forma
         torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_native
 def test_any_batch_goes_into_buffers_too():
     stage = STAGES["tail"][0]().eval()
@@ -255,6 +263,17 @@ def test_any_batch_goes_into_buffers_too():
             torch.testing.assert_close(y, stage(x), rtol=0, atol=1e-5)
             if size[0] == 3:
                 assert called(code) == {"tail_into"}
+
+
+@pytest.mark.slow
+@needs_native
+def test_buffers_out_of_one_pool():
+    """The inductor's memory planning gives out parts of larger pieces."""
+    stage, x = STAGES["tail"][0]().eval(), torch.randn(3, 8, 6, 5)
+    with torch.no_grad(), torch._inductor.config.patch(memory_planning=True, memory_pool="intermediates"):
+        y, code = run_and_get_code(torch.compile(stage, fullgraph=True), x)
+        torch.testing.assert_close(y, stage(x), rtol=0, atol=1e-5)
+    assert called(code) == {"tail_into"}
 
 
 @needs_native
@@ -277,7 +296,7 @@ def test_results_that_nobody_uses():
 
 
 @needs_native
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_convolution_whose_result_is_still_wanted(norm):
     """Returned itself, as a view, as the shortcut, or read by a later operation: then it is not written over."""
     attention, convolution = SharedAttention(8, 2).requires_grad_(False), nn.Conv2d(8, 8, 3, padding=1)

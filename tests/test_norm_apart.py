@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 
 import pytest
@@ -445,6 +446,25 @@ def test_a_mean_far_from_zero(mean):
     truth = copy.deepcopy(attention).double()(x.double(), norm=copy.deepcopy(norm).double())[0]
     y = attention(x, norm=norm)[0]
     assert (y - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["native", "simulated"])
+def test_an_infinite_value_has_an_infinite_mean(name, layout):
+    """And no NaN, wherever in the map it lies, unless it is of the statistics that it goes through."""
+    if name == "simulated":
+        simulated_backend.library()
+    ops = operators.native if name == "native" else backends._backends["simulated"].operators
+    z = torch.randn(2, 8, 6, 7)
+    z[0, 0, 0, 0] = z[1, 1, 5, 6] = z[0, 2].view(-1)[42 * 66 // 128] = math.inf
+    z = LAYOUTS[layout](z)
+    for statistics in ((torch.zeros(8), torch.ones(8)), (None, None)):
+        arguments = (z, None, None, *statistics, 1e-5, 1, True, False, False)
+        found, expected = ops.norm_pool(*arguments), operators.plain.norm_pool(*arguments)
+        for place in (0, 7):  # p, and the mean of the batch
+            assert torch.equal(found[place].isinf(), expected[place].isinf())
+            assert torch.equal(found[place].isnan(), expected[place].isnan())
+        assert found[0 if statistics[0] is not None else 7].isinf().sum() == 3
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "tokens"])

@@ -1,6 +1,6 @@
 // Maps among an operator's results that its caller has made: each operator `name` that can write into them is there a
 // second time, as `name_into`. A compiler, which knows what memory is free, gives it memory that is mapped and perhaps
-// in a cache, where a map of our own is fresh (docs/kernels.md, huge pages).
+// in a cache, where a map of our own is fresh (docs/kernels.md, compiled).
 #pragma once
 
 #include <array>
@@ -49,7 +49,7 @@ namespace detail {
 template <int>
 using EachMap = OptionalTensor;
 
-// The bytes of t, first and last.
+// The bytes of t: the first, and the one after the last.
 inline std::pair<const char*, const char*> bytes_of(const Tensor& t) {
   const char* first = static_cast<const char*>(t.const_data_ptr());
   return {first, first + extent(t) * static_cast<int64_t>(t.element_size())};
@@ -57,7 +57,7 @@ inline std::pair<const char*, const char*> bytes_of(const Tensor& t) {
 inline bool overlap(const Tensor& a, const Tensor& b) {
   const auto [a_first, a_last] = bytes_of(a);
   const auto [b_first, b_last] = bytes_of(b);
-  return a_first < b_last && b_first < a_last;
+  return a_first < a_last && b_first < b_last && a_first < b_last && b_first < a_last;
 }
 inline bool overlap(const Tensor& a, const OptionalTensor& b) { return b && overlap(a, *b); }
 template <class Other>
