@@ -251,6 +251,25 @@ def test_the_inductor_serves_and_trains_in_buffers_of_its_own(kind, memory_forma
         torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-5)
 
 
+@needs_native
+def test_gradients_that_are_not_wanted():
+    """Of the first block's shortcut, and of a frozen convolution's map."""
+    stage, x = STAGES["tail"][0](), torch.randn(3, 8, 6, 5)
+    wanted = [*stage.attention.parameters(), *stage.convolutions[2].parameters()]
+    for convolution, norm in list(zip(stage.convolutions, stage.norms, strict=True))[:2]:
+        convolution.requires_grad_(False), norm.requires_grad_(False)
+
+    def gradients(model):
+        return torch.autograd.grad(model(x).square().sum(), wanted)
+
+    found, code = run_and_get_code(lambda: gradients(torch.compile(stage, fullgraph=True)))
+    assert called(code) == {"tail_into", "tail_backward_into"}
+    assert "None)" in "\n".join(line for line in "\n".join(code).splitlines() if "tail_backward_into" in line)
+    for ours, theirs in zip(found, gradients(stage), strict=True):
+        scale = theirs.abs().max().clamp(min=1)
+        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 @needs_native
 def test_any_batch_goes_into_buffers_too():
@@ -317,6 +336,12 @@ def test_a_convolution_whose_result_is_still_wanted(norm):
         y = attention(z, **more)[0]
         return y, (view + 1).sum()
 
+    def view_read_before_and_later(x):
+        z = convolution(x)
+        view = z.flatten(2)
+        before = view.amax(2)
+        return attention(z * before.mean(), **more)[0], attention(z, **more)[0], before, view.cumsum(2)
+
     def its_own_shortcut(x):
         z = convolution(x)
         return (attention(z, shortcut=z, activation="relu", **more)[0],)
@@ -327,7 +352,7 @@ def test_a_convolution_whose_result_is_still_wanted(norm):
         return (y, *attention(z, state, **more)[:1])
 
     x = torch.randn(2, 8, 4, 4)
-    for function in (returned, viewed, view_read_later, its_own_shortcut, twice):
+    for function in (returned, viewed, view_read_later, view_read_before_and_later, its_own_shortcut, twice):
         torch._dynamo.reset()
         with torch.no_grad():
             found, code = run_and_get_code(torch.compile(function, fullgraph=True), x)
