@@ -90,6 +90,14 @@ inline bool overlap(const Span& a, const Span& b) {
   return a.begin < b.end && b.begin < a.end && a.begin < a.end && b.begin < b.end;
 }
 
+// Whether they are one map, element by element.
+inline bool is_same_map(const Tensor& a, const Tensor& b) {
+  bool same = a.const_data_ptr() == b.const_data_ptr() && a.dim() == b.dim();
+  for (int64_t d = 0; same && d < a.dim(); ++d)
+    same = a.size(d) == b.size(d) && (a.size(d) == 1 || a.stride(d) == b.stride(d));
+  return same;
+}
+
 // --- what a step that is to be written over x reads: where it shares memory with x, a copy ---
 
 inline Tensor apart(const Tensor& t, const Tensor& x) {
@@ -104,10 +112,7 @@ inline Parameters apart(const Parameters& w, const Tensor& x) {
 
 // A shortcut may be x itself: an element is read before it is written.
 inline OptionalTensor shortcut_apart(const OptionalTensor& shortcut, const Tensor& x) {
-  if (!shortcut || shortcut->const_data_ptr() != x.const_data_ptr()) return apart(shortcut, x);
-  bool same = true;
-  for (int64_t d = 0; d < x.dim(); ++d) same = same && (x.size(d) == 1 || x.stride(d) == shortcut->stride(d));
-  return same ? shortcut : apart(shortcut, x);
+  return shortcut && is_same_map(*shortcut, x) ? shortcut : apart(shortcut, x);
 }
 
 // The parts of the operator's `tables`: see operators.py, table_sizes.

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <utility>
 
-#include "tensors.h"
+#include "arguments.h"
 
 namespace dia::ops {
 
@@ -49,30 +49,16 @@ namespace detail {
 template <int>
 using EachMap = OptionalTensor;
 
-// The bytes of t: the first, and the one after the last.
-inline std::pair<const char*, const char*> bytes_of(const Tensor& t) {
-  const char* first = static_cast<const char*>(t.const_data_ptr());
-  return {first, first + extent(t) * static_cast<int64_t>(t.element_size())};
-}
-inline bool overlap(const Tensor& a, const Tensor& b) {
-  const auto [a_first, a_last] = bytes_of(a);
-  const auto [b_first, b_last] = bytes_of(b);
-  return a_first < a_last && b_first < b_last && a_first < b_last && b_first < a_last;
-}
-inline bool overlap(const Tensor& a, const OptionalTensor& b) { return b && overlap(a, *b); }
+inline bool shares(const Tensor& map, const Tensor& t) { return overlap(Span(map), Span(t)); }
+inline bool shares(const Tensor& map, const OptionalTensor& t) { return t && shares(map, *t); }
 template <class Other>
-bool overlap(const Tensor&, const Other&) {
+bool shares(const Tensor&, const Other&) {
   return false;
 }
 
-// Whether they are one map, element by element.
-inline bool is_same_map(const Tensor& a, const Tensor& b) {
-  bool same = a.const_data_ptr() == b.const_data_ptr() && a.dim() == b.dim();
-  for (int64_t d = 0; same && d < a.dim(); ++d)
-    same = a.size(d) == b.size(d) && (a.size(d) == 1 || a.stride(d) == b.stride(d));
-  return same;
-}
-inline bool is_same_map(const Tensor&, const OptionalTensor&) { return false; }
+// Whether the map is the first argument, which only a map that is always there may be.
+inline bool is_first(const Tensor& map, const Tensor& first) { return is_same_map(map, first); }
+inline bool is_first(const Tensor&, const OptionalTensor&) { return false; }
 
 template <int place, int... places>
 auto unless_in(Tensor& t) {
@@ -83,8 +69,8 @@ auto unless_in(Tensor& t) {
 }
 
 // What an operator returns beside its maps.
-template <int... places, class... Results, size_t... all>
-auto rest_of(std::tuple<Results...>& results, std::index_sequence<all...>) {
+template <int... places, class... Returned, size_t... all>
+auto rest_of(std::tuple<Returned...>& results, std::index_sequence<all...>) {
   return std::tuple_cat(unless_in<static_cast<int>(all), places...>(std::get<all>(results))...);
 }
 
@@ -104,13 +90,13 @@ struct Forms<operation> {
   static auto into(First first, Rest... rest, detail::EachMap<places>... maps) {
     const auto check_apart = [&](const OptionalTensor& map) {
       if (!map) return;
-      const bool shared = detail::overlap(*map, first) && !(over && detail::is_same_map(*map, first));
-      check(!shared && !(detail::overlap(*map, rest) || ...), "into: a map that shares memory with an argument");
+      const bool shared = detail::shares(*map, first) && !(over && detail::is_first(*map, first));
+      check(!shared && !(detail::shares(*map, rest) || ...), "into: a map that shares memory with an argument");
     };
     (check_apart(maps), ...);
     if constexpr (sizeof...(places) == 2) {
       const typename Results<over, places...>::Given given{maps...};
-      check(!given[0] || !detail::overlap(*given[0], given[1]), "into: maps that share memory");
+      check(!given[0] || !detail::shares(*given[0], given[1]), "into: maps that share memory");
     }
     const Results<over, places...> results({maps...});
     if constexpr (std::is_same_v<Returned, Tensor>) {
