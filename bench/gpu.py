@@ -3,6 +3,7 @@
     python bench/gpu.py small                      small problems once through every kernel: for compute-sanitizer
     python bench/gpu.py times --out DIR            the step and the tail against their peers
     python bench/gpu.py compile --out DIR          the same beside torch.compile, for some of the cases
+    python bench/gpu.py cells --out DIR            the tail with other cells than the LSTM
     python bench/gpu.py kernels --out DIR          each kernel of ours alone
     python bench/gpu.py nets --out DIR             training steps of whole networks
     python bench/gpu.py report --out DIR           merges what the parts have left into report.json and report.md
@@ -37,7 +38,7 @@ import torch
 from timing import L2_FILLER_BYTES, Clock, clock_of, interleaved, synchronised_seconds_a_call
 from torch import Tensor, nn
 
-from dia_kernels import SharedAttention, backends, models, operators, plan
+from dia_kernels import backends, create_attention, models, operators, plan
 from dia_kernels.autograd import keeps_mask
 
 #: Those that are timed beside torch.compile, and held against the copy and the model.
@@ -56,6 +57,9 @@ SHAPES = (
 )
 #: Those that torch.compile is timed at, which takes a while to compile.
 COMPILED_SHAPES = SHAPES[:3]
+#: Cells of other statistics, and the shapes that their tails are timed at.
+CELLS = ("se", "srm", "cbam")
+CELL_SHAPES = SHAPES[:3]
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 QUICK_SHAPES = ((2, 8, 8, 4),)
 #: Passes over the map that nobody can avoid, with shortcut and ReLU: forward, and forward and backward if the gradient
@@ -79,10 +83,12 @@ class Case:
     channels_last: bool
     dtype: str
     tail: bool
+    cell: str = "lstm"
 
     @property
     def name(self) -> str:
         what, layout = "tail" if self.tail else "step", "channels_last" if self.channels_last else "contiguous"
+        what += "" if self.cell == "lstm" else f" with {self.cell}"
         return f"{what} {self.samples}x{self.channels}x{self.side}², r = {self.reduction}, {layout}, {self.dtype}"
 
     @property
@@ -106,7 +112,7 @@ def choose(layouts: str) -> None:
 def predicted(case: Case, card: str) -> dict[str, dict[str, float]]:
     """The seconds of our plans by their model, by mode and kind of plan, if it knows the card."""
     name = next((gpu for gpu in plan.gpus() if gpu in card.lower()), None)
-    if name is None:
+    if name is None or case.cell != "lstm":  # of other cells the model knows nothing
         return {}
     shape = (case.samples, case.channels, case.side, case.side)
     options = {"dtype": case.dtype, "reduction": case.reduction, "channels_last": case.channels_last}
@@ -126,7 +132,7 @@ class Problem:
 
     def __init__(self, case: Case, device: str) -> None:
         torch.manual_seed(0)
-        self.attention = SharedAttention(case.channels, case.reduction).to(device)
+        self.attention = create_attention(case.cell, case.channels, case.reduction).to(device)
         self.norm = nn.BatchNorm2d(case.channels).to(device)
         self.eager = copy.deepcopy(self.attention)
         self.eager.backend = "reference"
@@ -138,15 +144,20 @@ class Problem:
         self.x, self.s, self.dy = (
             torch.randn(shape, device=device).to(dtype).contiguous(memory_format=format_) for _ in range(3)
         )
-        self.h, self.c = (torch.rand(case.samples, case.channels, device=device) for _ in range(2))
+        # Of the other cells those here have no state, or one without tensors (SRM counts the blocks).
+        state = [torch.rand(case.samples, case.channels, device=device) for _ in range(2)]
+        self.state = tuple(state) if case.cell == "lstm" else ()
         self.tail = case.tail
-        self.leaves = [self.x, self.s, self.h, self.c]
+        self.leaves = [self.x, self.s, *self.state]
         self.modules = [self.attention, self.norm, self.eager, self.triton]
 
-    def forward(self, attention: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, attention: nn.Module, norm: nn.Module) -> tuple[Tensor, ...]:
         folded = norm if self.tail else None
-        y, (h, c) = attention(self.x, (self.h, self.c), shortcut=self.s, activation="relu", norm=folded)
-        return y, h, c
+        y, state = attention(self.x, self.state or None, shortcut=self.s, activation="relu", norm=folded)
+        return y, *self.tensors_of(state)
+
+    def tensors_of(self, state: Any) -> tuple[Tensor, ...]:
+        return state if self.state else ()
 
     def plain(self) -> Tensor:
         """The block's tail without attention."""
@@ -187,12 +198,12 @@ class Problem:
         wide = copy.deepcopy(self.eager).double()
         results = {}
         for name, module, dtype in (("ours", self.attention, None), ("eager", self.eager, None), ("true", wide, 64)):
-            x, s, h, c = (t[part].double() if dtype else t[part] for t in (self.x, self.s, self.h, self.c))
+            x, s, *given = (t[part].double() if dtype else t[part] for t in (self.x, self.s, *self.state))
             norm = (copy.deepcopy(self.norm).double() if dtype else copy.deepcopy(self.norm)) if self.tail else None
             with torch.no_grad():
-                y, state = module(x, (h, c), shortcut=s, activation="relu", norm=norm)
-            results[name] = (y, *state)
-        for name, ours, eager, true in zip("yhc", *results.values(), strict=True):
+                y, state = module(x, tuple(given) or None, shortcut=s, activation="relu", norm=norm)
+            results[name] = (y, *self.tensors_of(state))
+        for name, ours, eager, true in zip("yhc", *results.values(), strict=False):
             scale = true.abs().max()
             allowed = 2 * (eager.double() - true).abs().max() + torch.finfo(ours.dtype).eps * scale
             error = (ours.double() - true).abs().max()
@@ -215,7 +226,7 @@ def peers(problem: Problem, backward: bool, device: str, modes: Sequence[str]) -
 
         return call
 
-    if backends.missing("triton") is None:
+    if problem.state and backends.missing("triton") is None:
         calls["triton"] = problem.call(lambda: problem.forward(problem.triton, problem.norm), backward)
     calls |= {f"ours, {kind}": with_layouts(kind) for kind in (SHOWN if modes else plan.LAYOUTS)}
     if backward:
@@ -332,6 +343,11 @@ def profile_case(case: Case, device: str) -> dict[str, Any]:
     return {"case": asdict(case), "name": case.name, "map_bytes": case.map_bytes, "kernels": kernels}
 
 
+def cell_cases(shapes: Sequence[tuple[int, int, int, int]], dtype: str) -> list[Case]:
+    """Tails of channels_last maps."""
+    return [Case(*shape, True, dtype, True, cell) for shape in shapes for cell in CELLS]
+
+
 def cases(shapes: Sequence[tuple[int, int, int, int]], dtype: str) -> list[Case]:
     return [
         Case(*shape, channels_last, dtype, tail)
@@ -346,38 +362,62 @@ def cases(shapes: Sequence[tuple[int, int, int, int]], dtype: str) -> list[Case]
 
 @dataclass(frozen=True)
 class Network:
-    """A network, its images, and r of its attention; ``captured``: whether its steps are timed in CUDA graphs too."""
+    """A network, its images, and r of its attention.
+
+    ``small``: its maps are of the sizes that clusters are for, so sweeps are timed beside them, and its steps so short
+    that they are timed in CUDA graphs too.
+    """
 
     network: str
     batch: int
     side: int
     reduction: int
-    captured: bool = False
+    small: bool = False
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return ("plain", "eager", "ours", *(["ours, sweeps"] if self.small else []))
 
     @property
     def name(self) -> str:
         return f"{self.network}, batch {self.batch} of {self.side}², r = {self.reduction}"
 
     def build(self, variant: str) -> nn.Module:
-        """``plain``, ``eager`` (DIA by PyTorch's own operations) or ``ours``, with the weights of seed 0."""
+        """``plain``, ``eager`` (DIA by PyTorch's own operations) or one of ours, with the weights of seed 0."""
         torch.manual_seed(0)
         if self.network == "resnet50":
             from resnet50 import resnet50  # torchvision's
 
             return resnet50(variant, self.reduction)
+        if variant == "plain":
+            return models.create(self.network, num_classes=10)
         dia = {"attention": "dia", "reduction": self.reduction}
-        eager = {"backend": "reference", "fold_norm": False}
-        options = {"plain": {}, "eager": dia | eager, "ours": dia}[variant]
-        return models.create(self.network, num_classes=10, **options)
+        eager = {"backend": "reference", "fold_norm": False} if variant == "eager" else {}
+        return models.create(self.network, num_classes=10, **dia, **eager)
 
 
 NETWORKS = (
-    Network("resnet164", 32, 32, 4, captured=True),
-    Network("resnet164", 128, 32, 4, captured=True),
+    Network("resnet164", 32, 32, 4, small=True),
+    Network("resnet164", 128, 32, 4, small=True),
     Network("resnet50", 256, 224, 4),
     Network("resnet50", 256, 224, 20),
 )
 QUICK_NETWORKS = (Network("resnet20", 4, 32, 4), Network("resnet50", 2, 64, 20))
+
+
+def training_step(network: nn.Module, images: Tensor, labels: Tensor, layouts: str) -> Callable[[], None]:
+    """Mixed precision and SGD with momentum; our operators by plans of the kind ``layouts``."""
+    optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.9)
+
+    def step() -> None:
+        choose(layouts)
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, torch.bfloat16):
+            loss = nn.functional.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
 
 
 def time_network(case: Network, device: str, rounds: int) -> dict[str, Any]:
@@ -387,17 +427,9 @@ def time_network(case: Network, device: str, rounds: int) -> dict[str, Any]:
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (case.batch,), device=device)
     steps = {}
-    for variant in ("plain", "eager", "ours"):
+    for variant in case.variants:
         network = case.build(variant).to(device).to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.9)
-
-        def step(network=network, optimizer=optimizer) -> None:
-            optimizer.zero_grad()
-            with torch.autocast(device, torch.bfloat16):
-                loss = nn.functional.cross_entropy(network(images), labels)
-            loss.backward()
-            optimizer.step()
-
+        step = training_step(network, images, labels, layouts=variant.partition(", ")[2] or "any")
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         step(), step()
@@ -406,8 +438,9 @@ def time_network(case: Network, device: str, rounds: int) -> dict[str, Any]:
         steps[variant] = step
     clock = synchronised_seconds_a_call if device == "cuda" else clock_of(device)
     result["seconds"] = medians(steps, clock, rounds)
-    if case.captured and device == "cuda":
+    if case.small and device == "cuda":
         result["seconds"] |= medians({f"{name}, graph": graphed(step) for name, step in steps.items()}, clock, rounds)
+    choose("any")
     return result
 
 
@@ -561,8 +594,12 @@ def tables_of_nets(results: list[dict[str, Any]]) -> list[str]:
 
 
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
-    "times": tables_of_times, "compile": tables_of_times, "kernels": tables_of_kernels, "nets": tables_of_nets,
-}  # fmt: skip
+    "times": tables_of_times,
+    "cells": tables_of_times,
+    "compile": tables_of_times,
+    "kernels": tables_of_kernels,
+    "nets": tables_of_nets,
+}
 
 
 def short(kernel: str) -> str:
@@ -600,7 +637,7 @@ def summary(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Checks and times the CUDA backend.")
-    parser.add_argument("part", choices=("small", "times", "compile", "kernels", "nets", "report"))
+    parser.add_argument("part", choices=("small", "times", "cells", "compile", "kernels", "nets", "report"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="one small case, few rounds, nothing compiled")
@@ -624,13 +661,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         networks = QUICK_NETWORKS if options.quick else NETWORKS
         return 0 if part.run(networks, functools.partial(time_network, device=options.device, rounds=rounds)) else 1
 
-    chosen = cases(shapes, options.dtype)
+    chosen = (
+        cell_cases(shapes[: len(CELL_SHAPES)], options.dtype)
+        if options.part == "cells"
+        else cases(shapes, options.dtype)
+    )
     if options.part == "compile":
         compiled = [case for case in cases(COMPILED_SHAPES, options.dtype) if case.channels_last]
         # Shapes compiled before would be taken for ones that change.
         timed = functools.partial(time_case, device=options.device, modes=options.modes, rounds=rounds)
         return 0 if part.run(compiled, apart(timed)) else 1
-    if options.part == "times":
+    if options.part in ("times", "cells"):
         timed = functools.partial(time_case, device=options.device, modes=(), rounds=rounds)
         return 0 if part.run(chosen, timed) else 1
     choose(options.layouts)

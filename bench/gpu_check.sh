@@ -49,6 +49,7 @@ sanitize() {
 times() {
   local status=0
   python3 bench/gpu.py times --out "$out" --seconds 120 || status=1
+  python3 bench/gpu.py cells --out "$out" --seconds 60 || status=1
   python3 bench/gpu.py compile --out "$out" --seconds 240 || status=1
   # The pytest-benchmark suite, on the card.
   python3 -m pytest bench/test_step_bench.py --device cuda --dtype bfloat16 --layouts channels_last \

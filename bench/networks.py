@@ -174,10 +174,10 @@ def call_of(case: Case, variant: str, mode: str, compiled: bool) -> Callable[[],
 # --- measurement -----------------------------------------------------------------------------------------
 
 
-def peak_bytes(case: Case, variant: str) -> int:
-    """What two training steps in a process of their own add to its peak of resident memory."""
-    command = [sys.executable, __file__, "--peak", case.name, variant]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def memory(case: Case, variant: str) -> dict[str, int]:
+    """``own_memory`` of a process that does nothing else: networks of several leave up to 19 GB of heap."""
+    command = [sys.executable, __file__, "--memory", case.name, variant]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def resident(field: str) -> int:
@@ -188,11 +188,14 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def own_peak(case: Case, variant: str) -> int:
+def own_memory(case: Case, variant: str) -> dict[str, int]:
+    """Bytes: what two training steps add to the ``peak`` of resident memory, and what a forward pass has ``saved``."""
     step = call_of(case, variant, "training", compiled=False)
     before = resident("VmRSS")
     step(), step()
-    return resident("VmHWM") - before
+    peak = resident("VmHWM") - before
+    del step
+    return {"saved": saved_bytes(network(case, variant), batch(case)[0]), "peak": peak}
 
 
 def timed(case: Case, mode: str, variants: Sequence[str], compiled: bool, budget: float) -> Samples:
@@ -207,14 +210,14 @@ def measure(case: Case, asked: Sequence[str], timings: Callable[[str, Sequence[s
     """Everything of one case, as plain data for JSON; ``timings(mode, variants)`` gives the times."""
     wrong = breach(case)
     variants = [v for v in case.variants() if v in asked and (v not in OURS or wrong is None)]
-    images, _ = batch(case)
+    memories = {v: memory(case, v) for v in variants}
     return {
         "case": asdict(case) | {"network_blocks": case.blocks},
         "name": case.name,
         "wrong": wrong,
         "seconds": {mode: timings(mode, variants) for mode in MODES},
-        "saved_bytes": {v: saved_bytes(network(case, v), images) for v in variants},
-        "peak_bytes": {v: peak_bytes(case, v) for v in variants},
+        "saved_bytes": {v: found["saved"] for v, found in memories.items()},
+        "peak_bytes": {v: found["peak"] for v, found in memories.items()},
     }
 
 
@@ -327,14 +330,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="of PyTorch (default: as many as it takes by itself)")
     parser.add_argument("--name", default="networks", help="stem of the three files")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
-    parser.add_argument("--peak", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=2, metavar=("CASE", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     by_name = {case.name: case for case in CASES}
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.peak:
-        print(own_peak(by_name[options.peak[0]], options.peak[1]))
+    if options.memory:
+        print(json.dumps(own_memory(by_name[options.memory[0]], options.memory[1])))
         return 0
     if options.one:
         case, mode = by_name[options.one[0]], options.one[1]

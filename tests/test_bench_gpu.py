@@ -26,12 +26,22 @@ def gpu(bench_module):
 
 @pytest.mark.skipif(backends.missing("cpu") is not None, reason=f"{backends.missing('cpu')}")
 def test_parts_and_report(gpu, tmp_path, capsys):
-    for part in ("small", "times", "nets"):
+    for part in ("small", "times", "cells", "nets"):
         assert gpu.main([part, "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     (tmp_path / "tests.log").write_text("one\ntwo\nthree\n4 passed in 1 s\n")
     assert gpu.main(["report", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
-    for part in ("## times", "## nets", "## tests", "4 passed in 1 s", "of copy", "ours, sweeps", "ours / plain"):
+    for part in (
+        "## times",
+        "## cells",
+        "tail with cbam",
+        "## nets",
+        "## tests",
+        "4 passed in 1 s",
+        "of copy",
+        "ours, sweeps",
+        "ours / plain",
+    ):
         assert part in text
     (result, *_) = json.loads((tmp_path / "report.json").read_text())["times"]["results"]
     assert result["wrong"] is None

@@ -80,6 +80,28 @@ def test_the_same_bits_every_time(norm, cell, layouts):
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.bfloat16, (128, 64, 32, 32)), (torch.bfloat16, (33, 256, 8, 8)), (torch.float32, (9, 102, 7, 7))],
+)
+def test_values_that_change_from_call_to_call(dtype, shape, norm, layouts):
+    """Kernels that follow each other without a wait find in their tables' memory what earlier calls left there."""
+    torch.manual_seed(0)
+    attention = SharedAttention(shape[1], 4, backend="cuda").cuda()
+    own = nn.BatchNorm2d(shape[1]).cuda() if norm else None
+    pairs = [[t.detach().mul(k + 1).requires_grad_() for t in maps(shape, dtype, True)] for k in range(3)]
+    expected = []
+    for pair in pairs:
+        expected.append(results(attention, copy.deepcopy(own), *pair))
+        torch.cuda.synchronize()
+    wrong = torch.zeros((), device="cuda")
+    for k in torch.randint(3, (100,)).tolist():
+        for name, value in results(attention, copy.deepcopy(own), *pairs[k]).items():
+            wrong += (value != expected[k][name]).any()  # counted there: to ask would be to wait
+    assert wrong.item() == 0
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
     ("dtype", "shape", "count"),
     [(torch.bfloat16, (128, 64, 32, 32), 18), (torch.float32, (33, 102, 7, 7), 5), (torch.float32, (4, 25, 9, 5), 66)],
     ids=str,
