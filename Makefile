@@ -1,7 +1,7 @@
 # Every target sets up what it needs, from a fresh clone: a virtual environment in .venv, the pinned
 # dependencies, the native library. A second run only redoes what has changed.
 #   make demo        train a small network with the fused kernels and show what they save
-#   make test        every quick test
+#   make test        every quick test; TEST_PROCESSES says by how many processes
 #   make test-slow   the tests that take long: other builds, another torch
 #   make fuzz        calls drawn at random, raw operators under sanitizers; FUZZ_EXAMPLES and FUZZ_SEED choose (docs/fuzzing.md)
 #   make lint        style and types
@@ -29,6 +29,11 @@ formatted_sources := $(filter csrc/%,$(native_sources))
 .PHONY: demo test test-slow fuzz lint bench bench-tail bench-networks wheel clean
 .DELETE_ON_ERROR:
 
+# In as many processes as there are cores, four at most: each takes up to 3 GB. Their threads, more than there are cores,
+# sleep while they wait and do not spin.
+TEST_PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
+pytest_in_parallel := OMP_WAIT_POLICY=passive $(python) -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
+
 FUZZ_EXAMPLES ?= 2000
 FUZZ_SEED := $(or $(FUZZ_SEED),$(shell date +%s))
 
@@ -36,10 +41,10 @@ demo: build/native.stamp
 	$(python) -m dia_kernels demo
 
 test: build/native.stamp
-	$(python) -m pytest -m "not slow and not gpu"
+	$(pytest_in_parallel) -m "not slow and not gpu"
 
 test-slow: build/native.stamp
-	$(python) -m pytest -m "slow and not gpu"
+	$(pytest_in_parallel) -m "slow and not gpu"
 
 fuzz: build/native.stamp
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SEED=$(FUZZ_SEED) $(python) -m pytest tests/test_fuzz.py -rP \

@@ -1,6 +1,6 @@
 """Dense-and-Implicit Attention that costs next to nothing: fused shared-attention steps for PyTorch."""
 
-from . import checkpoints, functional, sharing
+from . import checkpoints, functional, memory, sharing
 from .attention import CELLS, SharedAttention, create_attention
 from .backends import use_backend
 from .cell_attention import CellAttention
@@ -24,6 +24,7 @@ __all__ = [
     "checkpoints",
     "create_attention",
     "functional",
+    "memory",
     "share_attention",
     "sharing",
     "use_backend",

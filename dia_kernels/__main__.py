@@ -145,7 +145,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
-    with _extra("demo", (*training.MODULES, "matplotlib")):
+    with _extra("reproduce", (*training.MODULES, "matplotlib"), "demo"):
         return reproducing.main(arguments)
 
 

@@ -168,7 +168,7 @@ class SharedAttention(nn.Module):
         Returns:
             ``(y, state)``: hand the state to the next block of the stage.
         """
-        x, norm = functional._called_if_traced(norm, x)
+        x, norm = functional._called_if_traced(norm, x, self.channel_dim)
         result = functional.step(
             x,
             self.lstm_parameters(),

@@ -81,7 +81,7 @@ class CellAttention(nn.Module):
         Raises:
             ValueError, TypeError: an argument is wrong, or what the cell returns; the message names it.
         """
-        x, norm = functional._called_if_traced(norm, x)
+        x, norm = functional._called_if_traced(norm, x, self.channel_dim)
         wanted, channel_dim, backend = self.cell.statistics, self.channel_dim, self.backend
         if inplace:
             _check_inplace(x, shortcut, list(self.cell.parameters()))

@@ -50,8 +50,8 @@ def step(
     Args:
         x: feature map (N, C, \\*spatial) with 1 to 3 spatial dimensions, or (N, \\*spatial, C) with
             ``channel_dim=-1``; float64, float32, float16 or bfloat16; any strides.
-        parameters: of the LSTM cell, any floating dtype; cast to the compute dtype, which is
-            float64 if x is, else float32.
+        parameters: of the LSTM cell, in the compute dtype, which is float64 if x is, else float32; or narrower, and
+            then cast.
         state: (h, c) as returned by the block before, or None at the first block of a stage.
             (N, C) each, or (L, N, C) with L - 1 ``stacked`` layers.
         stacked: parameters of the LSTM layers above the first.
@@ -66,7 +66,8 @@ def step(
             device), torchvision's ``FrozenBatchNorm2d`` or a pair (scale, bias)
             of a value for each channel is folded into the step, at no pass of its own over x and nothing saved for
             it; its parameters and buffers are used and updated exactly as it would itself. Any other module or
-            function is called, and the step follows. (arXiv:1502.03167, algorithm 1.)
+            function is called, and the step follows. The channels of PyTorch's batch, group and instance norms are
+            those of ``channel_dim``. (arXiv:1502.03167, algorithm 1.)
         sample_scale: (N,), a factor for the scale of each sample: ``y = activation(x * (h * sample_scale[:, None]) +
             shortcut)``, for stochastic depth (arXiv:1603.09382). The state is not scaled. Any floating dtype that the
             compute dtype holds. With it, and with ``stacked`` layers, pool, cell and rescale run one by one, and a norm
@@ -75,12 +76,13 @@ def step(
             call; without one, for the best one here.
 
     Returns:
-        ``(y, (h, c))``: y in the dtype of x (channels_last if x is and is not contiguous, else
-        contiguous), the state in the compute dtype.
+        ``(y, (h, c))``: y in the dtype of x, or x's and the shortcut's result type (channels_last if x is and is not
+        contiguous, else contiguous), the state in the compute dtype.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
-        RuntimeError: in backward, when the state comes from a forward pass whose graph is gone.
+        RuntimeError: the backend is not here; ``vmap`` maps over the batches of a norm but not over its running
+            statistics; in backward, when the state comes from a forward pass whose graph is gone.
     """
     backend, sample_scale = _checked_call(x, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
     parameters = _checked_parameters(parameters, x, channel_dim)
@@ -137,11 +139,11 @@ def _closed(y: Tensor, shortcut: Tensor | None, activation: Activation) -> Tenso
     return torch.relu(y) if activation == "relu" else y
 
 
-def _called_if_traced(norm: norms.Norm | None, x: Tensor) -> tuple[Tensor, norms.Norm | None]:
+def _called_if_traced(norm: norms.Norm | None, x: Tensor, channel_dim: int) -> tuple[Tensor, norms.Norm | None]:
     """``(x, norm)``, under symbolic tracing ``(norm(x), None)``: no node can have a module as its argument."""
     if type(x) is not fx.Proxy or norm is None or isinstance(norm, tuple):
         return x, norm
-    return norm(x), None
+    return norms.called(norm, x, channel_dim), None
 
 
 def _called(norm: norms.Norm, x: Tensor, channel_dim: int) -> Tensor:
@@ -155,7 +157,7 @@ def _called(norm: norms.Norm, x: Tensor, channel_dim: int) -> Tensor:
         return x * scale + bias
     if not callable(norm):
         raise TypeError(f"norm: expected a norm module, a function or a pair (scale, bias), got {type(norm).__name__}")
-    y = norm(x)
+    y = norms.called(norm, x, channel_dim)
     if not isinstance(y, Tensor) or y.shape != x.shape:
         raise ValueError(f"norm: expected a result of shape {tuple(x.shape)}, got {getattr(y, 'shape', type(y))}")
     return y

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from .autograd import transforms_active
 from .layout import channels, compute_dtype
@@ -58,11 +58,18 @@ def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
         return Folded(scale, bias, torch.zeros_like(scale), torch.ones_like(scale), 0.0)
     if not callable(norm):
         raise TypeError(f"norm: expected a norm module, a function or a pair (scale, bias), got {type(norm).__name__}")
-    if channel_dim != 1 or not isinstance(norm, nn.Module) or _is_hooked(norm):
+    if not isinstance(norm, nn.Module) or _is_hooked(norm):
         return None
     if _is_batch_norm(norm):
-        return _fold_batch_norm(norm, z)  # type: ignore[arg-type]
+        return _fold_batch_norm(norm, z, channels(z, channel_dim))  # type: ignore[arg-type]
     return _with_running_statistics(norm) if _is_frozen(norm) else None
+
+
+def called(norm: nn.Module | Callable[[Tensor], Tensor], x: Tensor, channel_dim: int) -> Any:
+    """``norm(x)``, of the channels of ``x``: PyTorch's batch, group and instance norms look for them in dimension 1."""
+    if channel_dim != 1 and (isinstance(norm, (_NormBase, nn.GroupNorm)) or _is_frozen(norm)):
+        return norm(x.movedim(channel_dim, 1)).movedim(1, channel_dim)
+    return norm(x)
 
 
 def nothing(x: Tensor, channel_dim: int) -> Folded:
@@ -72,11 +79,11 @@ def nothing(x: Tensor, channel_dim: int) -> Folded:
 
 
 def folds(norm: nn.Module) -> bool:
-    """Whether ``norm`` before a step is folded into it, of a map with the channels in dimension 1."""
+    """Whether ``norm`` before a step is folded into it."""
     return (_is_frozen(norm) or _is_batch_norm(norm)) and not _is_hooked(norm)
 
 
-def _is_frozen(norm: nn.Module) -> bool:
+def _is_frozen(norm: object) -> bool:
     return type(norm).__name__ == "FrozenBatchNorm2d" and type(norm).__module__.startswith("torchvision.")
 
 
@@ -111,14 +118,14 @@ def _group(norm: _BatchNorm) -> Any:
     return group if distributed.get_world_size(group) > 1 else None
 
 
-def _fold_batch_norm(norm: _BatchNorm, z: Tensor) -> Folded:
+def _fold_batch_norm(norm: _BatchNorm, z: Tensor, width: int) -> Folded:
     norm._check_input_dim(z)
-    if z.shape[1] != norm.num_features:
-        raise ValueError(f"norm: expected {z.shape[1]} features, the channels of x, got {norm.num_features}")
+    if width != norm.num_features:
+        raise ValueError(f"norm: expected {width} features, the channels of x, got {norm.num_features}")
     if not _uses_batch(norm):
         return _with_running_statistics(norm)
     group = _group(norm)
-    if group is None and z.numel() // max(z.shape[1], 1) <= 1 and z.numel() > 0:
+    if group is None and z.numel() // max(width, 1) <= 1 and z.numel() > 0:
         raise ValueError(f"norm: expected more than 1 value per channel when training, got x of shape {tuple(z.shape)}")
     return Folded(_own(norm, "weight"), _own(norm, "bias"), None, None, norm.eps, norm, group)
 

@@ -263,6 +263,25 @@ def check_is_for_the_cpu(sources: Path) -> None:
     assert reason == "None"
 
 
+@pytest.mark.parametrize(("missing", "mode"), [("cmake", None), ("ninja", None), ("ninja", "cpu")])
+def test_a_compiler_without_its_tools_is_an_error_that_tells_what_to_install(missing, mode, tmp_path):
+    """Nobody who has a compiler wants the slow reference unawares: pip shows nothing of what a build says."""
+    elsewhere = "import runpy, sysconfig; sysconfig.get_path = lambda *_, **__: '/nowhere'; runpy.run_path('setup.py')"
+    (tmp_path / "bin").mkdir()
+    for name in {"c++", "cmake", "ninja"} - {missing}:
+        (tmp_path / "bin" / name).symlink_to("/bin/true")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DIA_KERNELS_")}
+    environment |= {"PATH": str(tmp_path / "bin")} | ({} if mode is None else {"DIA_KERNELS_BUILD": mode})
+    result = subprocess.run(
+        [sys.executable, "-c", elsewhere], env=environment, text=True, capture_output=True, cwd=ROOT
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip() == (
+        f"dia_kernels: DIA_KERNELS_BUILD={mode or 'auto'}: {missing} not found; `pip install cmake ninja` brings both, "
+        "DIA_KERNELS_BUILD=none does without the native kernels"
+    )
+
+
 @pytest.mark.slow
 @needs_library
 def test_build_cpu_is_a_wheel_for_every_python(sources):

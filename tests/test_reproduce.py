@@ -497,6 +497,15 @@ def test_images_that_are_missing_are_said_at_once(minimal, fashion, tmp_path, ca
     assert not any(tmp_path.iterdir()), "nothing to resume"
 
 
+def test_images_are_fetched_first(minimal, fashion, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(images, "load", lambda name, folder, *, download: done.append((name, str(folder), download)))
+    monkeypatch.setattr(command, "_do", lambda name, *_: done.append(name))
+    assert reproduce("accuracy", tmp_path, fashion, "--data", "cifar10", "--download") == 0
+    assert reproduce("accuracy", tmp_path, fashion, "--data", "cifar10") == 0
+    assert done == [("cifar10", fashion, True), "accuracy", "accuracy"]
+
+
 @pytest.mark.slow
 def test_the_command_does_it_again_with_a_folder_of_any_name(minimal, fashion, tmp_path):
     folder = tmp_path / "a folder"

@@ -426,6 +426,38 @@ def test_tokens_take_an_affine():
     torch.testing.assert_close(attention(x, norm=(scale, bias))[0], attention(x * scale + bias)[0])
 
 
+def hooked_norm(channels: int) -> nn.Module:
+    norm = nn.BatchNorm1d(channels)
+    norm.register_forward_hook(lambda *_: None)
+    return norm
+
+
+@pytest.mark.parametrize(
+    "norm_maker",
+    [nn.BatchNorm1d, hooked_norm, lambda c: nn.GroupNorm(2, c), lambda c: nn.InstanceNorm1d(c, affine=True)],
+    ids=["batch", "called", "group", "instance"],
+)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("length", [6, 7])
+@pytest.mark.parametrize("cell", ["lstm", "dsu"])
+def test_norms_of_tokens(cell, length, training, norm_maker, backend):
+    """As of the same map with its channels in dimension 1: also where there are as many tokens as channels."""
+    tokens = create_attention(cell, 6, 2, channel_dim=-1, backend=backend).double()
+    maps = create_attention(cell, 6, 2, backend=backend).double()
+    maps.load_state_dict(tokens.state_dict())
+    of_tokens, of_maps = (norm_maker(6).double().train(training) for _ in range(2))
+    x = torch.randn(3, length, 6, dtype=torch.float64, requires_grad=True)
+    y = tokens(x, norm=of_tokens, shortcut=x, activation="relu")[0]
+    expected = maps(x.mT, norm=of_maps, shortcut=x.mT, activation="relu")[0].mT
+    gradients = [
+        torch.autograd.grad(t.square().sum(), [x, *n.parameters()]) for t, n in ((y, of_tokens), (expected, of_maps))
+    ]
+    for a, b in zip(
+        (y, *gradients[0], *of_tokens.buffers()), (expected, *gradients[1], *of_maps.buffers()), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
 def test_first_and_second_derivatives(training, relu):

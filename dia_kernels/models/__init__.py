@@ -83,6 +83,9 @@ def create(
 ) -> Network:
     """A network for small images with freshly drawn weights, by its authors' rules.
 
+    (For those of ImageNet's size, torchvision's with attention, see ``resnet18`` to ``resnet152`` here: the same name
+    means another network there.)
+
     Args:
         name: one of ``names()``, or a relative of another size: ``"resnet<depth>"`` (6 n + 2 layers of basic blocks;
             83, 164, 245 and 407 of bottlenecks), ``"resnet<depth>bn"`` (9 n + 2 of bottlenecks),
@@ -90,14 +93,16 @@ def create(
             (9 n + 2; the last stages are ``width`` / 8 times 32, 64 and 128 channels wide).
         num_classes: outputs of the classifier.
         attention: None, ``"dia"`` for one shared attention unit a stage, ``"se"`` for a squeeze-and-excitation unit a
-            block, or another cell out of ``dia_kernels.CELLS``.
+            block, or another cell out of ``dia_kernels.CELLS``. ``"se"`` by itself is the papers' baseline, in
+            PyTorch's operations; with ``shared=False`` (or True) it is the library's, the norm folded in.
         reduction: r of the attention; None for 4 with DIA and other cells that carry a state, 16 without.
         skip: False leaves out the shortcuts.
         norm: False leaves out the batch norms; the convolutions then have biases.
         in_channels: channels of the images.
-        backend: of the attention; None for the best one here, or a name out of ``dia_kernels.backends.names()``.
-        fold_norm: with DIA, the last batch norm of each block goes into the attention's step, at no pass of its own
-            over the map; False calls it by itself. The weights and their names are the same.
+        backend: of the attention (but for the baseline ``"se"``); None for the best one here, or a name out of
+            ``dia_kernels.backends.names()``.
+        fold_norm: with attention but that baseline, the last batch norm of each block goes into the attention's step,
+            at no pass of its own over the map; False calls it by itself. The weights and their names are the same.
         shared: whether the blocks of a stage share one unit; None for what was published (see ``Options``).
         stages: which of the three stages have attention, from 0; None for all.
         carry_state: False begins each block of a stage without a state.

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", choices=("digits", "fashion", "cifar10", "cifar100"), help="images (default: the scale's)"
     )
     parser.add_argument("--folder", type=Path, help="of the images, see `train`")
+    parser.add_argument("--download", action="store_true", help="fetch CIFAR into --folder first, if it is not there")
     parser.add_argument(
         "--out", type=Path, default=Path("reproduced"), help="folder of the results (default: reproduced)"
     )
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Does one experiment, or all. Returns the exit status; what went wrong is said in one line on stderr."""
-    from ..train.images import DataError
+    from ..train.images import DataError, load
     from ..train.settings import RunError
     from .scales import SCALES as scales
 
@@ -55,6 +56,8 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         if arguments.jobs is not None and arguments.jobs < 1:
             raise ValueError(f"jobs: expected at least 1, got {arguments.jobs}")
+        if arguments.download:
+            load(arguments.data or scale.data, arguments.folder, download=True)
         for number, name in enumerate(names, start=1):
             print(f"[{number}/{len(names)}] ", end="")
             _do(name, scale, arguments)
