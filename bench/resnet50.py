@@ -32,7 +32,7 @@ class Stage(nn.Module):
 
 
 def folded_tail(unit: nn.Module, z: Tensor, norm: nn.Module, state: Any, shortcut: Tensor) -> tuple[Tensor, Any]:
-    return unit(z, state, norm=norm, shortcut=shortcut, activation="relu")
+    return unit(z, state, norm=norm, shortcut=shortcut, activation="relu", inplace="auto")  # z is a convolution's
 
 
 def step_tail(unit: nn.Module, z: Tensor, norm: nn.Module, state: Any, shortcut: Tensor) -> tuple[Tensor, Any]:

@@ -28,6 +28,7 @@ from .cells import (
 )
 from .functional import Activation, Output, State
 from .norms import Norm
+from .overwriting import Inplace
 
 #: The cells that ``create_attention`` knows by name.
 CELLS = ("lstm", "lstm_tanh", "dsu", "se", "eca", "srm", "cbam")
@@ -149,7 +150,7 @@ class SharedAttention(nn.Module):
         *,
         shortcut: Tensor | None = None,
         activation: Activation = None,
-        inplace: bool = False,
+        inplace: Inplace = False,
         norm: Norm | None = None,
         sample_scale: Tensor | None = None,
     ) -> tuple[Tensor, State]:
@@ -160,7 +161,8 @@ class SharedAttention(nn.Module):
             state: what the block before returned, None at the first block of a stage.
             shortcut: the block's other branch, shape of x, or None.
             activation: None or ``"relu"``.
-            inplace: write y over x. Inference only.
+            inplace: True writes y over x (inference only), ``"auto"`` where that is right and saves memory; see
+                ``functional.step``.
             norm: the batch norm (or another norm) of x that comes first; a batch norm costs no pass of its own.
             sample_scale: (N,), a factor for the scale of each sample, as stochastic depth draws it; the state is not
                 scaled.

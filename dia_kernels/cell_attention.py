@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from . import backends, functional, norms, reference
+from . import backends, functional, norms, overwriting, reference
+from .autograd import wants_gradient
 from .autograd_norm import Normed
 from .cells import STATISTICS, Cell
 from .functional import STD_EPS, Activation
 from .layout import channels, compute_dtype, no_autocast, output_format, spatial_dims
 from .norms import Norm
+from .overwriting import Inplace, Over
 
 _MEAN_ALONE = ("mean",)
-#: Shortcut, activation and inplace of a rescaling that does not close the block.
-_OPEN = (None, None, False)
+#: Shortcut, activation and the map written over by a rescaling that does not close the block.
+_OPEN = (None, None, None)
 
 
 class CellAttention(nn.Module):
@@ -58,7 +61,7 @@ class CellAttention(nn.Module):
         *,
         shortcut: Tensor | None = None,
         activation: Activation = None,
-        inplace: bool = False,
+        inplace: Inplace = False,
         norm: Norm | None = None,
         sample_scale: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
@@ -70,7 +73,8 @@ class CellAttention(nn.Module):
             state: what the block before returned, None at the first block of a stage.
             shortcut: the block's other branch, shape of x, or None.
             activation: None or ``"relu"``.
-            inplace: write y over x. Inference only.
+            inplace: True writes y over x (inference only); ``"auto"`` where that is right and saves memory, by cells
+                that scale channels alone; see ``functional.step``.
             norm: the norm of x that comes first, as in ``functional.step``. Folded in are those that it folds, if
                 nothing transforms or exports the call; else it is called by itself.
             sample_scale: (N,), a factor for the scale of each sample, or None.
@@ -83,15 +87,16 @@ class CellAttention(nn.Module):
         """
         x, norm = functional._called_if_traced(norm, x, self.channel_dim)
         wanted, channel_dim, backend = self.cell.statistics, self.channel_dim, self.backend
-        if inplace:
-            _check_inplace(x, shortcut, list(self.cell.parameters()))
-        prepared = _pooled(x, wanted, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
-        x, pooled, normed = prepared[0], prepared[1], prepared[2]
+        across = self.cell.position_statistics
+        more = across or self._has_after
+        if inplace == "auto" and more:
+            inplace = False  # what closes the block writes beside its map
+        kept = list(self.cell.parameters()) if inplace else []
+        prepared = _pooled(x, wanted, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend, kept)
+        x, pooled, normed, over = prepared[0], prepared[1], prepared[2], prepared[3]
         with _no_autocast(x):
             scale, state = self.cell(pooled, state)
-        # What rescales last closes the block.
-        closing, across = (shortcut, activation, inplace), self.cell.position_statistics
-        more = across or self._has_after
+        closing = shortcut, activation, over  # for what rescales last
         y = _rescaled(x, normed, scale, channel_dim, sample_scale, backend, *(_OPEN if more else closing))
         if across:
             seen = _pooled_across(y, across, channel_dim, backend)
@@ -129,34 +134,37 @@ def check_placement(channel_dim: int, backend: str | None) -> None:
 # Whatever has to look at a tensor's shape, dtype or device: symbolic tracing sees none of them.
 
 
-def _check_inplace(x: Tensor, shortcut: Tensor | None, rest: list[Tensor]) -> None:
-    functional._check_inplace(x, shortcut, rest)
-
-
 def _pooled(
     x: Tensor,
     statistics: tuple[str, ...],
     shortcut: Tensor | None,
     activation: Activation,
     channel_dim: int,
-    inplace: bool,
+    inplace: Inplace,
     norm: Norm | None,
     sample_scale: Tensor | None,
     backend: str | None,
-) -> tuple[Tensor, Tensor | tuple[Tensor, ...], Normed | None]:
-    """``(x, pooled, normed)``, after a check of every argument.
+    parameters: Sequence[Tensor],
+) -> tuple[Tensor, Tensor | tuple[Tensor, ...], Normed | None, Over | None]:
+    """``(x, pooled, normed, over)``, after a check of every argument.
 
     The map after its norm, and its statistics as a cell takes them; where the norm is folded, the map as it is, and
-    what the rescaling needs of the norm.
+    what the rescaling needs of the norm; and which map the result is written over.
     """
-    backend, _ = functional._checked_call(x, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
+    backend, _ = functional._checked_call(x, shortcut, activation, channel_dim, inplace, sample_scale, backend)
+    given = x
+    rest = (*parameters, *norms.tensors(norm), sample_scale) if inplace else ()
+    if inplace is True:
+        overwriting.check(x, shortcut, rest)
     folded = None
     if norm is not None:
         folded = functional._fold_apart(norm, x, channel_dim, backend)
         if folded is None:
             x = functional._called(norm, x, channel_dim)
     pooled, normed = _statistics(x, statistics, folded, channel_dim, backend)
-    return x, pooled[0] if len(pooled) == 1 else pooled, normed
+    ops = None if backend == "reference" else backends.operators_of(backend, x)
+    over = overwriting.over(inplace, ops, given, x, shortcut, rest, channel_dim)
+    return x, pooled[0] if len(pooled) == 1 else pooled, normed, over
 
 
 def _statistics(
@@ -207,15 +215,16 @@ def _rescaled(
     backend: str | None,
     shortcut: Tensor | None,
     activation: Activation,
-    inplace: bool,
+    over: Over | None,
 ) -> Tensor:
     """``activation(x * scale + shortcut)``, x behind its norm; a shortcut of another dtype is added by PyTorch."""
     shape = (x.shape[0], channels(x, channel_dim))
     scale = functional._cast("cell scale", scale, shape, x)
     if sample_scale is not None:
         scale = functional._scaled(scale, functional._cast("sample_scale", sample_scale, shape[:1], x))
-    y = _times(x, normed, scale, shortcut, activation, channel_dim, backend)
-    return _written(x, y) if inplace else y
+    directly = over is not None and over.directly and not wants_gradient(scale)
+    y = _times(x, normed, scale, shortcut, activation, channel_dim, backend, directly)
+    return overwriting.put(y, over)
 
 
 def _times(
@@ -226,8 +235,9 @@ def _times(
     activation: Activation,
     channel_dim: int,
     backend: str | None,
+    over: bool = False,
 ) -> Tensor:
-    rescale = functional._rescale_of(backends.chosen(backend, x.device), x, normed)
+    rescale = functional._rescale_of(backends.chosen(backend, x.device), x, normed, over)
     if shortcut is not None and shortcut.dtype != x.dtype:
         return functional._closed(rescale(x, scale, None, channel_dim, False), shortcut, activation)
     return rescale(x, scale, shortcut, channel_dim, activation == "relu")
@@ -242,7 +252,7 @@ def _rescaled_across(
     backend: str | None,
     shortcut: Tensor | None,
     activation: Activation,
-    inplace: bool,
+    over: Over | None,
 ) -> Tensor:
     """``activation(y * scale + shortcut)`` with a scale for each position of ``y``, which was made of the map ``x``."""
     spatial = tuple(x.shape[k] for k in spatial_dims(x, channel_dim))
@@ -252,31 +262,23 @@ def _rescaled_across(
         shortcut = shortcut.flatten(2) if dim == -1 else shortcut.movedim(channel_dim, -1).flatten(1, -2)
     y = _times(seen, normed, scale, shortcut, activation, dim, backend)
     y = y.unflatten(-1, spatial) if dim == -1 else y.unflatten(1, spatial).movedim(-1, channel_dim)
-    return _written(x, y) if inplace else y
+    return overwriting.put(y, over)
 
 
-def _closed(x: Tensor, y: Tensor, shortcut: Tensor | None, activation: Activation, inplace: bool) -> Tensor:
+def _closed(x: Tensor, y: Tensor, shortcut: Tensor | None, activation: Activation, over: Over | None) -> Tensor:
     """``activation(y + shortcut)`` of what ``Cell.after`` has made of the rescaled map ``x``."""
     if y.shape != x.shape or y.dtype != x.dtype:
         raise ValueError(
             f"cell after: expected shape {tuple(x.shape)} and {x.dtype} as given, got {tuple(y.shape)} and {y.dtype}"
         )
-    y = functional._closed(y, shortcut, activation)
-    return _written(x, y) if inplace else y
+    return overwriting.put(functional._closed(y, shortcut, activation), over)
 
 
-fx.wrap("_check_inplace")
 fx.wrap("_pooled")
 fx.wrap("_rescaled")
 fx.wrap("_pooled_across")
 fx.wrap("_rescaled_across")
 fx.wrap("_closed")
-
-
-def _written(x: Tensor, y: Tensor) -> Tensor:
-    """``y`` written over ``x``."""
-    functional._check_inplace(x, y, ())  # y, beside the parameters: the state may want a gradient too
-    return x.copy_(y)
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:

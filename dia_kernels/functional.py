@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import autograd, autograd_norm, autograd_tail, backends, norms, reference
+from . import autograd, autograd_norm, autograd_tail, backends, norms, overwriting, reference
 from .cells import OUTPUTS, LSTMParameters, StackedLayer, lstm, stacked_lstm
-from .layout import channels, compute_dtype, no_autocast, shares_memory
+from .layout import channels, compute_dtype, no_autocast
+from .overwriting import Inplace
 
 State = tuple[Tensor, Tensor]
 Activation = Literal["relu"] | None
@@ -37,7 +38,7 @@ def step(
     output: Output = "sigmoid",
     channel_dim: int = 1,
     dropout: float = 0.0,
-    inplace: bool = False,
+    inplace: Inplace = False,
     norm: norms.Norm | None = None,
     sample_scale: Tensor | None = None,
     backend: str | None = None,
@@ -61,7 +62,8 @@ def step(
         output: the function of the cell state in h: ``"sigmoid"`` (the paper's) or ``"tanh"``.
         channel_dim: 1 or -1.
         dropout: probability of zeroing an h between stacked layers (0 in evaluation).
-        inplace: write y over x and return it. Inference only.
+        inplace: True writes y over x and returns it; inference only. ``"auto"`` does so where that is right and saves
+            memory; the caller must not read x any more, and y may be a map of its own.
         norm: a norm of x that comes first: an ``nn.BatchNorm1d/2d/3d``, an ``nn.SyncBatchNorm`` (on any
             device), torchvision's ``FrozenBatchNorm2d`` or a pair (scale, bias)
             of a value for each channel is folded into the step, at no pass of its own over x and nothing saved for
@@ -84,13 +86,20 @@ def step(
         RuntimeError: the backend is not here; ``vmap`` maps over the batches of a norm but not over its running
             statistics; in backward, when the state comes from a forward pass whose graph is gone.
     """
-    backend, sample_scale = _checked_call(x, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend)
+    backend, sample_scale = _checked_call(x, shortcut, activation, channel_dim, inplace, sample_scale, backend)
     parameters = _checked_parameters(parameters, x, channel_dim)
     stacked = [_checked_layer(layer, k, x, channel_dim) for k, layer in enumerate(stacked, start=1)]
     h, c = _checked_state(state, x, channel_dim, len(stacked))
     if output not in OUTPUTS:
         raise ValueError(f'output: expected "sigmoid" or "tanh", got {output!r}')
     split = len(stacked) > 0 or sample_scale is not None
+    given = x
+    rest: tuple[Tensor | None, ...] = ()
+    if inplace:
+        layers = (p for layer in stacked for p in layer)
+        rest = (h, c, *parameters, *layers, *norms.tensors(norm), sample_scale)
+    if inplace is True:
+        overwriting.check(x, shortcut, rest)
     folded = None
     if norm is not None:
         if split:
@@ -99,35 +108,29 @@ def step(
             folded = norms.fold(norm, x, channel_dim)
         if folded is None:
             x = _called(norm, x, channel_dim)
-    if folded is not None and not split:
-        return _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, activation == "relu", output, backend)
 
+    ops = None if backend == "reference" else backends.operators_of(backend, x)
+    over = overwriting.over(inplace, ops, given, x, shortcut, rest, channel_dim)
+    direct = over is not None and over.directly
     relu, later = activation == "relu", None
     if shortcut is not None and shortcut.dtype != x.dtype:
         relu, shortcut, later = False, None, shortcut
-
-    if inplace:
-        if stacked:
-            raise ValueError("inplace: expected False with stacked layers, got True")
-        _check_inplace(x, shortcut, (h, c, *parameters))
-        if backend == "reference" or autograd.exporting_to_onnx():
-            y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
-            x.copy_(y)
-        else:
-            h, c = backends.operators_of(backend, x).step_(
-                x, shortcut, h, c, *parameters, channel_dim, relu, output == "tanh"
-            )
-        return x, (h, c)
     if split:
         y, h, c = _split_step(
-            x, shortcut, h, c, parameters, stacked, sample_scale, channel_dim, relu, output, dropout, folded, backend
-        )
-    elif backend == "reference":
+            x, shortcut, h, c, parameters, stacked, sample_scale, channel_dim, relu, output, dropout, folded, backend,
+            direct,
+        )  # fmt: skip
+    elif folded is not None:
+        y, h, c = _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, backend, direct)
+    elif ops is None:
         y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
+    elif over is not None and x is given and not autograd.exporting_to_onnx():
+        h, c = ops.step_(x, shortcut, h, c, *parameters, channel_dim, relu, output == "tanh")
+        y = x
     else:
-        ops = backends.operators_of(backend, x)
         y, h, c = autograd.step(ops, x, shortcut, h, c, parameters, channel_dim, relu, output == "tanh")
-    return (y if later is None else _closed(y, later, activation)), (h, c)
+    y = y if later is None else _closed(y, later, activation)
+    return overwriting.put(y, over), (h, c)
 
 
 fx.wrap("step")  # one node of a symbolically traced graph: its checks and choices need tensors
@@ -163,8 +166,8 @@ def _called(norm: norms.Norm, x: Tensor, channel_dim: int) -> Tensor:
     return y
 
 
-def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, backend):
-    """The step with its norm folded in, and what the norm does to its buffers."""
+def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, backend, over):
+    """The step with its norm folded in, and what the norm does to its buffers. ``over``: y is written over x."""
     shape = (channels(x, channel_dim),)
     if not _all_fit([t for t in folded[:4] if t is not None], repeat(shape), x):
         folded = _cast_norm(folded, shape, x)
@@ -179,6 +182,10 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
         y, h, c, mean, var, count = autograd_sync.tail(ops, *first, *last, output, folded.group)
     elif ops is None:
         y, h, c, mean, var = reference.tail(*first, mean, var, *last, output)
+    elif over:
+        last = (folded.eps, *parameters, channel_dim, relu, output == "tanh")
+        h, c, mean, var = overwriting.tail(*first, mean, var, *last, False)
+        y = x
     else:
         if folded.module is not None and autograd.is_plain():
             tracked = norms.tracked_by(ops, folded.module, x)
@@ -186,7 +193,7 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
     if folded.module is not None and tracked is None:
         mean, var = (t.detach() if t.requires_grad else t for t in (mean, var))
         norms.update_buffers(folded.module, mean, var, count)
-    return y, (h, c)
+    return y, h, c
 
 
 def _cast_norm(folded: norms.Folded, shape: tuple[int, ...], x: Tensor) -> norms.Folded:
@@ -243,8 +250,13 @@ def _norm_pool(
     return tuple(map(values.__getitem__, statistics)), normed
 
 
-def _split_step(x, shortcut, h, c, first, rest, sample_scale, channel_dim, relu, output, dropout, folded, backend):
-    """The split path: pool and rescale by their operators, the small cell between them by PyTorch."""
+def _split_step(
+    x, shortcut, h, c, first, rest, sample_scale, channel_dim, relu, output, dropout, folded, backend, over
+):
+    """The split path: pool and rescale by their operators, the small cell between them by PyTorch.
+
+    ``over``: y is written over x.
+    """
     normed = None
     with no_autocast(x):
         if folded is None:
@@ -260,7 +272,7 @@ def _split_step(x, shortcut, h, c, first, rest, sample_scale, channel_dim, relu,
         if backend != "reference":
             h, c = autograd.hand_on(h, c)  # before the rescale: the backward of y passes it too
         scale = _scaled(h[-1] if rest else h, sample_scale)
-        return _rescale_of(backend, x, normed)(x, scale, shortcut, channel_dim, relu), h, c
+        return _rescale_of(backend, x, normed, over)(x, scale, shortcut, channel_dim, relu), h, c
 
 
 def _parts(backend: str | None, x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
@@ -271,13 +283,17 @@ def _parts(backend: str | None, x: Tensor) -> tuple[Callable[..., Tensor], Calla
     return partial(autograd.pool, ops), partial(autograd.rescale, ops)
 
 
-def _rescale_of(backend: str | None, x: Tensor, normed: autograd_norm.Normed | None) -> Callable[..., Tensor]:
-    """The rescale of ``_parts``; of a folded norm, if there is one."""
+def _rescale_of(
+    backend: str | None, x: Tensor, normed: autograd_norm.Normed | None, over: bool
+) -> Callable[..., Tensor]:
+    """The rescale of ``_parts``; of a folded norm, if there is one. ``over``: it writes over its map."""
     if normed is None:
-        return _parts(backend, x)[1]
+        return overwriting.rescale if over else _parts(backend, x)[1]
     ops = backends.operators_of(backend, x)
 
     def rescale(x: Tensor, scale: Tensor, shortcut: Tensor | None, channel_dim: int, relu: bool) -> Tensor:
+        if over:
+            return overwriting.norm_rescale(x, scale, shortcut, normed, channel_dim, relu)
         return autograd_norm.rescale(ops, x, scale, shortcut, normed, channel_dim, relu)
 
     return rescale
@@ -292,20 +308,17 @@ def _checked_call(
     shortcut: Tensor | None,
     activation: Activation,
     channel_dim: int,
-    inplace: bool,
-    norm: norms.Norm | None,
+    inplace: Inplace,
     sample_scale: Tensor | None,
     backend: str | None,
 ) -> tuple[str | None, Tensor | None]:
     """Checks what a call has whatever its cell; the backend to take, and ``sample_scale`` in the compute dtype."""
     _check_map(x, channel_dim)
-    if inplace and norm is not None:
-        raise ValueError("inplace: expected False with a norm, got True")
-    if inplace and sample_scale is not None:
-        raise ValueError("inplace: expected False with a sample_scale, got True")
+    if inplace not in (False, True, "auto"):
+        raise ValueError(f'inplace: expected True, False or "auto", got {inplace!r}')
     if shortcut is not None:
         _check_shortcut(shortcut, x)
-        if inplace and shortcut.dtype != x.dtype:
+        if inplace is True and shortcut.dtype != x.dtype:
             raise TypeError(f"shortcut: with inplace=True expected the dtype of x, {x.dtype}, got {shortcut.dtype}")
     if activation not in (None, "relu"):
         raise ValueError(f'activation: expected None or "relu", got {activation!r}')
@@ -419,15 +432,3 @@ def _check_shortcut(shortcut: Tensor, x: Tensor) -> None:
         raise ValueError(f"shortcut: expected device {x.device} like x, got {shortcut.device}")
     if not shortcut.dtype.is_floating_point:
         raise TypeError(f"shortcut: expected a floating dtype, got {shortcut.dtype}")
-
-
-def _check_inplace(x: Tensor, shortcut: Tensor | None, rest: Sequence[Tensor | None]) -> None:
-    if autograd.wants_gradient(x, shortcut, *rest) or autograd.transforms_active():
-        raise ValueError(
-            "inplace: expected False where a gradient is needed (the step must keep x), got True; "
-            "use torch.no_grad() or torch.inference_mode()"
-        )
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise ValueError("inplace: expected False under forward-mode differentiation, got True")
-    if shares_memory(x):
-        raise ValueError("inplace: x is an expanded tensor, several of its elements share memory")

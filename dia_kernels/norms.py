@@ -65,6 +65,13 @@ def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
     return _with_running_statistics(norm) if _is_frozen(norm) else None
 
 
+def tensors(norm: Norm | None) -> tuple[Tensor, ...]:
+    """What of ``norm`` may want a gradient."""
+    if isinstance(norm, nn.Module):
+        return tuple(norm.parameters())
+    return norm if isinstance(norm, tuple) else ()
+
+
 def called(norm: nn.Module | Callable[[Tensor], Tensor], x: Tensor, channel_dim: int) -> Any:
     """``norm(x)``, of the channels of ``x``: PyTorch's batch, group and instance norms look for them in dimension 1."""
     if channel_dim != 1 and (isinstance(norm, (_NormBase, nn.GroupNorm)) or _is_frozen(norm)):

@@ -14,6 +14,7 @@ import torch
 
 from dia_kernels import backends, operator_references, operators
 from dia_kernels.backends import triton
+from dia_kernels.schemas import RESULT_MAPS
 
 BACKENDS = ("reference", "fallback", "cpu")
 
@@ -37,6 +38,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one
         return "cpu"
     for name in operators.SCHEMAS:
         monkeypatch.setattr(operators.native, name, getattr(operator_references, name))
+    for name, places in RESULT_MAPS.items():
+        into, _ = operators._into(getattr(operator_references, name), places)
+        monkeypatch.setitem(operators.native_into, name, into)
     return None
 
 

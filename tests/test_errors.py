@@ -115,9 +115,9 @@ def test_in_place_refuses_gradients_and_leaves_the_map_alone():
     assert torch.equal(x, MAP)
 
 
-def test_in_place_refuses_stacked_layers():
-    with torch.no_grad(), pytest.raises(ValueError, match=r"^inplace: expected False with stacked layers"):
-        attention(num_layers=2)(MAP.clone(), inplace=True)
+def test_in_place_is_yes_no_or_auto():
+    with pytest.raises(ValueError, match=r"^inplace: expected True, False or \"auto\", got 'yes'"):
+        attention()(MAP, inplace="yes")
 
 
 def test_a_backend_for_another_device_is_named():

@@ -142,7 +142,6 @@ def test_compiles_to_one_graph():
         (TypeError, "sample_scale: expected a floating dtype", {"sample_scale": torch.ones(N, dtype=torch.int64)}),
         (TypeError, "sample_scale: float64", {"sample_scale": torch.ones(N, dtype=torch.float64)}),
         (TypeError, "sample_scale: expected a torch.Tensor", {"sample_scale": 0.5}),
-        (ValueError, "inplace: expected False with a sample_scale", {"sample_scale": torch.ones(N), "inplace": True}),
         (TypeError, "norm: expected a norm module", {"sample_scale": torch.ones(N), "norm": 3}),
     ],
 )

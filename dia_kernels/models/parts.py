@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..attention import CELLS, create_attention
 from ..functional import Activation
+from ..overwriting import Inplace, is_fresh
 from .squeeze import SqueezeExcitation, close
 
 #: None, ``"dia"``, or a name out of ``CELLS``.
@@ -124,20 +125,26 @@ class Block(nn.Module):
 
     def tail(
         self,
-        z: Tensor,
+        branch: nn.Module,
+        x: Tensor,
         norm: nn.Module,
         shortcut: Tensor | None,
         activation: Activation,
         shared: nn.Module | None,
         state: Any,
     ) -> tuple[Tensor, Any]:
-        """``activation(attention(norm(z)) + shortcut)``, and the state for the next block."""
+        """``activation(attention(norm(branch(x))) + shortcut)``, and the state for the next block.
+
+        ``branch`` is the convolution that ends the branch. In inference attention may write over its result.
+        """
+        z = branch(x)
         attention = self.attention if shared is None else shared
         if attention is None:
             return close(norm(z), shortcut, activation), None
         state = state if shared is not None else None  # another unit's is none of this one's
         if self.fold_norm and not isinstance(attention, SqueezeExcitation):
-            return attention(z, state, norm=norm, shortcut=shortcut, activation=activation)
+            inplace: Inplace = "auto" if is_fresh(z, branch) else False
+            return attention(z, state, norm=norm, shortcut=shortcut, activation=activation, inplace=inplace)
         return attention(norm(z), state, shortcut=shortcut, activation=activation)
 
 

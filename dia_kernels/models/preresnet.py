@@ -40,8 +40,8 @@ class PreActivationBottleneck(Block):
         shortcut = self.projection(x) if self.skip else None
         x = self.conv1(torch.relu(self.bn1(x)))
         x = self.conv2(torch.relu(self.bn2(x)))
-        x = self.conv3(torch.relu(self.bn3(x)))
-        return self.tail(x, self.tail_bn, shortcut, None, shared, state)
+        x = torch.relu(self.bn3(x))
+        return self.tail(self.conv3, x, self.tail_bn, shortcut, None, shared, state)
 
 
 class PreResNet(Network):

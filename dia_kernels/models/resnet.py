@@ -35,7 +35,7 @@ class BasicBlock(Block):
         """The block's output, and the attention's state for the next block."""
         shortcut = self.projection(x) if self.skip else None
         x = torch.relu(self.bn1(self.conv1(x)))
-        return self.tail(self.conv2(x), self.bn2, shortcut, "relu", shared, state)
+        return self.tail(self.conv2, x, self.bn2, shortcut, "relu", shared, state)
 
 
 class Bottleneck(Block):
@@ -71,7 +71,7 @@ class Bottleneck(Block):
         shortcut = self.projection(x) if self.skip else None
         x = torch.relu(self.bn1(self.conv1(x)))
         x = torch.relu(self.bn2(self.conv2(x)))
-        return self.tail(self.conv3(x), self.bn3, shortcut, "relu", shared, state)
+        return self.tail(self.conv3, x, self.bn3, shortcut, "relu", shared, state)
 
 
 class ResNet(Network):

@@ -41,8 +41,7 @@ class WideBlock(Block):
         if self.skip:
             shortcut = x if self.projection is None else self.projection(activated)
         x = torch.relu(self.bn2(self.conv1(activated)))
-        x = self.conv2(self.dropout(x))
-        return self.tail(x, self.tail_bn, shortcut, None, shared, state)
+        return self.tail(self.conv2, self.dropout(x), self.tail_bn, shortcut, None, shared, state)
 
 
 class WideResNet(Network):

@@ -18,7 +18,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
 
+from ..attention import SharedAttention
+from ..cell_attention import CellAttention
 from ..functional import State
+from ..overwriting import is_fresh
 from .tails import Tail, drops_samples, module_of, source
 
 #: Attributes that a converted block has.
@@ -95,14 +98,19 @@ def sample_scale(drop: nn.Module, x: Tensor) -> Tensor | None:
     return drop(x.new_ones((x.shape[0], 1))).view(-1)
 
 
-def attend(attention: nn.Module, x: Tensor, state: State | None, **options: Any) -> tuple[Tensor, State]:
-    """The stage's attention.
+def attend(
+    attention: nn.Module, x: Tensor, state: State | None, made_by: nn.Module | None = None, **options: Any
+) -> tuple[Tensor, State]:
+    """The stage's attention. In inference it may write over ``x``, if a convolution, ``made_by``, has made that for it.
 
     Tools that trace the network take the last node within a module for its result. What the shared unit does for any
     block would count as the first block's, which registers it; so under a trace its forward is called, not itself.
     """
-    call = attention.forward if isinstance(x, fx.Proxy) else attention
-    return call(x, state, **options)
+    if isinstance(x, fx.Proxy):
+        return attention.forward(x, state, **options)
+    if made_by is not None and isinstance(attention, (SharedAttention, CellAttention)) and is_fresh(x, made_by):
+        options["inplace"] = "auto"
+    return attention(x, state, **options)
 
 
 class Attend(Protocol):
@@ -225,6 +233,8 @@ def _attend(root: nn.Module, graph: fx.Graph, tail: Tail, state: fx.Node | None,
                 options["activation"] = "relu"
             if samples:
                 options["sample_scale"] = graph.call_function(sample_scale, (graph.get_attr(str(samples[0].target)), x))
+        if x.op == "call_module" and len(x.users) == 1 + bool(samples):
+            options["made_by"] = graph.get_attr(str(x.target))
         pair = graph.call_function(attend, (graph.get_attr(ATTENTION), x, state), options)
         # The state first: tools take a module's last node for its output.
         new_state = graph.call_function(operator.getitem, (pair, 1))
