@@ -41,6 +41,7 @@ from simulated_backend import device, library
 from torch import Tensor, nn
 
 from dia_kernels import SharedAttention, operators
+from dia_kernels.layout import compute_dtype
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
@@ -166,8 +167,13 @@ def test_a_norm_that_is_not_folded_is_called_first(backend, case):
 
 
 @examples(25, share=0.3)
-@given(case=cases(), kind=st.sampled_from(["none", "apart", "itself", "overlapping"]))
-def test_in_place(backend, case, kind):
+@given(
+    case=cases(),
+    kind=st.sampled_from(["none", "apart", "itself", "overlapping"]),
+    normed=st.booleans(),
+    inplace=st.sampled_from([True, "auto"]),
+)
+def test_in_place(backend, case, kind, normed, inplace):
     """The same bits as otherwise, over x and nowhere else; whatever memory x and the shortcut share."""
     call = build(case)
     x = call.leaves["x"]
@@ -177,16 +183,20 @@ def test_in_place(backend, case, kind):
         # Samples 1.. of x, and samples 0.. of it as the shortcut.
         x, shortcut = x[1:], x[:-1]
     state = (call.leaves["h"][: len(x)], call.leaves["c"][: len(x)]) if "h" in call.leaves else None
-    attention, activation = attention_of(case, call.leaves, backend), "relu" if case.relu else None
+    attention, options = attention_of(case, call.leaves, backend), {"activation": "relu" if case.relu else None}
+    if normed:
+        width = x.shape[attention.channel_dim]
+        options["norm"] = tuple(torch.rand(2, width, dtype=compute_dtype(x.dtype)))
     with torch.no_grad():
-        expected, expected_state = attention(x, state, shortcut=shortcut, activation=activation)
+        expected, expected_state = attention(x, state, shortcut=shortcut, **options)
         memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
         before = memory.clone()
-        y, found_state = attention(x, state, shortcut=shortcut, activation=activation, inplace=True)
-    assert y.data_ptr() == x.data_ptr()
+        y, found_state = attention(x, state, shortcut=shortcut, inplace=inplace, **options)
+    assert y.data_ptr() == x.data_ptr() or inplace == "auto"
     assert same_bits(y, expected)
     assert all(same_bits(a, b) for a, b in zip(found_state, expected_state, strict=True))
-    before.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(y)
+    if y.data_ptr() == x.data_ptr():
+        before.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(y)
     assert same_bits(memory, before), "written beside x"
 
 
