@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, overwriting
 from .cell_attention import CellAttention, check_placement
 from .cells import (
     CBAM,
@@ -195,6 +195,15 @@ class SharedAttention(nn.Module):
             value = getattr(self, name)
             text += f", {name}={value!r}" if value != default else ""
         return text
+
+
+def inplace_between(convolution: nn.Module, attention: nn.Module) -> Inplace:
+    """``inplace`` for ``attention`` on the result of ``convolution``, which nobody else is going to be given.
+
+    ``"auto"``, or False: where a hook would see that result. Asked before the convolution is called, as a hook may go
+    then.
+    """
+    return type(attention) in (SharedAttention, CellAttention) and overwriting.between(convolution, attention)
 
 
 def create_attention(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from . import backends, functional, norms, overwriting, reference
 from .autograd import wants_gradient
@@ -16,7 +16,7 @@ from .cells import STATISTICS, Cell
 from .functional import STD_EPS, Activation
 from .layout import channels, compute_dtype, no_autocast, output_format, spatial_dims
 from .norms import Norm
-from .overwriting import Inplace, Over
+from .overwriting import Inplace, Target
 
 _MEAN_ALONE = ("mean",)
 #: Shortcut, activation and the map written over by a rescaling that does not close the block.
@@ -89,9 +89,10 @@ class CellAttention(nn.Module):
         wanted, channel_dim, backend = self.cell.statistics, self.channel_dim, self.backend
         across = self.cell.position_statistics
         more = across or self._has_after
+        inplace = overwriting.checked(inplace)
         if inplace == "auto" and more:
             inplace = False  # what closes the block writes beside its map
-        kept = list(self.cell.parameters()) if inplace else []
+        kept = (list(self.cell.parameters()), state) if inplace is True else ()
         prepared = _pooled(x, wanted, shortcut, activation, channel_dim, inplace, norm, sample_scale, backend, kept)
         x, pooled, normed, over = prepared[0], prepared[1], prepared[2], prepared[3]
         with _no_autocast(x):
@@ -144,26 +145,30 @@ def _pooled(
     norm: Norm | None,
     sample_scale: Tensor | None,
     backend: str | None,
-    parameters: Sequence[Tensor],
-) -> tuple[Tensor, Tensor | tuple[Tensor, ...], Normed | None, Over | None]:
+    kept: Any = (),
+) -> tuple[Tensor, Tensor | tuple[Tensor, ...], Normed | None, Target | None]:
     """``(x, pooled, normed, over)``, after a check of every argument.
 
     The map after its norm, and its statistics as a cell takes them; where the norm is folded, the map as it is, and
-    what the rescaling needs of the norm; and which map the result is written over.
+    what the rescaling needs of the norm; and which map the result is written over. ``kept``: tensors that the cell
+    takes beside the map, in any structure.
     """
     backend, _ = functional._checked_call(x, shortcut, activation, channel_dim, inplace, sample_scale, backend)
+    folded = None if norm is None else functional._fold_apart(norm, x, channel_dim, backend)
     given = x
-    rest = (*parameters, *norms.tensors(norm), sample_scale) if inplace else ()
+    rest: tuple[Tensor | None, ...] = ()
+    inplace = overwriting.unless_kept(inplace, x)
+    if inplace:
+        of_cell = (t for t in tree_leaves(kept) if isinstance(t, Tensor))
+        rest = (*of_cell, *norms.tensors(norm, folded), sample_scale)
     if inplace is True:
         overwriting.check(x, shortcut, rest)
-    folded = None
-    if norm is not None:
-        folded = functional._fold_apart(norm, x, channel_dim, backend)
-        if folded is None:
-            x = functional._called(norm, x, channel_dim)
+    if norm is not None and folded is None:
+        x = functional._called(norm, x, channel_dim)
+        inplace = inplace is True  # whoever is called may have kept the map
     pooled, normed = _statistics(x, statistics, folded, channel_dim, backend)
     ops = None if backend == "reference" else backends.operators_of(backend, x)
-    over = overwriting.over(inplace, ops, given, x, shortcut, rest, channel_dim)
+    over = overwriting.target(inplace, ops, given, x, shortcut, rest, channel_dim)
     return x, pooled[0] if len(pooled) == 1 else pooled, normed, over
 
 
@@ -215,7 +220,7 @@ def _rescaled(
     backend: str | None,
     shortcut: Tensor | None,
     activation: Activation,
-    over: Over | None,
+    over: Target | None,
 ) -> Tensor:
     """``activation(x * scale + shortcut)``, x behind its norm; a shortcut of another dtype is added by PyTorch."""
     shape = (x.shape[0], channels(x, channel_dim))
@@ -235,9 +240,9 @@ def _times(
     activation: Activation,
     channel_dim: int,
     backend: str | None,
-    over: bool = False,
+    directly: bool = False,
 ) -> Tensor:
-    rescale = functional._rescale_of(backends.chosen(backend, x.device), x, normed, over)
+    rescale = functional._rescale_of(backends.chosen(backend, x.device), x, normed, directly)
     if shortcut is not None and shortcut.dtype != x.dtype:
         return functional._closed(rescale(x, scale, None, channel_dim, False), shortcut, activation)
     return rescale(x, scale, shortcut, channel_dim, activation == "relu")
@@ -252,7 +257,7 @@ def _rescaled_across(
     backend: str | None,
     shortcut: Tensor | None,
     activation: Activation,
-    over: Over | None,
+    over: Target | None,
 ) -> Tensor:
     """``activation(y * scale + shortcut)`` with a scale for each position of ``y``, which was made of the map ``x``."""
     spatial = tuple(x.shape[k] for k in spatial_dims(x, channel_dim))
@@ -265,7 +270,7 @@ def _rescaled_across(
     return overwriting.put(y, over)
 
 
-def _closed(x: Tensor, y: Tensor, shortcut: Tensor | None, activation: Activation, over: Over | None) -> Tensor:
+def _closed(x: Tensor, y: Tensor, shortcut: Tensor | None, activation: Activation, over: Target | None) -> Tensor:
     """``activation(y + shortcut)`` of what ``Cell.after`` has made of the rescaled map ``x``."""
     if y.shape != x.shape or y.dtype != x.dtype:
         raise ValueError(

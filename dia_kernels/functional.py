@@ -86,6 +86,7 @@ def step(
         RuntimeError: the backend is not here; ``vmap`` maps over the batches of a norm but not over its running
             statistics; in backward, when the state comes from a forward pass whose graph is gone.
     """
+    inplace = overwriting.checked(inplace)
     backend, sample_scale = _checked_call(x, shortcut, activation, channel_dim, inplace, sample_scale, backend)
     parameters = _checked_parameters(parameters, x, channel_dim)
     stacked = [_checked_layer(layer, k, x, channel_dim) for k, layer in enumerate(stacked, start=1)]
@@ -93,38 +94,40 @@ def step(
     if output not in OUTPUTS:
         raise ValueError(f'output: expected "sigmoid" or "tanh", got {output!r}')
     split = len(stacked) > 0 or sample_scale is not None
-    given = x
-    rest: tuple[Tensor | None, ...] = ()
-    if inplace:
-        layers = (p for layer in stacked for p in layer)
-        rest = (h, c, *parameters, *layers, *norms.tensors(norm), sample_scale)
-    if inplace is True:
-        overwriting.check(x, shortcut, rest)
     folded = None
     if norm is not None:
         if split:
             folded = _fold_apart(norm, x, channel_dim, backend)
         elif shortcut is None or shortcut.dtype == x.dtype:
             folded = norms.fold(norm, x, channel_dim)
-        if folded is None:
-            x = _called(norm, x, channel_dim)
+    given = x
+    rest: tuple[Tensor | None, ...] = ()
+    inplace = overwriting.unless_kept(inplace, x)
+    if inplace:
+        layers = (p for layer in stacked for p in layer)
+        rest = (h, c, *parameters, *layers, *norms.tensors(norm, folded), sample_scale)
+    if inplace is True:
+        overwriting.check(x, shortcut, rest)
+    if norm is not None and folded is None:
+        x = _called(norm, x, channel_dim)
+        inplace = inplace is True  # whoever is called may have kept the map
 
     ops = None if backend == "reference" else backends.operators_of(backend, x)
-    over = overwriting.over(inplace, ops, given, x, shortcut, rest, channel_dim)
-    direct = over is not None and over.directly
+    over = overwriting.target(inplace, ops, given, x, shortcut, rest, channel_dim)
+    directly = over is not None and over.directly
     relu, later = activation == "relu", None
     if shortcut is not None and shortcut.dtype != x.dtype:
         relu, shortcut, later = False, None, shortcut
     if split:
         y, h, c = _split_step(
             x, shortcut, h, c, parameters, stacked, sample_scale, channel_dim, relu, output, dropout, folded, backend,
-            direct,
+            directly,
         )  # fmt: skip
     elif folded is not None:
-        y, h, c = _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, backend, direct)
+        y, h, c = _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, backend, directly)
     elif ops is None:
         y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
-    elif over is not None and x is given and not autograd.exporting_to_onnx():
+    elif over is not None and x is given and not autograd.exporting_to_onnx():  # a map of any strides
         h, c = ops.step_(x, shortcut, h, c, *parameters, channel_dim, relu, output == "tanh")
         y = x
     else:
@@ -166,8 +169,8 @@ def _called(norm: norms.Norm, x: Tensor, channel_dim: int) -> Tensor:
     return y
 
 
-def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, backend, over):
-    """The step with its norm folded in, and what the norm does to its buffers. ``over``: y is written over x."""
+def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, backend, directly):
+    """The step with its norm folded in, and what the norm does to its buffers. ``directly``: y is written over x."""
     shape = (channels(x, channel_dim),)
     if not _all_fit([t for t in folded[:4] if t is not None], repeat(shape), x):
         folded = _cast_norm(folded, shape, x)
@@ -182,7 +185,7 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
         y, h, c, mean, var, count = autograd_sync.tail(ops, *first, *last, output, folded.group)
     elif ops is None:
         y, h, c, mean, var = reference.tail(*first, mean, var, *last, output)
-    elif over:
+    elif directly:
         last = (folded.eps, *parameters, channel_dim, relu, output == "tanh")
         h, c, mean, var = overwriting.tail(*first, mean, var, *last, False)
         y = x
@@ -251,11 +254,11 @@ def _norm_pool(
 
 
 def _split_step(
-    x, shortcut, h, c, first, rest, sample_scale, channel_dim, relu, output, dropout, folded, backend, over
+    x, shortcut, h, c, first, rest, sample_scale, channel_dim, relu, output, dropout, folded, backend, directly
 ):
     """The split path: pool and rescale by their operators, the small cell between them by PyTorch.
 
-    ``over``: y is written over x.
+    ``directly``: y is written over x.
     """
     normed = None
     with no_autocast(x):
@@ -272,7 +275,7 @@ def _split_step(
         if backend != "reference":
             h, c = autograd.hand_on(h, c)  # before the rescale: the backward of y passes it too
         scale = _scaled(h[-1] if rest else h, sample_scale)
-        return _rescale_of(backend, x, normed, over)(x, scale, shortcut, channel_dim, relu), h, c
+        return _rescale_of(backend, x, normed, directly)(x, scale, shortcut, channel_dim, relu), h, c
 
 
 def _parts(backend: str | None, x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
@@ -284,15 +287,15 @@ def _parts(backend: str | None, x: Tensor) -> tuple[Callable[..., Tensor], Calla
 
 
 def _rescale_of(
-    backend: str | None, x: Tensor, normed: autograd_norm.Normed | None, over: bool
+    backend: str | None, x: Tensor, normed: autograd_norm.Normed | None, directly: bool
 ) -> Callable[..., Tensor]:
-    """The rescale of ``_parts``; of a folded norm, if there is one. ``over``: it writes over its map."""
+    """The rescale of ``_parts``; of a folded norm, if there is one. ``directly``: it writes over its map."""
     if normed is None:
-        return overwriting.rescale if over else _parts(backend, x)[1]
+        return overwriting.rescale if directly else _parts(backend, x)[1]
     ops = backends.operators_of(backend, x)
 
     def rescale(x: Tensor, scale: Tensor, shortcut: Tensor | None, channel_dim: int, relu: bool) -> Tensor:
-        if over:
+        if directly:
             return overwriting.norm_rescale(x, scale, shortcut, normed, channel_dim, relu)
         return autograd_norm.rescale(ops, x, scale, shortcut, normed, channel_dim, relu)
 
@@ -314,8 +317,6 @@ def _checked_call(
 ) -> tuple[str | None, Tensor | None]:
     """Checks what a call has whatever its cell; the backend to take, and ``sample_scale`` in the compute dtype."""
     _check_map(x, channel_dim)
-    if inplace not in (False, True, "auto"):
-        raise ValueError(f'inplace: expected True, False or "auto", got {inplace!r}')
     if shortcut is not None:
         _check_shortcut(shortcut, x)
         if inplace is True and shortcut.dtype != x.dtype:

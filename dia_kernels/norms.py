@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .autograd import transforms_active
 from .layout import channels, compute_dtype
@@ -27,6 +27,8 @@ Norm = nn.Module | Callable[[Tensor], Tensor] | tuple[Tensor, Tensor]
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 #: Those that they begin with.
 _DTYPES = (torch.float32, torch.float32, torch.int64)
+#: PyTorch's that look for the channels in dimension 1.
+_OF_CHANNELS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, nn.InstanceNorm2d.forward, nn.GroupNorm.forward)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -65,16 +67,21 @@ def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
     return _with_running_statistics(norm) if _is_frozen(norm) else None
 
 
-def tensors(norm: Norm | None) -> tuple[Tensor, ...]:
-    """What of ``norm`` may want a gradient."""
+def tensors(norm: Norm | None, folded: Folded | None) -> tuple[Tensor | None, ...]:
+    """Where gradients of ``norm`` may go, as far as it shows: what it is ``folded`` by, or what a module has."""
+    if folded is not None:
+        return folded[:4]
     if isinstance(norm, nn.Module):
-        return tuple(norm.parameters())
+        return (*norm.parameters(), *norm.buffers())
     return norm if isinstance(norm, tuple) else ()
 
 
 def called(norm: nn.Module | Callable[[Tensor], Tensor], x: Tensor, channel_dim: int) -> Any:
     """``norm(x)``, of the channels of ``x``: PyTorch's batch, group and instance norms look for them in dimension 1."""
-    if channel_dim != 1 and (isinstance(norm, (_NormBase, nn.GroupNorm)) or _is_frozen(norm)):
+    if channel_dim == 1 or not isinstance(norm, nn.Module):
+        return norm(x)
+    # A module with a forward of its own knows its layout.
+    if getattr(type(norm), "forward", None) in _OF_CHANNELS or _is_batch_norm(norm) or _is_frozen(norm):
         return norm(x.movedim(channel_dim, 1)).movedim(1, channel_dim)
     return norm(x)
 
@@ -85,12 +92,17 @@ def nothing(x: Tensor, channel_dim: int) -> Folded:
     return Folded(None, None, mean, torch.ones_like(mean), 0.0)
 
 
+def is_nothing(norm: nn.Module) -> bool:
+    """Whether ``norm`` stands for none, and nobody would notice that it is not called."""
+    return type(norm) is nn.Identity and not _is_hooked(norm)
+
+
 def folds(norm: nn.Module) -> bool:
     """Whether ``norm`` before a step is folded into it."""
     return (_is_frozen(norm) or _is_batch_norm(norm)) and not _is_hooked(norm)
 
 
-def _is_frozen(norm: object) -> bool:
+def _is_frozen(norm: nn.Module) -> bool:
     return type(norm).__name__ == "FrozenBatchNorm2d" and type(norm).__module__.startswith("torchvision.")
 
 

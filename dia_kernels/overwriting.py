@@ -19,7 +19,33 @@ from .layout import output_format, shares_memory
 
 Inplace = bool | Literal["auto"]
 
+#: Unasked no smaller map is written over: its own memory would come warm from the heap (glibc maps larger ones anew),
+#: and to look for who reads x takes longer than to get it.
+LEAST_BYTES = 128 << 10
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def checked(inplace: object) -> Inplace:
+    """The argument ``inplace``.
+
+    Raises:
+        ValueError: it is none of True, False and "auto".
+    """
+    if isinstance(inplace, str) and inplace == "auto":
+        return "auto"
+    if inplace not in (False, True):
+        raise ValueError(f'inplace: expected True, False or "auto", got {inplace!r}')
+    return bool(inplace)
+
+
+def unless_kept(inplace: Inplace, x: Tensor) -> Inplace:
+    """``inplace``, or False where ``"auto"`` would come to nothing by the map alone: asked first, as it costs least."""
+    if inplace != "auto":
+        return inplace
+    if torch.compiler.is_compiling():
+        return False
+    is_free = x.device.type == "cpu" and x.nbytes >= LEAST_BYTES and not autograd.wants_gradient(x)
+    return "auto" if is_free else False
 
 
 def check(x: Tensor, shortcut: Tensor | None, rest: Iterable[Tensor | None]) -> None:
@@ -35,7 +61,7 @@ def check(x: Tensor, shortcut: Tensor | None, rest: Iterable[Tensor | None]) -> 
         raise ValueError("inplace: x is an expanded tensor, several of its elements share memory")
 
 
-class Over(NamedTuple):
+class Target(NamedTuple):
     """The map that a result is written over.
 
     ``asked``: by ``inplace=True``, not only allowed. ``directly``: an operator writes it there, not a copy.
@@ -46,7 +72,7 @@ class Over(NamedTuple):
     directly: bool
 
 
-def over(
+def target(
     inplace: Inplace,
     ops: operators.Operators | None,
     given: Tensor,
@@ -54,8 +80,8 @@ def over(
     shortcut: Tensor | None,
     rest: Iterable[Tensor | None],
     channel_dim: int,
-) -> Over | None:
-    """Where the result of a call goes whose map was ``given``, and is ``x`` behind a norm that had to be called.
+) -> Target | None:
+    """Where the result of a call goes whose map was ``given``, and is ``x`` behind a norm that was called by itself.
 
     Operators of ``ops`` write over x if it lies in memory as they would lay out their own result, apart from the
     shortcut. Unasked they alone do, and not on a GPU, whose memory comes from torch's allocator, which keeps it.
@@ -65,49 +91,67 @@ def over(
     directly = (
         x is given
         and ops is operators.native
+        and operators.library_error is None
         and type(x) is Tensor
         and autograd.is_plain()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not _is_watched()
         and x.is_contiguous(memory_format=output_format(x, channel_dim))
-        and (shortcut is None or _is_apart(shortcut, x))
+        and (shortcut is None or (shortcut.dtype == x.dtype and _is_apart(shortcut, x)))
     )
     if inplace is True:
-        return Over(given, True, directly)
+        return Target(given, True, directly)
     kept = autograd.wants_gradient(x, shortcut, *rest) or shares_memory(x)
-    return Over(given, False, True) if directly and x.device.type == "cpu" and not kept else None
+    return Target(given, False, True) if directly and not kept else None
 
 
-def put(y: Tensor, target: Over | None) -> Tensor:
-    """``y`` over the map of ``target``, if it is not there yet.
-
-    Raises:
-        ValueError: it was asked for, and a gradient flows through y, by a cell's state.
-    """
-    if target is None or y is target.map:
-        return y
-    if target.asked:
-        check(target.map, y, ())
-        return target.map.copy_(y)
-    return y
+def _is_watched() -> bool:
+    """Whether a mode sees every operation, and may keep what one returned."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_torch_function_mode_enabled()
 
 
 def _is_apart(shortcut: Tensor, x: Tensor) -> bool:
-    """Whether the two have the same dtype, as one operator takes them, and no memory in common."""
-    return shortcut.dtype == x.dtype and shortcut.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    """Whether the memory that the two lie in is not in part the same."""
+    a, b = shortcut.untyped_storage(), x.untyped_storage()
+    first, second = a.data_ptr(), b.data_ptr()
+    return first + a.nbytes() <= second or second + b.nbytes() <= first
 
 
-def is_fresh(result: Tensor, module: nn.Module) -> bool:
-    """Whether nobody but its caller has the ``result`` of ``module``: a convolution that no hook looks at.
+def put(y: Tensor, over: Target | None) -> Tensor:
+    """``y`` over the map of ``over``, if it is not there yet.
 
-    Not where a graph is traced: who runs it may ask for any of its values.
+    Raises:
+        ValueError: it was asked for, and a gradient flows through y, by a norm that is a function.
     """
-    if type(result) is not Tensor or type(module) not in _CONVOLUTIONS or torch.compiler.is_compiling():
+    if over is None or y is over.map:
+        return y
+    if over.asked:
+        check(over.map, y, ())
+        return over.map.copy_(y)
+    return y
+
+
+def between(convolution: nn.Module, attention: nn.Module) -> Inplace:
+    """``"auto"`` where ``attention`` alone gets the result of ``convolution``, else False; asked before that is called.
+
+    Whoever has a hook on either, or on all modules, gets it too.
+    """
+    if type(convolution) not in _CONVOLUTIONS or torch.compiler.is_compiling():
         return False
-    return not (module._forward_hooks or nn.modules.module._global_forward_hooks)
+    every = nn.modules.module
+    if every._global_forward_hooks or every._global_forward_pre_hooks:
+        return False
+    return "auto" if _is_unseen(convolution) and _is_unseen(attention) else False
+
+
+def _is_unseen(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+# --- calls that record no gradient ---------------------------------------------------------------------
 
 
 def tail(x: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(h', c', mean, var)`` of the operator ``tail``, whose y is written over ``x``; no gradient is recorded."""
+    """``(h', c', mean, var)`` of the operator ``tail``, whose y is written over ``x``."""
     with autograd.below_autograd():
         h, c, _, mean, var, _ = operators.native_into["tail"](x, *args, x)
     _written(x)
@@ -115,7 +159,7 @@ def tail(x: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def rescale(x: Tensor, *args: object) -> Tensor:
-    """The operator ``rescale`` over ``x``; no gradient is recorded."""
+    """The operator ``rescale`` over ``x``."""
     with autograd.below_autograd():
         operators.native_into["rescale"](x, *args, x)
     return _written(x)
@@ -124,7 +168,7 @@ def rescale(x: Tensor, *args: object) -> Tensor:
 def norm_rescale(
     x: Tensor, scale: Tensor, shortcut: Tensor | None, normed: autograd_norm.Normed, channel_dim: int, relu: bool
 ) -> Tensor:
-    """``autograd_norm.rescale`` over ``x``; no gradient is recorded."""
+    """``autograd_norm.rescale`` over ``x``."""
     args = (scale, shortcut, normed.tables, *normed.tokens, normed.gamma, normed.beta, channel_dim, relu, False)
     with autograd.below_autograd():
         operators.native_into["norm_rescale"](x, *args, x)

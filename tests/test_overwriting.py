@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import symbolic_trace
+from torch.overrides import TorchFunctionMode
 from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
+import dia_kernels as dk
 from dia_kernels import create_attention, models, operators, overwriting, share_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+
+@pytest.fixture(autouse=True)
+def _of_any_size(monkeypatch):
+    monkeypatch.setattr(overwriting, "LEAST_BYTES", 0)
+
+
 needs_kernels = pytest.mark.skipif(operators.library_error is not None, reason=f"{operators.library_error}")
 LAST = torch.channels_last
+ATTENTIONS = (dk.SharedAttention, dk.CellAttention)
 CELLS = ("lstm", "stacked", "dsu", "srm")
 
 
@@ -37,6 +48,11 @@ def norm_of(kind: str, channels: int = 12) -> nn.Module | None:
 
 def maps(layout: torch.memory_format = torch.contiguous_format, **options) -> list[Tensor]:
     return [torch.randn(3, 12, 5, 7, **options).contiguous(memory_format=layout) for _ in range(2)]
+
+
+def overlapping(x: Tensor, _: Tensor) -> Tensor:
+    """Two storages of the same memory."""
+    return torch.from_numpy(x.numpy().reshape(-1)[:]).view(3, 12, 5, 7)
 
 
 def called(attention, x, norm, **options) -> list[Tensor]:
@@ -85,25 +101,29 @@ REASONS = {
     "a gradient": {"x": lambda x: x.requires_grad_()},
     "a shortcut that is the map": {"shortcut": lambda x, s: x},
     "a shortcut of the same memory": {"shortcut": lambda x, s: x.view(-1).view(3, 12, 5, 7)},
+    "a shortcut of a second storage": {"shortcut": overlapping},
     "a shortcut of another dtype": {"shortcut": lambda x, s: s.bfloat16()},
     "an expanded map": {"x": lambda x: x[:1].expand(3, 12, 5, 7)},
     "other strides": {"x": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)},
     "the reference": {"options": {"backend": "reference"}},
     "a norm that is called": {"kind": "called"},
+    "a mode that sees all functions": {"around": lambda: torch.device("cpu")},
+    "a small map": {"least": 1 << 20},
     "a view of larger rows": {"x": lambda x: nn.functional.pad(x, (0, 1))[..., :-1]},
 }
 
 
 @pytest.mark.parametrize("reason", REASONS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_allowed_it_is_not_done_where(cell, reason):
+def test_allowed_it_is_not_done_where(cell, reason, monkeypatch):
     why = REASONS[reason]
+    monkeypatch.setattr(overwriting, "LEAST_BYTES", why.get("least", 0))
     attention, norm = make(cell, **why.get("options", {})), norm_of(why.get("kind", "running"))
     x, s = maps()
     x = why.get("x", lambda x: x)(x)
     s = why.get("shortcut", lambda x, s: s)(x, s)
     before = x.clone()
-    with torch.set_grad_enabled(reason == "a gradient"):
+    with torch.set_grad_enabled(reason == "a gradient"), why.get("around", nullcontext)():
         found = called(attention, x, copy.deepcopy(norm), shortcut=s, inplace="auto")
         expected = called(attention, x, norm, shortcut=s)
     assert torch.equal(x, before)
@@ -123,9 +143,37 @@ def test_a_state_or_a_scale_that_wants_a_gradient(cell):
         y, _ = attention(x, shortcut=s, inplace="auto", **options)
         assert y.requires_grad
         assert torch.equal(x, before)
-        with pytest.raises(ValueError, match=r"^inplace: expected False where a gradient"):
-            attention(x, shortcut=s, inplace=True, **options)
+        norm = nn.BatchNorm2d(12).requires_grad_(False)
+        for norm_or_none in (None, norm):
+            with pytest.raises(ValueError, match=r"^inplace: expected False where a gradient"):
+                attention(x, shortcut=s, inplace=True, norm=norm_or_none, **options)
         assert torch.equal(x, before)
+        assert norm.num_batches_tracked == 0, "refused before anything is done"
+
+
+@pytest.mark.parametrize("cell", ["lstm", "dsu"])
+def test_a_norm_whose_gradient_goes_elsewhere(cell):
+    """Its weight is another function's result, or a buffer that wants a gradient."""
+    attention = make(cell).requires_grad_(False)
+    x, before = (t := maps()[0]), t.clone()
+    by_weight, by_buffer = norm_of("running").requires_grad_(False), FrozenBatchNorm2d(12)
+    del by_weight.weight
+    by_weight.weight = torch.rand(12, requires_grad=True)
+    by_buffer.weight.requires_grad_()
+    for norm in (by_weight, by_buffer):
+        assert attention(x, norm=norm, inplace="auto")[0].requires_grad
+        with pytest.raises(ValueError, match=r"^inplace: expected False where a gradient"):
+            attention(x, norm=norm, inplace=True)
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("true", [1, np.True_])
+def test_what_is_true_is_true(true):
+    x = maps()[0].transpose(2, 3)
+    with torch.no_grad():
+        assert make("lstm")(x, inplace=true)[0] is x
+    with pytest.raises(ValueError, match=r"^inplace: expected False where a gradient"):
+        make("lstm")(x, inplace=true)
 
 
 def test_transforms_leave_the_map():
@@ -192,7 +240,7 @@ def test_a_network_writes_over_what_its_convolutions_made(name, monkeypatch):
         monkeypatch.setattr(overwriting, "_written", lambda x: written.append(x) or x)
         found = network(images)
         assert len(written) == blocks > 3
-        monkeypatch.setattr(overwriting, "over", lambda *_: None)
+        monkeypatch.setattr(overwriting, "target", lambda *_: None)
         assert torch.equal(network(images), found)
     assert len(written) == blocks
 
@@ -223,6 +271,118 @@ def test_a_hook_keeps_what_it_was_given(name, everywhere):
         assert torch.equal(result, then)
 
 
+def keeping(network: nn.Module, way: str) -> list[tuple[Tensor, Tensor]]:
+    """What somebody has kept of an inference, and its values then."""
+    kept, convolutions = [], [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    attentions = [m for m in network.modules() if isinstance(m, ATTENTIONS)]
+
+    def keep(t):
+        kept.append((t, t.clone()))
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.conv2d:
+                keep(result)
+            return result
+
+    around, hooks = nullcontext(), []
+    if way == "once":
+
+        def once(module, _, result):
+            keep(result)
+            handles.pop(module).remove()
+
+        handles = {module: module.register_forward_hook(once) for module in convolutions}
+    elif way == "before attention":
+        hooks = [m.register_forward_pre_hook(lambda _, args: keep(args[0])) for m in attentions]
+    elif way == "behind attention":
+        hooks = [m.register_forward_hook(lambda _, args, result: keep(args[0])) for m in attentions]
+    elif way == "before all":
+        every = torch.nn.modules.module.register_module_forward_pre_hook
+        # (torchvision's ReLUs write over their maps by themselves.)
+        hooks = [every(lambda m, args: keep(args[0]) if type(m) in (nn.BatchNorm2d, *ATTENTIONS) else None)]
+    elif way == "a mode":
+        around = Mode()
+    elif way == "patched":
+        for module in convolutions:
+
+            def forward(x, own=module.forward):
+                keep(result := own(x))
+                return result
+
+            module.forward = forward
+    with torch.no_grad(), around:
+        network(torch.randn(IMAGES))
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+@pytest.mark.parametrize("way", ["once", "before attention", "behind attention", "before all", "a mode", "patched"])
+@pytest.mark.parametrize("name", networks())
+def test_whoever_keeps_a_map_keeps_its_values(name, way):
+    kept = keeping(networks()[name], way)
+    assert len(kept) > 2
+    for result, then in kept:
+        assert torch.equal(result, then)
+
+
+def test_a_hook_on_a_norm_that_is_none():
+    network, kept = models.create("resnet14", attention="dia", norm=False).eval(), []
+    for module in network.modules():
+        if isinstance(module, nn.Identity):
+            module.register_forward_hook(lambda _, __, result: kept.append((result, result.clone())))
+    with torch.no_grad():
+        network(torch.randn(IMAGES))
+    assert len(kept) > 3
+    assert all(torch.equal(result, then) for result, then in kept)
+
+
+class ReadsItAgain(nn.Module):
+    """A block that reads its convolution's result behind the tail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2, self.bn2 = nn.Conv2d(12, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.drop, self.path = nn.Dropout(0.1), StochasticDepth(0.1, "row")
+
+    def forward(self, x):
+        z = self.conv2(x)
+        y = torch.relu(self.path(self.drop(self.bn2(z))) + x)
+        return y * torch.sigmoid(z.mean((2, 3), keepdim=True))
+
+
+def test_a_block_that_reads_its_convolution_again():
+    network = share_attention(nn.Sequential(ReadsItAgain(), ReadsItAgain())).eval()
+    x, _ = maps()
+    expected = network(x.clone().requires_grad_())
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), expected)
+
+
+class Wrapped(nn.Module):
+    """An attention of a user's own around the library's, without an argument ``inplace``."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x, state=None, *, shortcut=None, activation=None, norm=None):
+        return self.attention(x, state, shortcut=shortcut, activation=activation, norm=norm)
+
+
+def test_attention_of_ones_own_is_not_asked():
+    network = models.create("resnet14", attention="dia").eval()
+    images = torch.randn(IMAGES)
+    with torch.no_grad():
+        expected = network(images)
+        for module in list(network.modules()):
+            if isinstance(getattr(module, "attention", None), dk.SharedAttention):
+                module.attention = Wrapped(module.attention)
+        assert torch.equal(network(images), expected)
+
+
 def test_a_traced_network_keeps_every_value():
     network = networks()["converted"]
     extractor = create_feature_extractor(network, ["layer1.0.conv2", "layer4.1.conv2", "fc"])
@@ -237,24 +397,6 @@ def test_a_traced_network_keeps_every_value():
         expected["fc"] = network(images)
     for name, value in found.items():  # in the traced network norms are called by themselves
         torch.testing.assert_close(value, expected[name])
-
-
-def test_a_symbolically_traced_cell_keeps_every_value():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv2, self.attention = nn.Conv2d(12, 12, 1), make("dsu")
-
-        def forward(self, x):
-            z = self.conv2(x)
-            allowed = "auto" if overwriting.is_fresh(z, self.conv2) else False
-            return self.attention(z, shortcut=x, inplace=allowed)[0], z
-
-    block = Block().eval()
-    x, _ = maps()
-    with torch.no_grad():
-        _, z = symbolic_trace(block)(x)
-        assert torch.equal(z, block.conv2(x))
 
 
 @needs_kernels

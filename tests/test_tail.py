@@ -458,6 +458,18 @@ def test_norms_of_tokens(cell, length, training, norm_maker, backend):
         torch.testing.assert_close(a, b)
 
 
+class OfTokens(nn.BatchNorm1d):
+    """A norm that knows where the tokens' channels are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT).mT
+
+
+def test_a_norm_of_ones_own_knows_its_layout():
+    attention, norm, x = SharedAttention(6, 2, channel_dim=-1), OfTokens(6), torch.randn(3, 6, 6)
+    torch.testing.assert_close(attention(x, norm=norm)[0], attention(copy.deepcopy(norm)(x))[0])
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
 def test_first_and_second_derivatives(training, relu):

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention import CELLS, create_attention
+from .. import norms
+from ..attention import CELLS, create_attention, inplace_between
 from ..functional import Activation
-from ..overwriting import Inplace, is_fresh
 from .squeeze import SqueezeExcitation, close
 
 #: None, ``"dia"``, or a name out of ``CELLS``.
@@ -137,14 +137,16 @@ class Block(nn.Module):
 
         ``branch`` is the convolution that ends the branch. In inference attention may write over its result.
         """
-        z = branch(x)
         attention = self.attention if shared is None else shared
+        inplace = attention is not None and inplace_between(branch, attention)
+        z = branch(x)
         if attention is None:
             return close(norm(z), shortcut, activation), None
         state = state if shared is not None else None  # another unit's is none of this one's
         if self.fold_norm and not isinstance(attention, SqueezeExcitation):
-            inplace: Inplace = "auto" if is_fresh(z, branch) else False
-            return attention(z, state, norm=norm, shortcut=shortcut, activation=activation, inplace=inplace)
+            allowed = {"inplace": inplace} if inplace and type(z) is Tensor else {}
+            folded = None if norms.is_nothing(norm) else norm
+            return attention(z, state, norm=folded, shortcut=shortcut, activation=activation, **allowed)
         return attention(norm(z), state, shortcut=shortcut, activation=activation)
 
 

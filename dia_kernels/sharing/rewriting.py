@@ -18,10 +18,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
 
-from ..attention import SharedAttention
-from ..cell_attention import CellAttention
+from ..attention import inplace_between
 from ..functional import State
-from ..overwriting import is_fresh
+from ..overwriting import Inplace
 from .tails import Tail, drops_samples, module_of, source
 
 #: Attributes that a converted block has.
@@ -99,17 +98,17 @@ def sample_scale(drop: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def attend(
-    attention: nn.Module, x: Tensor, state: State | None, made_by: nn.Module | None = None, **options: Any
+    attention: nn.Module, x: Tensor, state: State | None, inplace: Inplace = False, **options: Any
 ) -> tuple[Tensor, State]:
-    """The stage's attention. In inference it may write over ``x``, if a convolution, ``made_by``, has made that for it.
+    """The stage's attention; ``inplace`` as ``inplace_between`` says.
 
     Tools that trace the network take the last node within a module for its result. What the shared unit does for any
     block would count as the first block's, which registers it; so under a trace its forward is called, not itself.
     """
     if isinstance(x, fx.Proxy):
         return attention.forward(x, state, **options)
-    if made_by is not None and isinstance(attention, (SharedAttention, CellAttention)) and is_fresh(x, made_by):
-        options["inplace"] = "auto"
+    if inplace:
+        options["inplace"] = inplace
     return attention(x, state, **options)
 
 
@@ -233,8 +232,10 @@ def _attend(root: nn.Module, graph: fx.Graph, tail: Tail, state: fx.Node | None,
                 options["activation"] = "relu"
             if samples:
                 options["sample_scale"] = graph.call_function(sample_scale, (graph.get_attr(str(samples[0].target)), x))
-        if x.op == "call_module" and len(x.users) == 1 + bool(samples):
-            options["made_by"] = graph.get_attr(str(x.target))
+        if x.op == "call_module" and len(x.users) == 1 + ("sample_scale" in options):
+            with graph.inserting_before(x):  # a hook may be gone afterwards
+                both = graph.get_attr(str(x.target)), graph.get_attr(ATTENTION)
+                options["inplace"] = graph.call_function(inplace_between, both)
         pair = graph.call_function(attend, (graph.get_attr(ATTENTION), x, state), options)
         # The state first: tools take a module's last node for its output.
         new_state = graph.call_function(operator.getitem, (pair, 1))
