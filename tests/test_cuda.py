@@ -221,12 +221,15 @@ def test_over_two_to_the_31_elements():
     assert torch.equal(y[part], expected)
 
 
-def test_in_place(layouts):
-    attention = SharedAttention(64, 4, backend="cuda").cuda().requires_grad_(False)
+@pytest.mark.parametrize("cell", ["lstm", "dsu"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_in_place(norm, cell, layouts):
+    attention = create_attention(cell, 64, 4, backend="cuda").cuda().requires_grad_(False)
+    module = nn.BatchNorm2d(64).cuda().requires_grad_(False) if norm else None
     for channels_last in (False, True):
         x, s = (t.detach() for t in maps((8, 64, 16, 16), torch.float16, channels_last))
-        expected, _ = attention(x, shortcut=s, activation="relu")
-        y, _ = attention(x, shortcut=s, activation="relu", inplace=True)
+        expected, _ = attention(x, shortcut=s, activation="relu", norm=copy.deepcopy(module))
+        y, _ = attention(x, shortcut=s, activation="relu", norm=module, inplace=True)
         assert y.data_ptr() == x.data_ptr()
         assert torch.equal(y, expected)
 
