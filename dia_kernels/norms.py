@@ -70,7 +70,7 @@ def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
 def tensors(norm: Norm | None, folded: Folded | None) -> tuple[Tensor | None, ...]:
     """Where gradients of ``norm`` may go, as far as it shows: what it is ``folded`` by, or what a module has."""
     if folded is not None:
-        return folded[:4]
+        return folded[:2]
     if isinstance(norm, nn.Module):
         return (*norm.parameters(), *norm.buffers())
     return norm if isinstance(norm, tuple) else ()

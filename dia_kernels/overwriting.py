@@ -100,7 +100,7 @@ def target(
     )
     if inplace is True:
         return Target(given, True, directly)
-    kept = autograd.wants_gradient(x, shortcut, *rest) or shares_memory(x)
+    kept = autograd.wants_gradient(x, shortcut, *rest)
     return Target(given, False, True) if directly and not kept else None
 
 

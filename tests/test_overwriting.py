@@ -156,11 +156,12 @@ def test_a_norm_whose_gradient_goes_elsewhere(cell):
     """Its weight is another function's result, or a buffer that wants a gradient."""
     attention = make(cell).requires_grad_(False)
     x, before = (t := maps()[0]), t.clone()
-    by_weight, by_buffer = norm_of("running").requires_grad_(False), FrozenBatchNorm2d(12)
-    del by_weight.weight
-    by_weight.weight = torch.rand(12, requires_grad=True)
+    by_weight, by_bias = (norm_of("running").requires_grad_(False) for _ in range(2))
+    by_buffer = FrozenBatchNorm2d(12)
+    del by_weight.weight, by_bias.bias
+    by_weight.weight, by_bias.bias = torch.rand(2, 12, requires_grad=True)
     by_buffer.weight.requires_grad_()
-    for norm in (by_weight, by_buffer):
+    for norm in (by_weight, by_bias, by_buffer):
         assert attention(x, norm=norm, inplace="auto")[0].requires_grad
         with pytest.raises(ValueError, match=r"^inplace: expected False where a gradient"):
             attention(x, norm=norm, inplace=True)
@@ -222,6 +223,7 @@ def test_compiled():
 def networks() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     made = {name: models.create(name, num_classes=3, attention="dia") for name in ("resnet14", "resnet20bn", "wrn16_1")}
+    made["without norms"] = models.create("resnet14", num_classes=3, attention="dia", norm=False)
     made["preresnet20"] = models.create("preresnet20", num_classes=3, attention="dsu")
     made["converted"] = share_attention(resnet18(num_classes=3), cell="lstm")
     return {name: network.eval() for name, network in made.items()}
@@ -235,14 +237,14 @@ IMAGES = (2, 3, 32, 32)
 def test_a_network_writes_over_what_its_convolutions_made(name, monkeypatch):
     network = networks()[name]
     blocks = sum(1 for module in network.modules() if hasattr(module, "attention") and hasattr(module, "conv2"))
-    images, written = torch.randn(IMAGES), []
+    images, targets, target = torch.randn(IMAGES), [], overwriting.target
     with torch.no_grad():
-        monkeypatch.setattr(overwriting, "_written", lambda x: written.append(x) or x)
+        monkeypatch.setattr(overwriting, "target", lambda *args: targets.append(target(*args)) or targets[-1])
         found = network(images)
-        assert len(written) == blocks > 3
+        assert [over is not None and over.directly for over in targets] == [True] * blocks
+        assert blocks > 3
         monkeypatch.setattr(overwriting, "target", lambda *_: None)
         assert torch.equal(network(images), found)
-    assert len(written) == blocks
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
@@ -328,14 +330,15 @@ def test_whoever_keeps_a_map_keeps_its_values(name, way):
         assert torch.equal(result, then)
 
 
-def test_a_hook_on_a_norm_that_is_none():
-    network, kept = models.create("resnet14", attention="dia", norm=False).eval(), []
-    for module in network.modules():
-        if isinstance(module, nn.Identity):
+@pytest.mark.parametrize("attention", ["dia", "dsu"])
+def test_a_hook_on_a_norm_that_is_none(attention):
+    network, kept = models.create("resnet14", attention=attention, norm=False).eval(), []
+    for name, module in network.named_modules():
+        if name.endswith("bn2"):
             module.register_forward_hook(lambda _, __, result: kept.append((result, result.clone())))
     with torch.no_grad():
         network(torch.randn(IMAGES))
-    assert len(kept) > 3
+    assert len(kept) == 6, "each block calls it"
     assert all(torch.equal(result, then) for result, then in kept)
 
 
