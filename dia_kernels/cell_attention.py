@@ -89,7 +89,8 @@ class CellAttention(nn.Module):
         wanted, channel_dim, backend = self.cell.statistics, self.channel_dim, self.backend
         across = self.cell.position_statistics
         more = across or self._has_after
-        inplace = overwriting.checked(inplace)
+        if inplace is not False:
+            inplace = overwriting.checked(inplace)
         if inplace == "auto" and more:
             inplace = False  # what closes the block writes beside its map
         kept = (list(self.cell.parameters()), state) if inplace is True else ()
@@ -157,8 +158,7 @@ def _pooled(
     folded = None if norm is None else functional._fold_apart(norm, x, channel_dim, backend)
     given = x
     rest: tuple[Tensor | None, ...] = ()
-    inplace = overwriting.unless_kept(inplace, x)
-    if inplace:
+    if inplace and (inplace := overwriting.unless_kept(inplace, x)):
         of_cell = (t for t in tree_leaves(kept) if isinstance(t, Tensor))
         rest = (*of_cell, *norms.tensors(norm, folded), sample_scale)
     if inplace is True:
@@ -167,8 +167,10 @@ def _pooled(
         x = functional._called(norm, x, channel_dim)
         inplace = inplace is True  # whoever is called may have kept the map
     pooled, normed = _statistics(x, statistics, folded, channel_dim, backend)
-    ops = None if backend == "reference" else backends.operators_of(backend, x)
-    over = overwriting.target(inplace, ops, given, x, shortcut, rest, channel_dim)
+    over = None
+    if inplace:
+        ops = None if backend == "reference" else backends.operators_of(backend, x)
+        over = overwriting.target(inplace, ops, given, x, shortcut, rest, channel_dim)
     return x, pooled[0] if len(pooled) == 1 else pooled, normed, over
 
 
@@ -229,7 +231,7 @@ def _rescaled(
         scale = functional._scaled(scale, functional._cast("sample_scale", sample_scale, shape[:1], x))
     directly = over is not None and over.directly and not wants_gradient(scale)
     y = _times(x, normed, scale, shortcut, activation, channel_dim, backend, directly)
-    return overwriting.put(y, over)
+    return y if over is None else overwriting.put(y, over)
 
 
 def _times(
@@ -267,7 +269,7 @@ def _rescaled_across(
         shortcut = shortcut.flatten(2) if dim == -1 else shortcut.movedim(channel_dim, -1).flatten(1, -2)
     y = _times(seen, normed, scale, shortcut, activation, dim, backend)
     y = y.unflatten(-1, spatial) if dim == -1 else y.unflatten(1, spatial).movedim(-1, channel_dim)
-    return overwriting.put(y, over)
+    return y if over is None else overwriting.put(y, over)
 
 
 def _closed(x: Tensor, y: Tensor, shortcut: Tensor | None, activation: Activation, over: Target | None) -> Tensor:
@@ -276,7 +278,8 @@ def _closed(x: Tensor, y: Tensor, shortcut: Tensor | None, activation: Activatio
         raise ValueError(
             f"cell after: expected shape {tuple(x.shape)} and {x.dtype} as given, got {tuple(y.shape)} and {y.dtype}"
         )
-    return overwriting.put(functional._closed(y, shortcut, activation), over)
+    y = functional._closed(y, shortcut, activation)
+    return y if over is None else overwriting.put(y, over)
 
 
 fx.wrap("_pooled")

@@ -86,7 +86,8 @@ def step(
         RuntimeError: the backend is not here; ``vmap`` maps over the batches of a norm but not over its running
             statistics; in backward, when the state comes from a forward pass whose graph is gone.
     """
-    inplace = overwriting.checked(inplace)
+    if inplace is not False:
+        inplace = overwriting.checked(inplace)
     backend, sample_scale = _checked_call(x, shortcut, activation, channel_dim, inplace, sample_scale, backend)
     parameters = _checked_parameters(parameters, x, channel_dim)
     stacked = [_checked_layer(layer, k, x, channel_dim) for k, layer in enumerate(stacked, start=1)]
@@ -102,8 +103,7 @@ def step(
             folded = norms.fold(norm, x, channel_dim)
     given = x
     rest: tuple[Tensor | None, ...] = ()
-    inplace = overwriting.unless_kept(inplace, x)
-    if inplace:
+    if inplace and (inplace := overwriting.unless_kept(inplace, x)):
         layers = (p for layer in stacked for p in layer)
         rest = (h, c, *parameters, *layers, *norms.tensors(norm, folded), sample_scale)
     if inplace is True:
@@ -113,7 +113,7 @@ def step(
         inplace = inplace is True  # whoever is called may have kept the map
 
     ops = None if backend == "reference" else backends.operators_of(backend, x)
-    over = overwriting.target(inplace, ops, given, x, shortcut, rest, channel_dim)
+    over = overwriting.target(inplace, ops, given, x, shortcut, rest, channel_dim) if inplace else None
     directly = over is not None and over.directly
     relu, later = activation == "relu", None
     if shortcut is not None and shortcut.dtype != x.dtype:
@@ -124,7 +124,7 @@ def step(
             directly,
         )  # fmt: skip
     elif folded is not None:
-        y, h, c = _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, backend, directly)
+        y, h, c = _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, ops, directly)
     elif ops is None:
         y, h, c = reference.step(x, shortcut, h, c, parameters, channel_dim, relu, output)
     elif over is not None and x is given and not autograd.exporting_to_onnx():  # a map of any strides
@@ -133,7 +133,7 @@ def step(
     else:
         y, h, c = autograd.step(ops, x, shortcut, h, c, parameters, channel_dim, relu, output == "tanh")
     y = y if later is None else _closed(y, later, activation)
-    return overwriting.put(y, over), (h, c)
+    return (y if over is None else overwriting.put(y, over)), (h, c)
 
 
 fx.wrap("step")  # one node of a symbolically traced graph: its checks and choices need tensors
@@ -169,7 +169,7 @@ def _called(norm: norms.Norm, x: Tensor, channel_dim: int) -> Tensor:
     return y
 
 
-def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, backend, directly):
+def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output, ops, directly):
     """The step with its norm folded in, and what the norm does to its buffers. ``directly``: y is written over x."""
     shape = (channels(x, channel_dim),)
     if not _all_fit([t for t in folded[:4] if t is not None], repeat(shape), x):
@@ -177,7 +177,6 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
     gamma, beta, mean, var = folded[:4]
     first, last = (x, shortcut, h, c, gamma, beta), (folded.eps, parameters, channel_dim, relu)
     count: int | Tensor = x.numel() // max(shape[0], 1)
-    ops = None if backend == "reference" else backends.operators_of(backend, x)
     tracked = None
     if folded.group is not None:
         from . import autograd_sync  # it imports the compiler, to break its graphs: slow, and rarely needed

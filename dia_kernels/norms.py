@@ -63,7 +63,7 @@ def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
     if not isinstance(norm, nn.Module) or _is_hooked(norm):
         return None
     if _is_batch_norm(norm):
-        return _fold_batch_norm(norm, z, channels(z, channel_dim))  # type: ignore[arg-type]
+        return _fold_batch_norm(norm, z, z.shape[channel_dim])  # type: ignore[arg-type]
     return _with_running_statistics(norm) if _is_frozen(norm) else None
 
 

@@ -73,7 +73,7 @@ class Target(NamedTuple):
 
 
 def target(
-    inplace: Inplace,
+    inplace: Literal[True, "auto"],
     ops: operators.Operators | None,
     given: Tensor,
     x: Tensor,
@@ -86,8 +86,6 @@ def target(
     Operators of ``ops`` write over x if it lies in memory as they would lay out their own result, apart from the
     shortcut. Unasked they alone do, and not on a GPU, whose memory comes from torch's allocator, which keeps it.
     """
-    if not inplace:
-        return None
     directly = (
         x is given
         and ops is operators.native
@@ -116,13 +114,13 @@ def _is_apart(shortcut: Tensor, x: Tensor) -> bool:
     return first + a.nbytes() <= second or second + b.nbytes() <= first
 
 
-def put(y: Tensor, over: Target | None) -> Tensor:
+def put(y: Tensor, over: Target) -> Tensor:
     """``y`` over the map of ``over``, if it is not there yet.
 
     Raises:
         ValueError: it was asked for, and a gradient flows through y, by a norm that is a function.
     """
-    if over is None or y is over.map:
+    if y is over.map:
         return y
     if over.asked:
         check(over.map, y, ())
