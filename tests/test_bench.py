@@ -259,10 +259,12 @@ def run_benchmark(folder: Path, *, wrong: bool) -> subprocess.CompletedProcess[s
     """A run at one tiny shape, whose files go to ``folder / "results"``."""
     program = RUN.format(bench=str(BENCH), wrong=wrong)
     options = ["--quick", "--without=compile", "--shapes=1x8x4x4", "--layouts=channels_last", "--name=tiny"]
+    # pytest-benchmark times nothing where it takes itself for a worker of pytest-xdist.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [sys.executable, "-c", program, *options, f"--output={folder / 'results'}"],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+        env=environment | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
         capture_output=True,
         encoding="utf-8",
         timeout=120,
