@@ -80,9 +80,8 @@ def choose_parts() -> tuple[bool, bool, str | None]:
     missing = missing_for_cpu()
     if mode == "auto" and (cpp_compiler() is None or not sys.platform.startswith("linux")):
         return False, False, f"dia_kernels: left out: every native kernel ({missing}); the reference runs instead"
-    if (
-        missing is not None
-    ):  # with `auto` too: pip hides what a build says, and nobody wants the slow reference unawares
+    # With `auto` too: pip hides what a build says, and nobody wants the slow reference unawares.
+    if missing is not None:
         raise fail(
             f"DIA_KERNELS_BUILD={mode}: {missing}; `pip install cmake ninja` brings both, DIA_KERNELS_BUILD=none does "
             "without the native kernels"

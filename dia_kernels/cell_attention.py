@@ -156,21 +156,18 @@ def _pooled(
     """
     backend, _ = functional._checked_call(x, shortcut, activation, channel_dim, inplace, sample_scale, backend)
     folded = None if norm is None else functional._fold_apart(norm, x, channel_dim, backend)
-    given = x
-    rest: tuple[Tensor | None, ...] = ()
-    if inplace and (inplace := overwriting.unless_kept(inplace, x)):
+    given, norm_is_called = x, norm is not None and folded is None
+    if inplace and (inplace := overwriting.worth_asking(inplace, x, norm_is_called)):
         of_cell = (t for t in tree_leaves(kept) if isinstance(t, Tensor))
         rest = (*of_cell, *norms.tensors(norm, folded), sample_scale)
-    if inplace is True:
-        overwriting.check(x, shortcut, rest)
-    if norm is not None and folded is None:
-        x = functional._called(norm, x, channel_dim)
-        inplace = inplace is True  # whoever is called may have kept the map
+        inplace = overwriting.unless_kept(inplace, x, shortcut, rest)
+    if norm_is_called:
+        x = functional._called(norm, x, channel_dim)  # type: ignore[arg-type]
     pooled, normed = _statistics(x, statistics, folded, channel_dim, backend)
     over = None
     if inplace:
         ops = None if backend == "reference" else backends.operators_of(backend, x)
-        over = overwriting.target(inplace, ops, given, x, shortcut, rest, channel_dim)
+        over = overwriting.target(inplace, ops, given, x, shortcut, channel_dim)
     return x, pooled[0] if len(pooled) == 1 else pooled, normed, over
 
 

@@ -101,19 +101,16 @@ def step(
             folded = _fold_apart(norm, x, channel_dim, backend)
         elif shortcut is None or shortcut.dtype == x.dtype:
             folded = norms.fold(norm, x, channel_dim)
-    given = x
-    rest: tuple[Tensor | None, ...] = ()
-    if inplace and (inplace := overwriting.unless_kept(inplace, x)):
+    given, norm_is_called = x, norm is not None and folded is None
+    if inplace and (inplace := overwriting.worth_asking(inplace, x, norm_is_called)):
         layers = (p for layer in stacked for p in layer)
         rest = (h, c, *parameters, *layers, *norms.tensors(norm, folded), sample_scale)
-    if inplace is True:
-        overwriting.check(x, shortcut, rest)
-    if norm is not None and folded is None:
-        x = _called(norm, x, channel_dim)
-        inplace = inplace is True  # whoever is called may have kept the map
+        inplace = overwriting.unless_kept(inplace, x, shortcut, rest)
+    if norm_is_called:
+        x = _called(norm, x, channel_dim)  # type: ignore[arg-type]
 
     ops = None if backend == "reference" else backends.operators_of(backend, x)
-    over = overwriting.target(inplace, ops, given, x, shortcut, rest, channel_dim) if inplace else None
+    over = overwriting.target(inplace, ops, given, x, shortcut, channel_dim) if inplace else None
     directly = over is not None and over.directly
     relu, later = activation == "relu", None
     if shortcut is not None and shortcut.dtype != x.dtype:

@@ -38,14 +38,30 @@ def checked(inplace: object) -> Inplace:
     return bool(inplace)
 
 
-def unless_kept(inplace: Inplace, x: Tensor) -> Inplace:
-    """``inplace``, or False where ``"auto"`` would come to nothing by the map alone: asked first, as it costs least."""
+def worth_asking(inplace: Inplace, x: Tensor, norm_is_called: bool) -> Inplace:
+    """``inplace``, or False where ``"auto"`` comes to nothing by the map alone: asked first, as it costs least.
+
+    A norm that is called by itself may keep the map, and makes another. On a GPU memory comes from torch's allocator,
+    which keeps it.
+    """
     if inplace != "auto":
         return inplace
-    if torch.compiler.is_compiling():
+    if norm_is_called or torch.compiler.is_compiling():
         return False
     is_free = x.device.type == "cpu" and x.nbytes >= LEAST_BYTES and not autograd.wants_gradient(x)
     return "auto" if is_free else False
+
+
+def unless_kept(inplace: Inplace, x: Tensor, shortcut: Tensor | None, rest: Iterable[Tensor | None]) -> Inplace:
+    """``inplace``, or False where ``"auto"`` meets a gradient that is to flow through one of these.
+
+    Raises:
+        ValueError: ``inplace=True`` meets one, or what ``check`` looks for beside.
+    """
+    if inplace is True:
+        check(x, shortcut, rest)
+        return True
+    return False if autograd.wants_gradient(x, shortcut, *rest) else inplace
 
 
 def check(x: Tensor, shortcut: Tensor | None, rest: Iterable[Tensor | None]) -> None:
@@ -78,13 +94,12 @@ def target(
     given: Tensor,
     x: Tensor,
     shortcut: Tensor | None,
-    rest: Iterable[Tensor | None],
     channel_dim: int,
 ) -> Target | None:
     """Where the result of a call goes whose map was ``given``, and is ``x`` behind a norm that was called by itself.
 
     Operators of ``ops`` write over x if it lies in memory as they would lay out their own result, apart from the
-    shortcut. Unasked they alone do, and not on a GPU, whose memory comes from torch's allocator, which keeps it.
+    shortcut. Unasked they alone do.
     """
     directly = (
         x is given
@@ -96,10 +111,8 @@ def target(
         and x.is_contiguous(memory_format=output_format(x, channel_dim))
         and (shortcut is None or (shortcut.dtype == x.dtype and _is_apart(shortcut, x)))
     )
-    if inplace is True:
-        return Target(given, True, directly)
-    kept = autograd.wants_gradient(x, shortcut, *rest)
-    return Target(given, False, True) if directly and not kept else None
+    asked = inplace is True
+    return Target(given, asked, directly) if asked or directly else None
 
 
 def _is_watched() -> bool:

@@ -247,32 +247,6 @@ def test_a_network_writes_over_what_its_convolutions_made(name, monkeypatch):
         assert torch.equal(network(images), found)
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
-@pytest.mark.parametrize("name", networks())
-def test_a_hook_keeps_what_it_was_given(name, everywhere):
-    """A convolution's result that a hook has taken is not written over."""
-    network, kept = networks()[name], []
-
-    def keep(module, inputs, result):
-        if isinstance(module, nn.Conv2d):
-            kept.append((result, result.clone()))
-
-    hooks = (
-        [torch.nn.modules.module.register_module_forward_hook(keep)]
-        if everywhere
-        else [module.register_forward_hook(keep) for module in network.modules()]
-    )
-    try:
-        with torch.no_grad():
-            network(torch.randn(IMAGES))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert len(kept) > 10
-    for result, then in kept:
-        assert torch.equal(result, then)
-
-
 def keeping(network: nn.Module, way: str) -> list[tuple[Tensor, Tensor]]:
     """What somebody has kept of an inference, and its values then."""
     kept, convolutions = [], [module for module in network.modules() if isinstance(module, nn.Conv2d)]
@@ -288,8 +262,16 @@ def keeping(network: nn.Module, way: str) -> list[tuple[Tensor, Tensor]]:
                 keep(result)
             return result
 
+    def keep_convolved(module, _, result):
+        if module in convolutions:
+            keep(result)
+
     around, hooks = nullcontext(), []
-    if way == "once":
+    if way == "behind each":
+        hooks = [m.register_forward_hook(keep_convolved) for m in network.modules()]
+    elif way == "behind all":
+        hooks = [torch.nn.modules.module.register_module_forward_hook(keep_convolved)]
+    elif way == "once":
 
         def once(module, _, result):
             keep(result)
@@ -321,7 +303,10 @@ def keeping(network: nn.Module, way: str) -> list[tuple[Tensor, Tensor]]:
     return kept
 
 
-@pytest.mark.parametrize("way", ["once", "before attention", "behind attention", "before all", "a mode", "patched"])
+WAYS = ("behind each", "behind all", "once", "before attention", "behind attention", "before all", "a mode", "patched")
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", networks())
 def test_whoever_keeps_a_map_keeps_its_values(name, way):
     kept = keeping(networks()[name], way)

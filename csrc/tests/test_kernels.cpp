@@ -160,8 +160,6 @@ void check_shape(const MapShape& shape, int64_t gap, uint32_t seed) {
       CHECK(std::memcmp(&out.data[e], &untouched.data[e], sizeof(T)) == 0);
 }
 
-// The sweeps of the tail. Shifts, scales and values are eighths, so sums and products are exact in float; the moments
-// are held to the rounding of a division.
 // Out of the first, the middle and the last sample, a value each, far from the corners.
 template <class T>
 double median_of_three(const Block<T>& z, int64_t c) {
@@ -173,6 +171,8 @@ double median_of_three(const Block<T>& z, int64_t c) {
   return values[1];
 }
 
+// The sweeps of the tail. Shifts, scales and values are eighths, so sums and products are exact in float; the moments
+// are held to the rounding of a division.
 template <class T>
 void check_tail_shape(const MapShape& shape, int64_t gap, uint32_t seed) {
   using A = Compute<T>;
