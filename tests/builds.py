@@ -9,10 +9,13 @@ import subprocess
 import sys
 import textwrap
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from dia_kernels import operators
 
@@ -75,6 +78,28 @@ def path_without(folder: Path, *programs: str) -> str:
     return str(folder)
 
 
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """None of the other processes that run tests makes or changes ``folder`` meanwhile, if they ask likewise."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        yield
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A temporary folder that ``make`` fills, once for all processes that run these tests."""
+    temporary = factory.getbasetemp()
+    folder = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / name
+    complete = folder / "complete"
+    with sole_use(folder):
+        if not complete.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            complete.touch()
+    return folder
+
+
 # --- another torch -----------------------------------------------------------------------------------
 
 
@@ -85,20 +110,25 @@ def torch_environment(version: str) -> Path:
     stand-ins take their place (see ``_make_stand_ins``).
     """
     folder = ROOT / "build" / f"torch-{version}"
-    complete = folder / "complete"
-    if not complete.exists():
-        run([sys.executable, "-m", "venv", "--clear", folder])
-        pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile"]
-        run([*pip, "--no-deps", f"torch=={version}"])
-        needed = _requirements(site_packages(folder))
-        run([*pip, "numpy", *(r for r in needed if not re.match("nvidia|cuda|triton", r))])
-        # Of NVIDIA's, the two small ones whose functions run when torch is imported.
-        of_nvidia = [r for r in needed if re.match("nvidia-cuda-(runtime|cupti)", r)]
-        if of_nvidia:
-            run([*pip, "--no-deps", *of_nvidia])
-            _make_stand_ins(site_packages(folder))
-        complete.touch()
+    with sole_use(folder):
+        complete = folder / "complete"
+        if not complete.exists():
+            _install_torch(version, folder)
+            complete.touch()
     return folder
+
+
+def _install_torch(version: str, folder: Path) -> None:
+    run([sys.executable, "-m", "venv", "--clear", folder])
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile"]
+    run([*pip, "--no-deps", f"torch=={version}"])
+    needed = _requirements(site_packages(folder))
+    run([*pip, "numpy", *(r for r in needed if not re.match("nvidia|cuda|triton", r))])
+    # Of NVIDIA's, the two small ones whose functions run when torch is imported.
+    of_nvidia = [r for r in needed if re.match("nvidia-cuda-(runtime|cupti)", r)]
+    if of_nvidia:
+        run([*pip, "--no-deps", *of_nvidia])
+        _make_stand_ins(site_packages(folder))
 
 
 def site_packages(environment: Path) -> Path:

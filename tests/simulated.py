@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from builds import ROOT, sole_use
 from torch import Tensor
 
 from dia_kernels import LSTMParameters, reference
 
-ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "simulated"
 TORCH = Path(torch.__file__).parent
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -36,6 +36,11 @@ Tensors = dict[str, Tensor]
 @cache
 def build() -> str:
     """Builds the module, once; the second time of all is incremental. Returns what went wrong, or nothing."""
+    with sole_use(BUILD):
+        return _build()
+
+
+def _build() -> str:
     import pybind11
 
     environment = os.environ | {"PATH": os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))}

@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import dedent
 
@@ -23,6 +25,7 @@ from builds import (
     build_environment,
     copy_package,
     copy_sources,
+    made_once,
     needs_library,
     needs_nvcc,
     path_without,
@@ -33,6 +36,27 @@ from builds import (
 from dia_kernels import operators
 
 LIBRARY = operators.LIBRARY_PATH
+
+# --- the tests' own builds -------------------------------------------------------------------------
+
+
+def test_what_several_processes_of_the_tests_need_is_made_by_one_of_them(tmp_path_factory):
+    """Threads for processes: each opens the lock's file by itself."""
+    tmp_path_factory.getbasetemp()  # pytest makes it at the first call, not safe for threads
+    made = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        time.sleep(0.1)
+        (folder / "whole").touch()
+
+    def need(_: int) -> bool:
+        return (made_once(tmp_path_factory, "made_once", make) / "whole").exists()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(need, range(4)))
+    assert len(made) == 1
+
 
 # --- the library file ------------------------------------------------------------------------------
 

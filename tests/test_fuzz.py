@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builds import ROOT, run, sole_use
 from fuzzing import (
     CALLED,
     FOLDED,
@@ -43,7 +44,6 @@ from torch import Tensor, nn
 from dia_kernels import SharedAttention, operators
 from dia_kernels.layout import compute_dtype
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 SEED = os.environ.get("FUZZ_SEED", "0")
 NATIVE = pytest.mark.skipif(operators.library_error is not None, reason=f"no native library: {operators.library_error}")
@@ -225,14 +225,14 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package and its library as built under sanitizers; a second build is incremental."""
     sanitizer("libasan.so")
     build_folder, torch_folder = ROOT / "build" / "sanitized", Path(torch.__file__).parent
-    configure = [
-        *(tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", build_folder, "-DDIA_KERNELS_SANITIZE=ON"),
-        *(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DTORCH_INCLUDE_DIR={torch_folder / 'include'}"),
-        f"-DTORCH_LIBRARY_DIR={torch_folder / 'lib'}",
-    ]
-    for command in (configure, [tool("cmake"), "--build", build_folder, "--target", "dia_kernels"]):
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
+    with sole_use(build_folder):
+        configure = [
+            *(tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", build_folder, "-DDIA_KERNELS_SANITIZE=ON"),
+            *(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DTORCH_INCLUDE_DIR={torch_folder / 'include'}"),
+            f"-DTORCH_LIBRARY_DIR={torch_folder / 'lib'}",
+        ]
+        for command in (configure, [tool("cmake"), "--build", build_folder, "--target", "dia_kernels"]):
+            run(command)
     folder = tmp_path_factory.mktemp("sanitized")
     shutil.copytree(ROOT / "dia_kernels", folder / "dia_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (folder / "dia_kernels" / "lib").mkdir(exist_ok=True)

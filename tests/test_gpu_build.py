@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from builds import ROOT, sole_use
 
-ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "gpu"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 TYPES = ("float32", "bfloat16", "float16")
@@ -61,23 +61,28 @@ def compiled(request: pytest.FixtureRequest) -> dict:
     architecture = request.param
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in (*sources(), Path(__file__)))).hexdigest()[:16]
     report = BUILD / f"sm_{architecture}-{digest}.json"
-    if not report.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        cubin = BUILD / f"sm_{architecture}.cubin"
-        command = [
-            "nvcc", "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "--cubin", "-I", ROOT / "csrc",
-            "-o", cubin, ROOT / "csrc" / "machines" / "cuda.cu",
-        ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        assert "warning" not in result.stderr, result.stderr
-        disassembler = tool("nvdisasm")
-        code = ""
-        if disassembler is not None:
-            code = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
-        report.write_text(json.dumps({"kernels": kernels_of(result.stderr), "accesses": accesses_of(code)}))
-        cubin.unlink()
+    with sole_use(report):
+        if not report.exists():
+            report.write_text(json.dumps(compile_for(architecture)))
     return {"architecture": architecture, **json.loads(report.read_text())}
+
+
+def compile_for(architecture: int) -> dict:
+    """What ptxas says of the kernels, and what their machine code moves."""
+    cubin = BUILD / f"sm_{architecture}.cubin"
+    command = [
+        "nvcc", "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "--cubin", "-I", ROOT / "csrc",
+        "-o", cubin, ROOT / "csrc" / "machines" / "cuda.cu",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr, result.stderr
+    disassembler = tool("nvdisasm")
+    code = ""
+    if disassembler is not None:
+        code = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    cubin.unlink()
+    return {"kernels": kernels_of(result.stderr), "accesses": accesses_of(code)}
 
 
 def kernels_of(log: str) -> dict[str, dict[str, int]]:

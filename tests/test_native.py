@@ -7,8 +7,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from builds import ROOT, sole_use
 
-ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "tests"
 TESTS = sorted(path.stem for path in (ROOT / "csrc" / "tests").glob("test_*.cpp"))
 
@@ -18,14 +18,15 @@ def programs() -> Path:
     """The folder of the built tests; a second build is incremental."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler: the C++ tests cannot be built")
-    configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD, "-DDIA_KERNELS_TESTS=ON"]
-    succeed(configure)
     build()
     return BUILD
 
 
 def build(*options: str) -> None:
-    succeed(["cmake", "--build", BUILD, *options])
+    """Builds the tests, or what ``options`` of `cmake --build` say."""
+    with sole_use(BUILD):
+        succeed(["cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD, "-DDIA_KERNELS_TESTS=ON"])
+        succeed(["cmake", "--build", BUILD, *options])
 
 
 def succeed(command: list) -> None:

@@ -24,6 +24,7 @@ from builds import (
     ROOT,
     build_environment,
     copy_sources,
+    made_once,
     needs_library,
     needs_nvcc,
     run,
@@ -68,22 +69,24 @@ class Made:
         return Parser().parsestr(zipfile.ZipFile(self.wheel).read(f"{INFO}/{name}").decode())
 
 
-def make_wheel(folder: Path, backend: str, **choices: str) -> Made:
+def make_wheel(factory: pytest.TempPathFactory, backend: str, **choices: str) -> Made:
     """Runs `make wheel` in a copy of the sources, with this Python for that of .venv."""
-    sources = copy_sources(folder / "sources")
-    command = ["make", "--old-file=.venv/dependencies.stamp", f"python={sys.executable}", "wheel"]
-    run(command, cwd=sources, env=build_environment(**choices))
-    return Made(sources / "dist", backend)
+
+    def make(folder: Path) -> None:
+        command = ["make", "--old-file=.venv/dependencies.stamp", f"python={sys.executable}", "wheel"]
+        run(command, cwd=copy_sources(folder / "sources"), env=build_environment(**choices))
+
+    return Made(made_once(factory, f"wheel_{backend}", make) / "sources" / "dist", backend)
 
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return make_wheel(tmp_path_factory.mktemp("native"), "native")
+    return make_wheel(tmp_path_factory, "native")
 
 
 @pytest.fixture(scope="module")
 def pure(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return make_wheel(tmp_path_factory.mktemp("pure"), "reference", DIA_KERNELS_BUILD="none")
+    return make_wheel(tmp_path_factory, "reference", DIA_KERNELS_BUILD="none")
 
 
 @pytest.fixture(params=[pytest.param("native", marks=needs_library), "pure"])
