@@ -4,8 +4,8 @@ The rule (``route``), first match wins:
 
 1. exported to ONNX: the reference, which is plain ATen
 2. forward-mode differentiation is active: the reference (the raw operator would drop tangents)
-3. compiled inside a functorch transform: the reference
-4. compiled: the raw operator, which carries its own gradient formula (a Function would be inlined)
+3. compiled or traced inside a functorch transform: the reference
+4. compiled or traced: the raw operator, which carries its own gradient formula (a Function would be inlined)
 5. something requires grad, or a functorch transform is active: the autograd Function
 6. otherwise: the raw operator
 
@@ -99,7 +99,7 @@ def route(
     if exporting_to_onnx() or forward_ad._current_level >= 0:
         return reference_of(*args)
     transformed = transforms_active()
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return reference_of(*args) if transformed else operator(*args)
     if transformed:
         return function.apply(*first, *args)

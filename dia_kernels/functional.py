@@ -190,8 +190,7 @@ def _tail_step(x, shortcut, h, c, parameters, folded, channel_dim, relu, output,
             tracked = norms.tracked_by(ops, folded.module, x)
         y, h, c, mean, var = autograd_tail.tail(ops, *first, mean, var, *last, output == "tanh", tracked)
     if folded.module is not None and tracked is None:
-        mean, var = (t.detach() if t.requires_grad else t for t in (mean, var))
-        norms.update_buffers(folded.module, mean, var, count)
+        norms.update_buffers(folded.module, mean.detach(), var.detach(), count)
     return y, h, c
 
 
