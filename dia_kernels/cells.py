@@ -519,7 +519,8 @@ def _both_seen(largest: Tensor, mean: Tensor, spatial: int) -> Tensor:
     """Two statistics of each position as the channels of a map."""
     if mean.ndim != spatial + 1:
         raise ValueError(f"x: expected {spatial} spatial dimensions, those of the CBAM, got {mean.ndim - 1}")
-    return torch.stack((largest, mean), 1)
+    # Not by torch.stack, of which the compiler makes a view: where sizes are symbols, it cannot keep that for backward.
+    return torch.cat((largest.unsqueeze(1), mean.unsqueeze(1)), 1)
 
 
 def _batch_norm(

@@ -22,6 +22,9 @@ import torch.fx
 
 from .schemas import NAMESPACE, OVER_FIRST, RESULT_MAPS
 
+#: Where sizes of a buffer are symbols, convolutions behind it do not compile in torch 2.13 (2.11, 2.12 not tried).
+_TAKES_SYMBOLS = torch.__version__ >= (2, 14)
+
 
 def prepare() -> None:
     """Tells the inductor, once it is there: whoever does not compile does not wait for its import."""
@@ -48,6 +51,8 @@ def _lower(operator: Callable, into: Callable, maps: dict[int, str], over_first:
     results = _call(operator, *args)
     devices = {str(arg.get_device()) for arg in args if isinstance(arg, ir.IRNode)}
     if devices != {"cpu"} or V.graph.cpp_wrapper:
+        return results
+    if not _TAKES_SYMBOLS and any(getattr(size, "free_symbols", None) for size in args[0].get_size()):
         return results
     all_results = list(results) if isinstance(results, (tuple, list)) else [results]
     for place in maps:

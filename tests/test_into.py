@@ -252,6 +252,24 @@ def test_the_inductor_serves_and_trains_in_buffers_of_its_own(kind, memory_forma
 
 
 @needs_native
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["lstm", "se", "cbam"])
+def test_the_inductor_trains_where_sizes_are_symbols(cell):
+    """A square map, of which height and width are one symbol."""
+    torch.manual_seed(0)
+    attention = SharedAttention(8, 2) if cell == "lstm" else create_attention(cell, 8, 2)
+    stage = Stage(attention, norm=True)
+    compiled = torch.compile(stage, fullgraph=True, dynamic=True)
+    for samples, size in ((3, 6), (5, 9)):
+        x = torch.randn(samples, 8, size, size)
+        found = torch.autograd.grad(compiled(x).square().sum(), list(stage.parameters()))
+        expected = torch.autograd.grad(stage(x).square().sum(), list(stage.parameters()))
+        for ours, theirs in zip(found, expected, strict=True):
+            scale = theirs.abs().max().clamp(min=1)
+            torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-5)
+
+
+@needs_native
 def test_gradients_that_are_not_wanted():
     """Of the first block's shortcut, and of a frozen convolution's map."""
     stage, x = STAGES["tail"][0](), torch.randn(3, 8, 6, 5)
