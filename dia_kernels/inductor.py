@@ -23,7 +23,7 @@ import torch.fx
 from .schemas import NAMESPACE, OVER_FIRST, RESULT_MAPS
 
 #: Where sizes of a buffer are symbols, convolutions behind it do not compile in torch 2.13 (2.11, 2.12 not tried).
-_TAKES_SYMBOLS = torch.__version__ >= (2, 14)
+_TAKES_SYMBOLS = torch.__version__ >= "2.14"  # a TorchVersion, which compares numbers
 
 
 def prepare() -> None:
