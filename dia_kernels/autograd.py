@@ -51,9 +51,14 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_captured() -> bool:
+    """Whether a call is compiled, or traced to TorchScript."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def exporting_to_onnx() -> bool:
-    """Whether a graph is made for ONNX. Each way there compiles or traces, which is asked first: it costs less."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+    """Whether a graph is made for ONNX. Each way there captures the call, which is asked first: it costs less."""
+    return is_captured() and torch.onnx.is_in_onnx_export()
 
 
 def is_plain() -> bool:
@@ -99,7 +104,7 @@ def route(
     if exporting_to_onnx() or forward_ad._current_level >= 0:
         return reference_of(*args)
     transformed = transforms_active()
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_captured():
         return reference_of(*args) if transformed else operator(*args)
     if transformed:
         return function.apply(*first, *args)

@@ -52,9 +52,10 @@ def _lower(operator: Callable, into: Callable, maps: dict[int, str], over_first:
     devices = {str(arg.get_device()) for arg in args if isinstance(arg, ir.IRNode)}
     if devices != {"cpu"} or V.graph.cpp_wrapper:
         return results
-    if not _TAKES_SYMBOLS and any(getattr(size, "free_symbols", None) for size in args[0].get_size()):
-        return results
     all_results = list(results) if isinstance(results, (tuple, list)) else [results]
+    sizes = [size for place in maps for size in all_results[place].get_size()]
+    if not _TAKES_SYMBOLS and any(getattr(size, "free_symbols", None) for size in sizes):
+        return results
     for place in maps:
         over = over_first and _is_free(args[0], all_results[place])
         all_results[place] = args[0] if over else _buffer(all_results[place])

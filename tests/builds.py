@@ -11,6 +11,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -86,10 +87,14 @@ def sole_use(folder: Path) -> Iterator[None]:
         yield
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A temporary folder that ``make`` fills, once for all processes that run these tests."""
+def shared_temporary(factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder of all processes that run these tests."""
     temporary = factory.getbasetemp()
-    folder = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / name
+    return temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """``folder``, which ``make`` fills, once for all processes that run these tests."""
     complete = folder / "complete"
     with sole_use(folder):
         if not complete.exists():
@@ -109,17 +114,11 @@ def torch_environment(version: str) -> Path:
     Where only a CUDA build of that torch is to be had, NVIDIA's libraries, three times its size, stay out of it:
     stand-ins take their place (see ``_make_stand_ins``).
     """
-    folder = ROOT / "build" / f"torch-{version}"
-    with sole_use(folder):
-        complete = folder / "complete"
-        if not complete.exists():
-            _install_torch(version, folder)
-            complete.touch()
-    return folder
+    return made_once(ROOT / "build" / f"torch-{version}", partial(_install_torch, version))
 
 
 def _install_torch(version: str, folder: Path) -> None:
-    run([sys.executable, "-m", "venv", "--clear", folder])
+    run([sys.executable, "-m", "venv", folder])
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile"]
     run([*pip, "--no-deps", f"torch=={version}"])
     needed = _requirements(site_packages(folder))

@@ -40,9 +40,8 @@ LIBRARY = operators.LIBRARY_PATH
 # --- the tests' own builds -------------------------------------------------------------------------
 
 
-def test_what_several_processes_of_the_tests_need_is_made_by_one_of_them(tmp_path_factory):
+def test_what_several_processes_of_the_tests_need_is_made_by_one_of_them(tmp_path):
     """Threads for processes: each opens the lock's file by itself."""
-    tmp_path_factory.getbasetemp()  # pytest makes it at the first call, not safe for threads
     made = []
 
     def make(folder: Path) -> None:
@@ -51,7 +50,7 @@ def test_what_several_processes_of_the_tests_need_is_made_by_one_of_them(tmp_pat
         (folder / "whole").touch()
 
     def need(_: int) -> bool:
-        return (made_once(tmp_path_factory, "made_once", make) / "whole").exists()
+        return (made_once(tmp_path / "made", make) / "whole").exists()
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(need, range(4)))

@@ -6,7 +6,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import operator_fuzzing
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
 
-from dia_kernels import SharedAttention, create_attention, models, operators
+from dia_kernels import SharedAttention, create_attention, inductor, models, operators
 from dia_kernels.schemas import OVER_FIRST, RESULT_MAPS
 
 needs_native = pytest.mark.skipif(operators.library_error is not None, reason="the native library is not loaded")
@@ -192,6 +192,13 @@ class Stage(nn.Module):
         return x
 
 
+def assert_same(found: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    """Gradients of a compiled stage and of the stage: equal but for the order of additions."""
+    for ours, theirs in zip(found, expected, strict=True):
+        scale = theirs.abs().max().clamp(min=1)
+        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-5)
+
+
 def called(code: list[str]) -> set[str]:
     """The names of our operators in what the inductor has written."""
     return set(re.findall(r"ops\.dia_kernels\.(\w+)\.default\(", "\n".join(code)))
@@ -246,9 +253,7 @@ def test_the_inductor_serves_and_trains_in_buffers_of_its_own(kind, memory_forma
     assert over == 0  # of each z the gradient is still to be taken
     assert elsewhere == 3 * len([name for name in training if name.endswith("_into")])
     expected = torch.autograd.grad(stage(x).square().sum(), wanted)
-    for ours, theirs in zip(found, expected, strict=True):
-        scale = theirs.abs().max().clamp(min=1)
-        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-5)
+    assert_same(found, expected)
 
 
 @needs_native
@@ -264,9 +269,26 @@ def test_the_inductor_trains_where_sizes_are_symbols(cell):
         x = torch.randn(samples, 8, size, size)
         found = torch.autograd.grad(compiled(x).square().sum(), list(stage.parameters()))
         expected = torch.autograd.grad(stage(x).square().sum(), list(stage.parameters()))
-        for ours, theirs in zip(found, expected, strict=True):
-            scale = theirs.abs().max().clamp(min=1)
-            torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-5)
+        assert_same(found, expected)
+
+
+@needs_native
+@pytest.mark.slow
+def test_a_torch_that_takes_no_symbols_gets_the_operators_own_maps(monkeypatch):
+    """Of a block whose map nobody uses the backward pass has no gradient: there only the state tells a size."""
+    monkeypatch.setattr(inductor, "_TAKES_SYMBOLS", False)
+    block = Stage(SharedAttention(8, 2), norm=True, blocks=1)
+
+    def states(x):
+        _, (h, c) = block.attention(block.convolutions[0](x), None, norm=block.norms[0])
+        return h + c
+
+    wanted = list(block.convolutions.parameters())
+    compiled = torch.compile(states, fullgraph=True, dynamic=True)
+    x = torch.randn(3, 8, 6, 6)
+    found, code = run_and_get_code(lambda: torch.autograd.grad(compiled(x).square().sum(), wanted))
+    assert called(code) == {"tail", "tail_backward"}
+    assert_same(found, torch.autograd.grad(states(x).square().sum(), wanted))
 
 
 @needs_native
@@ -283,9 +305,7 @@ def test_gradients_that_are_not_wanted():
     found, code = run_and_get_code(lambda: gradients(torch.compile(stage, fullgraph=True)))
     assert called(code) == {"tail_into", "tail_backward_into"}
     assert "None)" in "\n".join(line for line in "\n".join(code).splitlines() if "tail_backward_into" in line)
-    for ours, theirs in zip(found, gradients(stage), strict=True):
-        scale = theirs.abs().max().clamp(min=1)
-        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-5)
+    assert_same(found, gradients(stage))
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from builds import (
     needs_library,
     needs_nvcc,
     run,
+    shared_temporary,
     site_packages,
     torch_environment,
 )
@@ -76,7 +77,7 @@ def make_wheel(factory: pytest.TempPathFactory, backend: str, **choices: str) ->
         command = ["make", "--old-file=.venv/dependencies.stamp", f"python={sys.executable}", "wheel"]
         run(command, cwd=copy_sources(folder / "sources"), env=build_environment(**choices))
 
-    return Made(made_once(factory, f"wheel_{backend}", make) / "sources" / "dist", backend)
+    return Made(made_once(shared_temporary(factory) / f"wheel_{backend}", make) / "sources" / "dist", backend)
 
 
 @pytest.fixture(scope="module")
