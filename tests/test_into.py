@@ -275,20 +275,13 @@ def test_the_inductor_trains_where_sizes_are_symbols(cell):
 @needs_native
 @pytest.mark.slow
 def test_a_torch_that_takes_no_symbols_gets_the_operators_own_maps(monkeypatch):
-    """Of a block whose map nobody uses the backward pass has no gradient: there only the state tells a size."""
     monkeypatch.setattr(inductor, "_TAKES_SYMBOLS", False)
-    block = Stage(SharedAttention(8, 2), norm=True, blocks=1)
-
-    def states(x):
-        _, (h, c) = block.attention(block.convolutions[0](x), None, norm=block.norms[0])
-        return h + c
-
-    wanted = list(block.convolutions.parameters())
-    compiled = torch.compile(states, fullgraph=True, dynamic=True)
-    x = torch.randn(3, 8, 6, 6)
+    stage, x = Stage(SharedAttention(8, 2), norm=True, blocks=1), torch.randn(3, 8, 6, 6)
+    compiled = torch.compile(stage, fullgraph=True, dynamic=True)
+    wanted = list(stage.parameters())
     found, code = run_and_get_code(lambda: torch.autograd.grad(compiled(x).square().sum(), wanted))
     assert called(code) == {"tail", "tail_backward"}
-    assert_same(found, torch.autograd.grad(states(x).square().sum(), wanted))
+    assert_same(found, torch.autograd.grad(stage(x).square().sum(), wanted))
 
 
 @needs_native
