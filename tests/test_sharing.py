@@ -736,7 +736,7 @@ def test_a_preserved_network_learns():
 
 def test_what_cannot_be_preserved():
     kept = timm.create_model("seresnet18")
-    with pytest.raises(SharingError, match=r"'preserve' divides the norm, convolution or layer scale .* ends in"):
+    with pytest.raises(SharingError, match=r"'preserve' divides .* that of layer1.0 ends in se \(SEModule\)"):
         share_attention(kept, reduction=16, init="preserve")
     assert not any(sharing.rewriting.is_converted(m) for m in kept.modules())
     with pytest.raises(SharingError, match=r"'preserve' needs a cell that can begin as a constant: Constant cannot"):
@@ -751,6 +751,114 @@ def test_what_cannot_be_preserved():
     with pytest.raises(SharingError, match=r"'preserve' divides"):
         share_attention(bare, reduction=2, init="preserve")
     assert all(torch.equal(value, weights[key]) for key, value in bare.state_dict().items())
+
+
+class Ending(nn.Module):
+    """A block whose branch ends in ``last``."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(6, 6, 3, padding=1), last
+
+    def forward(self, x):
+        return x + self.last(self.conv(x))
+
+
+class LayerScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(6) + 0.5)
+
+    def forward(self, x):
+        return x * self.gamma.view(1, -1, 1, 1)
+
+
+class WrittenOut(Ending):
+    """A layer scale of tokens, which become a map again."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 6))
+        self.gamma = nn.Parameter(torch.rand(1, 6) + 0.5)
+
+    def forward(self, x):
+        return x + (self.gamma[:, None, None] * self.last(self.conv(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+class Permuted(Ending):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 6))
+
+    def forward(self, x):
+        return x + torch.permute(self.last(self.conv(x).permute(0, 2, 3, 1)), (0, 3, 1, 2))
+
+
+class Standardised(nn.Conv2d):
+    """Whose result does not change when its weight is divided."""
+
+    def forward(self, x):
+        mean, deviation = (f(self.weight, dim=(1, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
+        return self._conv_forward(x, (self.weight - mean) / deviation, self.bias)
+
+
+class Activated(nn.GroupNorm):
+    def forward(self, x):
+        return super().forward(x).sigmoid()
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, args, y: y.sigmoid())
+    return layer
+
+
+DIVISIBLE = {
+    "convolution": lambda: Ending(nn.Conv2d(6, 6, 3, padding=2, dilation=2, groups=2)),
+    "group norm": lambda: Ending(nn.GroupNorm(3, 6)),
+    "instance norm": lambda: Ending(nn.InstanceNorm2d(6, affine=True)),
+    "layer scale": lambda: Ending(LayerScale()),
+    "layer scale written out": WrittenOut,
+    "linear, permuted": Permuted,
+}
+INDIVISIBLE = {
+    "standardised weights": lambda: Ending(Standardised(6, 6, 1)),
+    "parametrised weights": lambda: Ending(nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 1))),
+    "weights that a hook makes": lambda: Ending(nn.utils.spectral_norm(nn.Conv2d(6, 6, 1))),
+    "an activation within": lambda: Ending(Activated(3, 6)),
+    "a hook": lambda: Ending(hooked(nn.Conv2d(6, 6, 1))),
+    "no weights": lambda: Ending(nn.InstanceNorm2d(6)),
+    "an activation": lambda: Ending(nn.Sequential(nn.Conv2d(6, 6, 1), nn.SiLU())),
+    "a transposed convolution": lambda: Ending(nn.ConvTranspose2d(6, 6, 3, padding=1)),
+}
+
+
+@pytest.mark.parametrize("kind", DIVISIBLE)
+def test_what_a_branch_may_end_in_to_be_preserved(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), DIVISIBLE[kind](), DIVISIBLE[kind]()).double()
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -1, 1)
+    x = torch.randn(2, 3, 9, 7, dtype=torch.float64)
+    expected = model(x)
+    found = share_attention(model, reduction=2, init="preserve")(x)
+    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", INDIVISIBLE)
+def test_what_it_may_not_end_in(kind):
+    """Where dividing the weights would change nothing, or something else, without a word."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), INDIVISIBLE[kind](), INDIVISIBLE[kind]())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(SharingError, match=r"'preserve' divides .* that of 1 ends in last(.1)? \("):
+        share_attention(model, reduction=2, init="preserve")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_blocks_that_share_their_last_layer_are_not_preserved():
+    last = nn.Conv2d(6, 6, 1)
+    model = nn.Sequential(Ending(last), Ending(last))
+    before = last.weight.clone()
+    with pytest.raises(SharingError, match=r"one layer by the scales of several blocks"):
+        share_attention(model, reduction=2, init="preserve")
+    assert torch.equal(last.weight, before)
 
 
 class Constant(nn.Module):

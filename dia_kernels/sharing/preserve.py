@@ -3,6 +3,7 @@
 Attention begins as a constant (``make_constant`` of its cell): every scale is a value of each channel and block that
 depends on no map. The layer that makes a block's x, its norm for the most part, is divided by it. From there
 fine-tuning goes on where the pretrained network stood; the weights at zero learn, as their gradients are not zero.
+Whether a layer's result is divided with its weights is tried on a copy: no list of classes could tell.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from .blocks import Candidate, Traced, rank
 from .errors import SharingError
-from .tails import WEIGHTED, Tail, module_of
+from .tails import Tail, module_of, unpermuted
+from .widths import Unknown, Width, width_of
 
 #: A scale below this would blow up the layer before it.
 _LEAST = 0.05
@@ -27,11 +29,16 @@ def hold(pairs: list[tuple[list[Candidate], nn.Module]]) -> None:
         SharingError: a block or a unit that this cannot be done to; nothing has been divided then.
     """
     divided = [(parameter, scale) for run, unit in pairs for parameter, scale in _divisions(run, unit)]
+    _check_once(divided)
     for parameter, scale in divided:
-        # Of a matrix the rows; of a layer scale whatever dimension the channels are in.
-        shape = (-1, *(1,) * (parameter.ndim - 1)) if parameter.shape[0] == len(scale) else parameter.shape
-        with torch.no_grad():
-            parameter.copy_((parameter.double() / scale.to(parameter.device).view(shape)).to(parameter.dtype))
+        _divide(parameter, scale)
+
+
+@torch.no_grad()
+def _divide(parameter: Tensor, scale: Tensor) -> None:
+    # Of a weight the first dimension; of a layer scale whatever dimension the channels are in.
+    shape = (-1, *(1,) * (parameter.ndim - 1)) if parameter.shape[0] == len(scale) else parameter.shape
+    parameter.copy_((parameter.double() / scale.to(parameter.device).view(shape)).to(parameter.dtype))
 
 
 def _divisions(run: list[Candidate], unit: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -44,8 +51,8 @@ def _divisions(run: list[Candidate], unit: nn.Module) -> list[tuple[Tensor, Tens
             makers.append(_divisible(candidate.module, tail))
             if not makers[-1]:
                 raise SharingError(
-                    f"init: 'preserve' divides the norm, convolution or layer scale that ends a branch; that of "
-                    f"{candidate.name} ends in {tail.x.name}"
+                    f"init: 'preserve' divides what ends a branch, a norm, a convolution, a linear or a layer scale; "
+                    f"that of {candidate.name} ends in {_described(candidate.module, tail)}, which is proportional to none"
                 )
     try:
         unit.make_constant()  # type: ignore[operator]
@@ -54,6 +61,11 @@ def _divisions(run: list[Candidate], unit: nn.Module) -> list[tuple[Tensor, Tens
         raise SharingError(f"init: 'preserve' needs a cell that can begin as a constant: {name} cannot") from error
     scales = _scales(unit, run[0], len(makers))
     return [(parameter, scale) for made, scale in zip(makers, scales, strict=True) for parameter in made]
+
+
+def _check_once(divided: list[tuple[Tensor, Tensor]]) -> None:
+    if len({id(parameter) for parameter, _ in divided}) < len(divided):
+        raise SharingError("init: 'preserve' cannot divide one layer by the scales of several blocks that share it")
 
 
 @torch.no_grad()
@@ -78,11 +90,63 @@ def _scales(unit: nn.Module, of: Candidate, calls: int) -> list[Tensor]:
 def _divisible(root: nn.Module, tail: Tail) -> list[Tensor]:
     """The tensors to which x is proportional, channel by channel."""
     if tail.norm is None and tail.scale is not None:
-        owner, _, name = str(tail.scale.target).rpartition(".")
-        return [getattr(root.get_submodule(owner), name)]
-    layer = module_of(root, tail.x)
-    affine = isinstance(layer, WEIGHTED) or tail.norm is not None
-    if layer is None or not affine or getattr(layer, "weight", None) is None:
+        return [root.get_parameter(tail.scale)]
+    made = unpermuted(tail.x)
+    layer = module_of(root, made)
+    if layer is None:
         return []
-    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-    return [] if transposed else [t for t in (layer.weight, layer.bias) if isinstance(t, Tensor)]
+    if tail.norm is None:
+        try:
+            width = width_of(root, made)
+        except Unknown:
+            return []
+        if not _is_proportional(layer, width, rank(root)):
+            return []
+    return _weights(layer)
+
+
+def _described(root: nn.Module, tail: Tail) -> str:
+    made = unpermuted(tail.x)
+    layer = module_of(root, made)
+    return made.name if layer is None else f"{made.target} ({type(layer).__name__})"
+
+
+def _weights(layer: nn.Module) -> list[Tensor]:
+    found = [getattr(layer, name, None) for name in ("weight", "bias")]
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
+
+@torch.no_grad()
+def _is_proportional(layer: nn.Module, width: Width, rank: int) -> bool:
+    """Whether ``layer`` gives proportional results for its weight and bias, channel by channel: tried on a copy.
+
+    PyTorch's convolutions, linears and norms do; not with weights that are standardised or parametrised, and not with
+    an activation within.
+    """
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return False  # they would see what is tried
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.linspace(0.5, 2, width.count, dtype=torch.float64)
+    try:
+        tried = copy.deepcopy(layer).to("cpu", torch.float64).eval()
+        for tensor in _weights(tried):
+            tensor.copy_(torch.rand(tensor.shape, dtype=torch.float64, generator=generator) - 0.5)
+        x = torch.randn(_taken_by(tried, width, rank), dtype=torch.float64, generator=generator)
+        before = tried(x.clone())
+        for tensor in _weights(tried):
+            _divide(tensor, scale)
+        after = tried(x.clone()).movedim(width.dim, -1) * scale
+    except Exception:  # whatever a layer of somebody's raises when it is called by itself
+        return False
+    return torch.allclose(after, before.movedim(width.dim, -1), rtol=1e-9, atol=1e-12)
+
+
+def _taken_by(layer: nn.Module, width: Width, rank: int) -> tuple[int, ...]:
+    """The shape of a small input of ``layer``, whose result has ``width``."""
+    if isinstance(layer, nn.Linear):
+        return (2, layer.in_features)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        reaches = zip(layer.kernel_size, layer.dilation, strict=True)
+        return (2, layer.in_channels, *(2 + (kernel - 1) * dilation for kernel, dilation in reaches))
+    positions = (4,) * rank
+    return (2, width.count, *positions) if width.dim == 1 else (2, *positions, width.count)

@@ -23,6 +23,8 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _PRODUCTS = (operator.mul, operator.imul, torch.mul)
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+#: Methods that leave a tensor's values in their order.
+_RESHAPING = ("view", "reshape", "unsqueeze", "squeeze", "flatten")
 _SHAPE_METHODS = ("size", "dim", "ndimension", "numel", "stride")
 _SHAPE_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -48,7 +50,7 @@ class Tail:
         attention: attention that is already there, right before the drops; ``x`` is its result.
         channels, channel_dim: of x.
         strided: whether the shortcut changes the positions, as at the beginning of a stage.
-        scale: the parameter that x was multiplied by last (a layer scale), or None.
+        scale: name of the parameter that x was multiplied by last, a value of each channel (a layer scale), or None.
     """
 
     x: fx.Node
@@ -61,7 +63,7 @@ class Tail:
     channels: int
     channel_dim: int
     strided: bool
-    scale: fx.Node | None
+    scale: str | None
 
     def drops(self, root: nn.Module) -> list[fx.Node]:
         """Of ``passed`` what is not nothing."""
@@ -243,7 +245,6 @@ def _tail(
     if replace:
         x = below
     norm = x if _folds(root, x) else None
-    parameters = [a for a in x.args if isinstance(a, fx.Node) and a.op == "get_attr"] if _is_product(x) else []
     users = list(addition.users)
     return Tail(
         x=x,
@@ -256,8 +257,48 @@ def _tail(
         channels=width.count,
         channel_dim=width.dim,
         strided=strided,
-        scale=parameters[0] if len(parameters) == 1 else None,
+        scale=_layer_scale(root, unpermuted(x), width.count),
     )
+
+
+def unpermuted(node: fx.Node) -> fx.Node:
+    """Back over permutations of dimensions, which leave each channel's values what they are."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return unpermuted(source(node)) if name == "permute" and len(node.users) == 1 else node
+
+
+def _layer_scale(root: nn.Module, x: fx.Node, channels: int) -> str | None:
+    """``Tail.scale``: the product is written out in the block, or is what a child of it returns."""
+    module = module_of(root, x)
+    if module is None:
+        return _factor(root, x, channels)
+    found = None if type(module).__module__.startswith("torch.nn.") else traced_result(module)
+    name = None if found is None else _factor(module, found[1], channels)
+    return None if name is None else f"{x.target}.{name}"
+
+
+def _factor(root: nn.Module, product: fx.Node, channels: int) -> str | None:
+    """Name of the one parameter of ``channels`` values that ``product`` has for a factor."""
+    names = []
+    for factor in product.args if _is_product(product) else ():
+        while isinstance(factor, fx.Node) and _is_reshaped(factor):
+            factor = factor.args[0]
+        if isinstance(factor, fx.Node) and factor.op == "get_attr":
+            owner, _, name = str(factor.target).rpartition(".")
+            value = getattr(root.get_submodule(owner), name)
+            if isinstance(value, nn.Parameter) and value.numel() == channels:
+                names.append(str(factor.target))
+    return names[0] if len(names) == 1 else None
+
+
+def _is_reshaped(node: fx.Node) -> bool:
+    """Whether the value is that of the first argument, in another shape."""
+    if node.op == "call_method":
+        return node.target in _RESHAPING
+    if node.target is not operator.getitem:
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return all(each is None or each is Ellipsis or each == slice(None) for each in index)
 
 
 def _gated_by(attention: fx.Node) -> fx.Node:
