@@ -145,6 +145,7 @@ class Odd(nn.Module):
         (lambda m, x: m.branch(m.pool(x)) + x, "pooled to one position"),
         (lambda m, x: (lambda y: (y + x) * y)(m.branch(x)), "is used elsewhere, too"),
         (lambda m, x: (lambda y: m.branch(y[0]) + y[1])(x.chunk(2, 1)), "come out of one tuple or dict"),
+        (lambda m, x: torch.sigmoid(m.branch(x) + x) * x, "its sum is a gate"),
         (lambda m, x: m.branch(x).flatten(2) + x.flatten(2), "nothing tells how many channels are behind flatten"),
     ],
 )
@@ -153,6 +154,51 @@ def test_additions_that_close_no_block(how, reason):
     share_attention(model, reduction=2)
     assert names(model) == [["1"]]
     assert any(reason in why for why in sharing.report(model).rejected["0"])
+
+
+class Activated(nn.Module):
+    """Convolution behind an activation, which is returned, too."""
+
+    def __init__(self, adds: bool) -> None:
+        super().__init__()
+        self.norm, self.conv, self.adds = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1), adds
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.norm(x))
+        return (self.conv(x) + x if self.adds else self.conv(x)), x
+
+
+class PreActivated(nn.Module):
+    """Whose shortcut comes out of its branch."""
+
+    def __init__(self, adds: bool = False) -> None:
+        super().__init__()
+        self.begin, self.end = (
+            Activated(adds),
+            nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, shortcut = self.begin(x)
+        return self.end(y) + shortcut
+
+
+def test_a_shortcut_out_of_the_branch():
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), PreActivated(), PreActivated()).double()
+    shared = share_attention(copy.deepcopy(plain), reduction=2)
+    assert names(shared) == [["1", "2"]]
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    assert_same(shared, hook(plain, shared, [["1.end", "2.end"]]), lambda model: model(x), training=True)
+
+
+@pytest.mark.parametrize("how", ["hooked", "with an addition of its own"])
+def test_children_that_return_two_maps_and_stay_whole(how):
+    model = nn.Sequential(PreActivated(adds=how != "hooked"), Block())
+    if how == "hooked":
+        model[0].begin.register_forward_hook(lambda module, args, output: None)
+    share_attention(model, reduction=2)
+    assert names(model)[-1] == ["1"]
+    assert not any("0" in stage for stage in names(model))
 
 
 def test_a_block_that_keeps_something_in_itself():
@@ -493,6 +539,7 @@ def test_errors():
         ({"cell": "gru"}, "cell: expected"),
         ({"reduction": 7}, "reduction: expected at most"),
         ({"backend": "tpu"}, "backend: expected"),
+        ({"reduction": 7}, "reduction: expected at most channels = 6, got 7 .*; at 1, which exclude would leave alone"),
     ):
         model = small()
         with pytest.raises(ValueError, match=message):
@@ -800,7 +847,7 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, (self.weight - mean) / deviation, self.bias)
 
 
-class Activated(nn.GroupNorm):
+class ActivatedNorm(nn.GroupNorm):
     def forward(self, x):
         return super().forward(x).sigmoid()
 
@@ -822,7 +869,7 @@ INDIVISIBLE = {
     "standardised weights": lambda: Ending(Standardised(6, 6, 1)),
     "parametrised weights": lambda: Ending(nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 1))),
     "weights that a hook makes": lambda: Ending(nn.utils.spectral_norm(nn.Conv2d(6, 6, 1))),
-    "an activation within": lambda: Ending(Activated(3, 6)),
+    "an activation within": lambda: Ending(ActivatedNorm(3, 6)),
     "a hook": lambda: Ending(hooked(nn.Conv2d(6, 6, 1))),
     "no weights": lambda: Ending(nn.InstanceNorm2d(6)),
     "an activation": lambda: Ending(nn.Sequential(nn.Conv2d(6, 6, 1), nn.SiLU())),

@@ -101,6 +101,11 @@ CASES = {
         [[f"features.stage{s}.unit{u}.body" for u in range(1, 19)] for s in (1, 2, 3)],
         (2, 3, 32, 32),
     ),
+    "pytorchcv preresnet20": Case(
+        lambda: get_model("preresnet20_cifar10"),
+        [[f"features.stage{s}.unit{u}.body.conv2" for u in range(1, 4)] for s in (1, 2, 3)],
+        (2, 3, 32, 32),
+    ),
     "MONAI resnet18 in 3-D": Case(
         lambda: monai.resnet18(spatial_dims=3, n_input_channels=1, num_classes=4, shortcut_type="B"),
         _blocks("layer{s}.{i}.bn2", 2, 2, 2, 2),

@@ -206,10 +206,13 @@ def _nothing(found: blocks.Found) -> str:
 def _unit(run: list[Candidate], cell: CellSpec, reduction: int, backend: str | None) -> nn.Module:
     first = run[0]
     calls = sum(1 if isinstance(c.how, Adapter) else len(c.how.graphs[0][1]) for c in run)
-    return create_attention(
-        cell, first.channels, reduction, blocks=calls, spatial=blocks.rank(first.module), channel_dim=first.channel_dim,
-        backend=backend,
-    )  # fmt: skip
+    try:
+        return create_attention(
+            cell, first.channels, reduction, blocks=calls, spatial=blocks.rank(first.module),
+            channel_dim=first.channel_dim, backend=backend,
+        )  # fmt: skip
+    except ValueError as error:  # one narrow stage of many, most likely
+        raise ValueError(f"{error}; at {first.name}, which exclude would leave alone") from error
 
 
 def _like_block(unit: nn.Module, block: nn.Module) -> None:

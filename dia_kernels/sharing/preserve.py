@@ -50,9 +50,10 @@ def _divisions(run: list[Candidate], unit: nn.Module) -> list[tuple[Tensor, Tens
         for tail in candidate.how.graphs[0][1]:
             makers.append(_divisible(candidate.module, tail))
             if not makers[-1]:
+                what = _described(candidate.module, tail)
                 raise SharingError(
                     f"init: 'preserve' divides what ends a branch, a norm, a convolution, a linear or a layer scale; "
-                    f"that of {candidate.name} ends in {_described(candidate.module, tail)}, which is proportional to none"
+                    f"that of {candidate.name} ends in {what}, which is proportional to none"
                 )
     try:
         unit.make_constant()  # type: ignore[operator]

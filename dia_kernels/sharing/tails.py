@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from .. import norms
-from .tracing import traced_result
+from .tracing import Untraceable, trace, traced_result
 from .widths import Unknown, width_of
 
 #: Of these a branch is made; more of them make the residual side.
@@ -27,6 +27,7 @@ _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _RESHAPING = ("view", "reshape", "unsqueeze", "squeeze", "flatten")
 _SHAPE_METHODS = ("size", "dim", "ndimension", "numel", "stride")
 _SHAPE_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
+_GATES = ("sigmoid", "sigmoid_", "hardsigmoid", "softmax", "Sigmoid", "Hardsigmoid", "Softmax", "Softmax2d")
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 #: Names of modules that drop a whole sample's branch, and scale what is left: torchvision's, timm's and others'.
 _STOCHASTIC_DEPTHS = ("StochasticDepth", "DropPath", "DropConnect")
@@ -73,6 +74,11 @@ class Tail:
 def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
     """The child that ``node`` calls."""
     return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _name(node: fx.Node) -> str:
+    """Of the function or method that ``node`` calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 # --- where values come from --------------------------------------------------------------------------------
@@ -154,7 +160,7 @@ def _pools(root: nn.Module, node: fx.Node) -> bool:
         return type(module_of(root, node)).__name__.startswith(("AdaptiveAvgPool", "AdaptiveMaxPool", "SelectAdaptive"))
     if node.op == "call_method" and node.target in ("view", "reshape"):
         return node.args[-2:] == (1, 1)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _name(node)
     return name in ("mean", "amax") or name.startswith(("adaptive_avg_pool", "adaptive_max_pool"))
 
 
@@ -166,7 +172,7 @@ def find(
 ) -> tuple[list[Tail], list[str], bool]:
     """The tails of ``graph``, in order; why other additions are none; and whether one of those closes a block, too.
 
-    Sequentials before a tail are taken apart.
+    Sequentials before a tail are taken apart, and children that return a tuple.
 
     Args:
         root: the module that ``graph`` is of.
@@ -174,6 +180,7 @@ def find(
         replace: attention that is there already is to go: ``x`` is what it takes, not what it returns.
     """
     tails, reasons, closed = [], [], 0
+    _take_tuples_apart(root, graph, blocks)
     additions = [node for node in graph.nodes if _is_addition(node)]
     ancestors = _ancestors(graph)
     for addition in additions:
@@ -219,6 +226,8 @@ def _sides(
     called = [module for node in of_residual | of_shortcut if (module := module_of(root, node)) is not None]
     if any(child in blocks for module in called for child in module.modules()):
         raise Rejected("a branch holds residual blocks itself")
+    if all(_is_gate(root, user) for user in addition.users):
+        raise Rejected("its sum is a gate")
     if residual in of_shortcut or len(residual.users) > 1:
         raise Rejected("the residual branch is used elsewhere, too")
     if _is_pooled(root, residual, of_residual):
@@ -263,8 +272,7 @@ def _tail(
 
 def unpermuted(node: fx.Node) -> fx.Node:
     """Back over permutations of dimensions, which leave each channel's values what they are."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return unpermuted(source(node)) if name == "permute" and len(node.users) == 1 else node
+    return unpermuted(source(node)) if _name(node) == "permute" and len(node.users) == 1 else node
 
 
 def _layer_scale(root: nn.Module, x: fx.Node, channels: int) -> str | None:
@@ -340,9 +348,7 @@ def _taken_apart(root: nn.Module, graph: fx.Graph, node: fx.Node) -> fx.Node:
         of_child = _ends_in_a_call(module)
         if of_child is None:
             break
-        places = {next(n for n in of_child.nodes if n.op == "placeholder"): node.args[0]}
-        with graph.inserting_before(node):
-            value = graph.graph_copy(_prefixed(of_child, str(node.target)), places)  # type: ignore[arg-type]
+        value = _written_out(graph, node, of_child)
         assert isinstance(value, fx.Node)
         node.replace_all_uses_with(value)
         graph.erase_node(node)
@@ -353,16 +359,66 @@ def _taken_apart(root: nn.Module, graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 def _ends_in_a_call(module: nn.Module) -> fx.Graph | None:
     """The graph of ``module`` if it is one of a single argument that ends in a call of a child; else None."""
-    if module._forward_hooks or module._forward_pre_hooks or next(module.children(), None) is None:
-        return None
     if isinstance(module, (*WEIGHTED, nn.modules.batchnorm._BatchNorm)):
         return None
-    found = traced_result(module)
-    if found is None:
+    graph = _graph_within(module)
+    return graph if graph is not None and getattr(_returned(graph), "op", "") == "call_module" else None
+
+
+def _take_tuples_apart(root: nn.Module, graph: fx.Graph, blocks: set[nn.Module]) -> None:
+    """Writes out what children do that return a tuple, as a pre-activation branch that returns its shortcut as well.
+
+    Not those that hold blocks or additions of their own, which would close a block here again.
+    """
+    waiting = list(graph.nodes)
+    while waiting:
+        node = waiting.pop()
+        module = module_of(root, node)
+        if module is None or len(node.args) != 1 or node.kwargs or not all(_takes_one(user) for user in node.users):
+            continue
+        of_child = None if any(child in blocks for child in module.modules()) else _graph_within(module)
+        if of_child is None or not _is_tuple(_returned(of_child)) or any(_is_addition(n) for n in of_child.nodes):
+            continue
+        before = set(graph.nodes)
+        values = _written_out(graph, node, of_child)
+        assert isinstance(values, (tuple, list))
+        for user in list(node.users):
+            value = values[user.args[1]]
+            assert isinstance(value, fx.Node)
+            user.replace_all_uses_with(value)
+            graph.erase_node(user)
+        graph.erase_node(node)
+        waiting += [n for n in graph.nodes if n not in before]
+
+
+def _takes_one(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[1], int)
+
+
+def _is_tuple(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and all(isinstance(each, fx.Node) for each in value)
+
+
+def _graph_within(module: nn.Module) -> fx.Graph | None:
+    """The graph of ``module`` with calls of its children, if it may stand in its parent's: of a single argument."""
+    if module._forward_hooks or module._forward_pre_hooks or next(module.children(), None) is None:
         return None
-    graph, result = found
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    return graph if result.op == "call_module" and len(inputs) == 1 else None
+    try:
+        graph = trace(module)
+    except Untraceable:
+        return None
+    return graph if sum(n.op == "placeholder" for n in graph.nodes) == 1 else None
+
+
+def _returned(graph: fx.Graph) -> object:
+    return next(node for node in graph.nodes if node.op == "output").args[0]
+
+
+def _written_out(graph: fx.Graph, node: fx.Node, of_child: fx.Graph) -> object:
+    """Puts ``of_child``, the graph of the child that ``node`` calls, before ``node``; returns its result."""
+    places = {next(n for n in of_child.nodes if n.op == "placeholder"): node.args[0]}
+    with graph.inserting_before(node):
+        return graph.graph_copy(_prefixed(of_child, str(node.target)), places)  # type: ignore[arg-type]
 
 
 def _prefixed(graph: fx.Graph, prefix: str) -> fx.Graph:
@@ -384,6 +440,12 @@ def _is_relu(root: nn.Module, node: fx.Node) -> bool:
         or (node.op == "call_function" and node.target in _RELUS)
         or (node.op == "call_method" and node.target in ("relu", "relu_"))
     )
+
+
+def _is_gate(root: nn.Module, node: fx.Node) -> bool:
+    """Whether the value is between 0 and 1, a factor of some map and none itself."""
+    module = module_of(root, node)
+    return (type(module).__name__ if module is not None else _name(node)) in _GATES
 
 
 def _is_attention(root: nn.Module, node: fx.Node) -> bool:
