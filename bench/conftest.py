@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dtype", choices=list(step.DTYPES), default="float32", help="of the maps and the parameters")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the step runs (default: cpu)")
     group.addoption("--threads", type=int, help="threads of PyTorch (default: as many as it takes by itself)")
-    group.addoption("--shapes", help="comma-separated, as in 32x256x56x56,1x64x32x32 (default: those of the issue)")
+    group.addoption("--shapes", help="comma-separated, as in 32x256x56x56,1x64x32x32 (default: all ten)")
     group.addoption("--layouts", help="comma-separated out of contiguous,channels_last (default: both)")
     group.addoption("--without", default="", help="comma-separated implementations to leave out, as in compile")
     group.addoption("--quick", action="store_true", help="two small shapes, one layout, fewer rounds: a trial run")

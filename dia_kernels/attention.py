@@ -79,8 +79,8 @@ class SharedAttention(nn.Module):
         check_bottleneck(channels, reduction)
         if output not in OUTPUTS:
             raise ValueError(f'output: expected "sigmoid" or "tanh", got {output!r}')
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
         check_placement(channel_dim, backend)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")

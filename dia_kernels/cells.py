@@ -137,6 +137,7 @@ def stacked_lstm(
         p: pooled feature map, (N, C).
         h, c: state, (L, N, C) each.
         first, rest: parameters of layer 0 and of the L - 1 layers above it.
+        output: the function of the cell state in h: ``"sigmoid"`` or ``"tanh"``.
         dropout: probability of zeroing an ``h`` on its way to the layer above.
 
     Returns:

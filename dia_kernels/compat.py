@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +75,11 @@ class LSTMCell(nn.Module):
         Returns:
             The new (h, c).
         """
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input: expected a torch.Tensor, got {type(input).__name__}")
         if input.ndim != 2 or input.shape[1] != self.input_size:
             raise ValueError(f"input: expected shape (N, {self.input_size}), got {tuple(input.shape)}")
-        h, c = hidden
+        h, c = _pair("hidden", hidden)
         shape = (self.nlayers, input.shape[0], self.hidden_size)
         for name, state in (("h", h), ("c", c)):
             if tuple(state.shape) != shape:
@@ -107,7 +110,7 @@ class LSTMCell(nn.Module):
             )
         state = hidden
         if self.nlayers == 1 and hidden is not None:
-            h, c = hidden
+            h, c = _pair("hidden", hidden)
             state = h.squeeze(0), c.squeeze(0)
         first, rest = self._parameters_by_layer()
         y, (h, c) = functional.step(
@@ -170,7 +173,7 @@ class DIAAttention(nn.Module):
 
     def _joined(self, hc: LayerStates) -> State:
         """The lists of the layers' states as ``functional.step`` takes them."""
-        h, c = hc
+        h, c = _pair("hc", hc)
         for name, layers in (("h", h), ("c", c)):
             if len(layers) != self.num_layers:
                 raise ValueError(f"hc: expected {name} with one tensor a layer, {self.num_layers}, got {len(layers)}")
@@ -194,6 +197,12 @@ class _Amplifiers(nn.Module):
 
 def _first_amp(width: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(zip(("fc1", "activ", "fc2"), _bottleneck(width, width), strict=True)))
+
+
+def _pair(name: str, state: Any) -> tuple[Any, Any]:
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        raise TypeError(f"{name}: expected a pair (h, c), got {type(state).__name__}")
+    return state[0], state[1]
 
 
 def _check_int(name: str, value: int, least: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import repeat
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -65,10 +65,10 @@ def step(
         inplace: True writes y over x and returns it; inference only. ``"auto"`` does so where that is right and saves
             memory; the caller must not read x any more, and y may be a map of its own.
         norm: a norm of x that comes first: an ``nn.BatchNorm1d/2d/3d``, an ``nn.SyncBatchNorm`` (on any
-            device), torchvision's ``FrozenBatchNorm2d`` or a pair (scale, bias)
-            of a value for each channel is folded into the step, at no pass of its own over x and nothing saved for
-            it; its parameters and buffers are used and updated exactly as it would itself. Any other module or
-            function is called, and the step follows. The channels of PyTorch's batch, group and instance norms are
+            device), torchvision's ``FrozenBatchNorm2d``, timm's ``BatchNormAct2d`` with no activation, or a pair
+            (scale, bias) of a value for each channel is folded into the step, at no pass of its own over x and nothing
+            saved for it; its parameters and buffers are used and updated exactly as it would itself. Any other module
+            or function is called, and the step follows. The channels of PyTorch's batch, group and instance norms are
             those of ``channel_dim``. (arXiv:1502.03167, algorithm 1.)
         sample_scale: (N,), a factor for the scale of each sample: ``y = activation(x * (h * sample_scale[:, None]) +
             shortcut)``, for stochastic depth (arXiv:1603.09382). The state is not scaled. Any floating dtype that the
@@ -90,10 +90,14 @@ def step(
         inplace = overwriting.checked(inplace)
     backend, sample_scale = _checked_call(x, shortcut, activation, channel_dim, inplace, sample_scale, backend)
     parameters = _checked_parameters(parameters, x, channel_dim)
+    if not isinstance(stacked, (tuple, list)):
+        raise TypeError(f"stacked: expected a list of StackedLayer, got {type(stacked).__name__}")
     stacked = [_checked_layer(layer, k, x, channel_dim) for k, layer in enumerate(stacked, start=1)]
     h, c = _checked_state(state, x, channel_dim, len(stacked))
     if output not in OUTPUTS:
         raise ValueError(f'output: expected "sigmoid" or "tanh", got {output!r}')
+    if dropout and not (isinstance(dropout, (int, float)) and 0 <= dropout <= 1):
+        raise ValueError(f"dropout: expected a probability, got {dropout!r}")
     split = len(stacked) > 0 or sample_scale is not None
     folded = None
     if norm is not None:
@@ -155,7 +159,7 @@ def _called(norm: norms.Norm, x: Tensor, channel_dim: int) -> Tensor:
         width = (channels(x, channel_dim),)
         scale, bias = (
             reference.per_channel(_cast(f"norm {name}", t, width, x), x, channel_dim).to(x.dtype)
-            for name, t in zip(("weight", "bias"), norm, strict=True)
+            for name, t in zip(("weight", "bias"), norms.pair(norm), strict=True)
         )
         return x * scale + bias
     if not callable(norm):
@@ -376,6 +380,8 @@ def _cast(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> Te
 
 def _checked_parameters(parameters: LSTMParameters, x: Tensor, channel_dim: int) -> LSTMParameters:
     width = channels(x, channel_dim)
+    if type(parameters) is not LSTMParameters:
+        parameters = LSTMParameters(*_several("parameters", parameters, LSTMParameters))
     _check_plain("input_reduce_weight", parameters[0])
     rows = parameters[0].shape[0] if parameters[0].ndim == 2 else 0
     if rows == 0:
@@ -399,9 +405,17 @@ def _checked_parameters(parameters: LSTMParameters, x: Tensor, channel_dim: int)
 def _checked_layer(layer: StackedLayer, index: int, x: Tensor, channel_dim: int) -> StackedLayer:
     width = channels(x, channel_dim)
     shapes = ((4 * width, width), (4 * width,)) * 2
+    layer = StackedLayer(*_several("stacked", layer, StackedLayer))
     return StackedLayer(
         *(_cast(f"{name}_l{index}", p, s, x) for name, p, s in zip(layer._fields, layer, shapes, strict=True))
     )
+
+
+def _several(name: str, values: Any, kind: type[LSTMParameters | StackedLayer]) -> Sequence[Tensor]:
+    """``values``, as many as ``kind`` has fields."""
+    if not isinstance(values, (tuple, list)) or len(values) != len(kind._fields):
+        raise TypeError(f"{name}: expected {kind.__name__}, {len(kind._fields)} tensors, got {type(values).__name__}")
+    return values
 
 
 def _checked_state(

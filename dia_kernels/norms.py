@@ -56,7 +56,7 @@ def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
         TypeError: ``norm`` is nothing that could be called.
     """
     if isinstance(norm, tuple):
-        scale, bias = norm
+        scale, bias = pair(norm)
         return Folded(scale, bias, torch.zeros_like(scale), torch.ones_like(scale), 0.0)
     if not callable(norm):
         raise TypeError(f"norm: expected a norm module, a function or a pair (scale, bias), got {type(norm).__name__}")
@@ -65,6 +65,18 @@ def fold(norm: Norm, z: Tensor, channel_dim: int) -> Folded | None:
     if _is_batch_norm(norm):
         return _fold_batch_norm(norm, z, z.shape[channel_dim])  # type: ignore[arg-type]
     return _with_running_statistics(norm) if _is_frozen(norm) else None
+
+
+def pair(norm: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """``norm``, if it is a scale and a bias.
+
+    Raises:
+        TypeError: it is no pair of tensors.
+    """
+    if len(norm) != 2 or not all(isinstance(t, Tensor) for t in norm):
+        kinds = ", ".join(type(t).__name__ for t in norm)
+        raise TypeError(f"norm: expected a pair of tensors (scale, bias), got ({kinds})")
+    return norm
 
 
 def tensors(norm: Norm | None, folded: Folded | None) -> tuple[Tensor | None, ...]:

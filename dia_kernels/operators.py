@@ -64,7 +64,7 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 ``<name>_into``, of those in ``schemas.RESULT_MAPS``, does the same, but writes its maps into the caller's, which come
 after the other arguments, and returns the rest. They have to have the sizes and strides of the operator's own, apart in
 memory from all arguments (but y may be the first argument, of ``schemas.OVER_FIRST``); None for a map that the flags do
-not ask for. Neither autograd nor tensor versions know of what is written: for ``inductor``.
+not ask for. Neither autograd nor tensor versions know of what is written: for ``inductor`` and ``overwriting``.
 
 Where a gradient takes y, it takes the mask in its place, of implementers that keep one (but for ``rescale_backward``).
 
@@ -206,7 +206,7 @@ def _step_in_place_version(step_: Operator, keyset, x, *args):
 
 #: Those that the native library implements.
 native = Operators("")
-#: Forms of those that write into maps of the caller's, for a compiler (``inductor``), by the operator's name.
+#: Forms of those that write into maps of the caller's, for ``inductor`` and ``overwriting``, by the operator's name.
 native_into: dict[str, Operator] = {
     name: _define(f"{name}_into", schema, *_into(getattr(native, name), RESULT_MAPS[name]))
     for name, schema in INTO_SCHEMAS.items()

@@ -86,7 +86,9 @@ def plan(
         device: a name out of ``gpus()``.
         dtype: of the map, a key of ``ELEMENT_BYTES``.
         reduction: r; the bottleneck has C // r values.
+        channels_last: whether the channels lie innermost; else the map is contiguous.
         combined: whether shortcut and activation are part of the step.
+        backward: of the gradient; else of the forward pass.
         tf32: whether products may be in tf32, as ``torch.backends.cuda.matmul.allow_tf32`` says.
         norm: what lies before the step, out of ``NORMS``.
         layouts: those to choose from, out of ``LAYOUTS``: what operators take, or one kind alone.

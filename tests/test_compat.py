@@ -338,6 +338,10 @@ STATE = torch.zeros(1, 2, 16)
         (lambda: compat.LSTMCell(16, 16, 2)(pool(X), (STATE, STATE)), r"hidden h: expected shape \(2, 2, 16\)"),
         (lambda: compat.LSTMCell(16, 16, 1)(pool(X), (STATE, STATE[0])), r"hidden c: expected shape \(1, 2, 16\)"),
         (lambda: compat.LSTMCell(16, 32, 1).step(X), "hidden_size: expected input_size = 16"),
+        (lambda: compat.LSTMCell(16, 16, 1)(3, (STATE, STATE)), "input: expected a torch.Tensor, got int"),
+        (lambda: compat.LSTMCell(16, 16, 1)(pool(X), None), r"hidden: expected a pair \(h, c\), got NoneType"),
+        (lambda: compat.LSTMCell(16, 16, 1).step(X, 3), r"hidden: expected a pair \(h, c\), got int"),
+        (lambda: compat.DIAAttention(16, 16)(X, 3), r"hc: expected a pair \(h, c\), got int"),
         (lambda: compat.LSTMCell(16, 16, 1).step(X, (STATE[:, :1], STATE)), r"state h: expected shape \(2, 16\)"),
         (lambda: compat.DIAAttention(16, 16)(X, ([], [])), "hc: expected h with one tensor a layer, 1, got 0"),
         (
@@ -353,5 +357,5 @@ STATE = torch.zeros(1, 2, 16)
     ],
 )
 def test_wrong_call_arguments(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()

@@ -49,6 +49,8 @@ STATE = (torch.zeros(2, 8), torch.zeros(2, 8))
         (TypeError, "shortcut", {"shortcut": MAP.to_sparse()}),
         (TypeError, "state h", {"state": (STATE[0].to_sparse(), STATE[1])}),
         (ValueError, "activation", {"activation": "gelu"}),
+        (TypeError, "norm", {"norm": (torch.ones(8),) * 3}),
+        (TypeError, "norm", {"norm": (1.0, 0.0)}),
         (ValueError, "inplace", {"inplace": True}),
     ],
 )
@@ -99,6 +101,25 @@ def test_a_parameter_of_another_shape_is_named():
     parameters = attention().lstm_parameters()._replace(hidden_expand_bias=torch.zeros(31))
     with pytest.raises(ValueError, match=r"^hidden_expand_bias: expected shape \(32,\)"):
         functional.step(MAP, parameters)
+
+
+@pytest.mark.parametrize(
+    ("error", "names", "arguments"),
+    [
+        (TypeError, "parameters", {"parameters": 3}),
+        (TypeError, "parameters", {"parameters": (torch.ones(2, 8),) * 7}),
+        (TypeError, "stacked", {"stacked": 3}),
+        (TypeError, "stacked", {"stacked": [torch.ones(4)]}),
+        (ValueError, "dropout", {"dropout": 7}),
+        (ValueError, "dropout", {"dropout": "a"}),
+        (ValueError, "output", {"output": 3}),
+        (TypeError, "norm", {"norm": (torch.ones(8),), "sample_scale": torch.ones(2)}),
+    ],
+)
+def test_a_wrong_argument_of_the_function_is_named(error, names, arguments):
+    good = {"x": MAP.clone(), "parameters": attention().lstm_parameters()}
+    with pytest.raises(error, match=rf"^{names}\b"):
+        functional.step(**(good | arguments))
 
 
 def test_in_place_refuses_expanded_memory_and_leaves_it_alone():

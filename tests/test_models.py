@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+import torchvision
 from pytorchcv.model_provider import get_model
 from torch import nn
 from torch.nn import functional as F
@@ -458,8 +459,14 @@ def test_dropout_of_the_wide_network():
             lambda: models.create("resnet20", attention="dia", reduction=17),
             "reduction: expected at most channels = 16",
         ),
-        (lambda: models.create("resnet20", attention="se", reduction=17), "reduction: expected 1 to channels = 16"),
-        (lambda: models.create("resnet20", attention="se", reduction=0), "reduction: expected 1 to channels = 16"),
+        (lambda: models.create("resnet20", attention="se", reduction=17), "reduction: expected at most channels = 16"),
+        (lambda: models.create("resnet20", attention="se", reduction=0), "reduction: expected at least 1, got 0"),
+        (lambda: models.create("resnet20", attention="dia", stages=1), r"stages: expected some of 0, 1, 2, got 1"),
+        (lambda: models.create("resnet20", in_channels=0), r"in_channels: expected at least 1, got 0"),
+        (lambda: models.create("wrn10_0"), r"name: expected .*, got 'wrn10_0'"),
+        (lambda: models.create("resnext11_8x4"), r"name: expected .*, got 'resnext11_8x4'"),
+        (lambda: models.resnet18(num_classes=0), r"num_classes: expected at least 1, got 0"),
+        (lambda: models.resnet18(weights="FOO"), r"weights: expected None or one of IMAGENET1K_V1, DEFAULT, got 'FOO'"),
         (lambda: models.create("resnet20", attention="dia", reduction=0), "reduction: expected at least 1, got 0"),
         (lambda: models.ResNet(21), r"depth: expected 6 n \+ 2 with n at least 1, got 21"),
         (lambda: models.ResNet(2), r"depth: expected 6 n \+ 2 with n at least 1, got 2"),
@@ -472,6 +479,22 @@ def test_dropout_of_the_wide_network():
 def test_wrong_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+IMAGES = torch.ones(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(("num_classes", "kept"), [(1000, True), (10, False)])
+def test_pretrained_weights_for_other_classes(num_classes, kept, monkeypatch):
+    """The classifier is drawn anew, all else is the pretrained network's."""
+    weights = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda *args, **kwargs: weights)
+    network = models.resnet18(attention=None, weights="DEFAULT", num_classes=num_classes).state_dict()
+    assert network["fc.weight"].shape == (num_classes, 512)
+    assert torch.equal(network["layer4.1.bn2.weight"], weights["layer4.1.bn2.weight"])
+    assert torch.equal(network["conv1.weight"], weights["conv1.weight"])
+    assert (network["fc.weight"].shape == weights["fc.weight"].shape) is kept
+    assert models.resnet18(weights="DEFAULT", num_classes=num_classes).eval()(IMAGES).shape == (2, num_classes)
 
 
 @pytest.mark.parametrize(("attention", "reduction"), [(None, None), ("se", None), ("dia", None), ("dia", 4)])

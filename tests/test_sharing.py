@@ -539,14 +539,25 @@ def test_errors():
         ({"cell": "gru"}, "cell: expected"),
         ({"reduction": 7}, "reduction: expected at most"),
         ({"backend": "tpu"}, "backend: expected"),
-        ({"reduction": 7}, "reduction: expected at most channels = 6, got 7 .*; at 1, which exclude would leave alone"),
+        (
+            {"reduction": 7},
+            "reduction: expected at most channels = 6, got 7 .*; at 1, which .* exclude would leave",
+        ),
     ):
         model = small()
         with pytest.raises(ValueError, match=message):
             share_attention(model, **options)
         assert not any(sharing.rewriting.is_converted(m) for m in model.modules())
-    with pytest.raises(TypeError, match="reduction: expected an int"):
-        share_attention(small(), reduction=2.0)
+    for options, message in (
+        ({"reduction": 2.0}, "reduction: expected an int"),
+        ({"min_blocks": "a"}, "min_blocks: expected an int"),
+        ({"include": 3}, "include: expected patterns of names or classes, got 3"),
+        ({"exclude": [small()]}, "exclude: expected patterns of names or classes"),
+        ({"adapters": 3}, "adapters: expected a dict of an Adapter for each class, got 3"),
+        ({"adapters": {Block: lambda block, attend, x: x}}, "adapters: expected a dict of an Adapter"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            share_attention(small(), **options)
     with pytest.raises(SharingError, match="found no residual blocks"):
         share_attention(vision.vgg11())
     model = share_attention(small(), reduction=2)

@@ -574,6 +574,10 @@ def test_command_line(whole, tmp_path, capsys):
     assert f"{tmp_path / 'run'}: 2 steps done." in said.out
     assert "test_accuracy" in said.out
     assert read_run(tmp_path / "run") == (run.Settings(epochs=1, batch_size=720, attention=None), Launch())
+    status, said = command("--resume", tmp_path / "run", "--recompute", "block")
+    assert (status, read_run(tmp_path / "run")[1].recompute) == (0, "block")
+    status, said = command("--resume", tmp_path / "run", "--recompute", "none")
+    assert (status, read_run(tmp_path / "run")[1].recompute) == (0, None)
     for arguments, message in (
         (("--output", folder), "holds a run already; resume it, or name another folder"),
         (("--resume", folder, "--epochs", 3), "with --resume the settings are the run's own; leave out epochs"),

@@ -12,7 +12,7 @@
 // Bytes: those of the sweeps, the second reading of x from a cache; the weights once a cluster. Barriers: three of the
 // cluster; of a block two, and two for each task of an interleaved map's sums.
 //
-// The products are plain multiply-adds: of eight samples, 256 channels and a bottleneck of 64 a thread has some 250.
+// The products are plain multiply-adds: of eight samples, 256 channels and a bottleneck of 64 a thread has some 320.
 #pragma once
 
 #include "row_copies.h"

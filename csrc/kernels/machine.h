@@ -6,15 +6,14 @@
 //                                                 kernels' blocks come in clusters of kClusterBlocks neighbours
 //   warp_sum(value, stride = 1, width = 32)       sum over the lanes that lie a multiple of `stride` apart, of a group
 //                                                 of `width` neighbours (powers of two)
-//   shared<T>(count)                              the next array in shared memory: [i], pack(i), set_pack(i, pack)
+//   shared<T>(count)                              the next array in shared memory: [i], pack(i)
 //   load(p) store(p, v) load_pack(p) store_pack   global memory; a pack is sixteen aligned bytes
 //   wait_for_kernel()                             until the kernel before this one is done, and what it wrote is seen;
 //                                                 what those before that one wrote is there at once
 //   widen(element) narrow<T>(float)               conversions
 //   exp(x) tanh(x) sqrt(x)
 //   copy<count>(array, i, from, there)            begins to copy one, two or four floats of global memory to [i] of
-//   shared
-//                                                 memory, of which the first `there` are read, the others zero
+//                                                 shared memory, of which the first `there` are read, the others zero
 //   commit_copies()                               those begun since the last time are a group
 //   wait_copies<n>()                              until this thread's groups are there, but for the last n
 //   left(array, at, element, term) right(...)     what a lane needs of eight terms of sixteen elements, and of eight,

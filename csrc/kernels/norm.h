@@ -9,7 +9,7 @@
 //
 // A float of d_n would do for values of the map, not for the means p, which are smaller by the root of HW.
 //
-// The kernels give a block a sector of channels and its threads a part of the samples each, added in a fixed order: the
+// Those that sum over samples give a block a sector of channels and its threads a part of the samples each, added in a fixed order: the
 // same bits every time.
 #pragma once
 

@@ -173,7 +173,7 @@ template <class W, class M>
 DIA_DEVICE W interleaved_walk(M& m, const MapSize& size, int64_t sample, Part channels, Part positions) {
   const Rows<W> rows(m, channels.size());
   W walk{};
-  walk.sample = sample, walk.channel = channels.begin + rows.column * W::kValues, walk.length = positions.size();
+  walk.sample = sample, walk.channel = channels.begin + rows.column * W::kValues;
   const int first = positions.begin + rows.row;
   walk.offset = static_cast<int64_t>(first) * size.channels + walk.channel;
   walk.step = static_cast<int64_t>(rows.count) * size.channels;

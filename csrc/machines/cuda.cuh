@@ -28,11 +28,6 @@ class Shared {
                  : "memory");
     return pack;
   }
-  __device__ __forceinline__ void set_pack(int index, const Pack<T>& pack) const {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address(index)), "r"(pack.words[0]),
-                 "r"(pack.words[1]), "r"(pack.words[2]), "r"(pack.words[3])
-                 : "memory");
-  }
   __device__ __forceinline__ unsigned address(int index) const {
     return begin_ + static_cast<unsigned>(index) * static_cast<unsigned>(sizeof(T));
   }

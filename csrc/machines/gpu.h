@@ -1,5 +1,5 @@
 // What a GPU does for the operators: run a kernel of csrc/kernels, clear memory. machines/cuda.cu is a real one, by
-// CUDA's runtime; machines/simulated_gpu.h one simulated. Plain C++, no torch, no CUDA headers.
+// CUDA's runtime; ops/simulated_operators.cpp one simulated. Plain C++, no torch, no CUDA headers.
 #pragma once
 
 #include <cstdint>

@@ -430,9 +430,6 @@ class Shared {
     std::memcpy(&pack, touch(index, Pack<T>::size, false), sizeof(pack));
     return pack;
   }
-  void set_pack(int64_t index, const Pack<T>& pack) const {
-    std::memcpy(touch(index, Pack<T>::size, true), &pack, sizeof(pack));
-  }
 
  private:
   char* touch(int64_t index, int count, bool write) const {

@@ -115,7 +115,7 @@ inline OptionalTensor shortcut_apart(const OptionalTensor& shortcut, const Tenso
   return shortcut && is_same_map(*shortcut, x) ? shortcut : apart(shortcut, x);
 }
 
-// The parts of the operator's `tables`: see operators.py, table_sizes.
+// The parts of the operator's `tables`: see tables.py, table_sizes.
 template <class A>
 struct Tables {
   A *p, *zx, *zh, *gates;

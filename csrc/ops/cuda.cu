@@ -1,4 +1,4 @@
-// The CUDA side of the library: for now, which architectures it holds and which of them a GPU runs.
+// Which architectures the library holds code for, and which of them a GPU runs.
 #include <cuda_runtime.h>
 
 #include "cuda.h"

@@ -1,4 +1,4 @@
-// The device of an operator's tensors. ops/cuda_device.cpp is a real one; tests/ has one simulated.
+// The device of an operator's tensors. ops/cuda_operators.cpp has a real one, ops/simulated_operators.cpp one simulated.
 #pragma once
 
 #include <memory>

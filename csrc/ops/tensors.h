@@ -264,11 +264,6 @@ inline void check_relu_result(const OptionalTensor& given, const Tensor& x, cons
 // --- tables and products -------------------------------------------------------------------------------
 
 template <class A>
-constexpr ScalarType scalar_type_of() {
-  return std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-}
-
-template <class A>
 int32_t dtype_code_of() {
   return std::is_same_v<A, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }

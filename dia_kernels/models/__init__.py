@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from ..cells import check_positive
 from .imagenet import resnet18, resnet34, resnet50, resnet101, resnet152
 from .parts import Attention, Network, Options
 from .preresnet import PreResNet
@@ -47,6 +48,12 @@ _FAMILIES: dict[str, Callable[..., Callable[..., Network]]] = {
 }
 
 
+def _numbers(match: re.Match[str]) -> tuple[int, ...]:
+    """Those in a name; none where a network would be without layers, groups or channels."""
+    numbers = tuple(map(int, match.groups()))
+    return numbers if all(numbers) and (len(numbers) < 3 or numbers[2] >= 8) else ()
+
+
 def names() -> tuple[str, ...]:
     """The papers' networks by the names that ``create`` takes; it takes their relatives of other sizes too."""
     return ("resnet20", "resnet56", "resnet110", "resnet164", "preresnet164", "wrn52_4", "resnext101_8x32")
@@ -60,8 +67,8 @@ def builder(name: str) -> Callable[..., Network]:
     """
     for pattern, family in _FAMILIES.items():
         match = re.fullmatch(pattern, name)
-        if match is not None:
-            return family(*map(int, match.groups()))
+        if match is not None and (numbers := _numbers(match)):
+            return family(*numbers)
     raise ValueError(f"name: expected one of {', '.join(names())}, or a relative of another size, got {name!r}")
 
 
@@ -115,9 +122,9 @@ def create(
         ValueError: an argument is wrong; the message names it.
     """
     build = builder(name)
-    if num_classes < 1:
-        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-    if stages is not None and not set(stages) <= {0, 1, 2}:
+    check_positive("num_classes", num_classes)
+    check_positive("in_channels", in_channels)
+    if stages is not None and not (isinstance(stages, (tuple, list)) and set(stages) <= {0, 1, 2}):
         raise ValueError(f"stages: expected some of 0, 1, 2, got {stages!r}")
     options = Options(
         attention, reduction, skip, norm, in_channels, backend, fold_norm, shared,

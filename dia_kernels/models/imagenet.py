@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..cells import check_positive
 from ..sharing import share_attention
 
 __all__ = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
@@ -25,7 +26,16 @@ def _resnet(
         raise ImportError("models: torchvision is not installed (pip install torchvision)") from error
     if attention is not None and attention not in _REDUCTIONS:
         raise ValueError(f'attention: expected None, "dia" or "se", got {attention!r}')
-    network = getattr(models, name)(weights=weights, num_classes=num_classes)
+    check_positive("num_classes", num_classes)
+    known = models.get_model_weights(name)
+    try:
+        known.verify(weights)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"weights: expected None or one of {', '.join(known.__members__)}, got {weights!r}") from error
+    of_imagenet = 1000 if weights is not None else num_classes
+    network = getattr(models, name)(weights=weights, num_classes=of_imagenet)
+    if num_classes != of_imagenet:
+        network.fc = nn.Linear(network.fc.in_features, num_classes)
     if attention is None:
         return network
     return share_attention(
@@ -55,7 +65,7 @@ def _builder(depth: int):
     Args:
         attention: ``"dia"`` for one LSTM unit a stage, ``"se"`` for a squeeze-and-excitation unit a block, or None.
         reduction: r; None for 20 with DIA (arXiv:1905.10671, section 4) and 16 with SE.
-        num_classes: outputs of the classifier.
+        num_classes: outputs of the classifier; of pretrained weights one that is not 1000 has a classifier drawn anew.
         weights: torchvision's pretrained weights, by name; with DIA the network then computes what it did before.
         backend: of the attention; None for the best one here.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..cells import check_bottleneck
 from ..functional import Activation
 
 
@@ -31,8 +32,7 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
-        if not 1 <= reduction <= channels:
-            raise ValueError(f"reduction: expected 1 to channels = {channels}, got {reduction}")
+        check_bottleneck(channels, reduction)
         self.reduce = nn.Linear(channels, channels // reduction)
         self.expand = nn.Linear(channels // reduction, channels)
 

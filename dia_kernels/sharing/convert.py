@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..attention import create_attention
+from ..cells import check_positive
 from . import blocks, preserve
 from .blocks import Candidate, Pattern, Traced
 from .errors import SharingError
@@ -84,8 +85,11 @@ def share_attention(
         ValueError, TypeError: an argument is wrong; the message names it.
     """
     _check(model, reduction, existing, extra_norm, min_blocks, init)
-    include, exclude = None if include is None else _tuple(include), _tuple(exclude)
+    include = None if include is None else _patterns("include", include)
+    exclude = _patterns("exclude", exclude)
     adapters = adapters or {}
+    if not (isinstance(adapters, Mapping) and all(isinstance(a, Adapter) for a in adapters.values())):
+        raise TypeError(f"adapters: expected a dict of an Adapter for each class, got {adapters!r}")
     found = blocks.find(model, include=include, exclude=exclude, replace=existing == "replace", adapters=adapters)
     _check_siblings(found)
     owners = blocks.owners(model, found.candidates)
@@ -142,15 +146,19 @@ def report(model: nn.Module) -> Report:
 # --- checks -----------------------------------------------------------------------------------------------------
 
 
-def _tuple(patterns: Iterable[Pattern] | Pattern) -> tuple[Pattern, ...]:
-    return (patterns,) if isinstance(patterns, (str, type)) else tuple(patterns)
+def _patterns(name: str, patterns: Iterable[Pattern] | Pattern) -> tuple[Pattern, ...]:
+    if isinstance(patterns, (str, type)):
+        return (patterns,)
+    found = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
+    if not all(isinstance(pattern, (str, type)) for pattern in found):
+        raise TypeError(f"{name}: expected patterns of names or classes, got {patterns!r}")
+    return found
 
 
-def _check(model: object, reduction: object, existing: str, extra_norm: str | None, min_blocks: int, init: str) -> None:
+def _check(model: object, reduction: int, existing: str, extra_norm: str | None, min_blocks: int, init: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if not isinstance(reduction, int) or isinstance(reduction, bool):
-        raise TypeError(f"reduction: expected an int, got {type(reduction).__name__}")
+    check_positive("reduction", reduction)
     for name, value, known in (
         ("existing", existing, ("keep", "replace", "error")),
         ("extra_norm", extra_norm, (None, "batch")),
@@ -158,8 +166,7 @@ def _check(model: object, reduction: object, existing: str, extra_norm: str | No
     ):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
-    if min_blocks < 1:
-        raise ValueError(f"min_blocks: expected at least 1, got {min_blocks}")
+    check_positive("min_blocks", min_blocks)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise SharingError(f"model: convert the network before {type(model).__name__} wraps it")
     converted = [name for name, module in model.named_modules() if is_converted(module)]
@@ -212,7 +219,7 @@ def _unit(run: list[Candidate], cell: CellSpec, reduction: int, backend: str | N
             channel_dim=first.channel_dim, backend=backend,
         )  # fmt: skip
     except ValueError as error:  # one narrow stage of many, most likely
-        raise ValueError(f"{error}; at {first.name}, which exclude would leave alone") from error
+        raise ValueError(f"{error}; at {first.name}, which share_attention's exclude would leave alone") from error
 
 
 def _like_block(unit: nn.Module, block: nn.Module) -> None:

@@ -69,7 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--accumulate", type=int, help="parts in which a process takes its share of a step's images (default: 1)")
     add("--workers", type=int, help="processes that read images, for each of --processes (default: 0)")
-    add("--recompute", choices=RECOMPUTED, help="compute these again in the backward pass: less memory, the same bits")
+    add(
+        "--recompute",
+        choices=(*RECOMPUTED, "none"),
+        help="compute these again in the backward pass: less memory, the same bits",
+    )
     add("--checkpoint-every", type=int, help="steps between two checkpoints (default: 100)")
     add("--no-progress", action="store_true", default=False, help="no progress bar")
     add(
@@ -116,6 +120,8 @@ def _asked(arguments: argparse.Namespace) -> tuple[Settings, Path, Launch, bool 
     options = vars(arguments)
     given = {name: value for name, value in options.items() if name not in _NOT_SETTINGS}
     launch = {name: options[name] for name in _LAUNCH if name in options}
+    if launch.get("recompute") == "none":
+        launch["recompute"] = None
     if "stages" in given:
         given["stages"] = tuple(given["stages"])
     if given.get("attention") == "none":
