@@ -853,9 +853,32 @@ class Permuted(Ending):
 class Standardised(nn.Conv2d):
     """Whose result does not change when its weight is divided."""
 
-    def forward(self, x):
+    def standard(self):
         mean, deviation = (f(self.weight, dim=(1, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
-        return self._conv_forward(x, (self.weight - mean) / deviation, self.bias)
+        return (self.weight - mean) / deviation
+
+    def forward(self, x):
+        return self._conv_forward(x, self.standard(), self.bias)
+
+
+class Gained(Standardised):
+    def __init__(self) -> None:
+        super().__init__(6, 6, 1)
+        self.gain = nn.Parameter(torch.rand(6, 1, 1, 1))
+
+    def forward(self, x):
+        return F.conv2d(x, self.gain * self.standard()) + self.bias.view(1, -1, 1, 1)
+
+
+class Times(Ending):
+    """A branch that is multiplied by ``factor``."""
+
+    def __init__(self, factor: float | nn.Parameter) -> None:
+        super().__init__(nn.Conv2d(6, 6, 1))
+        self.factor = factor
+
+    def forward(self, x):
+        return x + self.factor * self.last(self.conv(x))
 
 
 class ActivatedNorm(nn.GroupNorm):
@@ -875,6 +898,12 @@ DIVISIBLE = {
     "layer scale": lambda: Ending(LayerScale()),
     "layer scale written out": WrittenOut,
     "linear, permuted": Permuted,
+    "the gain of standardised weights": lambda: Ending(Gained()),
+    "a number": lambda: Times(-0.5),
+    "a parameter of one value": lambda: Times(nn.Parameter(torch.ones(1, 1))),
+    "ReLU, pooling and a drop": lambda: Ending(
+        nn.Sequential(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU()), nn.MaxPool2d(3, 1, 1), nn.Dropout(0.0))
+    ),
 }
 INDIVISIBLE = {
     "standardised weights": lambda: Ending(Standardised(6, 6, 1)),

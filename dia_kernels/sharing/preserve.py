@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from .blocks import Candidate, Traced, rank
 from .errors import SharingError
-from .tails import Tail, module_of, unpermuted
+from .tails import Tail, module_of
 from .widths import Unknown, Width, width_of
 
 #: A scale below this would blow up the layer before it.
 _LEAST = 0.05
+#: What a layer's result may be proportional to, beside its bias: the gain of one whose weights are standardised.
+_FACTORS = ("weight", "gain")
 
 
 def hold(pairs: list[tuple[list[Candidate], nn.Module]]) -> None:
@@ -92,34 +94,33 @@ def _divisible(root: nn.Module, tail: Tail) -> list[Tensor]:
     """The tensors to which x is proportional, channel by channel."""
     if tail.norm is None and tail.scale is not None:
         return [root.get_parameter(tail.scale)]
-    made = unpermuted(tail.x)
-    layer = module_of(root, made)
+    if tail.norm is not None:
+        norm = module_of(root, tail.norm)
+        return [] if norm is None else _tensors(norm, "weight")
+    layer = module_of(root, tail.made)
     if layer is None:
         return []
-    if tail.norm is None:
-        try:
-            width = width_of(root, made)
-        except Unknown:
-            return []
-        if not _is_proportional(layer, width, rank(root)):
-            return []
-    return _weights(layer)
+    try:
+        width = width_of(root, tail.made)
+    except Unknown:
+        return []
+    names = (name for name in _FACTORS if _is_proportional(layer, name, width, rank(root)))
+    return next((_tensors(layer, name) for name in names), [])
 
 
 def _described(root: nn.Module, tail: Tail) -> str:
-    made = unpermuted(tail.x)
-    layer = module_of(root, made)
-    return made.name if layer is None else f"{made.target} ({type(layer).__name__})"
+    layer = module_of(root, tail.made)
+    return tail.made.name if layer is None else f"{tail.made.target} ({type(layer).__name__})"
 
 
-def _weights(layer: nn.Module) -> list[Tensor]:
-    found = [getattr(layer, name, None) for name in ("weight", "bias")]
+def _tensors(layer: nn.Module, factor: str) -> list[Tensor]:
+    found = [getattr(layer, name, None) for name in (factor, "bias")]
     return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 
 @torch.no_grad()
-def _is_proportional(layer: nn.Module, width: Width, rank: int) -> bool:
-    """Whether ``layer`` gives proportional results for its weight and bias, channel by channel: tried on a copy.
+def _is_proportional(layer: nn.Module, factor: str, width: Width, rank: int) -> bool:
+    """Whether ``layer`` gives proportional results for ``factor`` and its bias, channel by channel: tried on a copy.
 
     PyTorch's convolutions, linears and norms do; not with weights that are standardised or parametrised, and not with
     an activation within.
@@ -130,11 +131,11 @@ def _is_proportional(layer: nn.Module, width: Width, rank: int) -> bool:
     scale = torch.linspace(0.5, 2, width.count, dtype=torch.float64)
     try:
         tried = copy.deepcopy(layer).to("cpu", torch.float64).eval()
-        for tensor in _weights(tried):
+        for tensor in _tensors(tried, factor):
             tensor.copy_(torch.rand(tensor.shape, dtype=torch.float64, generator=generator) - 0.5)
         x = torch.randn(_taken_by(tried, width, rank), dtype=torch.float64, generator=generator)
         before = tried(x.clone())
-        for tensor in _weights(tried):
+        for tensor in _tensors(tried, factor):
             _divide(tensor, scale)
         after = tried(x.clone()).movedim(width.dim, -1) * scale
     except Exception:  # whatever a layer of somebody's raises when it is called by itself

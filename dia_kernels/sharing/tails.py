@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .. import norms
 from .tracing import Untraceable, trace, traced_result
-from .widths import Unknown, width_of
+from .widths import Unknown, is_constant, width_of
 
 #: Of these a branch is made; more of them make the residual side.
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
@@ -28,6 +28,7 @@ _RESHAPING = ("view", "reshape", "unsqueeze", "squeeze", "flatten")
 _SHAPE_METHODS = ("size", "dim", "ndimension", "numel", "stride")
 _SHAPE_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
 _GATES = ("sigmoid", "sigmoid_", "hardsigmoid", "softmax", "Sigmoid", "Hardsigmoid", "Softmax", "Softmax2d")
+_POOLINGS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 #: Names of modules that drop a whole sample's branch, and scale what is left: torchvision's, timm's and others'.
 _STOCHASTIC_DEPTHS = ("StochasticDepth", "DropPath", "DropConnect")
@@ -51,7 +52,9 @@ class Tail:
         attention: attention that is already there, right before the drops; ``x`` is its result.
         channels, channel_dim: of x.
         strided: whether the shortcut changes the positions, as at the beginning of a stage.
-        scale: name of the parameter that x was multiplied by last, a value of each channel (a layer scale), or None.
+        made: what x is proportional to, a value of each channel: back over permutations, ReLU, drops, pooling, and
+            products with a number or a parameter of one value.
+        scale: name of the parameter that ``made`` was multiplied by, a value of each channel (a layer scale), or None.
     """
 
     x: fx.Node
@@ -64,6 +67,7 @@ class Tail:
     channels: int
     channel_dim: int
     strided: bool
+    made: fx.Node
     scale: str | None
 
     def drops(self, root: nn.Module) -> list[fx.Node]:
@@ -113,11 +117,15 @@ def _is_addition(node: fx.Node) -> bool:
     )
 
 
-def _is_product(node: fx.Node) -> bool:
+def _multiplies(node: fx.Node) -> bool:
     called = (node.op == "call_function" and node.target in _PRODUCTS) or (
         node.op == "call_method" and node.target in ("mul", "mul_")
     )
-    return called and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+    return called and len(node.args) == 2
+
+
+def _is_product(node: fx.Node) -> bool:
+    return _multiplies(node) and all(isinstance(a, fx.Node) for a in node.args)
 
 
 def _weighted(root: nn.Module, nodes: set[fx.Node]) -> int:
@@ -254,6 +262,7 @@ def _tail(
     if replace:
         x = below
     norm = x if _folds(root, x) else None
+    made = _made_by(root, graph, x)
     users = list(addition.users)
     return Tail(
         x=x,
@@ -266,13 +275,27 @@ def _tail(
         channels=width.count,
         channel_dim=width.dim,
         strided=strided,
-        scale=_layer_scale(root, unpermuted(x), width.count),
+        made=made,
+        scale=_layer_scale(root, made, width.count),
     )
 
 
-def unpermuted(node: fx.Node) -> fx.Node:
-    """Back over permutations of dimensions, which leave each channel's values what they are."""
-    return unpermuted(source(node)) if _name(node) == "permute" and len(node.users) == 1 else node
+def _made_by(root: nn.Module, graph: fx.Graph, x: fx.Node) -> fx.Node:
+    """``Tail.made``."""
+    node = x
+    while len(node.users) == 1 and _keeps_proportions(root, node):
+        node = _taken_apart(root, graph, next(n for n in node.all_input_nodes if not is_constant(n)))
+    return node
+
+
+def _keeps_proportions(root: nn.Module, node: fx.Node) -> bool:
+    """Whether the value is divided when the argument is, by a positive value of each channel."""
+    module = module_of(root, node)
+    if module is not None:
+        return drops_samples(module) or isinstance(module, (nn.ReLU, nn.Identity, *_POOLINGS, *_DROPOUTS))
+    if _multiplies(node) and any(isinstance(a, (int, float)) for a in node.args):
+        return True
+    return _name(node) == "permute" or _is_relu(root, node) or _factor(root, node, 1) is not None
 
 
 def _layer_scale(root: nn.Module, x: fx.Node, channels: int) -> str | None:
@@ -359,7 +382,7 @@ def _taken_apart(root: nn.Module, graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 def _ends_in_a_call(module: nn.Module) -> fx.Graph | None:
     """The graph of ``module`` if it is one of a single argument that ends in a call of a child; else None."""
-    if isinstance(module, (*WEIGHTED, nn.modules.batchnorm._BatchNorm)):
+    if isinstance(module, (*WEIGHTED, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
         return None
     graph = _graph_within(module)
     return graph if graph is not None and getattr(_returned(graph), "op", "") == "call_module" else None

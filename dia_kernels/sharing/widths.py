@@ -84,16 +84,16 @@ def _width(root: nn.Module, node: fx.Node) -> Width | _Input:
 
 def _source(node: fx.Node) -> fx.Node:
     """The map that ``node`` changes: of several the oldest, as x is in x * gate(x)."""
-    sources = [n for n in node.all_input_nodes if not _is_constant(n)]
+    sources = [n for n in node.all_input_nodes if not is_constant(n)]
     if not sources:
         raise Unknown(f"nothing tells how many channels are behind {node.name}")
     return min(sources, key=list(node.graph.nodes).index)
 
 
-def _is_constant(node: fx.Node) -> bool:
+def is_constant(node: fx.Node) -> bool:
     """Whether the value is a parameter's, or made of parameters alone."""
     inputs = node.all_input_nodes
-    return node.op == "get_attr" or (bool(inputs) and all(_is_constant(n) for n in inputs))
+    return node.op == "get_attr" or (bool(inputs) and all(is_constant(n) for n in inputs))
 
 
 def _is_self_attention(root: nn.Module, node: fx.Node) -> bool:
