@@ -201,6 +201,19 @@ def test_children_that_return_two_maps_and_stay_whole(how):
     assert not any("0" in stage for stage in names(model))
 
 
+class Whole(PreActivated):
+    """With no addition but that of the child which returns two maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.begin(x)[0])
+
+
+def test_a_child_that_is_left_alone_is_not_converted_in_its_parent():
+    model = nn.Sequential(Whole(adds=True), Block())
+    assert names(share_attention(copy.deepcopy(model), reduction=2)) == [["0.begin"], ["1"]]
+    assert names(share_attention(model, reduction=2, exclude="0.begin")) == [["1"]]
+
+
 def test_a_block_that_keeps_something_in_itself():
     """A graph would not keep it: the block is left as it is, and nothing of the trace stays in it."""
 
@@ -887,7 +900,7 @@ class ActivatedNorm(nn.GroupNorm):
 
 
 def hooked(layer: nn.Module) -> nn.Module:
-    layer.register_forward_hook(lambda module, args, y: y.sigmoid())
+    layer.register_forward_hook(lambda module, args, y: pytest.fail("the hook sees what is tried"))
     return layer
 
 
@@ -901,6 +914,7 @@ DIVISIBLE = {
     "the gain of standardised weights": lambda: Ending(Gained()),
     "a number": lambda: Times(-0.5),
     "a parameter of one value": lambda: Times(nn.Parameter(torch.ones(1, 1))),
+    "a parameter of the positions": lambda: Times(nn.Parameter(torch.ones(1, 1, 7, 5))),
     "ReLU, pooling and a drop": lambda: Ending(
         nn.Sequential(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU()), nn.MaxPool2d(3, 1, 1), nn.Dropout(0.0))
     ),

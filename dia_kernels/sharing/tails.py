@@ -53,7 +53,7 @@ class Tail:
         channels, channel_dim: of x.
         strided: whether the shortcut changes the positions, as at the beginning of a stage.
         made: what x is proportional to, a value of each channel: back over permutations, ReLU, drops, pooling, and
-            products with a number or a parameter of one value.
+            products with a constant.
         scale: name of the parameter that ``made`` was multiplied by, a value of each channel (a layer scale), or None.
     """
 
@@ -262,7 +262,7 @@ def _tail(
     if replace:
         x = below
     norm = x if _folds(root, x) else None
-    made = _made_by(root, graph, x)
+    made = _made_by(root, graph, x, width.count)
     users = list(addition.users)
     return Tail(
         x=x,
@@ -280,22 +280,23 @@ def _tail(
     )
 
 
-def _made_by(root: nn.Module, graph: fx.Graph, x: fx.Node) -> fx.Node:
+def _made_by(root: nn.Module, graph: fx.Graph, x: fx.Node, channels: int) -> fx.Node:
     """``Tail.made``."""
     node = x
-    while len(node.users) == 1 and _keeps_proportions(root, node):
+    while len(node.users) == 1 and _keeps_proportions(root, node, channels):
         node = _taken_apart(root, graph, next(n for n in node.all_input_nodes if not is_constant(n)))
     return node
 
 
-def _keeps_proportions(root: nn.Module, node: fx.Node) -> bool:
-    """Whether the value is divided when the argument is, by a positive value of each channel."""
+def _keeps_proportions(root: nn.Module, node: fx.Node, channels: int) -> bool:
+    """Whether the value is divided when the argument is, by a positive value of each channel; not of a layer scale."""
     module = module_of(root, node)
     if module is not None:
         return drops_samples(module) or isinstance(module, (nn.ReLU, nn.Identity, *_POOLINGS, *_DROPOUTS))
-    if _multiplies(node) and any(isinstance(a, (int, float)) for a in node.args):
-        return True
-    return _name(node) == "permute" or _is_relu(root, node) or _factor(root, node, 1) is not None
+    if _multiplies(node):
+        constants = [a for a in node.args if not isinstance(a, fx.Node) or is_constant(a)]
+        return len(constants) == 1 and _factor(root, node, channels) is None
+    return _name(node) == "permute" or _is_relu(root, node)
 
 
 def _layer_scale(root: nn.Module, x: fx.Node, channels: int) -> str | None:
