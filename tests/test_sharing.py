@@ -201,6 +201,31 @@ def test_children_that_return_two_maps_and_stay_whole(how):
     assert not any("0" in stage for stage in names(model))
 
 
+class Fusion(nn.Module):
+    """What is gated is the shortcut, too, and comes out of a child that is taken apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merge = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU())
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 6, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.merge(x)
+        return x + x * self.gate(x)
+
+
+@pytest.mark.parametrize("existing", ["keep", "replace"])
+def test_a_shortcut_that_is_gated(existing):
+    plain = nn.Sequential(nn.Conv2d(3, 6, 1), Fusion()).double()
+    shared = share_attention(copy.deepcopy(plain), reduction=2, existing=existing)
+    assert names(shared) == [["1"]]
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    merged = plain[1].merge(plain[0](x))
+    gated = merged * plain[1].gate(merged) if existing == "keep" else merged
+    expected, _ = shared[1].attention(gated, shortcut=merged)
+    assert_close(shared(x), expected, existing)
+
+
 class Whole(PreActivated):
     """With no addition but that of the child which returns two maps."""
 

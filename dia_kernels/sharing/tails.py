@@ -252,6 +252,7 @@ def _tail(
     strided: bool,
     replace: bool,
 ) -> Tail:
+    place = addition.args.index(shortcut)
     x, passed = _before_drops(root, graph, residual)
     attention = x if _is_attention(root, x) else None
     below = x if attention is None else _taken_apart(root, graph, _gated_by(attention))
@@ -264,6 +265,8 @@ def _tail(
     norm = x if _folds(root, x) else None
     made = _made_by(root, graph, x, width.count)
     users = list(addition.users)
+    # What a gate takes may be the shortcut as well, and has been taken apart then.
+    shortcut = addition.args[place]  # type: ignore[assignment]
     return Tail(
         x=x,
         shortcut=shortcut,
