@@ -1,6 +1,6 @@
 """Times whole networks: a training step and inference, with and without attention, eager and compiled.
 
-    python bench/networks.py                         every case, eager (about 15 minutes on two cores)
+    python bench/networks.py                         every case, eager (about 25 minutes on two cores)
     python bench/networks.py --compiled              every case under torch.compile as well (long)
     python bench/networks.py --cases resnet164-32    one case
 
@@ -9,6 +9,9 @@ operators, the batch norm folded in), ``pytorchcv`` (its DIA unit, r = 4 only), 
 plain PyTorch), ``step`` (our step after the batch norm), ``ours`` (the batch norm folded in). ResNet-164 is for images
 of 32x32; ResNet-50 is torchvision's, at 224x224, with the units put into its blocks. A network whose logits break the
 accuracy contract reports no time. Writes ``results/networks.json``, ``.md`` and ``.png``.
+
+Every network has a process of its own, as one that is trained has: of several in one process each finds another heap,
+and what fresh memory costs is not its own. That of a variant and that of the network without attention take turns.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,7 @@ import report
 import torch
 from pytorchcv.model_provider import get_model
 from resnet50 import resnet50
-from timing import Samples, interleaved, rounded, undisturbed
+from timing import MAX_ROUNDS, WARMUP_ROUNDS, undisturbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,7 +60,9 @@ LABELS = {
     "ours": "DIA, ours",
 }
 MODES = ("training", "inference")
-#: Seconds to sample one case in one mode.
+#: By variant the seconds of a call, and those of the network without attention in the same round.
+Pairs = dict[str, list[tuple[float, float]]]
+#: Seconds to sample one variant of a case in one mode.
 BUDGET = 10.0
 MIN_ROUNDS = 5
 CHECKED_BATCHES = 4
@@ -83,8 +89,6 @@ class Case:
         return 54 if self.network == "resnet164" else 16
 
     def variants(self) -> tuple[str, ...]:
-        if self.batch == 128:  # the memory of two cores' machines does not hold the activations of all seven in turn
-            return ("plain", "se", "pytorchcv", "step", "ours")
         return tuple(v for v in VARIANTS if v != "pytorchcv" or self.reduction == 4)
 
 
@@ -198,15 +202,75 @@ def own_memory(case: Case, variant: str) -> dict[str, int]:
     return {"saved": saved_bytes(network(case, variant), batch(case)[0]), "peak": peak}
 
 
-def timed(case: Case, mode: str, variants: Sequence[str], compiled: bool, budget: float) -> Samples:
-    """Seconds of every variant in one mode."""
-    names = [(v, v, False) for v in variants]
-    names += [(f"{v}, compiled", v, True) for v in variants if compiled]
+def serve(case: Case, variant: str, mode: str, compiled: bool) -> None:
+    """Calls once for each line of stdin, and writes the seconds it took; an empty line first, when it is ready."""
+    call = call_of(case, variant, mode, compiled)
+    call()
     with undisturbed():
-        return rounded(interleaved({name: call_of(case, v, mode, c) for name, v, c in names}, budget, MIN_ROUNDS))
+        print(flush=True)
+        for _ in sys.stdin:
+            start = time.perf_counter()
+            call()
+            print(time.perf_counter() - start, flush=True)
 
 
-def measure(case: Case, asked: Sequence[str], timings: Callable[[str, Sequence[str]], Samples]) -> dict[str, Any]:
+@contextmanager
+def served(case: Case, variant: str, mode: str, compiled: bool, threads: int | None) -> Iterator[Callable[[], float]]:
+    """What samples a call of a network in a process of its own, in seconds."""
+    command = [sys.executable, __file__, "--serve", case.name, variant, mode, *(["--compiled"] if compiled else [])]
+    command += ["--threads", str(threads)] if threads else []
+    # Compiled anew: torch's cache of graphs does not see a change of our operators.
+    fresh = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=fresh, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answers = process.stdout
+
+        def answer() -> str:
+            line = answers.readline()
+            if not line:
+                raise RuntimeError(f"the process of {case.name}, {variant} in {mode} ended with {process.wait()}")
+            return line
+
+        def sample() -> float:
+            print(file=process.stdin, flush=True)
+            return float(answer())
+
+        answer()
+        yield sample
+        process.stdin.close()
+
+
+def in_turns(sample: Callable[[], float], base: Callable[[], float], budget: float) -> list[tuple[float, float]]:
+    """Samples of both, a pair a round, either of them first in turn."""
+    start = time.perf_counter()
+    for _ in range(WARMUP_ROUNDS):
+        sample(), base()
+    rounds = int(budget * WARMUP_ROUNDS / (time.perf_counter() - start))
+    pairs = []
+    for k in range(min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)):
+        if k % 2:
+            of_base = base()
+            pairs.append((sample(), of_base))
+        else:
+            pairs.append((sample(), base()))
+    return [(float(f"{own:.4g}"), float(f"{of_base:.4g}")) for own, of_base in pairs]
+
+
+def timed(case: Case, mode: str, variants: Sequence[str], compiled: bool, budget: float, threads: int | None) -> Pairs:
+    """Of every variant in one mode, eager or compiled."""
+    ending, found = ", compiled" if compiled else "", {}
+    with served(case, "plain", mode, compiled, threads) as base:
+        for variant in variants:
+            if variant != "plain":
+                with served(case, variant, mode, compiled, threads) as sample:
+                    found[variant + ending] = in_turns(sample, base, budget)
+        plain = [of_base for pairs in found.values() for _, of_base in pairs] or [base() for _ in range(MIN_ROUNDS)]
+    return {f"plain{ending}": [(seconds, seconds) for seconds in plain]} | found
+
+
+def measure(case: Case, asked: Sequence[str], timings: Callable[[str, Sequence[str]], Pairs]) -> dict[str, Any]:
     """Everything of one case, as plain data for JSON; ``timings(mode, variants)`` gives the times."""
     wrong = breach(case)
     variants = [v for v in case.variants() if v in asked and (v not in OURS or wrong is None)]
@@ -224,9 +288,9 @@ def measure(case: Case, asked: Sequence[str], timings: Callable[[str, Sequence[s
 # --- report ----------------------------------------------------------------------------------------------
 
 
-def ratio(seconds: Samples, name: str, base: str) -> float:
+def ratio(pairs: Sequence[tuple[float, float]]) -> float:
     """Median of the ratios within rounds."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+    return statistics.median(own / base for own, base in pairs)
 
 
 def label(name: str) -> str:
@@ -239,14 +303,14 @@ def mode_table(results: Sequence[dict], mode: str) -> str:
     names = list(dict.fromkeys(name for result in results for name in result["seconds"][mode]))
     rows = []
     for name in names:
-        base = "plain, compiled" if name.endswith("compiled") else "plain"
         row = [label(name)]
         for result in results:
             seconds = result["seconds"][mode]
             if name not in seconds:
                 row.append(report.WRONG if name.startswith(OURS) and result["wrong"] else report.ABSENT)
                 continue
-            row.append(f"{report.duration(statistics.median(seconds[name]))} ({ratio(seconds, name, base):.2f}x)")
+            median = statistics.median(own for own, _ in seconds[name])
+            row.append(f"{report.duration(median)} ({ratio(seconds[name]):.2f}x)")
         rows.append(row)
     return report.table([mode, *(result["name"] for result in results)], rows)
 
@@ -273,8 +337,9 @@ def markdown(document: dict, plot: str) -> str:
     parts = [
         "# Whole networks",
         report.environment_text(document["environment"]),
-        "float32, SGD with momentum; names: network, batch, r. Medians of interleaved runs; in brackets the time as a "
-        "multiple of the same network without attention (median of ratios within rounds).",
+        "float32, SGD with momentum; names: network, batch, r. Every network in a process of its own; medians of "
+        "calls in turn with the same network without attention, and in brackets the time as a multiple of that one's "
+        "(median of ratios within rounds).",
         f"![Time of a training step]({plot})",
         *(mode_table(results, mode) for mode in MODES),
         "Memory: MB that each block keeps for the backward pass beyond those of the plain network, and what two "
@@ -303,7 +368,7 @@ def draw(document: dict, path: Path) -> None:
     width = 0.12
     for k, variant in enumerate(VARIANTS):
         points = [
-            (i, ratio(result["seconds"]["training"], variant, "plain"))
+            (i, ratio(result["seconds"]["training"][variant]))
             for i, result in enumerate(results)
             if variant in result["seconds"]["training"]
         ]
@@ -326,12 +391,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", help=f"comma-separated out of {','.join(case.name for case in CASES)}")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated; plain has to be among them")
     parser.add_argument("--compiled", action="store_true", help="under torch.compile as well")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of samples for each case and mode")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of samples for each variant and mode")
     parser.add_argument("--threads", type=int, help="of PyTorch (default: as many as it takes by itself)")
     parser.add_argument("--name", default="networks", help="stem of the three files")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "MODE"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=3, metavar=("CASE", "VARIANT", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     by_name = {case.name: case for case in CASES}
     if options.threads:
@@ -339,9 +404,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.memory:
         print(json.dumps(own_memory(by_name[options.memory[0]], options.memory[1])))
         return 0
-    if options.one:
-        case, mode = by_name[options.one[0]], options.one[1]
-        print(json.dumps(timed(case, mode, options.variants.split(","), options.compiled, options.budget)))
+    if options.serve:
+        name, variant, mode = options.serve
+        serve(by_name[name], variant, mode, options.compiled)
         return 0
     chosen = options.cases.split(",") if options.cases else list(by_name)
     if unknown := set(chosen) - set(by_name):
@@ -350,19 +415,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "plain" not in asked or (unknown := set(asked) - set(VARIANTS)):
         parser.error(f"--variants: expected plain and some of {', '.join(VARIANTS)}, got {options.variants}")
 
-    def timings(name: str, mode: str, variants: Sequence[str]) -> Samples:
-        # A process for each case and mode: eight networks leave up to 19 GB of heap, which is in the way of the next.
-        command = [sys.executable, __file__, "--one", name, mode, "--variants", ",".join(variants)]
-        command += ["--budget", str(options.budget), *(["--compiled"] if options.compiled else [])]
-        command += ["--threads", str(options.threads)] if options.threads else []
-        # Compiled anew: torch's cache of graphs does not see a change of our operators.
-        fresh = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=fresh).stdout)
-
     results = []
     for name in chosen:
         print(f"{name} ...", flush=True)
-        results.append(measure(by_name[name], asked, partial(timings, name)))
+        case = by_name[name]
+
+        def timings(mode: str, variants: Sequence[str], case: Case = case) -> Pairs:
+            kinds = (False, True) if options.compiled else (False,)
+            found = (timed(case, mode, variants, kind, options.budget, options.threads) for kind in kinds)
+            return {name: pairs for of_kind in found for name, pairs in of_kind.items()}
+
+        results.append(measure(case, asked, timings))
     document = {"environment": environment.describe(), "results": results}
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / options.name

@@ -18,7 +18,9 @@ def networks(bench_module):
 
 
 def result(name: str, **changes) -> dict:
-    seconds = {"plain": [0.1, 0.2], "eager": [0.15, 0.3], "ours": [0.11, 0.22]}
+    seconds = {
+        "plain": [(0.1, 0.1), (0.2, 0.2)], "eager": [(0.15, 0.1), (0.3, 0.2)], "ours": [(0.11, 0.1), (0.22, 0.2)],
+    }  # fmt: skip
     return {
         "case": {"network": "resnet164", "batch": 32, "reduction": 4, "network_blocks": 54},
         "name": name,
@@ -50,7 +52,7 @@ def test_tables(networks):
 
 
 def test_a_wrong_network_is_said_and_has_no_time(networks, tmp_path):
-    seconds = {"plain": [0.1, 0.2], "eager": [0.15, 0.3]}
+    seconds = {"plain": [(0.1, 0.1), (0.2, 0.2)], "eager": [(0.15, 0.1), (0.3, 0.2)]}
     wrong = result(
         "resnet164-32",
         wrong="logits: error 1, at most 0 allowed",
@@ -67,7 +69,10 @@ def test_a_wrong_network_is_said_and_has_no_time(networks, tmp_path):
 
 
 def test_compiled_rows_are_set_against_the_compiled_network(networks):
-    seconds = {"plain": [0.1], "ours": [0.2], "plain, compiled": [0.05], "ours, compiled": [0.06]}
+    seconds = {
+        "plain": [(0.1, 0.1)], "ours": [(0.2, 0.1)],
+        "plain, compiled": [(0.05, 0.05)], "ours, compiled": [(0.06, 0.05)],
+    }  # fmt: skip
     text = networks.mode_table([result("a", seconds={"training": seconds})], "training")
     assert "| DIA, ours, compiled | 60.0 ms (1.20x) |" in text
 
@@ -101,17 +106,25 @@ def test_units_in_resnet50_agree(networks, reduction):
 
 @pytest.mark.slow
 def test_a_case_is_measured(networks, monkeypatch):
-    case = networks.Case("resnet164", 2, 4)
-    monkeypatch.setattr(networks, "memory", networks.own_memory)  # a process of its own knows no such case
+    case = networks.CASES[0]
+    monkeypatch.setattr(networks, "MIN_ROUNDS", 1)
 
     def timings(mode, variants):
-        return networks.timed(case, mode, variants, compiled=False, budget=0.1)
+        return networks.timed(case, mode, variants, compiled=False, budget=0.0, threads=1)
 
     found = networks.measure(case, ("plain", "ours"), timings)
     assert found["wrong"] is None
     for mode in networks.MODES:
-        assert set(found["seconds"][mode]) == {"plain", "ours"}
+        assert {name: len(pairs) for name, pairs in found["seconds"][mode].items()} == {"plain": 1, "ours": 1}
+        assert all(own > 0 and base > 0 for pairs in found["seconds"][mode].values() for own, base in pairs)
     assert found["saved_bytes"]["ours"] > found["saved_bytes"]["plain"] > 0
     assert found["peak_bytes"]["plain"] > 0
     monkeypatch.setattr(networks, "breach", lambda _: "wrong on purpose")
     assert "ours" not in networks.measure(case, ("plain", "ours"), timings)["seconds"]["training"]
+
+
+def test_a_process_that_dies_is_said(networks, capfd):
+    case = networks.Case("resnet164", 3, 4)  # which no process of its own knows
+    with pytest.raises(RuntimeError, match=r"the process of resnet164-3, plain in inference ended with 1"):
+        networks.timed(case, "inference", ("plain",), compiled=False, budget=0.0, threads=None)
+    assert "KeyError: 'resnet164-3'" in capfd.readouterr().err
