@@ -96,7 +96,7 @@ def step(
     h, c = _checked_state(state, x, channel_dim, len(stacked))
     if output not in OUTPUTS:
         raise ValueError(f'output: expected "sigmoid" or "tanh", got {output!r}')
-    if dropout and not (isinstance(dropout, (int, float)) and 0 <= dropout <= 1):
+    if stacked and not (isinstance(dropout, (int, float)) and 0 <= dropout <= 1):
         raise ValueError(f"dropout: expected a probability, got {dropout!r}")
     split = len(stacked) > 0 or sample_scale is not None
     folded = None
