@@ -952,6 +952,9 @@ INDIVISIBLE = {
     "a hook": lambda: Ending(hooked(nn.Conv2d(6, 6, 1))),
     "no weights": lambda: Ending(nn.InstanceNorm2d(6)),
     "an activation": lambda: Ending(nn.Sequential(nn.Conv2d(6, 6, 1), nn.SiLU())),
+    "a drop to other than zero": lambda: Ending(
+        nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU(), nn.AlphaDropout(), nn.ReLU())
+    ),
     "a transposed convolution": lambda: Ending(nn.ConvTranspose2d(6, 6, 3, padding=1)),
 }
 

@@ -234,7 +234,7 @@ def _sides(
     called = [module for node in of_residual | of_shortcut if (module := module_of(root, node)) is not None]
     if any(child in blocks for module in called for child in module.modules()):
         raise Rejected("a branch holds residual blocks itself")
-    if all(_is_gate(root, user) for user in addition.users):
+    if addition.users and all(_is_gate(root, user) for user in addition.users):
         raise Rejected("its sum is a gate")
     if residual in of_shortcut or len(residual.users) > 1:
         raise Rejected("the residual branch is used elsewhere, too")
@@ -294,6 +294,8 @@ def _made_by(root: nn.Module, graph: fx.Graph, x: fx.Node, channels: int) -> fx.
 def _keeps_proportions(root: nn.Module, node: fx.Node, channels: int) -> bool:
     """Whether the value is divided when the argument is, by a positive value of each channel; not of a layer scale."""
     module = module_of(root, node)
+    if isinstance(module, nn.AlphaDropout):
+        return False  # what it drops is not zero
     if module is not None:
         return drops_samples(module) or isinstance(module, (nn.ReLU, nn.Identity, *_POOLINGS, *_DROPOUTS))
     if _multiplies(node):
