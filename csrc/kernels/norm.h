@@ -9,8 +9,8 @@
 //
 // A float of d_n would do for values of the map, not for the means p, which are smaller by the root of HW.
 //
-// Those that sum over samples give a block a sector of channels and its threads a part of the samples each, added in a fixed order: the
-// same bits every time.
+// Those that sum over samples give a block a sector of channels and its threads a part of the samples each, added in a
+// fixed order: the same bits every time.
 #pragma once
 
 #include "../core/tracked.h"

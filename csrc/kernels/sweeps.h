@@ -226,8 +226,8 @@ DIA_DEVICE void put_sum(M& m, const Reduce<T>& args, int channel, int64_t at, fl
   if (args.means.p != nullptr) put_mean(m, args.means, channel, at, sum / static_cast<float>(args.size.positions));
 }
 
-// A sample's moments of a channel over some positions about one of its values, `first`, from those of its threads. In double,
-// where the squares about the mean lose nothing.
+// A sample's moments of a channel over some positions about one of its values, `first`, from those of its threads. In
+// double, where the squares about the mean lose nothing.
 template <class M, class T>
 DIA_DEVICE void put_moments(M& m, const Reduce<T>& args, int64_t at, int positions, float first, double total,
                             double squares) {

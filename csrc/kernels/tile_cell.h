@@ -8,10 +8,10 @@
 //                join_parts, if there are parts: through the ReLU
 //                cell_gradients: dp = dzx W1 and dh = dzh V1
 //
-// Two or three launches and three or four, where a BLAS takes seven and those that it splits its sums into. Parts are there where the first products
-// have few results and many terms: blocks would be too few otherwise. Tables move through the second-level cache: each
-// side once for every tile of the other. (Parts joined as the next product fetched them saved a launch, but every tile
-// did it again: twice the instructions of the product itself.)
+// Two or three launches and three or four, where a BLAS takes seven and those that it splits its sums into. Parts are
+// there where the first products have few results and many terms: blocks would be too few otherwise. Tables move
+// through the second-level cache: each side once for every tile of the other. (Parts joined as the next product fetched
+// them saved a launch, but every tile did it again: twice the instructions of the product itself.)
 #pragma once
 
 #include <algorithm>

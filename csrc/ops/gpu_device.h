@@ -1,4 +1,5 @@
-// The device of an operator's tensors. ops/cuda_operators.cpp has a real one, ops/simulated_operators.cpp one simulated.
+// The device of an operator's tensors. ops/cuda_operators.cpp has a real one, ops/simulated_operators.cpp one
+// simulated.
 #pragma once
 
 #include <memory>

@@ -1,6 +1,7 @@
 // Maps among an operator's results that its caller has made: each operator `name` that can write into them is there a
-// second time, as `name_into`. A compiler (or, in eager inference, dia_kernels/overwriting.py), which knows what memory is free, gives it memory that is mapped and perhaps
-// in a cache, where a map of our own is fresh (docs/kernels.md, compiled).
+// second time, as `name_into`. A compiler (or, in eager inference, dia_kernels/overwriting.py), which knows what memory
+// is free, gives it memory that is mapped and perhaps in a cache, where a map of our own is fresh (docs/kernels.md,
+// compiled).
 #pragma once
 
 #include <array>
