@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import contract
 import environment
@@ -36,7 +36,7 @@ import report
 import torch
 from pytorchcv.model_provider import get_model
 from resnet50 import resnet50
-from timing import MAX_ROUNDS, WARMUP_ROUNDS, undisturbed
+from timing import interleaved, rounded, undisturbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -244,18 +244,9 @@ def served(case: Case, variant: str, mode: str, compiled: bool, threads: int | N
 
 def in_turns(sample: Callable[[], float], base: Callable[[], float], budget: float) -> list[tuple[float, float]]:
     """Samples of both, a pair a round, either of them first in turn."""
-    start = time.perf_counter()
-    for _ in range(WARMUP_ROUNDS):
-        sample(), base()
-    rounds = int(budget * WARMUP_ROUNDS / (time.perf_counter() - start))
-    pairs = []
-    for k in range(min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)):
-        if k % 2:
-            of_base = base()
-            pairs.append((sample(), of_base))
-        else:
-            pairs.append((sample(), base()))
-    return [(float(f"{own:.4g}"), float(f"{of_base:.4g}")) for own, of_base in pairs]
+    calls = {"own": sample, "base": base}
+    found = rounded(interleaved(calls, budget, MIN_ROUNDS, lambda call, _: cast(float, call()), sample_seconds=0.0))
+    return list(zip(found["own"], found["base"], strict=True))
 
 
 def timed(case: Case, mode: str, variants: Sequence[str], compiled: bool, budget: float, threads: int | None) -> Pairs:

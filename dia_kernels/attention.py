@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,10 @@ from .overwriting import Inplace
 
 #: The cells that ``create_attention`` knows by name.
 CELLS = ("lstm", "lstm_tanh", "dsu", "se", "eca", "srm", "cbam")
+
+
+def _is_below_one(value: object) -> bool:
+    return isinstance(value, Real) and 0 <= float(value) < 1
 
 
 class SharedAttention(nn.Module):
@@ -79,7 +84,7 @@ class SharedAttention(nn.Module):
         check_bottleneck(channels, reduction)
         if output not in OUTPUTS:
             raise ValueError(f'output: expected "sigmoid" or "tanh", got {output!r}')
-        if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
+        if not _is_below_one(dropout):
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
         check_placement(channel_dim, backend)
         if dtype is not None and not dtype.is_floating_point:
@@ -88,7 +93,7 @@ class SharedAttention(nn.Module):
         self.reduction = reduction
         self.output: Output = output
         self.num_layers = num_layers
-        self.dropout = dropout
+        self.dropout = float(dropout)
         self.channel_dim = channel_dim
         self.backend = backend
         for name, shape in self._parameter_shapes().items():

@@ -124,7 +124,7 @@ def create(
     build = builder(name)
     check_positive("num_classes", num_classes)
     check_positive("in_channels", in_channels)
-    if stages is not None and not (isinstance(stages, (tuple, list)) and set(stages) <= {0, 1, 2}):
+    if stages is not None and not (isinstance(stages, Sequence) and set(stages) <= {0, 1, 2}):
         raise ValueError(f"stages: expected some of 0, 1, 2, got {stages!r}")
     options = Options(
         attention, reduction, skip, norm, in_channels, backend, fold_norm, shared,

@@ -403,7 +403,9 @@ def _take_tuples_apart(root: nn.Module, graph: fx.Graph, blocks: set[nn.Module])
     while waiting:
         node = waiting.pop()
         module = module_of(root, node)
-        if module is None or len(node.args) != 1 or node.kwargs or not all(_takes_one(user) for user in node.users):
+        if module is None or node.kwargs or [isinstance(a, fx.Node) for a in node.args] != [True]:
+            continue
+        if not all(_takes_one(user) for user in node.users):
             continue
         of_child = None if any(child in blocks for child in module.modules()) else _graph_within(module)
         if of_child is None or not _is_tuple(_returned(of_child)) or any(_is_addition(n) for n in of_child.nodes):
