@@ -481,6 +481,11 @@ def test_wrong_arguments(make, message):
         make()
 
 
+def test_stages_may_be_any_sequence():
+    some = models.create("resnet8", attention="dia", stages=range(2))
+    assert count(some) == count(models.create("resnet8", attention="dia", stages=(0, 1)))
+
+
 IMAGES = torch.ones(2, 3, 32, 32)
 
 
