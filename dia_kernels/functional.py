@@ -90,7 +90,7 @@ def step(
         inplace = overwriting.checked(inplace)
     backend, sample_scale = _checked_call(x, shortcut, activation, channel_dim, inplace, sample_scale, backend)
     parameters = _checked_parameters(parameters, x, channel_dim)
-    if not isinstance(stacked, Sequence):
+    if not isinstance(stacked, (tuple, list, Sequence)):  # the first two spare an abstract class's three calls
         raise TypeError(f"stacked: expected a list of StackedLayer, got {type(stacked).__name__}")
     stacked = [_checked_layer(layer, k, x, channel_dim) for k, layer in enumerate(stacked, start=1)]
     h, c = _checked_state(state, x, channel_dim, len(stacked))
