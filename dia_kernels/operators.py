@@ -63,7 +63,7 @@ whether the cell's output function is tanh (False: the paper's sigmoid).
 
 ``<name>_into``, of those in ``schemas.RESULT_MAPS``, does the same, but writes its maps into the caller's, which come
 after the other arguments, and returns the rest. They have to have the sizes and strides of the operator's own, apart in
-memory from all arguments (but y may be the first argument, of ``schemas.OVER_FIRST``); None for a map that the flags do
+memory from all arguments (but y may be the map or the shortcut, of ``schemas.OVER``); None for a map that the flags do
 not ask for. Neither autograd nor tensor versions know of what is written: for ``inductor`` and ``overwriting``.
 
 Where a gradient takes y, it takes the mask in its place, of implementers that keep one (but for ``rescale_backward``).

@@ -80,8 +80,8 @@ RESULT_MAPS = {
     "rescale_backward": {0: "dx", 2: "dshortcut"},
 }
 
-#: Of these, those that may be given their first argument as y, and then write over it.
-OVER_FIRST = ("step", "tail", "norm_rescale", "rescale")
+#: Of these, those that may be given an argument as y, and then write over it: the places of the map and the shortcut.
+OVER = {"step": (0, 1), "tail": (0, 1), "norm_rescale": (0, 2), "rescale": (0, 2)}
 
 
 def _into(schema: str, maps: dict[int, str]) -> str:

@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
 
 from dia_kernels import SharedAttention, create_attention, inductor, models, operators
-from dia_kernels.schemas import OVER_FIRST, RESULT_MAPS
+from dia_kernels.schemas import OVER, RESULT_MAPS
 
 needs_native = pytest.mark.skipif(operators.library_error is not None, reason="the native library is not loaded")
 
@@ -142,19 +142,26 @@ def test_a_map_that_shares_memory_is_refused(name):
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", OVER_FIRST)
-def test_the_map_may_be_the_first_argument(name, dtype):
-    for seed in range(20):
+@pytest.mark.parametrize("which", ["map", "shortcut"])
+@pytest.mark.parametrize("name", OVER)
+def test_an_argument_may_be_written_over(name, which, dtype):
+    place, calls = OVER[name][which == "shortcut"], 0
+    for seed in range(40):
         arguments = call_of(name, seed, dtype)
+        if arguments[place] is None:
+            continue
         expected = results_of(name, arguments)
-        over = torch.empty_like(expected[0]).copy_(arguments[0])
-        rest = operators.native_into[name](over, *arguments[1:], over)
+        over = torch.empty_like(expected[0]).copy_(arguments[place])
+        arguments[place] = over
+        rest = operators.native_into[name](*arguments, over)
         for ours, theirs in zip(joined(name, rest, [over]), expected, strict=True):
             assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7)), seed
+        calls += 1
+    assert calls >= 10
 
 
 @needs_native
-@pytest.mark.parametrize("name", [name for name in RESULT_MAPS if name not in OVER_FIRST])
+@pytest.mark.parametrize("name", [name for name in RESULT_MAPS if name not in OVER])
 def test_a_gradient_is_not_written_over_an_argument(name):
     arguments, maps = good_call(name)
     x = map_of(name, arguments)
@@ -204,11 +211,14 @@ def called(code: list[str]) -> set[str]:
     return set(re.findall(r"ops\.dia_kernels\.(\w+)\.default\(", "\n".join(code)))
 
 
-def written_over(code: list[str]) -> tuple[int, int]:
-    """How many calls write over their first argument, and how many do not."""
-    calls = [call.split(", ") for call in re.findall(r"ops\.dia_kernels\.\w+_into\.default\((.*)\)", "\n".join(code))]
-    over = sum(arguments[0] == arguments[-1] for arguments in calls)
-    return over, len(calls) - over
+def written_over(code: list[str]) -> tuple[int, int, int]:
+    """How many calls write over the map that they read, how many over the shortcut, and how many over neither."""
+    counts = [0, 0, 0]
+    for name, call in re.findall(r"ops\.dia_kernels\.(\w+)_into\.default\((.*)\)", "\n".join(code)):
+        arguments = call.split(", ")
+        over = [arguments[place] == arguments[-1] for place in OVER.get(name, ())]
+        counts[over.index(True) if True in over else 2] += 1
+    return tuple(counts)
 
 
 STAGES = {
@@ -244,13 +254,13 @@ def test_the_inductor_serves_and_trains_in_buffers_of_its_own(kind, memory_forma
         torch.testing.assert_close(y, stage(x), rtol=0, atol=1e-5)
         assert y.stride() == stage(x).stride()
     assert called(code) == serving
-    assert written_over(code) == (3, 0)
+    assert written_over(code) == (1, 2, 0)  # the first shortcut is the caller's
     stage.train()
     wanted = [x, *stage.parameters()]
     found, code = run_and_get_code(lambda: torch.autograd.grad(compiled(x).square().sum(), wanted))
     assert called(code) == training
-    over, elsewhere = written_over(code)
-    assert over == 0  # of each z the gradient is still to be taken
+    *over, elsewhere = written_over(code)
+    assert over == [0, 0]  # of each z the gradient is still to be taken, and the ReLU's mask of each y
     assert elsewhere == 3 * len([name for name in training if name.endswith("_into")])
     expected = torch.autograd.grad(stage(x).square().sum(), wanted)
     assert_same(found, expected)
@@ -389,7 +399,76 @@ def test_a_convolution_whose_result_is_still_wanted(norm):
             found, code = run_and_get_code(torch.compile(function, fullgraph=True), x)
             torch.testing.assert_close(found, function(x), rtol=1e-5, atol=1e-5, msg=function.__name__)
         # Of two, the last may.
-        assert written_over(code)[0] == (function is twice), function.__name__
+        assert written_over(code)[:2] == (function is twice, 0), function.__name__
+
+
+@needs_native
+@pytest.mark.parametrize("norm", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_shortcut_is_written_over_unless_it_is_still_wanted(norm):
+    attention, more = SharedAttention(8, 2).requires_grad_(False), {"activation": "relu"}
+    first, second = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+    if norm:
+        more["norm"] = nn.BatchNorm2d(8).eval()
+
+    def free(x):
+        shortcut = first(x).relu()
+        return attention(second(shortcut), shortcut=shortcut, **more)[0]
+
+    def of_a_convolution(x):
+        shortcut = first(x)
+        return attention(second(shortcut), shortcut=shortcut, **more)[0]
+
+    def of_the_block_before(x):
+        y, state = attention(first(x), **more)
+        return attention(second(y), state, shortcut=y, **more)[0]
+
+    def given(x):
+        return attention(second(x), shortcut=x, **more)[0], x + 1
+
+    def returned(x):
+        shortcut = first(x).relu()
+        return attention(second(shortcut), shortcut=shortcut, **more)[0], shortcut
+
+    def viewed(x):
+        shortcut = first(x).relu()
+        view = shortcut.view(shortcut.shape[0], -1)
+        return attention(second(shortcut), shortcut=shortcut, **more)[0], view
+
+    def a_view(x):
+        whole = first(x).relu()
+        shortcut = whole.transpose(2, 3).transpose(2, 3)
+        return attention(second(shortcut), shortcut=shortcut, **more)[0], whole
+
+    def read_later(x):
+        shortcut = first(x).relu()
+        y = attention(second(shortcut), shortcut=shortcut, **more)[0]
+        return y, first(y) + second(shortcut)
+
+    def read_before_for_later(x):
+        shortcut = first(x).relu()
+        seen = shortcut * 2
+        return attention(second(shortcut), shortcut=shortcut, **more)[0], seen
+
+    x = torch.randn(2, 8, 4, 4)
+    for function in (
+        free,
+        of_a_convolution,
+        of_the_block_before,
+        given,
+        returned,
+        viewed,
+        a_view,
+        read_later,
+        read_before_for_later,
+    ):
+        torch._dynamo.reset()
+        before = x.clone()
+        with torch.no_grad():
+            found, code = run_and_get_code(torch.compile(function, fullgraph=True), x)
+            torch.testing.assert_close(found, function(x), rtol=1e-5, atol=1e-5, msg=function.__name__)
+        assert torch.equal(x, before), function.__name__
+        is_free = function in (free, of_a_convolution, of_the_block_before)
+        assert written_over(code)[1] == is_free, function.__name__
 
 
 @needs_native

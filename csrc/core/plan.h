@@ -1,4 +1,5 @@
-// How many samples the CPU path takes at a time. A pure function. Plain C++, no torch.
+// How the CPU path shares out samples: whether to threads, and how many it takes at a time. Pure functions. Plain C++,
+// no torch.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +23,13 @@ inline int64_t samples_per_chunk(int64_t samples, int64_t sample_bytes, int64_t 
   if (chunk >= samples || weight_bytes > chunk * sample_bytes) return samples;
   const int64_t chunks = (samples + chunk - 1) / chunk;
   return (samples + chunks - 1) / chunks;
+}
+
+// Whether each thread takes samples of its own through the whole step, and waits for no other in between. With fewer
+// samples than threads some would idle; and each reads all of the cell's weights, which threads that share every
+// sample read once between them. So larger ones than the cache are shared.
+inline bool threads_take_samples(int64_t samples, int64_t weight_bytes, int64_t cache_bytes, int64_t threads) {
+  return samples >= threads && (threads <= 1 || weight_bytes <= cache_bytes);
 }
 
 }  // namespace dia

@@ -39,11 +39,11 @@ StepResult run_step(const Tensor& x, const MapInfo& info, const Map<const T>& x_
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(const ResultOverFirst& results, Tensor x,
-                                                        OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
-                                                        Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1,
-                                                        Tensor a1, Tensor v2, Tensor a2, int64_t channel_dim, bool relu,
-                                                        bool tanh_output, bool keep_tables, bool keep_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(const ResultOverMap& results, Tensor x, OptionalTensor shortcut,
+                                                        OptionalTensor h, OptionalTensor c, Tensor w1, Tensor b1,
+                                                        Tensor w2, Tensor b2, Tensor v1, Tensor a1, Tensor v2,
+                                                        Tensor a2, int64_t channel_dim, bool relu, bool tanh_output,
+                                                        bool keep_tables, bool keep_mask) {
   const Parameters w{w1, b1, w2, b2, v1, a1, v2, a2};
   const MapInfo info = map_info(x, channel_dim);
   check_step(x, info, shortcut, h, c, w);
@@ -229,7 +229,7 @@ Tensor pool(Tensor x, int64_t channel_dim) {
   });
 }
 
-Tensor rescale(const ResultOverFirst& results, Tensor x, Tensor scale, OptionalTensor shortcut, int64_t channel_dim,
+Tensor rescale(const ResultOverMap& results, Tensor x, Tensor scale, OptionalTensor shortcut, int64_t channel_dim,
                bool relu) {
   const MapInfo info = map_info(x, channel_dim);
   check_scale(scale, info, x);

@@ -64,13 +64,12 @@ struct Chunk {
   int64_t first, count;
 };
 
-// Splits the batch into chunks and calls `body` on each. With a sample for every thread each thread takes its own
-// samples through the whole step, and no thread waits for another in between (parallel loops inside `body` are then
-// serial); with fewer samples the chunks come one after the other and threads share each.
+// Splits the batch into chunks and calls `body` on each: either each thread takes samples of its own (parallel loops
+// inside `body` are then serial), or the chunks come one after the other and threads share each.
 template <class Body>
 void for_chunks(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, Body body) {
   const int64_t threads = torch::stable::get_num_threads();
-  const bool own = samples >= threads;
+  const bool own = threads_take_samples(samples, weight_bytes, cache_bytes(), threads);
   const auto run = [&](int64_t begin, int64_t end) {
     const int64_t size = samples_per_chunk(end - begin, sample_bytes, weight_bytes,
                                            own ? cache_bytes() / threads : cache_bytes(), own ? 1 : threads);

@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_pool_tra
   return {of.p, of.tables, of.tokens.of_g, of.tokens.of_handed, of.variance, of.extreme, of.where};
 }
 
-std::tuple<Tensor, Tensor> norm_rescale(const ResultOverFirst& results, Tensor z, Tensor scale, OptionalTensor shortcut,
+std::tuple<Tensor, Tensor> norm_rescale(const ResultOverMap& results, Tensor z, Tensor scale, OptionalTensor shortcut,
                                         Tensor tables, OptionalTensor, OptionalTensor, OptionalTensor gamma,
                                         OptionalTensor beta, int64_t channel_dim, bool relu, bool keep_mask) {
   const MapInfo info = map_info(z, channel_dim);

@@ -16,11 +16,10 @@ namespace {
 using TailResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
-TailResult run_tail(const ResultOverFirst& results, const Tensor& z, const MapInfo& info,
-                    const OptionalTensor& shortcut, const OptionalTensor& h, const OptionalTensor& c,
-                    const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& given_mean,
-                    const OptionalTensor& given_var, const OptionalTensor& sample_means, double eps,
-                    const Parameters& w, bool relu, bool tanh_output) {
+TailResult run_tail(const ResultOverMap& results, const Tensor& z, const MapInfo& info, const OptionalTensor& shortcut,
+                    const OptionalTensor& h, const OptionalTensor& c, const OptionalTensor& gamma,
+                    const OptionalTensor& beta, const OptionalTensor& given_mean, const OptionalTensor& given_var,
+                    const OptionalTensor& sample_means, double eps, const Parameters& w, bool relu, bool tanh_output) {
   using A = Compute<T>;
   const int64_t n = info.shape.samples, width = info.shape.channels, m = w.input_reduce_weight.size(0);
   const MapReader<T> z_reader(z, info);
@@ -49,7 +48,7 @@ TailResult run_tail(const ResultOverFirst& results, const Tensor& z, const MapIn
   }
   if (sample_means) norm.given_means(*sample_means);
   if (batch || sample_means) {
-    for_chunks(n, 0, 0, finish);
+    for_chunks(n, 0, weight_bytes<A>(width, m), finish);
   } else {
     const int64_t sample_bytes = width * info.shape.positions * static_cast<int64_t>(sizeof(T));
     for_chunks(n, sample_bytes, weight_bytes<A>(width, m), [&](Chunk chunk) {
@@ -61,7 +60,7 @@ TailResult run_tail(const ResultOverFirst& results, const Tensor& z, const MapIn
 }
 
 // A tail's arguments, checked.
-TailResult checked_tail(const ResultOverFirst& results, const Tensor& z, const OptionalTensor& shortcut,
+TailResult checked_tail(const ResultOverMap& results, const Tensor& z, const OptionalTensor& shortcut,
                         const OptionalTensor& h, const OptionalTensor& c, const OptionalTensor& gamma,
                         const OptionalTensor& beta, const OptionalTensor& mean, const OptionalTensor& var,
                         const OptionalTensor& means, double eps, const Parameters& w, int64_t channel_dim, bool relu,
@@ -77,7 +76,7 @@ TailResult checked_tail(const ResultOverFirst& results, const Tensor& z, const O
   });
 }
 
-TailResult tail(const ResultOverFirst& results, Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
+TailResult tail(const ResultOverMap& results, Tensor z, OptionalTensor shortcut, OptionalTensor h, OptionalTensor c,
                 OptionalTensor gamma, OptionalTensor beta, OptionalTensor mean, OptionalTensor var, double eps,
                 Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor v1, Tensor a1, Tensor v2, Tensor a2,
                 int64_t channel_dim, bool relu, bool tanh_output, bool keep_mask) {
@@ -197,6 +196,7 @@ TailGradients run_tail_backward(const ResultMaps<0, 1>& results, const GivenGrad
   const MapInfo& info = given.info;
   const int64_t n = given.samples(), width = given.width();
   const double count = static_cast<double>(info.shape.positions) * static_cast<double>(n);
+  const int64_t bytes = weight_bytes<A>(width, given.bottleneck());
   const Tensor dz = results.make(0, wanted.z, z, info), dshortcut = results.make(1, wanted.shortcut, z, info);
   Reduction<T> reduction(given, dshortcut, wanted.z || wanted.affine, wanted.shortcut, wanted.state, wanted.parameters);
   const auto& cell = reduction.cell;
@@ -208,7 +208,7 @@ TailGradients run_tail_backward(const ResultMaps<0, 1>& results, const GivenGrad
   if (wanted.z)
     spreading.emplace(sources, dz, info, given.tables, given.gamma, cell.new_h, cell.dp, batch ? share : nullptr);
   if (batch) {
-    for_chunks(n, 0, 0, [&](Chunk chunk) { reduction.run(chunk); });
+    for_chunks(n, 0, bytes, [&](Chunk chunk) { reduction.run(chunk); });
     if (wanted.z || wanted.affine) reduction.channel_sums(sum, sum + width);
     if (wanted.z) {
       std::transform(sum, sum + 2 * width, share, [count](A v) { return v / static_cast<A>(count); });
@@ -218,7 +218,7 @@ TailGradients run_tail_backward(const ResultMaps<0, 1>& results, const GivenGrad
   } else {
     const int64_t sample_bytes =
         width * info.shape.positions * static_cast<int64_t>(sizeof(T)) * (sources.y.data == nullptr ? 1 : 2);
-    for_chunks(n, sample_bytes, weight_bytes<A>(width, given.bottleneck()), [&](Chunk chunk) {
+    for_chunks(n, sample_bytes, bytes, [&](Chunk chunk) {
       reduction.run(chunk);
       if (wanted.z) spreading->run(chunk);
     });
@@ -309,7 +309,7 @@ ReducedGradients tail_reduce(OptionalTensor dy, OptionalTensor dh, OptionalTenso
     const Tensor dshortcut = map_if(need_shortcut, z, given.info);
     Reduction<T> reduction(given, dshortcut, true, need_shortcut, need_state, {need_parameters, false, h});
     const auto& cell = reduction.cell;
-    for_chunks(n, 0, 0, [&](Chunk chunk) { reduction.run(chunk); });
+    for_chunks(n, 0, weight_bytes<A>(width, given.bottleneck()), [&](Chunk chunk) { reduction.run(chunk); });
     const Tensor sums = empty_table<A>(z, {2, width}), dp = empty_table<A>(z, {n, width});
     reduction.channel_sums(data_of<A>(sums), data_of<A>(sums) + width);
     std::copy_n(cell.dp, n * width, data_of<A>(dp));

@@ -13,8 +13,8 @@
 namespace dia::ops {
 
 // The maps among the results, which stand at `places` there. Those that the caller has made, in this order; or nothing,
-// and each is made when it is asked for. `over`: the map may be the operator's first argument, which it then writes
-// over.
+// and each is made when it is asked for. `over`: the map may be one of the operator's arguments, which it then writes
+// over: the map that it reads, or the shortcut, of both of which an element is read before it is written.
 template <bool over, int... places>
 class Results {
  public:
@@ -43,7 +43,7 @@ class Results {
 
 template <int... places>
 using ResultMaps = Results<false, places...>;
-using ResultOverFirst = Results<true, 0>;
+using ResultOverMap = Results<true, 0>;
 
 namespace detail {
 
@@ -57,9 +57,13 @@ bool shares(const Tensor&, const Other&) {
   return false;
 }
 
-// Whether the map is the first argument, which only a map that is always there may be.
-inline bool is_first(const Tensor& map, const Tensor& first) { return is_same_map(map, first); }
-inline bool is_first(const Tensor&, const OptionalTensor&) { return false; }
+// Whether the map is the argument; tables have fewer dimensions.
+inline bool is_same(const Tensor& map, const Tensor& t) { return is_same_map(map, t); }
+inline bool is_same(const Tensor& map, const OptionalTensor& t) { return t && is_same(map, *t); }
+template <class Other>
+bool is_same(const Tensor&, const Other&) {
+  return false;
+}
 
 template <int place, int... places>
 auto unless_in(Tensor& t) {
@@ -91,8 +95,10 @@ struct Forms<operation> {
   static auto into(First first, Rest... rest, detail::EachMap<places>... maps) {
     const auto check_apart = [&](const OptionalTensor& map) {
       if (!map) return;
-      const bool shared = detail::shares(*map, first) && !(over && detail::is_first(*map, first));
-      check(!shared && !(detail::shares(*map, rest) || ...), "into: a map that shares memory with an argument");
+      const auto is_apart = [&](const auto& argument) {
+        return !detail::shares(*map, argument) || (over && detail::is_same(*map, argument));
+      };
+      check(is_apart(first) && (is_apart(rest) && ...), "into: a map that shares memory with an argument");
     };
     (check_apart(maps), ...);
     if constexpr (sizeof...(places) == 2) {

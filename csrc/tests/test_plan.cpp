@@ -31,10 +31,20 @@ void examples() {
   CHECK_EQUAL(dia::samples_per_chunk(9, 3211264, 655360, 3 * kCache, 2), 5);
 }
 
+void each_thread_reads_the_weights_only_if_the_cache_holds_them() {
+  CHECK(dia::threads_take_samples(32, 655360, kCache, 2));
+  CHECK(dia::threads_take_samples(2, kCache, kCache, 2));
+  CHECK(!dia::threads_take_samples(32, kCache + 1, kCache, 2));
+  CHECK(dia::threads_take_samples(32, kCache + 1, kCache, 1));
+  CHECK(!dia::threads_take_samples(1, 0, kCache, 2));
+  CHECK(!dia::threads_take_samples(0, 0, kCache, 2));
+}
+
 }  // namespace
 
 int main() {
   every_plan_covers_the_batch_within_the_cache();
   examples();
+  each_thread_reads_the_weights_only_if_the_cache_holds_them();
   return dia::test::failures == 0 ? 0 : 1;
 }
