@@ -423,7 +423,7 @@ def test_a_shortcut_is_written_over_unless_it_is_still_wanted(norm):
         return attention(second(y), state, shortcut=y, **more)[0]
 
     def given(x):
-        return attention(second(x), shortcut=x, **more)[0], x + 1
+        return attention(second(x), shortcut=x, **more)[0]
 
     def returned(x):
         shortcut = first(x).relu()
@@ -431,7 +431,7 @@ def test_a_shortcut_is_written_over_unless_it_is_still_wanted(norm):
 
     def viewed(x):
         shortcut = first(x).relu()
-        view = shortcut.view(shortcut.shape[0], -1)
+        view = shortcut.permute(0, 2, 3, 1)
         return attention(second(shortcut), shortcut=shortcut, **more)[0], view
 
     def a_view(x):
@@ -444,12 +444,12 @@ def test_a_shortcut_is_written_over_unless_it_is_still_wanted(norm):
         y = attention(second(shortcut), shortcut=shortcut, **more)[0]
         return y, first(y) + second(shortcut)
 
-    def read_before_for_later(x):
+    def read_by_others(x):
         shortcut = first(x).relu()
-        seen = shortcut * 2
-        return attention(second(shortcut), shortcut=shortcut, **more)[0], seen
+        gate = shortcut.mean((2, 3), keepdim=True)
+        return attention(second(shortcut * gate), shortcut=shortcut, **more)[0], gate
 
-    x = torch.randn(2, 8, 4, 4)
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)  # as the compiler's convolutions have it
     for function in (
         free,
         of_a_convolution,
@@ -459,7 +459,7 @@ def test_a_shortcut_is_written_over_unless_it_is_still_wanted(norm):
         viewed,
         a_view,
         read_later,
-        read_before_for_later,
+        read_by_others,
     ):
         torch._dynamo.reset()
         before = x.clone()
