@@ -1,14 +1,15 @@
-"""Times whole networks: a training step and inference, with and without attention, eager and compiled.
+"""Times whole networks: a training step and inference, with and without attention, eager or compiled.
 
     python bench/networks.py                         every case, eager (about 25 minutes on two cores)
-    python bench/networks.py --compiled              every case under torch.compile as well (long)
+    python bench/networks.py --compiled              every case under torch.compile (about an hour)
     python bench/networks.py --cases resnet164-32    one case
 
 Variants: ``plain`` (no attention), ``se`` (squeeze-and-excitation in plain PyTorch), ``our se`` (the same by our
 operators, the batch norm folded in), ``pytorchcv`` (its DIA unit, r = 4 only), ``eager`` (our network, its step in
 plain PyTorch), ``step`` (our step after the batch norm), ``ours`` (the batch norm folded in). ResNet-164 is for images
 of 32x32; ResNet-50 is torchvision's, at 224x224, with the units put into its blocks. A network whose logits break the
-accuracy contract reports no time. Writes ``results/networks.json``, ``.md`` and ``.png``.
+accuracy contract reports no time. Writes ``results/networks.json``, ``.md`` and ``.png``, or ``networks-compiled.*``,
+after every case.
 
 Every network has a process of its own, as one that is trained has: of several in one process each finds another heap,
 and what fresh memory costs is not its own. That of a variant and that of the network without attention take turns.
@@ -359,9 +360,10 @@ def draw(document: dict, path: Path) -> None:
     width = 0.12
     for k, variant in enumerate(VARIANTS):
         points = [
-            (i, ratio(result["seconds"]["training"][variant]))
+            (i, ratio(pairs))
             for i, result in enumerate(results)
-            if variant in result["seconds"]["training"]
+            for name, pairs in result["seconds"]["training"].items()
+            if name in (variant, f"{variant}, compiled")
         ]
         bars = axes.bar(
             [i + (k - 3) * width for i, _ in points], [r for _, r in points], 0.94 * width,
@@ -377,14 +379,22 @@ def draw(document: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def write(document: dict, stem: Path) -> None:
+    """The three files of ``document``."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(markdown(document, f"{stem.name}.png"), encoding="utf-8")
+    draw(document, stem.with_suffix(".png"))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Benchmark of whole networks.")
     parser.add_argument("--cases", help=f"comma-separated out of {','.join(case.name for case in CASES)}")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated; plain has to be among them")
-    parser.add_argument("--compiled", action="store_true", help="under torch.compile as well")
+    parser.add_argument("--compiled", action="store_true", help="under torch.compile")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of samples for each variant and mode")
     parser.add_argument("--threads", type=int, help="of PyTorch (default: as many as it takes by itself)")
-    parser.add_argument("--name", default="networks", help="stem of the three files")
+    parser.add_argument("--name", help="stem of the three files (default: networks, or networks-compiled)")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
     parser.add_argument("--serve", nargs=3, metavar=("CASE", "VARIANT", "MODE"), help=argparse.SUPPRESS)
@@ -406,23 +416,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "plain" not in asked or (unknown := set(asked) - set(VARIANTS)):
         parser.error(f"--variants: expected plain and some of {', '.join(VARIANTS)}, got {options.variants}")
 
-    results = []
+    stem = options.output / (options.name or ("networks-compiled" if options.compiled else "networks"))
+    results: list[dict[str, Any]] = []
     for name in chosen:
         print(f"{name} ...", flush=True)
         case = by_name[name]
 
         def timings(mode: str, variants: Sequence[str], case: Case = case) -> Pairs:
-            kinds = (False, True) if options.compiled else (False,)
-            found = (timed(case, mode, variants, kind, options.budget, options.threads) for kind in kinds)
-            return {name: pairs for of_kind in found for name, pairs in of_kind.items()}
+            return timed(case, mode, variants, options.compiled, options.budget, options.threads)
 
         results.append(measure(case, asked, timings))
-    document = {"environment": environment.describe(), "results": results}
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / options.name
-    stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(document, f"{options.name}.png"), encoding="utf-8")
-    draw(document, stem.with_suffix(".png"))
+        write({"environment": environment.describe(), "results": results}, stem)
     print("\n\n".join([*(mode_table(results, mode) for mode in MODES), memory_table(results)]))
     return 1 if any(result["wrong"] for result in results) else 0
 
