@@ -3,13 +3,13 @@
 By itself the inductor calls an operator as it is, and each of its results is fresh memory, which the system must first
 fill: for maps that the C library maps anew each time (32 MB and more) that takes longer than the operator. What the
 inductor allocates it uses again, as soon as nobody needs it. So an operator is lowered to its form that writes into
-given maps (``operators``, ``<name>_into``); and where it is the last to read its shortcut, or a convolution's result,
-over that. On a GPU memory comes from torch's allocator, which keeps it, and there is nothing to gain.
+given maps (``operators``, ``<name>_into``); and where it is the last to read its shortcut, or else its map, over that.
+On a GPU memory comes from torch's allocator, which keeps it, and there is nothing to gain.
 
-The shortcut rather than the convolution's result: so a stage's map stays where it is, and a convolution's memory is
-free again before the next one needs it, as the inductor has it in a network without attention. Over the convolutions'
-results the map would move from block to block, and the C library, whose heap it leaves in pieces, gives memory back to
-the system that is wanted again at once.
+The shortcut rather than the map, a convolution's result: so what a stage hands on stays where it is, and the memory of
+a convolution is free again before the next one needs it, as the inductor has it in a network without attention. Over
+the convolutions' results it would move from block to block, and the C library, whose heap it leaves in pieces, gives
+memory back to the system that is wanted again at once.
 
 Torch has a way of its own, overloads that are tagged ``out``; in 2.14 it fails where a result is not used.
 """
@@ -30,6 +30,9 @@ from .schemas import NAMESPACE, OVER, RESULT_MAPS
 
 #: Where sizes of a buffer are symbols, convolutions behind it do not compile in torch 2.13 (2.11, 2.12 not tried).
 _TAKES_SYMBOLS = torch.__version__ >= "2.14"  # a TorchVersion, which compares numbers
+_CONVOLUTION = torch.ops.aten.convolution.default
+#: What makes a map in memory of its own.
+_MAKERS = (_CONVOLUTION, torch.ops.aten.add.Tensor, torch.ops.aten.relu.default)
 
 
 def prepare() -> None:
@@ -44,13 +47,11 @@ def _register() -> None:
 
     for name, maps in RESULT_MAPS.items():
         operator, into = (getattr(torch.ops.dia_kernels, n).default for n in (name, f"{name}_into"))
-        lower = partial(_lower, operator, into, maps, OVER.get(name))
+        lower = partial(_lower, operator, into, maps, OVER.get(name, ()))
         lowering.register_lowering(operator, type_promotion_kind=None)(lower)
 
 
-def _lower(
-    operator: Callable, into: Callable, maps: dict[int, str], may_be_over: tuple[int, int] | None, *args: Any
-) -> Any:
+def _lower(operator: Callable, into: Callable, maps: dict[int, str], over: tuple[int, ...], *args: Any) -> Any:
     """Puts a call of ``operator`` into the inductor's graph, as one of ``into``."""
     from torch._inductor import ir
     from torch._inductor.virtualized import V
@@ -65,8 +66,8 @@ def _lower(
     if not _TAKES_SYMBOLS and any(getattr(size, "free_symbols", None) for size in sizes):
         return results
     for place in maps:
-        over = None if may_be_over is None else _free_argument(*may_be_over, args, all_results[place])
-        all_results[place] = _buffer(all_results[place]) if over is None else over
+        free = _free_argument(over, args, all_results[place])
+        all_results[place] = _buffer(all_results[place]) if free is None else free
     # A map that is not wanted is an empty tensor of one dimension.
     given = [t if len(t.get_size()) > 1 else None for t in (all_results[place] for place in maps)]
     rest = _call(into, *args, *given)
@@ -76,27 +77,22 @@ def _lower(
     return tuple(all_results) if isinstance(results, (tuple, list)) else all_results[0]
 
 
-def _free_argument(of_map: int, of_shortcut: int, args: tuple, result: Any) -> Any:
-    """The argument of the call at hand that may become ``result``: the shortcut, the map that it reads, or None."""
+def _free_argument(places: tuple[int, ...], args: tuple, result: Any) -> Any:
+    """Of the arguments of the call at hand in ``places``, the last that may become ``result``; None if none may."""
     from torch._inductor.virtualized import V
 
     node = V.graph.current_node
-    for place, makers in ((of_shortcut, _MAKERS), (of_map, _CONVOLUTIONS)):
-        if _is_free(node.args[place], node, makers) and _lies_like(args[place], result):
+    for place in reversed(places):
+        if _is_free(node.args[place], node) and _lies_like(args[place], result):
             return args[place]
     return None
 
 
-#: What makes a map in memory of its own.
-_CONVOLUTIONS = (torch.ops.aten.convolution.default,)
-_MAKERS = (*_CONVOLUTIONS, torch.ops.aten.add.Tensor, torch.ops.aten.relu.default)
-
-
-def _is_free(value: Any, node: torch.fx.Node, makers: tuple) -> bool:
-    """Whether one of ``makers`` or of ours made ``value``, an argument of ``node``, and nobody reads it afterwards."""
+def _is_free(value: Any, node: torch.fx.Node) -> bool:
+    """Whether ``value``, an argument of ``node``, has memory of its own, and nobody reads it afterwards."""
     if not isinstance(value, torch.fx.Node) or sum(arg is value for arg in node.args) > 1:
         return False
-    if value.target not in makers and not _is_ours(value.args[0] if value.target is getitem else value):
+    if value.target not in _MAKERS and not _is_ours(value.args[0] if value.target is getitem else value):
         return False
     return all(_comes_before(user, node) for user in value.users if user is not node)
 
@@ -107,7 +103,7 @@ def _is_ours(value: Any) -> bool:
 
 def _comes_before(user: torch.fx.Node, node: torch.fx.Node) -> bool:
     """Whether ``user``, before ``node``, is one whose results share no memory with its arguments."""
-    apart = _is_ours(user) or user.target in _CONVOLUTIONS
+    apart = _is_ours(user) or user.target is _CONVOLUTION
     return apart and any(earlier is user for earlier in takewhile(lambda other: other is not node, node.graph.nodes))
 
 
