@@ -30,9 +30,16 @@ from .schemas import NAMESPACE, OVER, RESULT_MAPS
 
 #: Where sizes of a buffer are symbols, convolutions behind it do not compile in torch 2.13 (2.11, 2.12 not tried).
 _TAKES_SYMBOLS = torch.__version__ >= "2.14"  # a TorchVersion, which compares numbers
-_CONVOLUTION = torch.ops.aten.convolution.default
-#: What makes a map in memory of its own.
-_MAKERS = (_CONVOLUTION, torch.ops.aten.add.Tensor, torch.ops.aten.relu.default)
+_ATEN = torch.ops.aten
+#: What makes a map in memory of its own, and when it is called: pointwise ones the inductor puts off, but not beyond a
+#: call that writes over what they read. (A norm in inference is made of them.)
+_APART = (
+    _ATEN.convolution.default,
+    _ATEN.add.Tensor,
+    _ATEN.sub.Tensor,
+    _ATEN.mul.Tensor,
+    _ATEN.relu.default,
+)
 
 
 def prepare() -> None:
@@ -92,19 +99,20 @@ def _is_free(value: Any, node: torch.fx.Node) -> bool:
     """Whether ``value``, an argument of ``node``, has memory of its own, and nobody reads it afterwards."""
     if not isinstance(value, torch.fx.Node) or sum(arg is value for arg in node.args) > 1:
         return False
-    if value.target not in _MAKERS and not _is_ours(value.args[0] if value.target is getitem else value):
+    if not _is_apart(value.args[0] if value.target is getitem else value):
         return False
     return all(_comes_before(user, node) for user in value.users if user is not node)
 
 
-def _is_ours(value: Any) -> bool:
-    return getattr(value.target, "namespace", None) == NAMESPACE
+def _is_apart(node: Any) -> bool:
+    """Whether the results of ``node`` share no memory with its arguments."""
+    return node.target in _APART or getattr(node.target, "namespace", None) == NAMESPACE
 
 
 def _comes_before(user: torch.fx.Node, node: torch.fx.Node) -> bool:
-    """Whether ``user``, before ``node``, is one whose results share no memory with its arguments."""
-    apart = _is_ours(user) or user.target is _CONVOLUTION
-    return apart and any(earlier is user for earlier in takewhile(lambda other: other is not node, node.graph.nodes))
+    """Whether ``user`` has read its arguments before ``node``, and nobody else can read them through its results."""
+    earlier = takewhile(lambda other: other is not node, node.graph.nodes)
+    return _is_apart(user) and any(other is user for other in earlier)
 
 
 def _lies_like(argument: Any, result: Any) -> bool:
