@@ -217,19 +217,6 @@ void spread_gradient(const SpreadGradient<T>& k, int64_t sample, int64_t begin, 
 
 // --- cell ------------------------------------------------------------------------------------------
 
-// Loads up to a vector's worth of lanes, the rest zero; the same for stores. Tables are small: the
-// last, partial vector of a row may go through memory.
-template <class A>
-inline Vector<A> load_part(const A* from, int64_t count) {
-  A lanes[Lanes<A>::count] = {};
-  for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = from[lane];
-  return load(lanes);
-}
-template <class A>
-inline void store_part(Vector<A> value, A* to, int64_t count) {
-  for (int64_t lane = 0; lane < count; ++lane) to[lane] = value[lane];
-}
-
 // Access to `count` lanes at a channel of a table; null tables read as zero and swallow writes.
 template <class A, bool whole>
 struct Access {
@@ -320,6 +307,9 @@ void cell_backward_any(const CellBackward<A>& k, int64_t begin, int64_t end) {
                               : cell_backward<A, Output::tanh>(k, begin, end);
 }
 
+// Rows of W in a tile: with four of x, as many sums as leave registers for what is loaded.
+constexpr int kTileColumns = kVectorBytes == 64 ? 4 : 3;
+
 // Inner products of kRows rows of x with kColumns rows of W, along their dense dimension: no packing, each
 // load serves several multiplications, and a lane adds only inputs / lanes terms before the pairwise end.
 template <class A, int kRows, int kColumns>
@@ -329,26 +319,32 @@ inline void linear_tile(const Linear<A>& k, int64_t sample, int64_t output) {
   const A* w[kColumns];
   for (int r = 0; r < kRows; ++r) x[r] = k.x + (sample + r) * k.inputs;
   for (int c = 0; c < kColumns; ++c) w[c] = k.weight + (output + c) * k.weight_stride;
-  Vector<A> sums[kRows][kColumns] = {};
-  int64_t i = 0;
-  for (; i + lanes <= k.inputs; i += lanes) {
+  // In whole vectors of sums, of which the last may be zeros.
+  constexpr int places = (kRows * kColumns + lanes - 1) / lanes * lanes;
+  Vector<A> sums[places] = {};
+  const auto multiply = [&](auto read, int64_t i) {
     Vector<A> columns[kColumns];
-    for (int c = 0; c < kColumns; ++c) columns[c] = load(w[c] + i);
+    for (int c = 0; c < kColumns; ++c) columns[c] = read(w[c] + i);
     for (int r = 0; r < kRows; ++r) {
-      const Vector<A> row = load(x[r] + i);
-      for (int c = 0; c < kColumns; ++c) sums[r][c] += row * columns[c];
+      const Vector<A> row = read(x[r] + i);
+      for (int c = 0; c < kColumns; ++c) sums[r * kColumns + c] += row * columns[c];
     }
+  };
+  int64_t i = 0;
+  for (; i + lanes <= k.inputs; i += lanes) multiply([](const A* from) { return load(from); }, i);
+  if (i < k.inputs) multiply([rest = k.inputs - i](const A* from) { return load_part(from, rest); }, i);
+  A totals[places];
+  for (int first = 0; first < places; first += lanes) store<A>(sum_each<A>(sums + first), totals + first);
+  for (int r = 0; r < kRows; ++r) {
+    A* y = k.y + (sample + r) * k.outputs + output;
+    const A* row = totals + r * kColumns;
+    if (k.bias != nullptr)
+      for (int c = 0; c < kColumns; ++c) y[c] = relu<A>(row[c] + k.bias[output + c]);
+    else if (k.add)
+      for (int c = 0; c < kColumns; ++c) y[c] += row[c];
+    else
+      for (int c = 0; c < kColumns; ++c) y[c] = row[c];
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int c = 0; c < kColumns; ++c) {
-      A total = sum_lanes<A>(sums[r][c]);
-      for (int64_t rest = i; rest < k.inputs; ++rest) total += x[r][rest] * w[c][rest];
-      A* y = k.y + (sample + r) * k.outputs + output + c;
-      if (k.bias != nullptr)
-        *y = relu<A>(total + k.bias[output + c]);
-      else
-        *y = k.add ? *y + total : total;
-    }
 }
 
 template <class A, int kColumns>
@@ -361,7 +357,7 @@ inline void linear_columns(const Linear<A>& k, int64_t output) {
 template <class A>
 void linear(const Linear<A>& k, int64_t begin, int64_t end) {
   int64_t output = begin;
-  for (; output + 3 <= end; output += 3) linear_columns<A, 3>(k, output);
+  for (; output + kTileColumns <= end; output += kTileColumns) linear_columns<A, kTileColumns>(k, output);
   for (; output < end; ++output) linear_columns<A, 1>(k, output);
 }
 

@@ -19,17 +19,22 @@ void column_sums(const A* table, int64_t rows, int64_t width, A* sums) {
                });
 }
 
-// y = x W' (+ y), or relu(x W' + bias), by the kernel where it is faster than the BLAS: with few samples the
-// weights' bytes decide, which the kernel reads once; with more of them, long sums pay for its ends.
+// Whether the kernel is faster than the BLAS: with few samples the weights' bytes decide, which the kernel reads once,
+// and what a call costs; with more of them, long sums pay for its ends (docs/kernels.md, structure).
+inline bool takes_kernel(int64_t samples, int64_t inputs) {
+  return samples <= 4 || (samples <= 8 && inputs >= 64) || (samples <= 64 && inputs >= 256);
+}
+
+// y = x W' (+ y), or relu(x W' + bias), by the kernel or the BLAS.
 template <class A>
 void linear(const A* x, int64_t samples, const Tensor& weight, const A* bias, A* y, bool add = false) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  if (weight.stride(1) == 1 && (samples <= 8 || (samples <= 64 && inputs >= 128))) {
+  if (weight.stride(1) == 1 && takes_kernel(samples, inputs)) {
     const cpu::Linear<A> args{samples,          inputs, outputs, x,  static_cast<const A*>(weight.const_data_ptr()),
                               weight.stride(0), bias,   y,       add};
-    // Whole tiles of three rows a thread.
-    parallel_for(0, (outputs + 2) / 3, std::max<int64_t>(kGrain / (samples * inputs), 1),
-                 [&](int64_t a, int64_t b) { cell_kernels<A>().linear(args, 3 * a, std::min(3 * b, outputs)); });
+    constexpr int64_t part = 12;  // whole tiles of three or four rows a thread
+    parallel_for(0, (outputs + part - 1) / part, std::max<int64_t>(kGrain / (4 * samples * inputs), 1),
+                 [&](int64_t a, int64_t b) { cell_kernels<A>().linear(args, part * a, std::min(part * b, outputs)); });
     return;
   }
   product<A>(y, Matrix<A>::dense(x, samples, inputs), Matrix<A>::of(weight).transposed(), add);

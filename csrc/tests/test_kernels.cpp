@@ -393,7 +393,7 @@ void check_linear() {
   std::mt19937 random(7);
   for (const int64_t samples : {0, 1, 3, 4, 9})
     for (const int64_t inputs : {1, 7, 8, 33, 102})
-      for (const int64_t outputs : {1, 2, 3, 25})
+      for (const int64_t outputs : {1, 2, 3, 4, 25})
         for (const bool add : {false, true})
           for (const bool with_bias : {false, true}) {
             const int64_t stride = inputs + 2;
