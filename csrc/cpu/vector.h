@@ -147,16 +147,6 @@ inline void store(Vector<float> value, Float16* to) {
 
 // --- reductions --------------------------------------------------------------------------------------
 
-// Sum of the lanes, pairwise.
-template <class A>
-inline A sum_lanes(Vector<A> v) {
-  A lanes[Lanes<A>::count];
-  __builtin_memcpy(lanes, &v, sizeof(v));
-  for (int width = Lanes<A>::count / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
-}
-
 // Of every group of 2 * width lanes, the first `width` from `offset` on of a, then those of b.
 template <class A, int width, int offset, int... lane>
 inline Vector<A> take(Vector<A> a, Vector<A> b, std::integer_sequence<int, lane...>) {
@@ -169,6 +159,17 @@ inline Vector<A> take(Vector<A> a, Vector<A> b, std::integer_sequence<int, lane.
 #else
   return __builtin_shuffle(a, b, typename Lanes<A>::IntVector{from(lane)...});
 #endif
+}
+
+// Sum of the lanes, pairwise: the upper half of them is added to the lower until one is left.
+template <class A, int width = Lanes<A>::count / 2>
+inline A sum_lanes(Vector<A> v) {
+  if constexpr (width == 0) {
+    return v[0];
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, Lanes<A>::count>();
+    return sum_lanes<A, width / 2>(v + take<A, width, width>(v, v, lanes));
+  }
 }
 
 // Lane k of the result is the sum of the lanes of v[k], in the order of sum_lanes; v holds as many vectors as a vector
