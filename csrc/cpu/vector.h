@@ -2,7 +2,7 @@
 //
 // Built on the compiler's vector extension, so the same source serves every instruction set; the file
 // is compiled once for each, inside the namespace DIA_ISA, so that no two builds of one template
-// share a symbol. Only the conversions of float16 need intrinsics.
+// share a symbol. Only the conversions of float16 and access to a part of a vector need intrinsics.
 #pragma once
 
 #include <cstdint>
