@@ -55,8 +55,8 @@ def _divisions(run: list[Candidate], unit: nn.Module) -> list[tuple[Tensor, Tens
                 what = _described(candidate.module, tail)
                 raise SharingError(
                     f"init: 'preserve' divides what ends a branch, a norm, a convolution, a linear or a layer scale; "
-                    f"that of {candidate.name} ends in {what}, which is proportional to none; share_attention's exclude "
-                    "leaves such blocks alone"
+                    f"that of {candidate.name} ends in {what}, which is proportional to none; "
+                    "share_attention's exclude leaves such blocks alone"
                 )
     try:
         unit.make_constant()  # type: ignore[operator]
