@@ -56,6 +56,11 @@ def is_captured() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting()``, of which Dynamo makes True in torch 2.10 and 2.11 whatever it compiles for."""
+    return torch.compiler._is_exporting_flag
+
+
 def exporting_to_onnx() -> bool:
     """Whether a graph is made for ONNX. Each way there captures the call, which is asked first: it costs less."""
     return is_captured() and torch.onnx.is_in_onnx_export()
@@ -73,7 +78,7 @@ def is_plain() -> bool:
 
 def is_compiled() -> bool:
     """Whether a call is compiled, to run in this process, and nothing transforms it: the rule ends at 4."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if not torch.compiler.is_compiling() or is_exporting():
         return False
     return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
@@ -353,7 +358,7 @@ def keeps_mask(ops: Operators, x: Tensor, channel_dim: int) -> bool:
     """
     if x.dtype not in ops.masked_dtypes.get(x.device.type, ()) or torch._C._are_functorch_transforms_active():
         return False
-    return not torch.compiler.is_exporting() and masks.fits(x, channel_dim)
+    return not is_exporting() and masks.fits(x, channel_dim)
 
 
 # --- step ------------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def _call(
 
 def _is_traced(args: tuple[Any, ...]) -> bool:
     """Whether a graph is being made that is run without a backward pass, or by someone else's rules."""
-    return torch.compiler.is_exporting() or _has_proxy(args)
+    return autograd.is_exporting() or _has_proxy(args)
 
 
 def _has_proxy(value: Any) -> bool:

@@ -107,6 +107,9 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
 
 # --- another torch -----------------------------------------------------------------------------------
 
+#: The promised minimum, and one between it and the torch of these tests.
+TORCHES = ("2.10.0", "2.13.0")
+
 
 def torch_environment(version: str) -> Path:
     """An environment with another torch, made once under build/.
@@ -123,10 +126,12 @@ def _install_torch(version: str, folder: Path) -> None:
     run([*pip, "--no-deps", f"torch=={version}"])
     needed = _requirements(site_packages(folder))
     run([*pip, "numpy", *(r for r in needed if not re.match("nvidia|cuda|triton", r))])
-    # Of NVIDIA's, the two small ones whose functions run when torch is imported.
+    run([*pip, "--constraint", ROOT / "constraints.txt", "pytest"])
+    # Of NVIDIA's, the two small ones whose functions run when torch is imported, which newer ones ask of the toolkit.
     of_nvidia = [r for r in needed if re.match("nvidia-cuda-(runtime|cupti)", r)]
+    of_nvidia += [re.sub(r"\[.*\]", "[cudart,cupti]", r) for r in needed if r.startswith("cuda-toolkit[")]
     if of_nvidia:
-        run([*pip, "--no-deps", *of_nvidia])
+        run([*pip, *of_nvidia])
         _make_stand_ins(site_packages(folder))
 
 

@@ -322,7 +322,7 @@ def test_any_batch_goes_into_buffers_too():
             y, code = run_and_get_code(compiled, x)
             torch.testing.assert_close(y, stage(x), rtol=0, atol=1e-5)
             if size[0] == 3:
-                assert called(code) == {"tail_into"}
+                assert called(code) == ({"tail_into"} if inductor._TAKES_SYMBOLS else {"tail"})
 
 
 @pytest.mark.slow

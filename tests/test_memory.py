@@ -402,8 +402,15 @@ def test_compiled_as_one_graph(save, fresh_compiler):
     stage = ResNet(14, options=DIA).stages[0].double()
     again = memory.checkpoint(copy.deepcopy(stage), save=save)
     x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
-    for call in (stage, torch.compile(again, fullgraph=True, backend="aot_eager")):
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(node.target for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    for call in (stage, torch.compile(again, fullgraph=True, backend=backend)):
         call(x).square().mean().backward()
+    assert targets.count(torch.ops.higher_order.tag_activation_checkpoint) == len(set_parts(again))
     assert {b.item() for name, b in again.named_buffers() if "num_batches" in name} == {1}
     for (name, ours), theirs in zip(again.named_parameters(), stage.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12, msg=name)

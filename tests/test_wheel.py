@@ -22,6 +22,7 @@ import pytest
 from builds import (
     LIBRARIES,
     ROOT,
+    TORCHES,
     build_environment,
     copy_sources,
     made_once,
@@ -37,8 +38,6 @@ from dia_kernels import __version__
 
 pytestmark = pytest.mark.slow
 
-#: The promised minimum, and one between it and the torch of these tests.
-TORCHES = ("2.10.0", "2.13.0")
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 INFO = f"dia_kernels-{__version__}.dist-info"
 #: What the suite needs beside torch and the package.
