@@ -45,6 +45,9 @@ _STALE_STATE = (
     "with state=None, detach the state, or call backward(retain_graph=True)."
 )
 
+#: Before, Dynamo took ``torch.compiler.is_exporting()`` for True whatever it compiled for.
+_TELLS_EXPORT = torch.__version__ >= "2.12"  # a TorchVersion, which compares numbers
+
 
 def transforms_active() -> bool:
     """Whether the call runs inside a functorch transform (torch.func.grad, vmap, jvp, ...)."""
@@ -57,8 +60,8 @@ def is_captured() -> bool:
 
 
 def is_exporting() -> bool:
-    """``torch.compiler.is_exporting()``, of which Dynamo makes True in torch 2.10 and 2.11 whatever it compiles for."""
-    return torch.compiler._is_exporting_flag
+    """``torch.compiler.is_exporting()``, right under the compiler of torch 2.10 and 2.11 too."""
+    return torch.compiler.is_exporting() if _TELLS_EXPORT else torch.compiler._is_exporting_flag
 
 
 def exporting_to_onnx() -> bool:
