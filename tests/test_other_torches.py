@@ -18,7 +18,8 @@ MODULES = ("into", "compile", "autograd", "func", "memory", "operators")
 def test_modules_of_the_suite_pass_beside_another_torch(version, tmp_path):
     files = [ROOT / "tests" / f"test_{module}.py" for module in MODULES]
     python = torch_environment(version) / "bin" / "python"
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu", *files]
+    command = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "not slow and not gpu", *files]
     own_files = {"PYTHONDONTWRITEBYTECODE": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     output = run(command, env=build_environment(PYTHONPATH=str(ROOT), **own_files))
-    assert " skipped" not in output, "the library is not loaded there"
+    # Some have reasons of their own; but the library has to be there.
+    assert not [line for line in output.splitlines() if line.startswith("SKIPPED") and "native" in line]
